@@ -1,0 +1,157 @@
+"""The boundary to a foreign model: per-sample log-likelihood terms.
+
+Everything downstream sees a model only through :class:`Adapter`. A *term* is a named, per-sample
+part of the log-likelihood (or of a lower bound on it), in nats: a latent level's log-density, the
+log-determinant, the bound at one noise level. Terms can cancel in their sum; apart they speak.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Adapter",
+    "Batch",
+    "batch_size",
+    "checked_terms",
+    "describe",
+    "first_tensor",
+    "map_tensors",
+    "pieces",
+    "tensors_in",
+]
+
+#: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
+Batch: TypeAlias = Any
+
+
+class Adapter(abc.ABC):
+    """A generative model as per-sample log-likelihood terms.
+
+    A subclass sets :attr:`module` and implements :meth:`log_likelihood`; nothing else is asked.
+    It must be deterministic and per-sample: whatever noise a term needs comes from a generator of
+    the adapter's own, so that an input has the same value alone, in any batch and after a restart,
+    and neither the global random state nor the caller's generators move.
+
+    Attributes:
+        module: The module whose parameters are differentiated; put in eval mode while scoring.
+
+    Example:
+        >>> class Gaussian(Adapter):
+        ...     def __init__(self, module):
+        ...         self.module = module
+        ...     def log_likelihood(self, batch):
+        ...         residual = batch - self.module(torch.zeros_like(batch))
+        ...         yield "log_likelihood", -0.5 * residual.square().sum(1)
+        >>> terms = Gaussian(nn.Linear(3, 3)).log_likelihood(torch.randn(5, 3))
+        >>> [(term, tuple(values.shape)) for term, values in terms]
+        [('log_likelihood', (5,))]
+    """
+
+    module: nn.Module
+
+    @abc.abstractmethod
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        """Yield each term as (name, values).
+
+        Terms of one forward pass are yielded one after the other. Where terms need passes of their
+        own (noise levels), make each when it is asked for and hold no reference to the last: the
+        engine differentiates a term before it asks for the next, so only one graph is alive.
+
+        Args:
+            batch: B samples, as :data:`Batch`.
+
+        Yields:
+            The term's name and its values, shape (B,), in nats; the terms add up to the
+            log-likelihood or to its bound.
+        """
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Apply ``function`` to every tensor of a nested batch; anything else stays as it is."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """All tensors of a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [tensor for value in batch.values() for tensor in tensors_in(value)]
+    if isinstance(batch, list | tuple):
+        return [tensor for value in batch for tensor in tensors_in(value)]
+    return []
+
+
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """Consecutive pieces of ``size`` samples; the last may be smaller."""
+    for start in range(0, batch_size(batch), size):
+        yield map_tensors(lambda t, start=start: t[start : start + size], batch)  # type: ignore[misc]
+
+
+def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's terms, each checked to be a tensor of shape (B,).
+
+    Raises:
+        ValueError: A term of another shape, or no term at all.
+    """
+    size, term = batch_size(batch), None
+    for term, value in adapter.log_likelihood(batch):
+        if not isinstance(value, Tensor) or value.shape != (size,):
+            raise ValueError(
+                f"Expected term {term!r} of {type(adapter).__name__} to be of shape ({size},), one "
+                f"value a sample, got {describe(value)}."
+            )
+        yield term, value
+        del value
+    if term is None:
+        raise ValueError(f"Expected {type(adapter).__name__} to yield a term, got none.")
+
+
+def batch_size(batch: Batch) -> int:
+    """B, the leading dimension that all tensors of the batch share.
+
+    Raises:
+        ValueError: No tensor, a tensor without dimensions, or leading dimensions that differ.
+    """
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(batch)]
+    if not shapes or any(not shape for shape in shapes):
+        raise ValueError(f"Expected a batch of tensors of shape (B, ...), got {describe(batch)}.")
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f"Expected one batch size in all tensors, got shapes {shapes}.")
+    return shapes[0][0]
+
+
+def first_tensor(batch: Batch) -> Tensor:
+    """The sample of a batch as loaders yield it: the tensor itself, or the first of a sequence.
+
+    Raises:
+        ValueError: The batch is neither.
+    """
+    candidate = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(candidate, torch.Tensor):
+        raise ValueError(
+            f"Expected a tensor, or a list or tuple that begins with one, got {describe(batch)}. "
+            "Pass `inputs=` to say where the sample is."
+        )
+    return candidate
+
+
+def describe(batch: Batch) -> str:
+    """A short description of what came, for error messages."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)} and dtype {batch.dtype}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)} items"
+    if isinstance(batch, Mapping):
+        return f"a mapping with keys {sorted(map(str, batch))}"
+    return f"{type(batch).__name__}"
