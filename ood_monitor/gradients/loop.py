@@ -1,0 +1,51 @@
+"""The exact reference: one backward pass per sample."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, pieces
+from ood_monitor.gradients.rules import rows_of
+from ood_monitor.gradients.scoring import leaf_parameters
+
+__all__ = ["loop_norms"]
+
+
+def loop_norms(
+    adapter: Adapter, batch: Batch, n: int, selected: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Terms and row-wise squared gradient norms, sample by sample (group by group).
+
+    Args:
+        adapter: The model.
+        batch: B = n * group samples.
+        n: Number of groups of consecutive samples; the gradient is that of a group's sum.
+        selected: Which parameters, by name.
+
+    Returns:
+        ``{term: (B,)}`` in nats, and ``{"term/parameter": (n, rows)}``.
+    """
+    values: dict[str, list[Tensor]] = {}
+    norms: dict[str, list[Tensor]] = {}
+    with leaf_parameters(adapter.module) as parameters:
+        leaves = {name: p for name, p in parameters.items() if selected(name)}
+        for group in pieces(batch, batch_size(batch) // n):
+            for term, value in checked_terms(adapter, group):
+                values.setdefault(term, []).append(value.detach())
+                for name, rows in _squared_norms(value.sum(), leaves):
+                    norms.setdefault(f"{term}/{name}", []).append(rows)
+    return (
+        {k: torch.cat(v) for k, v in values.items()},
+        {k: torch.stack(v) for k, v in norms.items()},
+    )
+
+
+def _squared_norms(value: Tensor, leaves: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    gradients: Iterable[Tensor | None] = (
+        torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+        if value.requires_grad and leaves
+        else [None] * len(leaves)
+    )
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        yield name, rows_of(leaf.new_zeros(leaf.shape) if gradient is None else gradient)

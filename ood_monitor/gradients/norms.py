@@ -1,0 +1,277 @@
+"""Squared gradient norms per sample and layer: the features that everything else rests on.
+
+For a term L of the log-likelihood, a sample x and a parameter tensor theta_l (a *layer*),
+
+    f_l(x) = || d L(x) / d theta_l ||^2,
+
+in nats squared per parameter unit squared. References: Approximations to the Fisher Information
+Metric of Deep Generative Models for Out-Of-Distribution Detection (Dauncey, Holmes, Williams,
+Falck, 2024), https://arxiv.org/abs/2403.01485
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    batch_size,
+    checked_terms,
+    describe,
+    map_tensors,
+    pieces,
+    tensors_in,
+)
+from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.loop import loop_norms
+from ood_monitor.gradients.recorder import Recorder
+from ood_monitor.gradients.scoring import device_of, undisturbed
+
+__all__ = ["GradientNorms", "Granularity", "finite_samples", "gradient_norms", "terms_and_norms"]
+
+#: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
+#: first dimension (output channel or unit, element of a bias), whose sum is the tensor's.
+Granularity: TypeAlias = Literal["tensor", "row"]
+
+#: Relative difference up to which the fast path and the loop agree, in float32.
+_TOLERANCE = 1e-3
+
+#: Parameters per adapter that only the loop gets right, found on first use.
+_looped: weakref.WeakKeyDictionary[Adapter, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """Terms and squared gradient norms of one batch.
+
+    Attributes:
+        log_likelihood: Each term's values, ``{term: (B,)}``, in nats.
+        norms: ``{"term/parameter": (B / group,)}``, or ``(B / group, rows)`` by row.
+    """
+
+    log_likelihood: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+
+def gradient_norms(
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    layers: Layers = None,
+    granularity: Granularity = "tensor",
+    group: int = 1,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Squared L2 norm of each sample's gradient with respect to each layer.
+
+    The model is left as it was: parameters, ``.grad``, train flags, buffers and random state.
+
+    Args:
+        adapter: The model.
+        batch: B samples, on any device.
+        layers: Which parameters; all by default.
+        granularity: ``"tensor"`` or ``"row"``.
+        group: Samples whose terms are added before differentiating, consecutive in the batch.
+        chunk_size: Samples per pass, to bound memory; a multiple of ``group``.
+
+    Returns:
+        ``{"term/parameter": (B / group,)}`` in module order, or ``(B / group, rows)`` by row.
+
+    Raises:
+        ValueError: The batch is empty, not finite or not divisible into groups; the model has no
+            parameters, mixes samples, or gives a term whose shape is not (B,).
+
+    Example:
+        >>> import ood_monitor as om
+        >>> flow = om.models.Glow(channels=1, size=8, levels=1, steps=1, hidden=4)
+        >>> norms = gradient_norms(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8))
+        >>> next(iter(norms.values())).shape
+        torch.Size([3])
+    """
+    return terms_and_norms(
+        adapter, batch, layers=layers, granularity=granularity, group=group, chunk_size=chunk_size
+    ).norms
+
+
+def terms_and_norms(
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    layers: Layers = None,
+    granularity: Granularity = "tensor",
+    group: int = 1,
+    chunk_size: int | None = None,
+) -> GradientNorms:
+    """As :func:`gradient_norms`, with the terms' values, which the same passes give.
+
+    Raises:
+        ValueError: As there.
+    """
+    size = _checked_size(batch, group, chunk_size)
+    selected = selection(adapter.module, layers)
+    device = device_of(adapter.module)
+    with undisturbed(adapter.module):
+        batch = map_tensors(lambda t: _usable(t, device), batch)
+        looped = _parameters_to_loop(adapter, batch, group)
+        parts = [
+            _chunk_norms(adapter, chunk, group, selected, granularity == "row", looped)
+            for chunk in pieces(batch, chunk_size or size)
+        ]
+    return _joined(parts)
+
+
+def _checked_size(batch: Batch, group: int, chunk_size: int | None) -> int:
+    size = batch_size(batch)
+    if size == 0 or group < 1 or size % group:
+        raise ValueError(f"Expected a multiple of group={group} samples, got {size}.")
+    if chunk_size is not None and (chunk_size < 1 or chunk_size % group):
+        raise ValueError(
+            f"Expected chunk_size to be a multiple of group={group}, got {chunk_size}."
+        )
+    bad = ~finite_samples(batch)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"Expected finite values, got NaN or infinity in {int(bad.sum())} of {size} samples, "
+            f"the first at index {first}, in {describe(batch)}."
+        )
+    return size
+
+
+def finite_samples(batch: Batch) -> Tensor:
+    """Which samples hold finite values only, shape (B,), bool."""
+    finite = [t.isfinite().reshape(len(t), -1).all(1).cpu() for t in tensors_in(batch)]
+    return torch.stack(finite).all(0)
+
+
+def _usable(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the model's device, an object of our own, and able to be saved for a backward pass."""
+    tensor = tensor.to(device)
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _chunk_norms(
+    adapter: Adapter,
+    chunk: Batch,
+    group: int,
+    selected: Callable[[str], bool],
+    by_row: bool,
+    looped: frozenset[str],
+) -> GradientNorms:
+    n = batch_size(chunk) // group
+    fast, left_over = _recorded_norms(
+        adapter, chunk, n, lambda name: selected(name) and name not in looped, by_row
+    )
+    slow = {name for name in looped if selected(name)} | left_over
+    norms = fast.norms
+    if slow:
+        rows = loop_norms(adapter, chunk, n, slow.__contains__)[1]
+        norms = norms | {key: value if by_row else value.sum(1) for key, value in rows.items()}
+    names = [name for name, _ in adapter.module.named_parameters() if selected(name)]
+    keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
+    return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
+
+
+def _recorded_norms(
+    adapter: Adapter, batch: Batch, n: int, selected: Callable[[str], bool], by_row: bool
+) -> tuple[GradientNorms, set[str]]:
+    """Terms and norms by the fast path, zero where no gradient came, and what it left over."""
+    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
+    values: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    for term, value in _recorded(recorder, checked_terms(adapter, batch)):
+        values[term] = value.detach()
+        found = recorder.squared_norms(value)
+        for name, leaf in recorder.leaves.items():
+            rows = leaf.shape[0] if leaf.ndim else 1
+            zeros = leaf.new_zeros((n, rows) if by_row else (n,))
+            norms[f"{term}/{name}"] = found.get(name, zeros)
+        del value  # frees the term's graph before the next forward pass
+    return GradientNorms(values, norms), recorder.left_over
+
+
+def _recorded(
+    recorder: Recorder, terms: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The terms, with the recorder on only while the adapter makes them."""
+    while True:
+        with recorder:
+            item = next(terms, None)
+        if item is None:
+            return
+        yield item
+        del item
+
+
+def _parameters_to_loop(adapter: Adapter, batch: Batch, group: int) -> frozenset[str]:
+    """Compare the fast path with the loop on two samples, once per adapter.
+
+    Raises:
+        ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
+    """
+    if adapter in _looped:
+        return _looped[adapter]
+    probe = next(iter(pieces(batch, 2 * group)))
+    n = batch_size(probe) // group
+    fast, left_over = _recorded_norms(adapter, probe, n, lambda name: True, by_row=True)
+    values, exact = loop_norms(adapter, probe, n, lambda name: True)
+    _check_independence(adapter, fast.log_likelihood, values)
+    if not any(rows.any() for rows in exact.values()):
+        raise ValueError(
+            f"Expected the terms of {type(adapter).__name__} to depend on the parameters of "
+            f"{type(adapter.module).__name__}, got no gradient for any of them."
+        )
+    wrong = _disagreeing(fast.norms, exact) - left_over
+    if wrong:
+        warnings.warn(
+            f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
+            "parameters are scored by the loop: exact, but slower.",
+            stacklevel=4,
+        )
+    looped = frozenset(wrong | left_over)
+    if n > 1:
+        _looped[adapter] = looped
+    return looped
+
+
+def _check_independence(
+    adapter: Adapter, together: dict[str, Tensor], alone: dict[str, Tensor]
+) -> None:
+    for term, values in together.items():
+        if not torch.allclose(
+            values, alone[term], rtol=1e-4, atol=1e-4 * float(values.abs().max())
+        ):
+            raise ValueError(
+                f"Expected the term {term!r} of a sample to be the same alone and in a batch, got "
+                f"{alone[term].tolist()} alone and {values.tolist()} together: the model mixes "
+                f"samples or draws random numbers that {type(adapter).__name__} does not fix."
+            )
+
+
+def _disagreeing(fast: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
+    """Parameters with a norm that differs by more than rounding."""
+    largest: dict[str, float] = {}
+    for key, rows in exact.items():
+        term = key.split("/", 1)[0]
+        largest[term] = max(largest.get(term, 0.0), float(rows.sum(1).max()))
+    wrong = set()
+    for key, rows in exact.items():
+        term, name = key.split("/", 1)
+        # Below this a norm is rounding noise (a key bias before a softmax), whoever computes it.
+        noise = largest[term] * (32 * torch.finfo(rows.dtype).eps) ** 2
+        if not torch.allclose(fast[key].sum(1), rows.sum(1), rtol=_TOLERANCE, atol=noise):
+            wrong.add(name)
+    return wrong
+
+
+def _joined(parts: list[GradientNorms]) -> GradientNorms:
+    def joined(of: Callable[[GradientNorms], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.cat([of(part)[key] for part in parts]) for key in of(parts[0])}
+
+    return GradientNorms(joined(lambda p: p.log_likelihood), joined(lambda p: p.norms))

@@ -1,0 +1,332 @@
+"""Watches a forward pass and turns one plain backward pass into per-sample gradient norms.
+
+Rules are looked up by *operation*, not by module type: a `TorchFunctionMode` sees every call of a
+PyTorch function in this thread, so a parameter is followed wherever it is used (a layer, a
+functional call, a module called twice, tied weights, a weight computed from parameters), no hook is
+put on the model and other threads that run it see nothing.
+
+Three kinds of tensors are told apart. *Data* depend on the batch. A *derived* tensor depends on
+parameters alone (a parameter itself, or a weight-normed or LU-composed one). All else is constant.
+Where an operation takes derived and data tensors together, it gets the derived ones without their
+graph, so that the backward pass computes no weight gradient, and a hook on its output hands the
+output's gradient to the operation's rule. Gradients of a derived tensor then go back to its
+parameters through its own small graph.
+
+What no rule covers is put on the list `left_over`, for the loop over samples: exact, only slower.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ood_monitor.adapters.base import tensors_in
+from ood_monitor.gradients.rules import POINTWISE, RULES, Factor, Materialised, pointwise
+
+__all__ = ["Recorder"]
+
+#: Elements of per-sample gradients held at once while several uses of a parameter are summed.
+_HELD_ELEMENTS = 2**24
+
+
+@dataclass(eq=False)
+class _Source:
+    """A derived tensor and the parameters it is made of; for a parameter, itself."""
+
+    tensor: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.tensor.is_leaf
+
+
+@dataclass(eq=False)
+class _Use:
+    """One operation that took derived and data tensors; alive as long as its graph is."""
+
+    sources: list[_Source]
+    factors: Callable[[Tensor], list[Factor]]
+    saved: list[tuple[Tensor, int]]  # the data it took, and their versions then
+
+    def is_intact(self) -> bool:
+        return all(tensor._version == version for tensor, version in self.saved)
+
+
+class Recorder(TorchFunctionMode):
+    """Records the forward pass that runs inside it; :meth:`squared_norms` makes the backward one.
+
+    Args:
+        module: The module whose parameters are followed.
+        selected: Which parameters, by name, get features. The backward pass stops at the first.
+        data: The tensors of the batch.
+        n: Number of gradients: the batch size, or the number of groups.
+        by_row: Norms by row, else of whole tensors.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        selected: Callable[[str], bool],
+        data: Iterable[Tensor],
+        n: int,
+        by_row: bool,
+    ) -> None:
+        super().__init__()
+        self.left_over: set[str] = set()
+        self._n, self._by_row = n, by_row
+        self._sources: dict[int, _Source] = {}
+        self._plain: dict[int, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            # Aliases of the storage, so that no flag of the module's own tensors is ever set.
+            value = parameter.clone() if parameter.is_inference() else parameter.detach()
+            self._plain[id(parameter)] = value
+            if selected(name) and parameter.is_floating_point():
+                leaf = value.detach().requires_grad_()
+                self._sources[id(parameter)] = _Source(leaf, (name,))
+        self._parameters = list(module.parameters())  # keeps the ids above valid
+        self._derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._data: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._mark(data)
+        self._uses: dict[str, weakref.WeakSet[_Use]] = {}
+        self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._collected: list[tuple[_Source, Factor]] = []
+        self._norms: dict[str, Tensor] = {}
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The followed parameters by name, in module order."""
+        return {source.names[0]: source.tensor for source in self._sources.values()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = tensors_in([args, kwargs])
+        with_data = any(tensor in self._data for tensor in tensors)
+        sources = [s for tensor in tensors if (s := self._source(tensor)) is not None]
+        if not sources or not torch.is_grad_enabled():
+            return self._marked(
+                func(*self._substituted(args), **self._substituted(kwargs)), with_data
+            )
+        if not with_data:
+            return self._derive(func, args, kwargs, sources)
+        return self._consume(func, args, kwargs, sources)
+
+    def squared_norms(self, value: Tensor) -> dict[str, Tensor]:
+        """Squared norms of the gradient of ``value``, by parameter.
+
+        Args:
+            value: A term that was computed inside this recorder, shape (B,). Its graph is kept.
+
+        Returns:
+            ``{parameter: (n, rows)}``, or ``(n,)`` each if not by row. Parameters in
+            :attr:`left_over` are missing from it or incomplete.
+        """
+        self._collected, self._norms = [], {}
+        if value in self._derived:
+            self._leave([self._derived[value]])
+        elif value.requires_grad:
+            # Asking for the gradients of the anchors alone drives the whole backward pass.
+            anchors = list(self._anchors.values())
+            torch.autograd.grad(value.sum(), anchors, retain_graph=True, allow_unused=True)
+        self._sum_up_uses()
+        return self._norms
+
+    # The forward pass.
+
+    def _source(self, tensor: Tensor) -> _Source | None:
+        if id(tensor) in self._sources:
+            return self._sources[id(tensor)]
+        source: _Source | None = self._derived.get(tensor, None)  # type: ignore[no-untyped-call]
+        return source
+
+    def _mark(self, result: Any) -> None:
+        for tensor in tensors_in(result):
+            self._data[tensor] = True
+
+    def _marked(self, result: Any, is_data: bool) -> Any:
+        if is_data:
+            self._mark(result)
+        return result
+
+    def _substituted(self, arguments: Any, *, graph: bool = False) -> Any:
+        """The arguments with parameters as aliases, derived tensors with or without their graph."""
+
+        def substitute(tensor: Tensor) -> Tensor:
+            source = self._source(tensor)
+            if source is None:
+                return self._plain.get(id(tensor), tensor)
+            return source.tensor if graph else source.tensor.detach()
+
+        return _map(substitute, arguments)
+
+    def _derive(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
+    ) -> Any:
+        result = func(*self._substituted(args, graph=True), **self._substituted(kwargs, graph=True))
+        names = tuple(dict.fromkeys(name for source in sources for name in source.names))
+        for tensor in tensors_in(result):
+            if tensor.requires_grad and id(tensor) not in self._sources:
+                self._derived[tensor] = _Source(tensor, names)
+        return result
+
+    def _consume(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
+    ) -> Any:
+        plain_args, plain_kwargs = self._substituted(args), self._substituted(kwargs)
+        result = func(*plain_args, **plain_kwargs)
+        factors = self._factors(func, (args, kwargs), (plain_args, plain_kwargs), result)
+        if factors is None:  # exact all the same: the loop takes these parameters
+            self._leave(sources)
+            return self._marked(result, True)
+        if not result.requires_grad:
+            result = result + self._anchor(result)
+        data = [tensor for tensor in tensors_in([plain_args, plain_kwargs]) if tensor in self._data]
+        use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor in data])
+        for name in {name for source in sources for name in source.names}:
+            self._uses.setdefault(name, weakref.WeakSet()).add(use)
+        result.register_hook(lambda g: self._on_gradient(use, g))
+        return self._marked(result, True)
+
+    def _factors(
+        self, func: Callable[..., Any], given: Any, plain: Any, result: Any
+    ) -> Callable[[Tensor], list[Factor]] | None:
+        """What gives the factors of the sources in order, or None if no rule covers the call."""
+        changed_in_place = any(result is tensor for tensor in tensors_in(plain))
+        if not isinstance(result, Tensor) or changed_in_place or not self._is_batch_first(result):
+            return None
+        if func in POINTWISE:
+            return self._pointwise_factors(func, given, plain, result)
+        return self._rule_factors(func, given, plain) if func in RULES else None
+
+    def _rule_factors(
+        self, func: Callable[..., Any], given: Any, plain: Any
+    ) -> Callable[[Tensor], list[Factor]] | None:
+        rule, n = RULES[func], self._n
+        arguments = dict(zip(rule.arguments, given[0], strict=False)) | given[1]
+        values = dict(zip(rule.arguments, plain[0], strict=False)) | plain[1]
+        values = _map(Tensor.detach, values)
+        names = [k for k, v in arguments.items() if isinstance(v, Tensor) and self._source(v)]
+        x = arguments["input"]
+        if (
+            not set(names) <= {"weight", "bias"}
+            or x not in self._data
+            or not self._is_batch_first(x)
+        ):
+            return None
+
+        def factors(g: Tensor) -> list[Factor]:
+            by_name = rule.factors(n, g, values)
+            return [by_name[name] for name in names]
+
+        return factors
+
+    def _pointwise_factors(
+        self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
+    ) -> Callable[[Tensor], list[Factor]] | None:
+        (args, _), (values, options) = given, _map(Tensor.detach, plain)
+        positions = [i for i, v in enumerate(args) if isinstance(v, Tensor) and self._source(v)]
+        batched = [i for i in positions if args[i].ndim == result.ndim and args[i].shape[0] > 1]
+        followed = any(
+            isinstance(v, Tensor)
+            and v.ndim == result.ndim
+            and len(v) == len(result)
+            and v in self._data
+            for v in args
+        )
+        if batched or not positions or not followed:
+            return None
+        operation = partial(func, **options)
+        return lambda g: [pointwise(operation, self._n, g, values, i) for i in positions]
+
+    def _is_batch_first(self, tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
+
+    def _anchor(self, like: Tensor) -> Tensor:
+        """A zero that requires a gradient: what makes a result part of the graph."""
+        key = (like.dtype, like.device)
+        if key not in self._anchors:
+            self._anchors[key] = like.new_zeros(()).requires_grad_()
+        return self._anchors[key]
+
+    def _leave(self, sources: Iterable[_Source]) -> None:
+        self.left_over.update(name for source in sources for name in source.names)
+
+    # The backward pass.
+
+    def _on_gradient(self, use: _Use, g: Tensor) -> None:
+        if not use.is_intact():
+            self._leave(use.sources)
+            return
+        try:
+            factors = use.factors(g.detach())
+        except NotImplementedError:
+            self._leave(use.sources)
+            return
+        for source, factor in zip(use.sources, factors, strict=True):
+            name = source.names[0]
+            if source.is_parameter and len(self._uses[name]) == 1:
+                self._norms[name] = factor.row_norms() if self._by_row else factor.norms()
+            else:
+                self._collected.append((source, factor))
+
+    def _sum_up_uses(self) -> None:
+        """Norms of parameters with several uses, and of those behind derived tensors."""
+        leaves = self.leaves
+        names = {name for source, _ in self._collected for name in source.names}
+        elements = sum(source.tensor.numel() for source, _ in self._collected)
+        step = max(1, _HELD_ELEMENTS // max(1, elements + sum(leaves[k].numel() for k in names)))
+        rows: dict[str, list[Tensor]] = {}
+        for start in range(0, self._n if names else 0, step):
+            stop = min(start + step, self._n)
+            for name, total in self._summed_gradients(leaves, start, stop).items():
+                rows.setdefault(name, []).append(Materialised(total).row_norms())
+        for name, pieces in rows.items():
+            norms = torch.cat(pieces)
+            self._norms[name] = norms if self._by_row else norms.sum(1)
+
+    def _summed_gradients(
+        self, leaves: dict[str, Tensor], start: int, stop: int
+    ) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+        for source, factor in self._collected:
+            gradient = factor.gradients(start, stop)
+            for name, part in _to_parameters(source, leaves, gradient).items():
+                totals[name] = totals[name] + part if name in totals else part
+        return totals
+
+
+def _to_parameters(
+    source: _Source, leaves: dict[str, Tensor], gradient: Tensor
+) -> dict[str, Tensor]:
+    """Per-sample gradients of a derived tensor taken back to the parameters it is made of."""
+    if source.is_parameter:
+        return {source.names[0]: gradient}
+    inputs = [leaves[name] for name in source.names]
+    parts = torch.autograd.grad(
+        source.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
+    pairs = zip(source.names, parts, strict=True)
+    return {name: part for name, part in pairs if part is not None}
+
+
+def _map(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    """Apply ``function`` to the tensors in a call's arguments; other objects stay themselves."""
+    if isinstance(arguments, Tensor):
+        return function(arguments)
+    if type(arguments) in (list, tuple):
+        return type(arguments)(_map(function, value) for value in arguments)
+    if type(arguments) is dict:
+        return {key: _map(function, value) for key, value in arguments.items()}
+    return arguments
