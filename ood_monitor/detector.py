@@ -1,0 +1,336 @@
+"""The detector: adapter, gradient norms, density and calibration, composed."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ood_monitor.adapters.base import Adapter, Batch, describe, tensors_in
+from ood_monitor.calibration import (
+    MINIMUM_SCORES,
+    ConformalPValue,
+    autocorrelation_bound,
+    lag1_autocorrelation,
+)
+from ood_monitor.densities import Array, Density, Maximum
+from ood_monitor.features import LogNorms, layer_of, table
+from ood_monitor.fitted import Fitted, digest
+from ood_monitor.gradients import Granularity, terms_and_norms
+from ood_monitor.gradients.layers import Layers
+
+__all__ = ["Detector", "Scores"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a detector says of B samples; everything on the CPU, in float64.
+
+    Attributes:
+        score: (B,), higher = more anomalous; its unit is the density's and means nothing by itself.
+        p_value: (B,), conformal: the chance that an in-distribution sample scores at least this.
+        log_likelihood: (B,), nats, the sum of the terms.
+        layers: ``{"term/parameter": (B,)}``, each layer's part of the score; they add up to it.
+        z: ``{"term/parameter": (B,)}``, the layer's mean log squared norm in standard deviations
+            from that of in-distribution samples: below 0, the gradient is smaller than usual.
+        valid: (B,), bool; False where the score is not finite, and its p-value nan.
+    """
+
+    score: Tensor
+    p_value: Tensor
+    log_likelihood: Tensor
+    layers: dict[str, Tensor]
+    z: dict[str, Tensor]
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Log-likelihoods (N,) in nats and squared norms (N, F) of samples, and what these were."""
+
+    log_likelihood: Array
+    names: tuple[str, ...]
+    norms: Array
+    samples: tuple[str, ...]
+
+
+class Detector:
+    """Scores how unlike its training data a model finds a sample.
+
+    Args:
+        adapter: The model.
+        density: Of the log squared norms; :class:`~ood_monitor.densities.Maximum` by default.
+        layers: Which parameters are features; all by default.
+        granularity: ``"tensor"`` as in the paper, or ``"row"``.
+        chunk_size: Samples per pass, to bound memory.
+        calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
+        seed: Of the random split into fit and calibration samples.
+
+    Raises:
+        ValueError: ``calibration_fraction`` is not between 0 and 1.
+
+    Example:
+        >>> import ood_monitor as om
+        >>> flow = om.models.Glow(channels=1, size=8, levels=1, steps=1, hidden=4)
+        >>> held_out = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> detector = om.Detector(om.LogLikelihood(flow)).fit([held_out], progress=False)
+        >>> scores = detector.score(torch.zeros(2, 1, 8, 8))  # blank images
+        >>> bool((scores.p_value < 0.05).all())
+        True
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        density: Density | None = None,
+        layers: Layers = None,
+        granularity: Granularity = "tensor",
+        chunk_size: int | None = None,
+        calibration_fraction: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < calibration_fraction < 1:
+            raise ValueError(
+                f"Expected calibration_fraction between 0 and 1, got {calibration_fraction}."
+            )
+        self.adapter = adapter
+        self.layers, self.granularity, self.chunk_size = layers, granularity, chunk_size
+        self.calibration_fraction, self.seed = calibration_fraction, seed
+        self._density = Maximum() if density is None else density
+        self._fitted: Fitted | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether :meth:`fit` has succeeded or a fitted detector was loaded."""
+        return self._fitted is not None
+
+    @property
+    def fitted(self) -> Fitted:
+        """What was learned.
+
+        Raises:
+            RuntimeError: Not fitted.
+        """
+        if self._fitted is None:
+            raise RuntimeError("Expected a fitted detector, got one without fit: call `fit` first.")
+        return self._fitted
+
+    def fit(self, held_out: Iterable[Batch], *, progress: bool = True) -> Self:
+        """Fit the density on a part of held-out data, and calibrate on the rest.
+
+        Args:
+            held_out: Batches of in-distribution data that the model was *not* trained on.
+            progress: Show a progress bar.
+
+        Returns:
+            The detector itself; unchanged if anything is raised.
+
+        Raises:
+            ValueError: No batch, too few samples, one that is not finite, or a model that
+                :func:`~ood_monitor.gradient_norms` refuses.
+
+        Warns:
+            UserWarning: Neighbouring calibration scores are correlated, which breaks the promise
+                of every false-alarm rate.
+        """
+        bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
+        self._fitted = self._fit(_together([self._measure(batch) for batch in bar]))
+        return self
+
+    def score(self, batch: Batch) -> Scores:
+        """Score B samples; the model is left as it was.
+
+        Args:
+            batch: As the held-out batches were.
+
+        Returns:
+            Scores, p-values and what each layer says.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: The batch has other shapes or types than the held-out data, is empty, or
+                holds a value that is not finite.
+        """
+        fitted = self.fitted
+        _check_samples(batch, fitted.samples)
+        measured = self._measure(batch)
+        features = fitted.log_norms(measured.norms)
+        parts = fitted.density.contributions(features)
+        score = parts.sum(1)
+        score[~np.isfinite(score)] = np.nan
+        logs = _by_layer(measured.names, _log(fitted, measured.norms), np.mean)[1]
+        layers, shares = _by_layer(fitted.log_norms.live_names, parts, np.sum)
+        return Scores(
+            score=torch.from_numpy(score),
+            p_value=torch.from_numpy(fitted.calibration.p_value(score)),
+            log_likelihood=torch.from_numpy(measured.log_likelihood),
+            layers=_columns(layers, shares),
+            z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
+            valid=torch.from_numpy(np.isfinite(score)),
+        )
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write ``detector.safetensors`` and ``config.json``; the model itself is not saved.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: ``layers`` is a function, which no file can hold; give name patterns.
+        """
+        if callable(self.layers):
+            raise ValueError("Expected layers as name patterns to save, got a function.")
+        self.fitted.save(Path(directory), self._options())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str], adapter: Adapter) -> Self:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: The folder.
+            adapter: The model that the detector was fitted on.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A damaged file, a newer format, or a model with other layers.
+
+        Warns:
+            UserWarning: The model's weights are not those that the detector was fitted on, so the
+                calibration is stale.
+        """
+        fitted, options = Fitted.load(Path(directory))
+        _check_layers(fitted, adapter)
+        if digest(adapter.module) != fitted.model:
+            warnings.warn(
+                f"Stale calibration: the detector was fitted on weights {fitted.model}, the model "
+                f"has {digest(adapter.module)}. Fit it again on held-out data.",
+                stacklevel=2,
+            )
+        detector = cls(adapter, density=fitted.density, **options)
+        detector._fitted = fitted
+        return detector
+
+    def _options(self) -> dict[str, Any]:
+        names = ("layers", "granularity", "chunk_size", "calibration_fraction", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def _measure(self, batch: Batch) -> _Measured:
+        result = terms_and_norms(
+            self.adapter,
+            batch,
+            layers=self.layers,
+            granularity=self.granularity,
+            chunk_size=self.chunk_size,
+        )
+        names, norms = table(result.norms)
+        terms = [value.double().cpu().numpy() for value in result.log_likelihood.values()]
+        return _Measured(np.sum(terms, axis=0), names, norms, _samples(batch))
+
+    def _fit(self, measured: _Measured) -> Fitted:
+        fit, calibrate = self._split(len(measured.norms))
+        dtype = next(self.adapter.module.parameters()).dtype
+        eps = torch.finfo(dtype).eps
+        log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
+        density = copy.deepcopy(self._density).fit(log_norms(measured.norms[fit]))
+        scores = density.score(log_norms(measured.norms[calibrate]))
+        _warn_of_autocorrelation(scores)
+        layers, logs = _by_layer(
+            measured.names, np.log(np.maximum(measured.norms[fit], log_norms.floor)), np.mean
+        )
+        return Fitted(
+            log_norms=log_norms,
+            density=density,
+            calibration=ConformalPValue.fit(scores),
+            log_likelihood=measured.log_likelihood[calibrate],
+            layers=layers,
+            layer_mean=logs.mean(0),
+            layer_sd=np.maximum(logs.std(0, ddof=1), eps),
+            samples=measured.samples,
+            model=digest(self.adapter.module),
+            dtype=str(dtype),
+            fit_count=int(fit.sum()),
+        )
+
+    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Disjoint masks (N,): a random part to fit on, and the rest, in order, to calibrate."""
+        calibration = round(count * self.calibration_fraction)
+        fit = count - calibration
+        if fit < self._density.minimum_samples or calibration < MINIMUM_SCORES:
+            raise ValueError(
+                f"Expected at least {self._density.minimum_samples} samples to fit on and "
+                f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
+                f"samples at calibration_fraction={self.calibration_fraction}."
+            )
+        chosen = np.zeros(count, dtype=bool)
+        chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
+        return chosen, ~chosen
+
+
+def _together(parts: list[_Measured]) -> _Measured:
+    if not parts:
+        raise ValueError("Expected held-out batches, got an empty loader.")
+    kinds = {part.samples for part in parts}
+    return _Measured(
+        np.concatenate([part.log_likelihood for part in parts]),
+        parts[0].names,
+        np.concatenate([part.norms for part in parts]),
+        kinds.pop() if len(kinds) == 1 else (),
+    )
+
+
+def _samples(batch: Batch) -> tuple[str, ...]:
+    """Shape and type of each tensor of a batch, without B."""
+    return tuple(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors_in(batch))
+
+
+def _check_samples(batch: Batch, expected: tuple[str, ...]) -> None:
+    found = _samples(batch)
+    if expected and found != expected:
+        raise ValueError(
+            f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
+            f"{', '.join(found) or describe(batch)}."
+        )
+
+
+def _check_layers(fitted: Fitted, adapter: Adapter) -> None:
+    shapes = {name: tuple(p.shape) for name, p in adapter.module.named_parameters()}
+    for layer in fitted.layers:
+        name = layer.split("/", 1)[1]
+        if name not in shapes:
+            raise ValueError(
+                f"Expected a model with the layers of the detector, got "
+                f"{type(adapter.module).__name__} without {name!r}."
+            )
+
+
+def _log(fitted: Fitted, norms: Array) -> Array:
+    return np.log(np.maximum(norms, fitted.log_norms.floor))
+
+
+def _by_layer(names: tuple[str, ...], columns: Array, how: Any) -> tuple[tuple[str, ...], Array]:
+    """Columns (N, F) brought together by layer, (N, L)."""
+    positions: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        positions.setdefault(layer_of(name), []).append(i)
+    return tuple(positions), np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+
+
+def _columns(names: tuple[str, ...], values: Array) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values[:, i].copy()) for i, name in enumerate(names)}
+
+
+def _warn_of_autocorrelation(scores: Array) -> None:
+    found, bound = lag1_autocorrelation(scores), autocorrelation_bound(len(scores))
+    if abs(found) > bound:
+        warnings.warn(
+            f"Neighbouring calibration scores are correlated ({found:.2f}, expected within "
+            f"±{bound:.2f}): p-values and drift alarms assume exchangeable samples. Shuffle the "
+            "held-out data, or calibrate on independent units.",
+            stacklevel=4,
+        )

@@ -1,0 +1,163 @@
+"""What a detector learned, as numbers, and its files: safetensors and JSON, never pickle."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import load, save
+from torch import nn, uint8
+
+from ood_monitor.calibration import ConformalPValue
+from ood_monitor.densities import DENSITIES, Array, Density
+from ood_monitor.features import LogNorms, layer_of
+
+__all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
+
+CONFIG, TENSORS = "config.json", "detector.safetensors"
+
+#: Version of the two files together; a newer one is refused.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting learned, and nothing that scoring changes.
+
+    Attributes:
+        log_norms: Which features are live, and their floors.
+        density: The density of the live features.
+        calibration: Scores of the calibration samples.
+        log_likelihood: (n,), nats, of the calibration samples, in the order of their scores' fit.
+        layers: The layers, in module order within terms.
+        layer_mean: (L,), mean of the layer's mean log squared norm over the fit samples.
+        layer_sd: (L,), its standard deviation.
+        samples: Shape and dtype of each tensor of a batch, without B; empty if they varied.
+        model: Digest of the weights.
+        dtype: Floating-point type of the weights.
+        fit_count: Samples that the density was fitted on.
+    """
+
+    log_norms: LogNorms
+    density: Density
+    calibration: ConformalPValue
+    log_likelihood: Array
+    layers: tuple[str, ...]
+    layer_mean: Array
+    layer_sd: Array
+    samples: tuple[str, ...]
+    model: str
+    dtype: str
+    fit_count: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that identify what was learned."""
+        return hashlib.sha256(save(self._arrays())).hexdigest()[:12]
+
+    @property
+    def live_layers(self) -> tuple[str, ...]:
+        """The layers with at least one live feature, in module order within terms."""
+        return tuple(dict.fromkeys(map(layer_of, self.log_norms.live_names)))
+
+    def save(self, directory: Path, options: dict[str, Any]) -> None:
+        """Write the two files; ``options`` are the detector's own settings, JSON-able."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "density": type(self.density).__name__,
+            "features": list(self.log_norms.names),
+            "dropped": self.log_norms.dropped,
+            "layers": list(self.layers),
+            "samples": list(self.samples),
+            "model": self.model,
+            "dtype": self.dtype,
+            "fit_count": self.fit_count,
+            "calibration_count": len(self.calibration.scores),
+            "fingerprint": self.fingerprint,
+            "options": options,
+        }
+        (directory / TENSORS).write_bytes(save(self._arrays()))
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> tuple[Self, dict[str, Any]]:
+        """Read the two files, as (fitted, options).
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A file is damaged, of a newer format, or does not belong to the other.
+        """
+        config = _config(directory / CONFIG)
+        try:
+            arrays = load((directory / TENSORS).read_bytes())
+            fitted = cls._from_parts(config, arrays)
+            intact = fitted.fingerprint == config["fingerprint"]
+            options = dict(config["options"])
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever a damaged file makes the parsers raise
+            raise ValueError(
+                f"Expected a detector's files in {directory}, got {error!r}."
+            ) from error
+        if not intact:
+            raise ValueError(
+                f"Expected {directory / TENSORS} with fingerprint {config['fingerprint']}, as "
+                f"{CONFIG} says, got {fitted.fingerprint}: the files do not belong together."
+            )
+        return fitted, options
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {f"density.{name}": value for name, value in self.density.state().items()}
+        arrays |= {
+            "calibration": self.calibration.scores,
+            "log_likelihood": self.log_likelihood,
+            "floor": self.log_norms.floor,
+            "layer_mean": self.layer_mean,
+            "layer_sd": self.layer_sd,
+        }
+        return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+
+    @classmethod
+    def _from_parts(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        names, dropped = tuple(config["features"]), dict(config["dropped"])
+        live = np.array([name not in dropped for name in names])
+        state = {
+            k.removeprefix("density."): v for k, v in arrays.items() if k.startswith("density.")
+        }
+        return cls(
+            log_norms=LogNorms(names, live, arrays["floor"], dropped),
+            density=DENSITIES[config["density"]]().load_state(state),
+            calibration=ConformalPValue(arrays["calibration"]),
+            log_likelihood=arrays["log_likelihood"],
+            layers=tuple(config["layers"]),
+            layer_mean=arrays["layer_mean"],
+            layer_sd=arrays["layer_sd"],
+            samples=tuple(config["samples"]),
+            model=str(config["model"]),
+            dtype=str(config["dtype"]),
+            fit_count=int(config["fit_count"]),
+        )
+
+
+def digest(module: nn.Module) -> str:
+    """Twelve hexadecimal digits of the weights' names, shapes, types and bytes."""
+    state = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        raw = parameter.detach().cpu().contiguous().flatten().view(uint8)
+        state.update(raw.numpy().tobytes())
+    return state.hexdigest()[:12]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}.") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"Expected a detector of format {FORMAT} in {path}, got format {found}.")
+    return dict(config)
