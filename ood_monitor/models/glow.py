@@ -1,0 +1,516 @@
+r"""Glow: a normalizing flow whose likelihood is exact and comes in terms, one per latent level.
+
+An image :math:`x \in \mathbb{R}^{C \times H \times W}` is mapped by a bijection :math:`f` to
+latents :math:`z_1, \dots, z_L`, one per level :math:`l`, and by the change of variables
+
+.. math:: \log p(x) = \sum_{l=1}^{L} \log p(z_l \mid h_l)
+    + \log \left| \det \frac{\partial f(x)}{\partial x} \right| ,
+
+in nats, summed over the dimensions. Level :math:`l` squeezes 2x2 pixels into channels, applies
+:math:`K` steps (activation normalisation, invertible 1x1 convolution, affine coupling), and halves
+the channels: :math:`z_l` leaves, :math:`h_l` goes on to level :math:`l + 1`. A diagonal Gaussian
+whose mean and standard deviation are computed from :math:`h_l` is the density of :math:`z_l`; at
+the top, where nothing is left to condition on, :math:`z_L` is standard Gaussian.
+
+Every bijection returns its output and its log-determinant, (B, C, H, W) and (B,) for a batch of B.
+Parameters are applied by plain, out-of-place operations, so that per-sample gradients can be taken
+by hooks and by ``torch.func`` alike; nothing here touches the global random state but
+:meth:`Glow.sample` without a generator.
+
+References:
+    | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
+    | https://arxiv.org/abs/1807.03039
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOG_SCALE_BOUND = 3.0
+"""Bound on each log-scale that a network computes, so that no exponential of it overflows."""
+
+SMALLEST_SD = 1e-6
+"""A channel whose standard deviation is below it counts as constant."""
+
+
+class Bijection(nn.Module, abc.ABC):
+    """An invertible map between images."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to z, and give the log-determinant.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+
+        Returns:
+            z, with as many elements per sample as x, and log |det dz/dx| in nats, with shape (B,).
+        """
+
+    @abc.abstractmethod
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map z, with the shape of forward's output, back to x, with shape (B, C, H, W)."""
+
+
+class Chain(Bijection):
+    """The composition of bijections, applied in the order given and named by their keywords."""
+
+    def __init__(self, **blocks: Bijection) -> None:
+        super().__init__()
+        for name, block in blocks.items():
+            self.add_module(name, block)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply every block; the log-determinants add up."""
+        log_det = _zeros_per_sample(x)
+        for block in self._blocks():
+            x, block_log_det = block(x)
+            log_det = log_det + block_log_det
+        return x, log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Apply every block's inverse, last block first."""
+        for block in reversed(self._blocks()):
+            z = block.inverse(z)
+        return z
+
+    def _blocks(self) -> list[Bijection]:
+        return cast(list[Bijection], list(self.children()))
+
+
+class Squeeze(Bijection):
+    """Space to depth: each 2x2 square of pixels becomes 4 channels of one pixel."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to (B, 4C, H/2, W/2); a permutation, so the log-determinant is 0."""
+        return F.pixel_unshuffle(x, 2), _zeros_per_sample(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map (B, 4C, H/2, W/2) to (B, C, H, W)."""
+        return F.pixel_shuffle(z, 2)
+
+
+class ActNorm(Bijection):
+    r"""Activation normalisation, :math:`z = x \odot \exp(\text{log\_scale}) + \text{bias}`.
+
+    The first batch seen in training mode sets the parameters, so that each channel of its output
+    has mean 0 and variance 1; from then on they are learned like any others. In evaluation mode
+    they are never set: until the first training batch they are those of the identity. The buffer
+    `initialised` says which, and travels in the state dict.
+
+    Args:
+        channels: Number of channels C; `log_scale` and `bias` have shape (C, 1, 1).
+    """
+
+    initialised: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift each channel; see `Bijection.forward`."""
+        if self.training and not self.initialised:
+            self._initialise(x)
+        log_det = _pixels(x) * self.log_scale.sum() + _zeros_per_sample(x)
+        return x * torch.exp(self.log_scale) + self.bias, log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo the shift and the scale; see `Bijection.inverse`."""
+        return (z - self.bias) * torch.exp(-self.log_scale)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor) -> None:
+        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        sd = variance.sqrt()
+        # A constant channel has no scale to remove; dividing by its rounding noise would explode.
+        sd = torch.where(sd < SMALLEST_SD, 1.0, sd)
+        self.log_scale.copy_(-torch.log(sd[0]))
+        self.bias.copy_(-(mean / sd)[0])
+        self.initialised.fill_(True)
+
+
+class InvertibleConv1x1(Bijection):
+    r"""An invertible 1x1 convolution, :math:`z_{ij} = W x_{ij}` at each pixel :math:`(i, j)`.
+
+    .. math:: W = P \, (\text{tril}(\text{lower}) + I) \,
+        (\text{triu}(\text{upper}) + \text{diag}(\text{sign} \odot \exp(\text{log\_s})))
+
+    with strict triangles. The permutation P and the signs are fixed, the rest is learned. W starts
+    as a random orthogonal matrix, whose log-determinant is 0.
+
+    Args:
+        channels: Number of channels C; W has shape (C, C).
+        generator: Draws the initial W.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        # Decomposed in double precision, so that rounding to the default dtype is the only error.
+        weight = torch.empty(channels, channels, dtype=torch.float64)
+        nn.init.orthogonal_(weight, generator=generator)
+        permutation, lower, upper = torch.linalg.lu(weight)
+        dtype = torch.get_default_dtype()
+        self.register_buffer("permutation", permutation.to(dtype))
+        self.register_buffer("sign", upper.diagonal().sign().to(dtype))
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.log_s = nn.Parameter(upper.diagonal().abs().log().to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply the channels of each pixel by W; see `Bijection.forward`."""
+        lower, upper = self._triangles()
+        weight = self.permutation @ lower @ upper
+        log_det = _pixels(x) * self.log_s.sum() + _zeros_per_sample(x)
+        return F.conv2d(x, weight[:, :, None, None]), log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Solve for the channels of each pixel; see `Bijection.inverse`."""
+        lower, upper = self._triangles()
+        y = self.permutation.T @ z.flatten(2)
+        y = torch.linalg.solve_triangular(lower, y, upper=False, unitriangular=True)
+        x: Tensor = torch.linalg.solve_triangular(upper, y, upper=True)
+        return x.reshape(z.shape)
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        diagonal = torch.diag(self.sign * torch.exp(self.log_s))
+        identity = torch.eye(len(self.log_s), dtype=self.lower.dtype, device=self.lower.device)
+        return self.lower.tril(-1) + identity, self.upper.triu(1) + diagonal
+
+
+class AffineCoupling(Bijection):
+    r"""Affine coupling: one half of the channels scales and shifts the other.
+
+    .. math:: z_a = x_a, \quad z_b = x_b \odot \exp(s) + t, \quad
+        (t, r) = \text{network}(x_a), \quad s = m \tanh(r / m)
+
+    with m = `LOG_SCALE_BOUND`. The network's last convolution starts at zero, hence the coupling as
+    the identity.
+
+    Args:
+        channels: Number of channels C, at least 2; :math:`x_a` has ⌊C/2⌋ of them.
+        hidden: Number of channels of the network's two hidden layers.
+        generator: Draws the network's initial weights.
+
+    Raises:
+        ValueError: There are fewer than 2 channels.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        _check_at_least(2, channels=channels)
+        self.unchanged = channels // 2
+        self.network = nn.Sequential(
+            _conv(self.unchanged, hidden, 3, generator),
+            nn.ReLU(),
+            _conv(hidden, hidden, 1, generator),
+            nn.ReLU(),
+            _zero_conv(hidden, 2 * (channels - self.unchanged)),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift the second half; see `Bijection.forward`."""
+        x_a, x_b = x.tensor_split([self.unchanged], dim=1)
+        shift, log_scale = self._affine(x_a)
+        z_b = x_b * torch.exp(log_scale) + shift
+        return torch.cat([x_a, z_b], dim=1), _sum_per_sample(log_scale)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo the shift and the scale, both known from the first half; see `Bijection.inverse`."""
+        z_a, z_b = z.tensor_split([self.unchanged], dim=1)
+        shift, log_scale = self._affine(z_a)
+        return torch.cat([z_a, (z_b - shift) * torch.exp(-log_scale)], dim=1)
+
+    def _affine(self, x_a: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = self.network(x_a).chunk(2, dim=1)
+        return shift, _bounded(raw)
+
+
+class ConditionalGaussian(nn.Module):
+    r"""The density of a latent given what goes on, :math:`\mathcal{N}(z; \mu(h), \sigma(h)^2)`.
+
+    One convolution gives :math:`\mu` and :math:`\log \sigma`, the latter bounded as in
+    `AffineCoupling`; it starts at zero, hence the density as the standard Gaussian.
+
+    Args:
+        channels: Number of channels C of the latent z, and of h.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _zero_conv(channels, 2 * channels)
+
+    def forward(self, z: Tensor, h: Tensor) -> Tensor:
+        """Log-density of z given h, in nats, with shape (B,); z and h have shape (B, C, H, W)."""
+        mean, log_sd = self._moments(h)
+        return _standard_log_prob((z - mean) * torch.exp(-log_sd)) - _sum_per_sample(log_sd)
+
+    def sample(self, noise: Tensor, h: Tensor) -> Tensor:
+        """Turn standard Gaussian noise into a sample given h, all with shape (B, C, H, W)."""
+        mean, log_sd = self._moments(h)
+        return mean + noise * torch.exp(log_sd)
+
+    def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = self.conv(h).chunk(2, dim=1)
+        return mean, _bounded(raw)
+
+
+class Glow(nn.Module):
+    """Glow: multi-scale flow of activation normalisations, 1x1 convolutions and couplings.
+
+    It takes real-valued images as they are: scaling and dequantisation are the caller's. A fresh
+    model is an orthogonal map, hence a standard Gaussian, until its first batch in training mode
+    initialises the activation normalisations (see `ActNorm`). Score in evaluation mode.
+
+    Args:
+        channels: Number of channels C of the images.
+        size: Their height and width (H, W), or one number for both; each divisible by 2**levels.
+        levels: Number L of latent levels.
+        steps: Number K of steps per level.
+        hidden: Number of channels of the couplings' hidden layers.
+        seed: Seed of the initial weights; two models of the same seed are identical.
+
+    Raises:
+        ValueError: A number is below 1, or the size is not divisible by 2**levels.
+
+    Example:
+        >>> flow = Glow(channels=1, size=8).eval()
+        >>> images = torch.zeros(1, 1, 8, 8)
+        >>> for name, term in flow.log_prob_terms(images).items():
+        ...     print(name, f"{term.item():.2f}")
+        latent_1 -29.41
+        latent_2 -29.41
+        log_det 0.00
+        >>> print(f"{flow.log_prob(images).item():.2f}")
+        -58.81
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        levels: int = 2,
+        steps: int = 4,
+        hidden: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_at_least(1, channels=channels, levels=levels, steps=steps, hidden=hidden)
+        height, width = (size, size) if isinstance(size, int) else size
+        _check_divisible(height, width, 2**levels)
+        self.shape = (channels, height, width)
+        generator = torch.Generator().manual_seed(seed)
+        # Each squeeze quadruples the channels and each split halves them.
+        widths = [channels * 2 ** (level + 1) for level in range(1, levels + 1)]
+        self.levels = nn.ModuleList(_level(width, steps, hidden, generator) for width in widths)
+        self.priors = nn.ModuleList(ConditionalGaussian(width // 2) for width in widths[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give `log_prob` of x, so that the module can be called as a function of its input."""
+        return self.log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of each image.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+
+        Returns:
+            log p(x) in nats, summed over dimensions, with shape (B,).
+
+        Raises:
+            ValueError: x has another shape, or is not floating-point.
+        """
+        return functools.reduce(torch.add, self.log_prob_terms(x).values())
+
+    def log_prob_terms(self, x: Tensor) -> dict[str, Tensor]:
+        """Log-density of each image, term by term; the terms sum to `log_prob`.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+
+        Returns:
+            Under "latent_1", ..., "latent_L" each level's log-density, the top last, and under
+            "log_det" the whole log-determinant; each in nats, with shape (B,).
+
+        Raises:
+            ValueError: x has another shape, or is not floating-point.
+        """
+        return self._encode(x)[1]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Map images to latents.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+
+        Returns:
+            z_1, ..., z_L; z_l has shape (B, 2**l C, H/2**l, W/2**l), and the top, z_L, twice the
+            channels.
+
+        Raises:
+            ValueError: x has another shape, or is not floating-point.
+        """
+        return self._encode(x)[0]
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Map latents, as `encode` gives them, back to images.
+
+        Args:
+            latents: z_1, ..., z_L, with the shapes documented in `encode`.
+
+        Returns:
+            Images, with shape (B, C, H, W).
+
+        Raises:
+            ValueError: The latents are too many, too few, or have other shapes.
+        """
+        expected = self._latent_shapes()
+        got = [tuple(z.shape[1:]) for z in latents]
+        if got != expected:
+            raise ValueError(f"Expected latents of shapes (B, ...) with {expected}, got {got}.")
+        return self._assemble(latents[-1], lambda level, _: latents[level])
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw images.
+
+        Args:
+            n: Number of images.
+            generator: Source of the noise; by default the global one.
+            temperature: Factor on the standard deviations of the latents.
+
+        Returns:
+            Images, with shape (n, C, H, W).
+        """
+        noise = [temperature * z for z in self._noise(n, generator)]
+        priors = self._priors()
+        return self._assemble(noise[-1], lambda level, h: priors[level].sample(noise[level], h))
+
+    def _encode(self, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        _check_images(x, self.shape)
+        *lower, top = self._levels()
+        latents, terms, log_det = [], {}, _zeros_per_sample(x)
+        for number, (level, prior) in enumerate(zip(lower, self._priors(), strict=True), start=1):
+            x, level_log_det = level(x)
+            x, z = x.chunk(2, dim=1)
+            latents.append(z)
+            terms[f"latent_{number}"] = prior(z, x)
+            log_det = log_det + level_log_det
+        z, level_log_det = top(x)
+        terms[f"latent_{len(lower) + 1}"] = _standard_log_prob(z)
+        terms["log_det"] = log_det + level_log_det
+        return [*latents, z], terms
+
+    def _assemble(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Go down from the top; `latent(level, h)` gives what leaves at a level, counted from 0."""
+        *lower, last = self._levels()
+        x = last.inverse(top)
+        for index, level in reversed(list(enumerate(lower))):
+            x = level.inverse(torch.cat([x, latent(index, x)], dim=1))
+        return x
+
+    def _noise(self, n: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+        like = next(self.parameters())
+        device = like.device if generator is None else generator.device
+        for shape in self._latent_shapes():
+            noise = torch.randn(n, *shape, generator=generator, device=device, dtype=like.dtype)
+            yield noise.to(like.device)
+
+    def _latent_shapes(self) -> list[tuple[int, int, int]]:
+        channels, height, width = self.shape
+        scales = [2**level for level in range(1, len(self.levels) + 1)]
+        shapes = [(channels * scale, height // scale, width // scale) for scale in scales]
+        top_channels, *top_size = shapes[-1]
+        return [*shapes[:-1], (2 * top_channels, top_size[0], top_size[1])]
+
+    def _levels(self) -> list[Bijection]:
+        return cast(list[Bijection], list(self.levels))
+
+    def _priors(self) -> list[ConditionalGaussian]:
+        return cast(list[ConditionalGaussian], list(self.priors))
+
+
+def _level(channels: int, steps: int, hidden: int, generator: torch.Generator) -> Chain:
+    chain = {f"step_{k}": _step(channels, hidden, generator) for k in range(steps)}
+    return Chain(squeeze=Squeeze(), **chain)
+
+
+def _step(channels: int, hidden: int, generator: torch.Generator) -> Chain:
+    return Chain(
+        actnorm=ActNorm(channels),
+        conv1x1=InvertibleConv1x1(channels, generator=generator),
+        coupling=AffineCoupling(channels, hidden, generator=generator),
+    )
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel: int, generator: torch.Generator
+) -> nn.Conv2d:
+    conv = _zero_conv(in_channels, out_channels, kernel)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
+    return conv
+
+
+def _zero_conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d:
+    # Built without storage, because the constructor would draw from the global random state.
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, device="meta")
+    conv = conv.to_empty(device="cpu")
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+def _bounded(raw: Tensor) -> Tensor:
+    return LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
+
+
+def _standard_log_prob(z: Tensor) -> Tensor:
+    return _sum_per_sample(-0.5 * (z * z + math.log(2 * math.pi)))
+
+
+def _sum_per_sample(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1)
+
+
+def _zeros_per_sample(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x))
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[-2] * x.shape[-1]
+
+
+def _check_at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"Expected {name} of at least {least}, got {number}.")
+
+
+def _check_divisible(height: int, width: int, divisor: int) -> None:
+    if min(height, width) < divisor or height % divisor or width % divisor:
+        raise ValueError(
+            f"Expected a size divisible by 2**levels = {divisor}, got {height}x{width}."
+        )
+
+
+def _check_images(x: Tensor, shape: tuple[int, int, int]) -> None:
+    if tuple(x.shape[1:]) != shape:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"Expected images of shape (B, {expected}), got {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise ValueError(f"Expected images of a floating-point dtype, got {x.dtype}.")
