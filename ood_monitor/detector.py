@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -166,7 +166,7 @@ class Detector:
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
         score[~np.isfinite(score)] = np.nan
-        logs = _by_layer(measured.names, _log(fitted, measured.norms), np.mean)[1]
+        logs = _by_layer(measured.names, fitted.log_norms.logs(measured.norms), np.mean)[1]
         layers, shares = _by_layer(fitted.log_norms.live_names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
@@ -184,8 +184,6 @@ class Detector:
             RuntimeError: The detector is not fitted.
             ValueError: ``layers`` is a function, which no file can hold; give name patterns.
         """
-        if callable(self.layers):
-            raise ValueError("Expected layers as name patterns to save, got a function.")
         self.fitted.save(Path(directory), self._options())
 
     @classmethod
@@ -204,19 +202,43 @@ class Detector:
             UserWarning: The model's weights are not those that the detector was fitted on, so the
                 calibration is stale.
         """
-        fitted, options = Fitted.load(Path(directory))
+        return cls._restored(*Fitted.load(Path(directory)), adapter)
+
+    def state_dict(self) -> dict[str, str | bytes]:
+        """What :meth:`save_pretrained` writes, as primitives for a checkpoint.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: ``layers`` is a function.
+        """
+        config, tensors = self.fitted.dump(self._options())
+        return {"config": config, "tensors": tensors}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], adapter: Adapter) -> Self:
+        """The detector whose :meth:`state_dict` this is; see :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: As there.
+        """
+        return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter)
+
+    @classmethod
+    def _restored(cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter) -> Self:
         _check_layers(fitted, adapter)
         if digest(adapter.module) != fitted.model:
             warnings.warn(
                 f"Stale calibration: the detector was fitted on weights {fitted.model}, the model "
                 f"has {digest(adapter.module)}. Fit it again on held-out data.",
-                stacklevel=2,
+                stacklevel=3,
             )
         detector = cls(adapter, density=fitted.density, **options)
         detector._fitted = fitted
         return detector
 
     def _options(self) -> dict[str, Any]:
+        if callable(self.layers):
+            raise ValueError("Expected layers as name patterns to save, got a function.")
         names = ("layers", "granularity", "chunk_size", "calibration_fraction", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -240,9 +262,7 @@ class Detector:
         density = copy.deepcopy(self._density).fit(log_norms(measured.norms[fit]))
         scores = density.score(log_norms(measured.norms[calibrate]))
         _warn_of_autocorrelation(scores)
-        layers, logs = _by_layer(
-            measured.names, np.log(np.maximum(measured.norms[fit], log_norms.floor)), np.mean
-        )
+        layers, logs = _by_layer(measured.names, log_norms.logs(measured.norms[fit]), np.mean)
         return Fitted(
             log_norms=log_norms,
             density=density,
@@ -307,10 +327,6 @@ def _check_layers(fitted: Fitted, adapter: Adapter) -> None:
                 f"Expected a model with the layers of the detector, got "
                 f"{type(adapter.module).__name__} without {name!r}."
             )
-
-
-def _log(fitted: Fitted, norms: Array) -> Array:
-    return np.log(np.maximum(norms, fitted.log_norms.floor))
 
 
 def _by_layer(names: tuple[str, ...], columns: Array, how: Any) -> tuple[tuple[str, ...], Array]:

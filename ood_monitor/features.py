@@ -1,8 +1,8 @@
 """From squared gradient norms to the features that a density sees: logs of the live ones.
 
 A layer can be *constant*, its gradient the same for every sample, or numerically *dead*: zero in
-theory and rounding noise in practice, such as an attention's key bias, which the softmax
-ignores. Such norms differ between any two correct programs and would be the loudest features of all.
+theory and rounding noise in practice, such as an attention's key bias, which a softmax ignores.
+Such norms differ between any two correct programs and would be the loudest features of all.
 """
 
 from collections.abc import Mapping
@@ -79,8 +79,12 @@ class LogNorms:
         return cls(names, live, np.maximum(median * eps**2, np.finfo(float).tiny), dropped)
 
     def __call__(self, norms: Array) -> Array:
-        """Log f of the live features, (N, live)."""
-        return np.log(np.maximum(norms, self.floor)[:, self.live])
+        """log f of the live features, (N, live)."""
+        return self.logs(norms)[:, self.live]
+
+    def logs(self, norms: Array) -> Array:
+        """log f of all features, (N, F): above their floors, and an overflow as a large number."""
+        return np.log(np.clip(norms, self.floor, np.finfo(np.float64).max))
 
     @property
     def live_names(self) -> tuple[str, ...]:

@@ -64,7 +64,13 @@ class Fitted:
 
     def save(self, directory: Path, options: dict[str, Any]) -> None:
         """Write the two files; ``options`` are the detector's own settings, JSON-able."""
+        config, tensors = self.dump(options)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / TENSORS).write_bytes(tensors)
+        (directory / CONFIG).write_text(config)
+
+    def dump(self, options: dict[str, Any]) -> tuple[str, bytes]:
+        """The contents of the two files: JSON, and safetensors."""
         config = {
             "format": FORMAT,
             "density": type(self.density).__name__,
@@ -79,8 +85,7 @@ class Fitted:
             "fingerprint": self.fingerprint,
             "options": options,
         }
-        (directory / TENSORS).write_bytes(save(self._arrays()))
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        return json.dumps(config, indent=2) + "\n", save(self._arrays())
 
     @classmethod
     def load(cls, directory: Path) -> tuple[Self, dict[str, Any]]:
@@ -90,22 +95,30 @@ class Fitted:
             FileNotFoundError: A file is missing.
             ValueError: A file is damaged, of a newer format, or does not belong to the other.
         """
-        config = _config(directory / CONFIG)
+        config = (directory / CONFIG).read_bytes()
+        tensors = (directory / TENSORS).read_bytes()
         try:
-            arrays = load((directory / TENSORS).read_bytes())
-            fitted = cls._from_parts(config, arrays)
-            intact = fitted.fingerprint == config["fingerprint"]
-            options = dict(config["options"])
-        except FileNotFoundError:
-            raise
+            return cls.parse(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+
+    @classmethod
+    def parse(cls, config: str | bytes, tensors: bytes) -> tuple[Self, dict[str, Any]]:
+        """(fitted, options) from the contents of the two files.
+
+        Raises:
+            ValueError: They are damaged, of a newer format, or do not belong together.
+        """
+        settings = _settings(config)
+        try:
+            fitted = cls._from_parts(settings, load(tensors))
+            options, expected = dict(settings["options"]), settings["fingerprint"]
         except Exception as error:  # whatever a damaged file makes the parsers raise
+            raise ValueError(f"Expected the files of a detector, got {error!r}.") from error
+        if fitted.fingerprint != expected:
             raise ValueError(
-                f"Expected a detector's files in {directory}, got {error!r}."
-            ) from error
-        if not intact:
-            raise ValueError(
-                f"Expected {directory / TENSORS} with fingerprint {config['fingerprint']}, as "
-                f"{CONFIG} says, got {fitted.fingerprint}: the files do not belong together."
+                f"Expected {TENSORS} with fingerprint {expected}, as {CONFIG} says, got "
+                f"{fitted.fingerprint}: the files do not belong together."
             )
         return fitted, options
 
@@ -152,12 +165,12 @@ def digest(module: nn.Module) -> str:
     return state.hexdigest()[:12]
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _settings(config: str | bytes) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}.") from error
-    found = config.get("format") if isinstance(config, dict) else None
+        settings = json.loads(config)
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {CONFIG}, got {error}.") from error
+    found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
-        raise ValueError(f"Expected a detector of format {FORMAT} in {path}, got format {found}.")
-    return dict(config)
+        raise ValueError(f"Expected a detector of format {FORMAT} in {CONFIG}, got {found!r}.")
+    return dict(settings)

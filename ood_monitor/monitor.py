@@ -1,0 +1,425 @@
+"""The monitor: a detector on a stream. It decides, remembers, and tells the sinks."""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.alerts import (
+    Alert,
+    AlertEvidence,
+    AlertKind,
+    Dispatcher,
+    LayerShare,
+    Severity,
+    Sink,
+    Status,
+    Summary,
+)
+from ood_monitor.calibration import binomial_interval
+from ood_monitor.densities import Array
+from ood_monitor.detector import Detector, Scores
+from ood_monitor.drift import EDetector, Evidence
+from ood_monitor.gradients.norms import finite_samples
+
+__all__ = ["Monitor"]
+
+#: Version of :meth:`Monitor.state_dict`.
+_STATE_FORMAT = 1
+
+#: Scores of the episode that the running figures cover, and samples that the layers' means do.
+_RECENT_SCORES, _RECENT_LAYERS = 1000, 50
+
+
+@dataclass
+class _Episode:
+    """Running figures since the last (re)start of the drift test."""
+
+    seen: int = 0
+    scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
+
+    def add(self, score: float, flagged: bool, layers: Array) -> None:
+        self.seen += 1
+        self.scores.append(score)
+        self.flags.append(flagged)
+        before = self.layers if self.layers.size else np.zeros_like(layers)
+        self.layers = before + (layers - before) / min(self.seen, _RECENT_LAYERS)
+
+
+@dataclass
+class _State:
+    """All that a monitor remembers, but for the drift test."""
+
+    episode: _Episode = field(default_factory=_Episode)
+    status: Status = "OK"
+    samples_seen: int = 0
+    invalid: int = 0
+    log_e_value: float = -math.inf
+    quiet: int = 0  # samples since the last alarm or flag
+    valid_run: int | None = None  # samples since the last invalid one; None before the first
+
+
+class Monitor:
+    """Watches a stream of samples and raises alerts.
+
+    A *sample* alert says that a p-value is at most ``fpr``: a share ``fpr`` of in-distribution
+    samples is flagged. A *drift* alert says that the stream as a whole has left the calibration
+    data: while it has not, one comes at most every ``ert`` samples on average. Alerts are
+    transitions: at most one sample alert an update, none while a drift alert stands; after
+    ``recovery`` samples without an alarm a *recovered* alert ends it. The condition of both
+    promises: samples are exchangeable with the calibration data while nothing is wrong.
+
+    Args:
+        detector: Fitted.
+        ert: Expected run time to a false drift alarm, in samples.
+        fpr: False-positive rate of single samples.
+        sinks: Told of every alert from a thread of the monitor's own; never waited for.
+        name: The stream's name in alerts.
+        recovery: Samples without an alarm after which the stream counts as recovered.
+        summary_every: Samples between running figures for sinks that show them.
+        seed: Of the drift test's tie-breakers.
+
+    Raises:
+        RuntimeError: The detector is not fitted.
+        ValueError: ``fpr`` or ``ert`` is out of range, or too small for the calibration data.
+
+    Example:
+        >>> import ood_monitor as om
+        >>> flow = om.models.Glow(channels=1, size=8, levels=1, steps=1, hidden=4)
+        >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> detector = om.Detector(om.LogLikelihood(flow)).fit([images[:200]], progress=False)
+        >>> with om.Monitor(detector, ert=1_000, fpr=0.02) as monitor:
+        ...     before = monitor.update(images[200:250])
+        ...     after = monitor.update(images[250:] / 2)
+        >>> [alert.kind for alert in before], [alert.kind for alert in after]
+        (['sample'], ['drift'])
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        ert: float = 10_000,
+        fpr: float = 0.01,
+        sinks: Iterable[Sink] = (),
+        name: str = "stream",
+        recovery: int = 500,
+        summary_every: int = 100,
+        seed: int = 0,
+    ) -> None:
+        fitted = detector.fitted
+        fitted.calibration.check_fpr(fpr)
+        if recovery < 1 or summary_every < 1:
+            raise ValueError(
+                "Expected recovery and summary_every of at least 1, got "
+                f"{recovery} and {summary_every}."
+            )
+        self.detector, self.fpr, self.ert, self.name = detector, fpr, float(ert), name
+        self._recovery, self._summary_every = recovery, summary_every
+        self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
+        self._state = _State()
+        self._dispatcher = Dispatcher(sinks)
+        self._lock = threading.RLock()
+        self._fingerprint, self._layers = fitted.fingerprint, fitted.live_layers
+        self.last: Scores | None = None
+
+    @property
+    def status(self) -> Status:
+        """OK, WARN (a sample was flagged lately) or ALERT (the stream has drifted)."""
+        return self._state.status
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples so far, the invalid ones included."""
+        return self._state.samples_seen
+
+    @property
+    def invalid(self) -> int:
+        """Samples so far that could not be scored."""
+        return self._state.invalid
+
+    @property
+    def log_e_value(self) -> float:
+        """Natural logarithm of the drift test's e-value; an alarm is raised at log(ert)."""
+        return self._state.log_e_value
+
+    def update(self, batch: Batch) -> list[Alert]:
+        """Score B samples, in the order in which they came, and decide.
+
+        A sample with a value that is not finite is counted, gets score and p-value nan in
+        :attr:`last`, and changes nothing for the others or for the drift test.
+
+        Args:
+            batch: As the detector's held-out batches were.
+
+        Returns:
+            The alerts raised, which the sinks get too.
+
+        Raises:
+            ValueError: An empty batch, or one of other shapes or types than the held-out data; the
+                monitor is then unchanged.
+        """
+        batch_size(batch)
+        finite = finite_samples(batch)
+        scores = None
+        if finite.any():
+            kept = batch if finite.all() else map_tensors(lambda t: t[finite.to(t.device)], batch)
+            scores = self.detector.score(kept)
+        with self._lock:
+            self.last = None if scores is None else _spread(scores, finite)
+            alerts = self._advance(scores, finite)
+        for alert in alerts:
+            self._dispatcher.send(alert)
+        return alerts
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the monitor remembers, as primitives that JSON can hold."""
+        with self._lock:
+            state, episode = self._state, self._state.episode
+            return {
+                "format": _STATE_FORMAT,
+                "drift": self._drift.state_dict(),
+                "status": state.status,
+                "samples_seen": state.samples_seen,
+                "invalid": state.invalid,
+                "log_e_value": state.log_e_value if math.isfinite(state.log_e_value) else None,
+                "quiet": state.quiet,
+                "valid_run": state.valid_run,
+                "seen": episode.seen,
+                "scores": list(episode.scores),
+                "flags": list(episode.flags),
+                "layers": episode.layers.tolist(),
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume, to the bit, where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: A state of another format, detector or ``ert``; nothing is changed.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise ValueError(
+                f"Expected a state of format {_STATE_FORMAT}, got {state.get('format')}."
+            )
+        try:
+            restored = _restored(state)
+            drift = dict(state["drift"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
+        with self._lock:
+            self._drift.load_state_dict(drift)
+            self._state = restored
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until the sinks have all that was sent; False if the time is up first."""
+        return self._dispatcher.flush(timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Deliver what is left within ``timeout`` seconds, and close the sinks."""
+        self._dispatcher.close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _advance(self, scores: Scores | None, finite: Tensor) -> list[Alert]:
+        alerts = self._count_invalid(scores, finite)
+        if scores is None:
+            self._state.samples_seen += len(finite)
+            return alerts
+        rows = iter(_rows(scores))
+        worst: _Row | None = None
+        for is_finite in finite.tolist():
+            self._state.samples_seen += 1
+            row = next(rows) if is_finite else None
+            if row is None or not row.valid:
+                continue
+            alerts += self._take(row)
+            if row.p_value <= self.fpr and (worst is None or row.p_value < worst.p_value):
+                worst = row
+            self._maybe_summarise()
+        if worst is not None and self._state.status != "ALERT":
+            alerts.append(self._flag(worst))
+        return alerts
+
+    def _take(self, row: "_Row") -> list[Alert]:
+        """One valid sample: the drift test, the figures, and what follows from them."""
+        state = self._state
+        evidence = self._drift.update(row.score)
+        state.log_e_value = evidence.log_e_value
+        state.episode.add(row.score, row.p_value <= self.fpr, row.layers)
+        state.quiet += 1
+        if evidence.alarm:
+            return self._alarm(evidence)
+        if state.status != "OK" and state.quiet >= self._recovery:
+            return self._recover()
+        return []
+
+    def _alarm(self, evidence: Evidence) -> list[Alert]:
+        state, stands = self._state, self._state.status == "ALERT"
+        message = (
+            f"Drift: evidence e^{evidence.log_e_value:.1f} against the calibration data reached "
+            f"the promised run time {self.ert:,.0f} after {evidence.n:,} samples."
+        )
+        alert = self._alert("drift", "critical", message, _top(self._layers, state.episode.layers))
+        state.status, state.quiet = "ALERT", 0
+        # The history now holds samples from after the change; see EDetector.restart.
+        self._drift.restart()
+        state.episode, state.log_e_value = _Episode(), -math.inf
+        return [] if stands else [alert]
+
+    def _recover(self) -> list[Alert]:
+        was, self._state.status = self._state.status, "OK"
+        if was != "ALERT":
+            return []
+        message = f"Recovered: {self._recovery:,} samples without a new alarm."
+        return [self._alert("recovered", "info", message, ())]
+
+    def _flag(self, row: "_Row") -> Alert:
+        self._state.status, self._state.quiet = "WARN", 0
+        message = f"Anomalous sample: p-value {row.p_value:.3g}, at most fpr {self.fpr:g}."
+        top = _top(self._layers, row.layers)
+        alert = self._alert("sample", "warning", message, top)
+        return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
+
+    def _count_invalid(self, scores: Scores | None, finite: Tensor) -> list[Alert]:
+        state = self._state
+        bad = int((~finite).sum()) + (0 if scores is None else int((~scores.valid).sum()))
+        if not bad:
+            state.valid_run = None if state.valid_run is None else state.valid_run + len(finite)
+            return []
+        state.invalid += bad
+        is_news = state.valid_run is None or state.valid_run >= self._recovery
+        state.valid_run = 0
+        message = f"Invalid input: {bad} of {len(finite)} samples could not be scored."
+        return [self._alert("invalid_input", "warning", message, ())] if is_news else []
+
+    def _alert(
+        self, kind: AlertKind, severity: Severity, message: str, top: Sequence[LayerShare]
+    ) -> Alert:
+        return Alert(
+            kind=kind,
+            severity=severity,
+            stream=self.name,
+            samples_seen=self._state.samples_seen,
+            message=message,
+            evidence=self._evidence(),
+            top_layers=tuple(top),
+            detector=self._fingerprint,
+            model=self.detector.fitted.model,
+        )
+
+    def _evidence(self) -> AlertEvidence:
+        state, episode = self._state, self._state.episode
+        window, flagged = len(episode.scores), sum(episode.flags)
+        low, high = binomial_interval(flagged, window) if window else (math.nan, math.nan)
+        return AlertEvidence(
+            log_e_value=state.log_e_value,
+            ert=self.ert,
+            fpr=self.fpr,
+            flagged=flagged,
+            window=window,
+            flagged_rate=flagged / window if window else None,
+            flagged_rate_low=low,
+            flagged_rate_high=high,
+            score_mean=float(np.mean(episode.scores)) if window else None,
+            score_p95=float(np.quantile(episode.scores, 0.95)) if window else None,
+        )
+
+    def _maybe_summarise(self) -> None:
+        if self._state.samples_seen % self._summary_every:
+            return
+        evidence = self._evidence()
+        self._dispatcher.summarise(
+            Summary(
+                stream=self.name,
+                samples_seen=self._state.samples_seen,
+                status=self._state.status,
+                score_mean=evidence.score_mean,
+                score_p95=evidence.score_p95,
+                flagged_rate=evidence.flagged_rate,
+                log_e_value=evidence.log_e_value,
+                invalid={"not scored": self._state.invalid},
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sample's part of :class:`Scores`; ``layers`` is z and parts of the score, (2, L)."""
+
+    score: float
+    p_value: float
+    valid: bool
+    layers: Array
+
+
+def _rows(scores: Scores) -> list[_Row]:
+    z = torch.stack([scores.z[layer] for layer in scores.layers], 1)
+    parts = torch.stack(list(scores.layers.values()), 1)
+    layers = torch.stack([z, parts], 1).numpy()
+    numbers = zip(
+        scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist(), strict=True
+    )
+    return [_Row(*sample, layers[i]) for i, sample in enumerate(numbers)]
+
+
+def _spread(scores: Scores, finite: Tensor) -> Scores:
+    """The scores of the finite samples as those of the whole batch, nan for the others."""
+
+    def spread(values: Tensor) -> Tensor:
+        whole = values.new_full((len(finite),), False if values.dtype == torch.bool else math.nan)
+        whole[finite] = values
+        return whole
+
+    return Scores(
+        score=spread(scores.score),
+        p_value=spread(scores.p_value),
+        log_likelihood=spread(scores.log_likelihood),
+        layers={name: spread(values) for name, values in scores.layers.items()},
+        z={name: spread(values) for name, values in scores.z.items()},
+        valid=spread(scores.valid),
+    )
+
+
+def _top(names: Sequence[str], layers: Array, count: int = 10) -> list[LayerShare]:
+    """The layers furthest from what is usual, with their share of a positive score."""
+    z, parts = layers
+    total = parts.sum()
+    share = parts / total if total > 0 else np.full_like(parts, math.nan)
+    order = np.argsort(-np.abs(z), kind="stable")[:count]
+    return [LayerShare(names[i], float(share[i]), float(z[i])) for i in order]
+
+
+def _restored(state: Mapping[str, Any]) -> _State:
+    log_e_value = state["log_e_value"]
+    episode = _Episode(int(state["seen"]))
+    episode.scores.extend(map(float, state["scores"]))
+    episode.flags.extend(map(bool, state["flags"]))
+    episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
+    return _State(
+        episode=episode,
+        status=state["status"],
+        samples_seen=int(state["samples_seen"]),
+        invalid=int(state["invalid"]),
+        log_e_value=-math.inf if log_e_value is None else float(log_e_value),
+        quiet=int(state["quiet"]),
+        valid_run=None if state["valid_run"] is None else int(state["valid_run"]),
+    )

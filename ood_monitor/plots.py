@@ -1,0 +1,227 @@
+"""The figures: scores by stream, layers against their fitted normal, an alert, a drift test.
+
+Each function returns a `matplotlib.figure.Figure` of its own, made without pyplot: no display, no
+global state, any thread. Save it with `figure.savefig(path)`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from ood_monitor.alerts import Alert
+
+# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
+_BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", _BLACK)
+_BINS = 40
+_COLUMNS = 3  # panels beside each other
+
+
+def score_histogram(
+    groups: Mapping[str, ArrayLike], *, title: str, log_density: bool = False
+) -> Figure:
+    """Histograms of anomaly scores, such as calibration data beside the streams.
+
+    Args:
+        groups: Scores by the name of their group, each of shape (N,); values that are not finite
+            are left out and counted in the legend.
+        title: What the figure shows.
+        log_density: Whether the density has a logarithmic axis.
+
+    Raises:
+        ValueError: If there is no group, or a group has no finite score.
+    """
+    if not groups:
+        raise ValueError("Expected at least one group of scores.")
+    figure, axes = _one_panel(title)
+    for index, (name, scores) in enumerate(groups.items()):
+        finite, lost = _finite(name, scores)
+        label = f"{name} (n = {len(finite):,}{f', {lost:,} not finite' if lost else ''})"
+        _histogram(axes, finite, _COLOURS[index % len(_COLOURS)], label, log=log_density)
+    axes.set_xlabel("anomaly score (no unit; higher = more anomalous)")
+    axes.set_ylabel("density (per unit of score)")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def layer_histograms(
+    features: Mapping[str, ArrayLike],
+    fitted: Mapping[str, tuple[float, float]],
+    *,
+    other: Mapping[str, Mapping[str, ArrayLike]] | None = None,
+) -> Figure:
+    """A panel per layer: its log squared gradient norms and the normal density fitted to them.
+
+    Args:
+        features: In-distribution log squared norms by layer, each of shape (N,).
+        fitted: Mean and standard deviation by layer, of the same quantity.
+        other: The same as `features` for other data, by the data's name; a layer may be missing.
+            Values that are not finite are left out everywhere.
+
+    Raises:
+        ValueError: If there is no layer, a layer is not fitted or has a standard deviation that is
+            not positive, or a group of values has none that is finite.
+    """
+    if missing := sorted(set(features) - set(fitted)) or (not features and ["any"]):
+        raise ValueError(f"Expected a fitted mean and deviation for each layer, not for {missing}.")
+    columns = min(_COLUMNS, len(features))
+    rows = math.ceil(len(features) / columns)
+    figure = _figure(max(6.0, 3.0 * columns), max(4.0, 2.2 * rows + 0.8))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (layer, values) in zip(panels, features.items(), strict=False):
+        groups = {"in-distribution": values} | _of_layer(other or {}, layer)
+        _layer_panel(axes, layer, groups, fitted[layer])
+    for axes in panels[len(features) :]:
+        axes.set_axis_off()
+    _share_legend(figure, panels[: len(features)])
+    figure.supxlabel("log squared gradient norm (natural logarithm of nats²)", fontsize="medium")
+    figure.supylabel("density (per unit of the logarithm)", fontsize="medium")
+    return figure
+
+
+def alert_figure(alert: Alert) -> Figure:
+    """How far each layer of an alert is from its in-distribution mean, the furthest on top."""
+    known = [
+        (layer.layer, layer.z, layer.share) for layer in alert.top_layers if layer.z is not None
+    ]
+    known.sort(key=lambda bar: abs(bar[1]))
+    heading = f"{alert.kind}: stream {alert.stream}, {alert.samples_seen:,} samples seen"
+    figure, axes = _one_panel(heading if not known else f"{heading}\n% = share of the score")
+    if not known:
+        axes.text(0.5, 0.5, "This alert names no layer.", transform=axes.transAxes, ha="center")
+        axes.set_axis_off()
+        return figure
+    names, z, shares = zip(*known, strict=True)
+    bars = axes.barh(range(len(z)), z, color=[_ORANGE if value >= 0 else _BLUE for value in z])
+    axes.bar_label(bars, [_percent(share) for share in shares], padding=3, fontsize="small")
+    axes.set_yticks(range(len(z)), [_short(name) for name in names], fontsize="small")
+    axes.set_xlabel("z (standard deviations from the in-distribution mean)")
+    axes.axvline(0.0, color=_BLACK, linewidth=0.8)
+    axes.margins(x=0.15)
+    return figure
+
+
+def evidence_figure(log_e_values: ArrayLike, *, ert: float, alarms: Sequence[int] = ()) -> Figure:
+    """The drift test's evidence over a stream, with the threshold that raises the alarm.
+
+    Args:
+        log_e_values: Natural logarithm of the e-value after each sample, of shape (N,); a value
+            that is not finite leaves a gap.
+        ert: Promised mean number of samples between false alarms; the threshold is its logarithm.
+        alarms: Number of samples seen at each alarm.
+
+    Raises:
+        ValueError: If `ert` is not positive and finite, or the values are not of shape (N,).
+    """
+    values = np.asarray(log_e_values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"Expected log e-values of shape (N,), got {values.shape}.")
+    if not 0 < ert < math.inf:
+        raise ValueError(f"Expected a positive, finite ERT in samples, got {ert}.")
+    figure, axes = _one_panel("Evidence of drift")
+    seen = np.arange(1, len(values) + 1)
+    axes.plot(seen, np.where(np.isfinite(values), values, np.nan), color=_BLUE, label="evidence")
+    label = f"threshold: one false alarm in {ert:,.0f} samples"
+    axes.axhline(math.log(ert), color=_ORANGE, linestyle="--", label=label)
+    for index, alarm in enumerate(alarms):
+        axes.axvline(alarm, color=_BLACK, linestyle=":", label="alarm" if index == 0 else None)
+    axes.set_xlabel("samples seen")
+    axes.set_ylabel("log e-value (natural logarithm; no unit)")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of the given size, in inches."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _one_panel(title: str) -> tuple[Figure, Axes]:
+    figure = _figure(6.0, 4.0)
+    axes = figure.add_subplot()
+    axes.set_title(_literal(title), fontsize="medium", wrap=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _histogram(
+    axes: Axes, values: NDArray[np.float64], colour: str, label: str, *, log: bool = False
+) -> None:
+    bins = max(10, min(_BINS, math.isqrt(len(values))))
+    axes.hist(
+        values,
+        bins,
+        density=True,
+        log=log,
+        histtype="stepfilled",
+        facecolor=(colour, 0.3),
+        edgecolor=colour,
+        label=_literal(label),
+    )
+
+
+def _layer_panel(
+    axes: Axes, layer: str, groups: Mapping[str, ArrayLike], fit: tuple[float, float]
+) -> None:
+    mean, deviation = fit
+    if not deviation > 0:
+        raise ValueError(f"Expected a positive standard deviation of {layer!r}, got {deviation}.")
+    for index, (name, values) in enumerate(groups.items()):
+        finite, _ = _finite(f"{layer} of {name}", values)
+        _histogram(axes, finite, _COLOURS[index % len(_COLOURS)], name)
+    at = np.linspace(mean - 4 * deviation, mean + 4 * deviation, 200)
+    height = np.exp(-0.5 * ((at - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
+    axes.plot(at, height, color=_BLACK, linewidth=1.2, label="fitted normal")
+    axes.set_title(_short(layer), fontsize="small")
+    axes.tick_params(labelsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _of_layer(other: Mapping[str, Mapping[str, ArrayLike]], layer: str) -> dict[str, ArrayLike]:
+    return {name: values[layer] for name, values in other.items() if layer in values}
+
+
+def _share_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend above all panels instead of the same one in each."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=len(handles),
+        fontsize="small",
+    )
+
+
+def _finite(name: str, values: ArrayLike) -> tuple[NDArray[np.float64], int]:
+    """The finite values, of shape (n,), and how many others there were."""
+    array = np.asarray(values, dtype=np.float64).ravel()
+    finite = array[np.isfinite(array)]
+    if not len(finite):
+        raise ValueError(f"Expected at least one finite value of {name!r}, got none.")
+    return finite, len(array) - len(finite)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _short(name: str, *, length: int = 33) -> str:
+    """`name` cut in the middle: a layer is known by where it is and by what it ends in."""
+    if len(name) <= length:
+        return _literal(name)
+    half = (length - 1) // 2
+    return _literal(f"{name[:half]}…{name[-half:]}")
+
+
+def _literal(text: str) -> str:
+    """Keep matplotlib from reading a formula between two dollar signs."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,241 @@
+import runpy
+import sys
+from dataclasses import replace
+from io import BytesIO
+from threading import Thread
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ood_monitor import plots
+from ood_monitor.alerts import Alert, AlertEvidence, LayerShare
+from ood_monitor.plots import alert_figure, evidence_figure, layer_histograms, score_histogram
+
+LAYERS = (LayerShare("up.0.weight", 0.2, 3.0), LayerShare("mid.bias", 0.7, -8.0))
+ALERT = Alert(
+    kind="drift",
+    severity="critical",
+    stream="$a$ and $b",
+    samples_seen=12345,
+    message="Unlike the training data.",
+    evidence=AlertEvidence(
+        log_e_value=9.5,
+        ert=10_000.0,
+        fpr=0.01,
+        flagged=20,
+        window=30,
+        flagged_rate=2 / 3,
+        flagged_rate_low=0.47,
+        flagged_rate_high=0.83,
+        score_mean=3.25,
+        score_p95=9.75,
+    ),
+    top_layers=LAYERS,
+    detector="d5",
+    model="m7",
+)
+
+
+def normal(mean: float, n: int = 400) -> NDArray[np.float64]:
+    return np.random.default_rng(0).normal(mean, 1.0, n)
+
+
+def png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def legend(figure: Figure | Axes) -> list[str]:
+    owner = figure.legends[0] if isinstance(figure, Figure) else figure.get_legend()
+    return [text.get_text() for text in owner.get_texts()]
+
+
+def outlines(axes: Axes) -> list[NDArray[np.float64]]:
+    """The corners of each histogram of `axes`, of shape (2 * bins + 1 or more, 2)."""
+    return [patch.get_xy() for patch in axes.patches]
+
+
+def area(outline: NDArray[np.float64]) -> float:
+    x, y = outline.T
+    return abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+
+
+FIGURES = {
+    "scores": lambda: score_histogram({"calibration": normal(0), "val": normal(4)}, title="Scores"),
+    "layers": lambda: layer_histograms({"w": normal(0)}, {"w": (0.0, 1.0)}),
+    "alert": lambda: alert_figure(ALERT),
+    "evidence": lambda: evidence_figure(normal(0), ert=1000, alarms=[3]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_say_what_they_show(name: str) -> None:
+    figure = FIGURES[name]()
+    axes = figure.axes[0]
+    assert tuple(figure.get_size_inches()) == (6.0, 4.0)
+    assert axes.get_title()
+    labels = (
+        axes.get_xlabel() or figure.get_supxlabel(),
+        axes.get_ylabel() or figure.get_supylabel() or "its ticks have names, no unit",
+    )
+    for label in labels:
+        assert any(unit in label for unit in ("unit", "nats", "deviations", "samples")), label
+    assert png(figure).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off(name: str) -> None:
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    box, page = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= page[0]
+    assert box.y1 <= page[1]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_work_in_any_thread(name: str) -> None:
+    images: list[bytes] = []
+    threads = [Thread(target=lambda: images.append(png(FIGURES[name]()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert images == [png(FIGURES[name]())] * 2
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_pyplot_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # whoever imports it fails
+    runpy.run_path(plots.__file__)
+    png(FIGURES[name]())
+
+
+def test_score_histogram_has_each_group_at_its_density() -> None:
+    values = normal(0)
+    values[:2] = np.nan, np.inf
+    figure = score_histogram({"calibration": values, "val": normal(9, 50)}, title="Scores")
+    (axes,) = figure.axes
+    assert axes.get_title() == "Scores"
+    assert legend(axes) == ["calibration (n = 398, 2 not finite)", "val (n = 50)"]
+    calibration, val = outlines(axes)
+    assert area(calibration) == pytest.approx(1.0)
+    assert area(val) == pytest.approx(1.0)
+    assert calibration[:, 0].max() == pytest.approx(np.nanmax(values[2:]))
+    assert val[:, 0].min() == pytest.approx(normal(9, 50).min())
+    assert axes.get_yscale() == "linear"
+
+
+def test_score_histogram_on_a_logarithmic_axis() -> None:
+    figure = score_histogram({"a": normal(0)}, title="Scores", log_density=True)
+    assert figure.axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({}, "at least one group"),
+        ({"val": []}, "finite value of 'val'"),
+        ({"val": [np.nan, np.inf]}, "finite value of 'val'"),
+    ],
+)
+def test_score_histogram_needs_scores(groups: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_histogram(groups, title="Scores")
+
+
+def test_layer_histograms_overlay_the_fitted_normal() -> None:
+    features = {f"block.{k}.weight": normal(k) for k in range(4)}
+    fitted = {name: (float(k), 2.0) for k, name in enumerate(features)}
+    other = {"KMNIST": {name: values + 5 for name, values in features.items()}}
+    del other["KMNIST"]["block.3.weight"]
+    figure = layer_histograms(features, fitted, other=other)
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in shown] == list(features)
+    assert legend(figure) == ["in-distribution", "KMNIST", "fitted normal"]
+    assert [len(axes.patches) for axes in shown] == [2, 2, 2, 1]
+    for k, axes in enumerate(shown):
+        x, y = axes.lines[0].get_data()
+        assert x[np.argmax(y)] == pytest.approx(k, abs=0.05)
+        assert y.max() == pytest.approx(1 / (2 * np.sqrt(2 * np.pi)), rel=1e-3)
+    theirs = outlines(shown[0])[1]
+    assert area(theirs) == pytest.approx(1.0)
+    assert theirs[:, 0].min() == pytest.approx(features["block.0.weight"].min() + 5)
+
+
+@pytest.mark.parametrize(
+    ("features", "fitted", "message"),
+    [
+        ({}, {}, "each layer"),
+        ({"w": [1.0], "b": [1.0]}, {"w": (0.0, 1.0)}, r"not for \['b'\]"),
+        ({"w": [1.0]}, {"w": (0.0, 0.0)}, "positive standard deviation of 'w', got 0.0"),
+        ({"w": [1.0]}, {"w": (0.0, float("nan"))}, "positive standard deviation of 'w', got nan"),
+        ({"w": [-np.inf]}, {"w": (0.0, 1.0)}, "finite value of 'w of in-distribution'"),
+    ],
+)
+def test_layer_histograms_need_a_fit_of_each_layer(
+    features: dict[str, list[float]], fitted: dict[str, tuple[float, float]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_histograms(features, fitted)
+
+
+def test_alert_figure_sorts_layers_by_distance() -> None:
+    (axes,) = alert_figure(ALERT).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["up.0.weight", "mid.bias"]
+    assert [bar.get_width() for bar in axes.patches] == [3.0, -8.0]  # the last is on top
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    assert [text.get_text() for text in axes.texts] == ["20%", "70%"]
+    assert "12,345 samples seen" in axes.get_title()
+
+
+def test_alert_figure_without_layers_says_so() -> None:
+    for layers in ((), (LayerShare("w", None, None),)):
+        (axes,) = alert_figure(replace(ALERT, top_layers=layers)).axes
+        assert [text.get_text() for text in axes.texts] == ["This alert names no layer."]
+
+
+def test_long_names_keep_both_ends() -> None:
+    name = "up_blocks.3.resnets.0.time_emb_proj.parametrizations.weight.original0"
+    (axes,) = alert_figure(replace(ALERT, top_layers=(LayerShare(name, None, 1.0),))).axes
+    text = axes.get_yticklabels()[0].get_text()
+    assert len(text) <= 33
+    assert text.startswith("up_blocks.3.")
+    assert text.endswith("weight.original0")
+
+
+def test_dollars_are_no_formulas() -> None:
+    """Matplotlib would refuse, or set as a formula, what stands between two of them."""
+    odd = r"$\frac$"
+    layer = LayerShare(odd, 0.5, 1.0)
+    png(alert_figure(replace(ALERT, stream=odd, top_layers=(layer,))))
+    png(score_histogram({odd: normal(0)}, title=odd))
+    png(layer_histograms({odd: normal(0)}, {odd: (0.0, 1.0)}, other={odd: {odd: normal(1)}}))
+
+
+def test_evidence_figure_marks_threshold_and_alarms() -> None:
+    values = np.array([-np.inf, 0.5, 2.0, 7.5])
+    (axes,) = evidence_figure(values, ert=1000, alarms=[3, 4]).axes
+    curve, threshold, *alarms = axes.lines
+    assert curve.get_xdata().tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(curve.get_ydata(), [np.nan, 0.5, 2.0, 7.5])
+    assert set(threshold.get_ydata()) == {np.log(1000)}
+    assert [line.get_xdata()[0] for line in alarms] == [3, 4]
+    expected = ["evidence", "threshold: one false alarm in 1,000 samples", "alarm"]
+    assert legend(axes) == expected
+
+
+@pytest.mark.parametrize("ert", [0.0, -1.0, float("nan"), float("inf")])
+def test_evidence_figure_needs_a_threshold(ert: float) -> None:
+    with pytest.raises(ValueError, match="positive, finite ERT"):
+        evidence_figure([1.0], ert=ert)
+
+
+def test_evidence_figure_needs_one_stream() -> None:
+    with pytest.raises(ValueError, match=r"shape \(N,\), got \(2, 3\)"):
+        evidence_figure(np.zeros((2, 3)), ert=10)
