@@ -1,0 +1,460 @@
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+
+# MLflow reads them once, when it is imported.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from ood_monitor_integrations.mlflow import MLflowSink
+
+from ood_monitor.alerts import Alert, AlertEvidence, Dispatcher, LayerShare, Summary, SummarySink
+
+# MLflow's own use of SQLAlchemy, when it first opens a store.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
+
+NOTE = "mlflow.note.content"
+BEGIN, END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
+DRIFT = Alert(
+    kind="drift",
+    severity="critical",
+    stream="production",
+    samples_seen=1234,
+    message="Two of three samples are unlike the training data: ä, \\1.",
+    evidence=AlertEvidence(
+        log_e_value=9.5,
+        ert=10_000.0,
+        fpr=0.01,
+        flagged=20,
+        window=30,
+        flagged_rate=2 / 3,
+        flagged_rate_low=0.47,
+        flagged_rate_high=0.83,
+        score_mean=3.25,
+        score_p95=9.75,
+    ),
+    top_layers=(LayerShare("up.0.weight", 0.62, 8.1), LayerShare("up.0.bias", 0.2, -3.0)),
+    detector="d5",
+    model="m7",
+)
+RECOVERED = replace(
+    DRIFT,
+    kind="recovered",
+    severity="info",
+    samples_seen=2000,
+    time=DRIFT.time + timedelta(hours=1),
+    id="f" * 32,
+)
+SUMMARY = Summary(
+    stream="production",
+    samples_seen=500,
+    status="OK",
+    score_mean=0.5,
+    score_p95=1.5,
+    flagged_rate=0.01,
+    log_e_value=-0.25,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowClient, str]]:
+    """A client of a SQLite store that is made once, and an experiment in it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+        client = MlflowClient()
+        yield client, client.create_experiment("ood", (folder / "artifacts").as_uri())
+        mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def client(store: tuple[MlflowClient, str]) -> MlflowClient:
+    return store[0]
+
+
+@pytest.fixture
+def run_id(store: tuple[MlflowClient, str]) -> str:
+    client, experiment = store
+    return client.create_run(experiment).info.run_id
+
+
+def tags(client: MlflowClient, run_id: str) -> dict[str, str]:
+    return client.get_run(run_id).data.tags
+
+
+def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    metrics = client.get_metric_history(run_id, key)
+    return sorted((metric.step, metric.value) for metric in metrics)
+
+
+def artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
+    return Path(client.download_artifacts(run_id, path)).read_bytes()
+
+
+# What a run shows
+
+
+def test_an_alert_becomes_metrics_at_its_step(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    sink(DRIFT)
+    sink(RECOVERED)
+    assert set(client.get_run(run_id).data.metrics) == {
+        "ood/alert",
+        "ood/score_mean",
+        "ood/score_p95",
+        "ood/flagged_rate",
+        "ood/log_e_value",
+    }
+    assert history(client, run_id, "ood/alert") == [(1234, 1.0), (2000, 0.0)]
+    assert history(client, run_id, "ood/score_mean")[0] == (1234, 3.25)
+    assert history(client, run_id, "ood/score_p95")[0] == (1234, 9.75)
+    assert history(client, run_id, "ood/flagged_rate")[0] == (1234, 2 / 3)
+    assert history(client, run_id, "ood/log_e_value")[0] == (1234, 9.5)
+    (first, _) = client.get_metric_history(run_id, "ood/alert")
+    assert first.timestamp == int(DRIFT.time.timestamp() * 1000)
+
+
+def test_what_is_not_finite_is_no_metric(client: MlflowClient, run_id: str) -> None:
+    evidence = replace(DRIFT.evidence, log_e_value=float("-inf"), score_mean=float("nan"))
+    MLflowSink(run_id)(replace(DRIFT, evidence=evidence))
+    shown = client.get_run(run_id).data.metrics
+    assert set(shown) == {"ood/alert", "ood/score_p95", "ood/flagged_rate"}
+
+
+def test_an_alert_sets_tags(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id)(DRIFT)
+    shown = tags(client, run_id)
+    assert shown["ood_monitor.status"] == "ALERT"
+    assert shown["ood_monitor.since"] == DRIFT.time.isoformat()
+    assert shown["ood_monitor.detector"] == "d5"
+
+
+def test_runs_in_alert_can_be_found(store: tuple[MlflowClient, str]) -> None:
+    client, experiment = store
+    run_ids = [client.create_run(experiment).info.run_id for _ in "ab"]
+    for run_id in run_ids:
+        MLflowSink(run_id)(DRIFT)
+    MLflowSink(run_ids[1])(RECOVERED)
+    found = client.search_runs([experiment], "tags.`ood_monitor.status` = 'ALERT'")
+    assert [run.info.run_id for run in found if run.info.run_id in run_ids] == run_ids[:1]
+
+
+def test_an_alert_leaves_its_json_and_figure(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id)(DRIFT)
+    files = [file.path for file in client.list_artifacts(run_id, "ood/alerts")]
+    assert sorted(files) == [f"ood/alerts/{DRIFT.id}.json", f"ood/alerts/{DRIFT.id}.png"]
+    text = artifact(client, run_id, files[0]).decode()
+    assert Alert.from_json(text) == DRIFT
+    assert json.loads(text)["message"] == DRIFT.message
+    assert artifact(client, run_id, files[1]).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_repeated_alert_changes_nothing(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    sink(DRIFT)
+    before = client.get_run(run_id).to_dictionary()
+    sink(DRIFT)
+    assert client.get_run(run_id).to_dictionary() == before
+    assert history(client, run_id, "ood/alert") == [(1234, 1.0)]
+    assert len(client.list_artifacts(run_id, "ood/alerts")) == 2
+
+
+def test_summaries_become_metrics(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    assert isinstance(sink, SummarySink)
+    sink.summarise(SUMMARY)
+    sink.summarise(replace(SUMMARY, samples_seen=600, status="ALERT", log_e_value=float("-inf")))
+    sink.summarise(replace(SUMMARY, samples_seen=700, status="WARN"))
+    assert history(client, run_id, "ood/alert") == [(500, 0.0), (600, 1.0), (700, 0.0)]
+    assert history(client, run_id, "ood/score_mean") == [(500, 0.5), (600, 0.5), (700, 0.5)]
+    assert history(client, run_id, "ood/score_p95")[0] == (500, 1.5)
+    assert history(client, run_id, "ood/flagged_rate")[0] == (500, 0.01)
+    assert history(client, run_id, "ood/log_e_value") == [(500, -0.25), (700, -0.25)]
+    assert client.list_artifacts(run_id) == []
+    assert NOTE not in tags(client, run_id)
+
+
+# The status and its time
+
+
+def test_status_follows_alerts(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    expected = [
+        ("invalid_input", "info", "OK"),
+        ("sample", "warning", "WARN"),
+        ("drift", "warning", "ALERT"),
+        ("sample", "warning", "ALERT"),  # a flagged sample does not end a drift
+        ("recovered", "info", "OK"),
+        ("stale_calibration", "warning", "WARN"),
+        ("sample", "critical", "ALERT"),
+    ]
+    for kind, severity, status in expected:
+        sink(replace(DRIFT, kind=kind, severity=severity))
+        assert tags(client, run_id)["ood_monitor.status"] == status, (kind, severity)
+
+
+def test_since_is_when_the_status_began(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    sink(DRIFT)
+    sink(replace(RECOVERED, kind="drift"))
+    assert tags(client, run_id)["ood_monitor.since"] == DRIFT.time.isoformat()
+    sink(RECOVERED)
+    assert tags(client, run_id)["ood_monitor.since"] == RECOVERED.time.isoformat()
+
+
+def test_a_restart_keeps_the_status(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id)(DRIFT)
+    MLflowSink(run_id)(replace(RECOVERED, kind="sample", severity="warning"))
+    assert tags(client, run_id)["ood_monitor.status"] == "ALERT"
+    assert tags(client, run_id)["ood_monitor.since"] == DRIFT.time.isoformat()
+
+
+def test_a_summary_sets_the_status(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    sink.summarise(SUMMARY)
+    shown = tags(client, run_id)
+    assert shown["ood_monitor.status"] == "OK"
+    sink.summarise(replace(SUMMARY, samples_seen=600))
+    assert tags(client, run_id)["ood_monitor.since"] == shown["ood_monitor.since"]
+    sink(DRIFT)
+    sink.summarise(SUMMARY)
+    assert tags(client, run_id)["ood_monitor.status"] == "OK"
+
+
+def test_a_foreign_status_is_replaced(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, "ood_monitor.status", "who knows")
+    MLflowSink(run_id)(replace(DRIFT, kind="sample", severity="warning"))
+    assert tags(client, run_id)["ood_monitor.status"] == "WARN"
+
+
+def test_other_kinds_leave_the_alert_metric_alone(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id)(replace(DRIFT, kind="stale_calibration"))
+    assert "ood/alert" not in client.get_run(run_id).data.metrics
+
+
+# The note
+
+
+def test_the_note_says_what_happened(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id)(DRIFT)
+    note = tags(client, run_id)[NOTE]
+    assert note.startswith(BEGIN)
+    assert note.endswith(END)
+    for part in ("ALERT", "drift", "production", "1,234", DRIFT.message, "`up.0.weight`", DRIFT.id):
+        assert part in note, part
+
+
+BEFORE = "# Mine \\g<0>\r\n\ttext with $ and ü  "
+AFTER = "\r\n\r\n<!-- my comment -->\n\\1 the end \n"
+
+
+def test_the_users_note_stays_byte_for_byte(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    client.set_tag(run_id, NOTE, BEFORE)
+    sink(DRIFT)
+    first = tags(client, run_id)[NOTE]
+    assert first.startswith(BEFORE + "\n\n" + BEGIN)
+    client.set_tag(run_id, NOTE, first + AFTER)
+    sink(RECOVERED)
+    second = tags(client, run_id)[NOTE]
+    head, rest = second.split("\n\n" + BEGIN)
+    block, tail = rest.split(END)
+    assert (head, tail) == (BEFORE, AFTER)
+    assert "OK" in block
+    assert DRIFT.id not in block
+
+
+def test_a_broken_block_is_the_users_text(client: MlflowClient, run_id: str) -> None:
+    """A user deleted the end mark: nothing between the old begin and the new block may go."""
+    kept = f"before {BEGIN} an old block, and then the user's own words"
+    client.set_tag(run_id, NOTE, kept)
+    sink = MLflowSink(run_id)
+    sink(DRIFT)
+    sink(RECOVERED)
+    note = tags(client, run_id)[NOTE]
+    assert note.startswith(kept + "\n\n" + BEGIN)
+    assert note.count(END) == 1
+    assert DRIFT.id not in note
+
+
+def test_a_name_cannot_end_the_block(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    for sample in (1, 2):
+        sink(replace(DRIFT, stream=f"a{END}b{BEGIN}", samples_seen=sample))
+    note = tags(client, run_id)[NOTE]
+    assert (note.count(BEGIN), note.count(END)) == (1, 1)
+    assert "2 samples seen" in note
+
+
+def test_a_full_note_is_left_alone(
+    client: MlflowClient, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow would cut the value, and with it the user's text."""
+    text = "x" * 7900
+    client.set_tag(run_id, NOTE, text)
+    with caplog.at_level(logging.WARNING):
+        MLflowSink(run_id)(DRIFT)
+    assert tags(client, run_id)[NOTE] == text
+    assert tags(client, run_id)["ood_monitor.status"] == "ALERT"
+    assert "no room" in caplog.text
+
+
+# Threads
+
+
+def test_another_thread_writes_to_the_run(store: tuple[MlflowClient, str]) -> None:
+    client, experiment = store
+    with mlflow.start_run(experiment_id=experiment) as run:
+        sink = MLflowSink()
+        assert sink.run_id == run.info.run_id
+        with Dispatcher([sink]) as dispatcher:
+            dispatcher.summarise(SUMMARY)
+            dispatcher.send(DRIFT)
+            dispatcher.send(RECOVERED)
+            assert dispatcher.flush(60)
+        assert dispatcher.failures == {"MLflowSink": 0}
+        assert mlflow.active_run().info.run_id == run.info.run_id
+    steps = [(500, 0.0), (1234, 1.0), (2000, 0.0)]
+    assert history(client, run.info.run_id, "ood/alert") == steps
+
+
+def test_a_finished_run_still_takes_alerts(client: MlflowClient, run_id: str) -> None:
+    sink = MLflowSink(run_id)
+    client.set_terminated(run_id)
+    sink(DRIFT)
+    assert tags(client, run_id)["ood_monitor.status"] == "ALERT"
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert mlflow.active_run() is None
+
+
+def test_failures_are_seen_by_the_dispatcher(
+    client: MlflowClient, store: tuple[MlflowClient, str]
+) -> None:
+    """Also where the environment asks for asynchronous logging, which hides them."""
+    doomed = client.create_run(store[1]).info.run_id
+    sink = MLflowSink(doomed)
+    client.delete_run(doomed)
+    with pytest.MonkeyPatch.context() as patch, Dispatcher([sink]) as dispatcher:
+        patch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+        with pytest.raises(MlflowException, match="must be in the 'active' state"):
+            sink.summarise(SUMMARY)
+        dispatcher.send(DRIFT)
+        assert dispatcher.flush(60)
+    assert [left.alert for left in dispatcher.undelivered] == [DRIFT]
+    assert dispatcher.failures == {"MLflowSink": 3}
+
+
+# Which run
+
+
+def test_an_explicit_run_wins_over_the_active_one(
+    store: tuple[MlflowClient, str], run_id: str
+) -> None:
+    with mlflow.start_run(experiment_id=store[1]):
+        assert MLflowSink(run_id).run_id == run_id
+
+
+def test_without_a_run_it_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="start one or pass run_id"):
+        MLflowSink()
+
+
+def test_the_active_run_of_another_thread_is_not_found(store: tuple[MlflowClient, str]) -> None:
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            MLflowSink()
+        except ValueError as error:
+            errors.append(error)
+
+    with mlflow.start_run(experiment_id=store[1]):
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+    assert "in this thread" in str(errors[0])
+
+
+def test_a_missing_run_is_an_error_at_once(store: tuple[MlflowClient, str]) -> None:
+    with pytest.raises(MlflowException, match="not found"):
+        MLflowSink("0" * 32)
+
+
+def test_a_tracking_uri_or_a_client_may_be_given(
+    client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = client.tracking_uri
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'unused.db'}")
+    try:
+        MLflowSink(run_id, tracking_uri=uri)(DRIFT)
+        MLflowSink(run_id, client=client)(RECOVERED)
+    finally:
+        mlflow.set_tracking_uri(uri)
+    assert history(client, run_id, "ood/alert") == [(1234, 1.0), (2000, 0.0)]
+    assert not (tmp_path / "unused.db").exists()
+    with pytest.raises(ValueError, match="got both"):
+        MLflowSink(run_id, tracking_uri=uri, client=client)
+
+
+def test_an_old_file_store_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    uri = (tmp_path / "mlruns").as_uri()
+    with pytest.raises(ValueError, match="Pass tracking_uri=") as caught:
+        MLflowSink("0" * 32, tracking_uri=uri)
+    assert uri in str(caught.value)
+    assert "mlflow migrate-filestore" in str(caught.value)
+
+
+def test_other_errors_of_mlflow_pass() -> None:
+    with pytest.raises(MlflowException, match="unsupported URI"):
+        MLflowSink("0" * 32, tracking_uri="gopher://nowhere")
+
+
+def test_lightnings_logger_gives_its_run(store: tuple[MlflowClient, str]) -> None:
+    loggers = pytest.importorskip("pytorch_lightning.loggers")
+    client, experiment = store
+    name = client.get_experiment(experiment).name
+    logger = loggers.MLFlowLogger(name, tracking_uri=client.tracking_uri)
+    sink = MLflowSink.from_logger(logger)
+    sink(DRIFT)
+    assert sink.run_id == logger.run_id
+    assert tags(client, logger.run_id)["ood_monitor.status"] == "ALERT"
+    logger.finalize("success")
+    sink(RECOVERED)
+    assert tags(client, logger.run_id)["ood_monitor.status"] == "OK"
+
+
+def test_other_loggers_are_refused(tmp_path: Path) -> None:
+    loggers = pytest.importorskip("pytorch_lightning.loggers")
+    with pytest.raises(TypeError, match="MLFlowLogger, got CSVLogger"):
+        MLflowSink.from_logger(loggers.CSVLogger(tmp_path))
+    with pytest.raises(TypeError, match="MLFlowLogger, got str"):
+        MLflowSink.from_logger("a logger")
+
+    class Foreign:
+        run_id = "0" * 32
+        experiment = object()
+
+    with pytest.raises(TypeError, match="MLFlowLogger, got .*Foreign"):
+        MLflowSink.from_logger(Foreign())
+
+
+def test_a_logger_without_a_run_is_refused(client: MlflowClient) -> None:
+    class Elsewhere:
+        run_id = None
+        experiment = client
+
+    with pytest.raises(ValueError, match="rank 0"):
+        MLflowSink.from_logger(Elsewhere())
