@@ -37,6 +37,8 @@ class Typicality:
         return self
 
     def score(self, values: Array) -> Array:
+        if not hasattr(self, "_mean"):
+            raise RuntimeError("Expected Typicality to be fitted, got it unfitted.")
         return np.abs(np.asarray(values) - self._mean)
 
 

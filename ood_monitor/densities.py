@@ -144,16 +144,22 @@ class Maximum:
 
     Args:
         folds: Number of folds of the cross-fitting.
+
+    Raises:
+        ValueError: Fewer than 2 folds.
     """
 
     def __init__(self, folds: int = 5) -> None:
-        self.minimum_samples = 2 * folds
+        if folds < 2:
+            raise ValueError(f"Expected at least 2 folds, got {folds}.")
+        self.minimum_samples = 3 * folds
         self._folds = folds
 
     def fit(self, features: Array) -> Self:
         features = _checked_fit(features, self.minimum_samples)
         held_out = np.stack([self._held_out(part, features) for part in _parts()])
-        self._location, self._scale = held_out.mean(1), held_out.std(1, ddof=1)
+        # All samples may be equally far, in data without noise.
+        self._location, self._scale = held_out.mean(1), np.maximum(held_out.std(1, ddof=1), 1e-6)
         self._fitted = tuple(part.fit(features) for part in _parts())
         return self
 
@@ -164,13 +170,17 @@ class Maximum:
         distances = _squared_distances(self, features)
         standardised = self._standardised(distances)
         shares = np.stack([part.distance_parts(features) for part in self._fitted])
-        shares /= np.maximum(distances, np.finfo(float).tiny)[:, :, None]
+        # At the very mean no feature deviates: each carries an equal part.
+        at_mean = (distances <= np.finfo(float).tiny)[:, :, None]
+        shares = np.where(at_mean, 1 / shares.shape[2], shares) / np.where(
+            at_mean, 1, distances[:, :, None]
+        )
         winner = standardised.argmax(0)
         samples = np.arange(len(winner))
         return np.asarray(shares[winner, samples] * standardised[winner, samples][:, None])
 
     def state(self) -> dict[str, Array]:
-        own = {"location": self._location, "scale": self._scale}
+        own = {"location": self._location, "scale": self._scale, "folds": np.array([self._folds])}
         return own | {
             f"{i}.{name}": value
             for i, part in enumerate(self._fitted)
@@ -179,6 +189,8 @@ class Maximum:
 
     def load_state(self, state: dict[str, Array]) -> Self:
         self._location, self._scale = state["location"], state["scale"]
+        self._folds = int(state["folds"][0])
+        self.minimum_samples = 3 * self._folds
         self._fitted = tuple(
             part.load_state({k[2:]: v for k, v in state.items() if k.startswith(f"{i}.")})
             for i, part in enumerate(_parts())
@@ -239,7 +251,7 @@ def _checked_fit(features: Array, minimum: int) -> Array:
         raise ValueError(
             f"Expected finite features, got {int((~np.isfinite(features)).sum())} not."
         )
-    constant = np.flatnonzero(features.std(0) == 0)
+    constant = np.flatnonzero(np.ptp(features, axis=0) == 0)
     if len(constant):
         raise ValueError(f"Expected features that vary, got constant columns {constant.tolist()}.")
     return features

@@ -24,7 +24,7 @@ from ood_monitor.densities import Array, Density, Maximum
 from ood_monitor.features import LogNorms, layer_of, table
 from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.layers import Layers, selection
 
 __all__ = ["Detector", "Scores"]
 
@@ -162,6 +162,11 @@ class Detector:
         fitted = self.fitted
         _check_samples(batch, fitted.samples)
         measured = self._measure(batch)
+        if measured.names != fitted.log_norms.names:
+            raise ValueError(
+                f"Expected the terms and layers that the detector was fitted on, from "
+                f"{fitted.log_norms.names[0]!r} on, got {measured.names[0]!r} on."
+            )
         features = fitted.log_norms(measured.norms)
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
@@ -221,11 +226,14 @@ class Detector:
         Raises:
             ValueError: As there.
         """
+        missing = sorted({"config", "tensors"} - state.keys())
+        if missing:
+            raise ValueError(f"Expected the state of a detector, got one without {missing}.")
         return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter)
 
     @classmethod
     def _restored(cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter) -> Self:
-        _check_layers(fitted, adapter)
+        _check_layers(fitted.parameters, _parameters(adapter, options.get("layers")))
         if digest(adapter.module) != fitted.model:
             warnings.warn(
                 f"Stale calibration: the detector was fitted on weights {fitted.model}, the model "
@@ -256,7 +264,8 @@ class Detector:
 
     def _fit(self, measured: _Measured) -> Fitted:
         fit, calibrate = self._split(len(measured.norms))
-        dtype = next(self.adapter.module.parameters()).dtype
+        parameters = self.adapter.module.parameters()
+        dtype = next(p.dtype for p in parameters if p.is_floating_point())
         eps = torch.finfo(dtype).eps
         log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
         density = copy.deepcopy(self._density).fit(log_norms(measured.norms[fit]))
@@ -269,6 +278,7 @@ class Detector:
             calibration=ConformalPValue.fit(scores),
             log_likelihood=measured.log_likelihood[calibrate],
             layers=layers,
+            parameters=_parameters(self.adapter, self.layers),
             layer_mean=logs.mean(0),
             layer_sd=np.maximum(logs.std(0, ddof=1), eps),
             samples=measured.samples,
@@ -318,14 +328,20 @@ def _check_samples(batch: Batch, expected: tuple[str, ...]) -> None:
         )
 
 
-def _check_layers(fitted: Fitted, adapter: Adapter) -> None:
-    shapes = {name: tuple(p.shape) for name, p in adapter.module.named_parameters()}
-    for layer in fitted.layers:
-        name = layer.split("/", 1)[1]
-        if name not in shapes:
+def _parameters(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:
+    """Shapes of the chosen parameters, in module order."""
+    chosen = selection(adapter.module, layers)
+    named = adapter.module.named_parameters()
+    return {name: tuple(p.shape) for name, p in named if chosen(name)}
+
+
+def _check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
             raise ValueError(
-                f"Expected a model with the layers of the detector, got "
-                f"{type(adapter.module).__name__} without {name!r}."
+                f"Expected a model with the detector's layers, got {name!r} of shape "
+                f"{found.get(name, 'missing')} where the detector has "
+                f"{expected.get(name, 'none')}."
             )
 
 

@@ -60,11 +60,13 @@ class LogNorms:
         Raises:
             ValueError: No feature is live.
         """
+        finite = np.isfinite(norms).all(0)
+        norms = np.where(finite, norms, 0.0)
         median = np.median(norms, axis=0)
         terms = np.array([name.split("/", 1)[0] for name in names])
         largest = {term: median[terms == term].max() for term in dict.fromkeys(terms)}
         reason = {
-            "not finite": ~np.isfinite(norms).all(0),
+            "not finite": ~finite,
             "dead": median <= (32 * eps) ** 2 * np.array([largest[term] for term in terms]),
             "constant": np.ptp(norms, axis=0) <= 8 * eps * median,
         }
@@ -79,11 +81,11 @@ class LogNorms:
         return cls(names, live, np.maximum(median * eps**2, np.finfo(float).tiny), dropped)
 
     def __call__(self, norms: Array) -> Array:
-        """log f of the live features, (N, live)."""
+        """Log f of the live features, (N, live)."""
         return self.logs(norms)[:, self.live]
 
     def logs(self, norms: Array) -> Array:
-        """log f of all features, (N, F): above their floors, and an overflow as a large number."""
+        """Log f of all features, (N, F): above their floors, and an overflow as a large number."""
         return np.log(np.clip(norms, self.floor, np.finfo(np.float64).max))
 
     @property

@@ -32,6 +32,7 @@ class Fitted:
         calibration: Scores of the calibration samples.
         log_likelihood: (n,), nats, of the calibration samples, in the order of their scores' fit.
         layers: The layers, in module order within terms.
+        parameters: Shapes of the parameters that are features, in module order.
         layer_mean: (L,), mean of the layer's mean log squared norm over the fit samples.
         layer_sd: (L,), its standard deviation.
         samples: Shape and dtype of each tensor of a batch, without B; empty if they varied.
@@ -45,6 +46,7 @@ class Fitted:
     calibration: ConformalPValue
     log_likelihood: Array
     layers: tuple[str, ...]
+    parameters: dict[str, tuple[int, ...]]
     layer_mean: Array
     layer_sd: Array
     samples: tuple[str, ...]
@@ -70,13 +72,21 @@ class Fitted:
         (directory / CONFIG).write_text(config)
 
     def dump(self, options: dict[str, Any]) -> tuple[str, bytes]:
-        """The contents of the two files: JSON, and safetensors."""
+        """The contents of the two files: JSON, and safetensors.
+
+        Raises:
+            ValueError: A density of your own, which no file can name.
+        """
+        density = type(self.density).__name__
+        if type(self.density) not in DENSITIES.values():
+            raise ValueError(f"Expected a density of {sorted(DENSITIES)} to save, got {density}.")
         config = {
             "format": FORMAT,
-            "density": type(self.density).__name__,
+            "density": density,
             "features": list(self.log_norms.names),
             "dropped": self.log_norms.dropped,
             "layers": list(self.layers),
+            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "samples": list(self.samples),
             "model": self.model,
             "dtype": self.dtype,
@@ -85,7 +95,9 @@ class Fitted:
             "fingerprint": self.fingerprint,
             "options": options,
         }
-        return json.dumps(config, indent=2) + "\n", save(self._arrays())
+        tensors = save(self._arrays())
+        config["checksum"] = _checksum(config, tensors)
+        return json.dumps(config, indent=2) + "\n", tensors
 
     @classmethod
     def load(cls, directory: Path) -> tuple[Self, dict[str, Any]]:
@@ -110,17 +122,16 @@ class Fitted:
             ValueError: They are damaged, of a newer format, or do not belong together.
         """
         settings = _settings(config)
+        expected = settings.pop("checksum", None)
+        if _checksum(settings, tensors) != expected:
+            raise ValueError(
+                f"Expected {CONFIG} and {TENSORS} with checksum {expected}, got another: they were "
+                "changed, or do not belong together."
+            )
         try:
-            fitted = cls._from_parts(settings, load(tensors))
-            options, expected = dict(settings["options"]), settings["fingerprint"]
+            return cls._from_parts(settings, load(tensors)), dict(settings["options"])
         except Exception as error:  # whatever a damaged file makes the parsers raise
             raise ValueError(f"Expected the files of a detector, got {error!r}.") from error
-        if fitted.fingerprint != expected:
-            raise ValueError(
-                f"Expected {TENSORS} with fingerprint {expected}, as {CONFIG} says, got "
-                f"{fitted.fingerprint}: the files do not belong together."
-            )
-        return fitted, options
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {f"density.{name}": value for name, value in self.density.state().items()}
@@ -146,6 +157,7 @@ class Fitted:
             calibration=ConformalPValue(arrays["calibration"]),
             log_likelihood=arrays["log_likelihood"],
             layers=tuple(config["layers"]),
+            parameters={name: tuple(shape) for name, shape in config["parameters"].items()},
             layer_mean=arrays["layer_mean"],
             layer_sd=arrays["layer_sd"],
             samples=tuple(config["samples"]),
@@ -165,10 +177,16 @@ def digest(module: nn.Module) -> str:
     return state.hexdigest()[:12]
 
 
+def _checksum(settings: dict[str, Any], tensors: bytes) -> str:
+    """Of both files' contents, so that one edited or swapped is found out."""
+    text = json.dumps(settings, sort_keys=True).encode()
+    return hashlib.sha256(text + b"\0" + tensors).hexdigest()
+
+
 def _settings(config: str | bytes) -> dict[str, Any]:
     try:
         settings = json.loads(config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected JSON in {CONFIG}, got {error}.") from error
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:

@@ -77,7 +77,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, Mapping):
         return {key: map_tensors(function, value) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(function, value) for value in batch)
+        values = [map_tensors(function, value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 
@@ -102,10 +103,17 @@ def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]
     """The adapter's terms, each checked to be a tensor of shape (B,).
 
     Raises:
-        ValueError: A term of another shape, or no term at all.
+        ValueError: A term of another shape, two of one name, or no term at all.
     """
-    size, term = batch_size(batch), None
-    for term, value in adapter.log_likelihood(batch):
+    size = batch_size(batch)
+    terms: set[str] = set()
+    # A copy, since a model may write into its input.
+    for term, value in adapter.log_likelihood(map_tensors(torch.clone, batch)):
+        if term in terms:
+            raise ValueError(f"Expected {term!r} once among the terms, got it twice.")
+        if not term or "/" in term:
+            raise ValueError(f"Expected a term's name without '/', got {term!r}.")
+        terms.add(term)
         if not isinstance(value, Tensor) or value.shape != (size,):
             raise ValueError(
                 f"Expected term {term!r} of {type(adapter).__name__} to be of shape ({size},), one "
@@ -113,7 +121,7 @@ def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]
             )
         yield term, value
         del value
-    if term is None:
+    if not terms:
         raise ValueError(f"Expected {type(adapter).__name__} to yield a term, got none.")
 
 

@@ -92,13 +92,23 @@ def _alphas_cumprod(schedule: Any) -> Tensor:
             "Expected a schedule as a tensor (T,) or an object with `alphas_cumprod` (a "
             f"variance-preserving diffusers scheduler), got {describe(schedule)}."
         )
-    return values.detach().to("cpu", torch.float64, copy=True)
+    values = values.detach().to("cpu", torch.float64, copy=True)
+    if not (values.diff() <= 0).all() or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            "Expected cumulative products in [0, 1] that do not increase, got values from "
+            f"{values[0]:.4g} to {values[-1]:.4g}."
+        )
+    return values
 
 
 def _checked_levels(levels: Sequence[int], length: int) -> tuple[int, ...]:
-    if not levels or not all(0 <= level < length for level in levels):
-        raise ValueError(f"Expected noise levels in [0, {length}), got {list(levels)}.")
-    return tuple(int(level) for level in levels)
+    chosen = tuple(int(level) for level in levels)
+    in_range = all(0 <= level < length for level in chosen)
+    if not chosen or not in_range or chosen != tuple(levels) or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"Expected distinct whole noise levels in [0, {length}), got {list(levels)}."
+        )
+    return chosen
 
 
 def _checked_prediction(schedule: Any, prediction_type: str | None) -> str:

@@ -61,7 +61,7 @@ class ELBO(Adapter):
         generator = torch.Generator().manual_seed(self._seed)
         eps = torch.randn(mean.shape[1:], generator=generator).to(mean)
         decoded = self.module.decode(mean + (0.5 * log_variance).exp() * eps)  # type: ignore[operator]
-        error = (getattr(decoded, "sample", decoded) - x).square() / self._variance
+        error = (_like(x, getattr(decoded, "sample", decoded)) - x).square() / self._variance
         log_density = -0.5 * (error + math.log(2 * math.pi * self._variance))
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         yield "reconstruction", log_density.flatten(1).sum(1)
@@ -70,5 +70,19 @@ class ELBO(Adapter):
 
 def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
     latent = getattr(encoded, "latent_dist", None)
-    mean, log_variance = encoded if latent is None else (latent.mean, latent.logvar)
-    return mean, log_variance
+    if latent is not None:
+        return latent.mean, latent.logvar
+    if not isinstance(encoded, list | tuple) or len(encoded) != 2:
+        raise ValueError(
+            f"Expected `encode` to give (mean, log_variance), got {describe(encoded)}."
+        )
+    return encoded[0], encoded[1]
+
+
+def _like(x: Tensor, decoded: Tensor) -> Tensor:
+    if decoded.shape != x.shape:
+        raise ValueError(
+            f"Expected `decode` to give the shape {tuple(x.shape)} of its input, got "
+            f"{tuple(decoded.shape)}."
+        )
+    return decoded

@@ -61,8 +61,8 @@ class LogLikelihood(Adapter):
         result = self._function(self.module, x)
         terms = dict(result) if isinstance(result, Mapping) else {"log_likelihood": result}
         # A change of variables: it belongs to the last term, the log-determinant if there is one.
-        last = next(reversed(terms))
-        terms[last] = terms[last] + log_volume
+        for last in list(terms)[-1:]:
+            terms[last] = terms[last] + log_volume
         yield from terms.items()
 
     def _dequantised(self, x: Tensor) -> tuple[Tensor, float]:

@@ -40,9 +40,20 @@ class SequenceLikelihood(Adapter):
         if tokens.is_floating_point() or tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(f"Expected integer tokens (B, T) with T >= 2, got {describe(tokens)}.")
         output = self.module(tokens)
-        logits = getattr(output, "logits", output)[:, :-1]
+        logits = _checked(getattr(output, "logits", output), tokens)
         following = tokens[:, 1:].long().unsqueeze(-1)
-        log_p = logits.log_softmax(-1).gather(-1, following).squeeze(-1)
+        log_p = logits[:, :-1].log_softmax(-1).gather(-1, following).squeeze(-1)
         if self._padding is not None:
             log_p = torch.where(tokens[:, 1:] == self._padding, torch.zeros_like(log_p), log_p)
         yield "log_likelihood", log_p.sum(1)
+
+
+def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
+    vocabulary = int(tokens.max()) + 1
+    shape = tuple(tokens.shape)
+    if logits.shape[:-1] != tokens.shape or logits.shape[-1] < vocabulary:
+        raise ValueError(
+            f"Expected logits ({shape[0]}, {shape[1]}, V) with V >= {vocabulary}, got "
+            f"{tuple(logits.shape)}."
+        )
+    return logits

@@ -35,6 +35,7 @@ def loop_norms(
                 values.setdefault(term, []).append(value.detach())
                 for name, rows in _squared_norms(value.sum(), leaves):
                     norms.setdefault(f"{term}/{name}", []).append(rows)
+                del value  # frees the term's graph before the next forward pass
     return (
         {k: torch.cat(v) for k, v in values.items()},
         {k: torch.stack(v) for k, v in norms.items()},

@@ -10,13 +10,13 @@ Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
     Adapter,
@@ -43,7 +43,7 @@ Granularity: TypeAlias = Literal["tensor", "row"]
 _TOLERANCE = 1e-3
 
 #: Parameters per adapter that only the loop gets right, found on first use.
-_looped: weakref.WeakKeyDictionary[Adapter, frozenset[str]] = weakref.WeakKeyDictionary()
+_looped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def terms_and_norms(
     Raises:
         ValueError: As there.
     """
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {granularity!r}.")
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
     device = device_of(adapter.module)
@@ -216,7 +218,8 @@ def _parameters_to_loop(adapter: Adapter, batch: Batch, group: int) -> frozenset
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
     if adapter in _looped:
-        return _looped[adapter]
+        known: frozenset[str] = _looped[adapter]
+        return known
     probe = next(iter(pieces(batch, 2 * group)))
     n = batch_size(probe) // group
     fast, left_over = _recorded_norms(adapter, probe, n, lambda name: True, by_row=True)
@@ -244,6 +247,11 @@ def _check_independence(
     adapter: Adapter, together: dict[str, Tensor], alone: dict[str, Tensor]
 ) -> None:
     for term, values in together.items():
+        if not values.isfinite().all():
+            raise ValueError(
+                f"Expected the term {term!r} to be finite, got {values.tolist()} for the first "
+                "samples."
+            )
         if not torch.allclose(
             values, alone[term], rtol=1e-4, atol=1e-4 * float(values.abs().max())
         ):

@@ -24,12 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ood_monitor.adapters.base import tensors_in
 from ood_monitor.gradients.rules import POINTWISE, RULES, Factor, Materialised, pointwise
 
 __all__ = ["Recorder"]
+
+#: Functions (tensor, dimension, index) that take rows by an index when the dimension is the first.
+_INDEXED = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("gather", "index_select", "index_add", "index_copy", "scatter", "scatter_add")
+)
 
 #: Elements of per-sample gradients held at once while several uses of a parameter are summed.
 _HELD_ELEMENTS = 2**24
@@ -85,7 +93,8 @@ class Recorder(TorchFunctionMode):
         self._plain: dict[int, Tensor] = {}
         for name, parameter in module.named_parameters():
             # Aliases of the storage, so that no flag of the module's own tensors is ever set.
-            value = parameter.clone() if parameter.is_inference() else parameter.detach()
+            value = parameter.detach()
+            value = value.clone() if value.is_inference() else value
             self._plain[id(parameter)] = value
             if selected(name) and parameter.is_floating_point():
                 leaf = value.detach().requires_grad_()
@@ -93,7 +102,7 @@ class Recorder(TorchFunctionMode):
         self._parameters = list(module.parameters())  # keeps the ids above valid
         self._derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._data: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._mark(data)
+        self._mark(data, in_order=True)
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._collected: list[tuple[_Source, Factor]] = []
@@ -113,15 +122,18 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = tensors_in([args, kwargs])
-        with_data = any(tensor in self._data for tensor in tensors)
+        data = [tensor for tensor in tensors if tensor in self._data]
+        in_order = all(self._data[tensor] for tensor in data) and not self._reorders(func, args)
         sources = [s for tensor in tensors if (s := self._source(tensor)) is not None]
         if not sources or not torch.is_grad_enabled():
-            return self._marked(
-                func(*self._substituted(args), **self._substituted(kwargs)), with_data
-            )
-        if not with_data:
+            result = func(*self._substituted(args), **self._substituted(kwargs))
+        elif not data:
             return self._derive(func, args, kwargs, sources)
-        return self._consume(func, args, kwargs, sources)
+        else:
+            result = self._consume(func, args, kwargs, sources, in_order)
+        if data:
+            self._mark(result, in_order)
+        return result
 
     def squared_norms(self, value: Tensor) -> dict[str, Tensor]:
         """Squared norms of the gradient of ``value``, by parameter.
@@ -136,10 +148,13 @@ class Recorder(TorchFunctionMode):
         self._collected, self._norms = [], {}
         if value in self._derived:
             self._leave([self._derived[value]])
-        elif value.requires_grad:
+        elif value.requires_grad and self._anchors:
             # Asking for the gradients of the anchors alone drives the whole backward pass.
             anchors = list(self._anchors.values())
-            torch.autograd.grad(value.sum(), anchors, retain_graph=True, allow_unused=True)
+            try:
+                torch.autograd.grad(value.sum(), anchors, retain_graph=True, allow_unused=True)
+            except CheckpointError:  # gradient checkpointing runs a forward pass unrecorded
+                self._leave(self._sources.values())
         self._sum_up_uses()
         return self._norms
 
@@ -151,14 +166,16 @@ class Recorder(TorchFunctionMode):
         source: _Source | None = self._derived.get(tensor, None)  # type: ignore[no-untyped-call]
         return source
 
-    def _mark(self, result: Any) -> None:
+    def _mark(self, result: Any, in_order: bool) -> None:
         for tensor in tensors_in(result):
-            self._data[tensor] = True
+            self._data[tensor] = in_order
 
-    def _marked(self, result: Any, is_data: bool) -> Any:
-        if is_data:
-            self._mark(result)
-        return result
+    def _reorders(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether the data decide which rows the result has, so that no row is a known sample's."""
+        if func is torch.Tensor.__getitem__:
+            index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+            return isinstance(index, Tensor) and index in self._data
+        return func in _INDEXED and len(args) > 1 and args[1] in (0, -args[0].ndim)
 
     def _substituted(self, arguments: Any, *, graph: bool = False) -> Any:
         """The arguments with parameters as aliases, derived tensors with or without their graph."""
@@ -182,22 +199,27 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _consume(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        sources: list[_Source],
+        in_order: bool,
     ) -> Any:
-        plain_args, plain_kwargs = self._substituted(args), self._substituted(kwargs)
-        result = func(*plain_args, **plain_kwargs)
-        factors = self._factors(func, (args, kwargs), (plain_args, plain_kwargs), result)
+        plain = self._substituted(args), self._substituted(kwargs)
+        result = func(*plain[0], **plain[1])
+        factors = self._factors(func, (args, kwargs), plain, result) if in_order else None
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)
-            return self._marked(result, True)
+            return result
         if not result.requires_grad:
             result = result + self._anchor(result)
-        data = [tensor for tensor in tensors_in([plain_args, plain_kwargs]) if tensor in self._data]
+        data = [tensor for tensor in tensors_in(plain) if tensor in self._data]
         use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor in data])
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
-        return self._marked(result, True)
+        return result
 
     def _factors(
         self, func: Callable[..., Any], given: Any, plain: Any, result: Any

@@ -51,7 +51,7 @@ def leaf_parameters(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     flags = {name: p.requires_grad for name, p in named.items() if not p.is_inference()}
     owners = [
-        (owner._parameters, key, p)
+        (owner, key, p)
         for owner in module.modules()
         for key, p in owner._parameters.items()
         if p is not None and p.is_inference() and p.is_floating_point()
@@ -60,12 +60,13 @@ def leaf_parameters(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     try:
         for name in flags:
             named[name].requires_grad_(True)
-        for slots, key, p in owners:
-            slots[key] = copies[id(p)]
+        # By setattr: a recurrent layer keeps a second list of its weights in step with it.
+        for owner, key, p in owners:
+            setattr(owner, key, copies[id(p)])
         yield {name: copies.get(id(p), p) for name, p in named.items()}
     finally:
-        for slots, key, p in owners:
-            slots[key] = p
+        for owner, key, p in owners:
+            setattr(owner, key, p)
         for name, flag in flags.items():
             named[name].requires_grad_(flag)
 
@@ -98,6 +99,9 @@ def _buffers(module: nn.Module) -> Iterator[None]:
     ]
     versions = [None if b.is_inference() else b._version for _, _, b, _ in slots]
     try:
+        for owner, key, buffer, value in slots:
+            if buffer.is_inference():  # autograd cannot save it; the copy stands in
+                owner[key] = value
         yield
     finally:
         for (owner, key, buffer, value), version in zip(slots, versions, strict=True):

@@ -447,7 +447,7 @@ def test_other_loggers_are_refused(tmp_path: Path) -> None:
         run_id = "0" * 32
         experiment = object()
 
-    with pytest.raises(TypeError, match="MLFlowLogger, got .*Foreign"):
+    with pytest.raises(TypeError, match=r"MLFlowLogger, got .*Foreign"):
         MLflowSink.from_logger(Foreign())
 
 

@@ -1,0 +1,140 @@
+"""Likelihoods of sequences against a loop of cross-entropies."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import ood_monitor as om
+
+VOCABULARY = 11
+
+
+class Bigram(nn.Module):
+    """Logits of the next token from the last one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Embedding(VOCABULARY, VOCABULARY, dtype=torch.float64)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.logits(tokens)
+
+
+class HuggingFace(Bigram):
+    """The same with the attribute of transformers' outputs."""
+
+    def forward(self, tokens: Tensor) -> Any:
+        return SimpleNamespace(logits=super().forward(tokens))
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=8,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config).double().eval()
+
+
+def tokens(n: int = 4, length: int = 7) -> Tensor:
+    return torch.randint(1, VOCABULARY, (n, length))
+
+
+def log_likelihood(adapter: om.Adapter, batch: Any) -> Tensor:
+    [(term, value)] = adapter.log_likelihood(batch)
+    assert term == "log_likelihood"
+    return value.detach()
+
+
+def cross_entropies(module: nn.Module, x: Tensor, padding: int | None = None) -> Tensor:
+    """Minus the summed cross-entropy, sample by sample and token by token."""
+    totals = []
+    for row in x:
+        logits = module(row[None])
+        logits = getattr(logits, "logits", logits)[0].detach()
+        losses = [
+            F.cross_entropy(logits[t][None], row[t + 1][None])
+            for t in range(len(row) - 1)
+            if row[t + 1] != padding
+        ]
+        totals.append(-sum(losses))
+    return torch.stack(totals)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [Bigram, HuggingFace, gpt2])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_likelihood_is_minus_the_cross_entropies(make: Any, dtype: torch.dtype) -> None:
+    module, x = make(), tokens()
+    found = log_likelihood(om.SequenceLikelihood(module), x.to(dtype))
+    torch.testing.assert_close(found, cross_entropies(module, x))
+
+
+@pytest.mark.parametrize("make", [Bigram, gpt2])
+def test_padding_is_left_out(make: Any) -> None:
+    module, x = make(), tokens()
+    x[1, 3:], x[2, 6:], x[3, 1:] = 0, 0, 0
+    found = log_likelihood(om.SequenceLikelihood(module, padding=0), x)
+    torch.testing.assert_close(found[:3], cross_entropies(module, x[:3], padding=0))
+    assert found[3] == 0.0
+
+
+@pytest.mark.parametrize("make", [Bigram, gpt2])
+def test_padded_sequence_is_as_likely_as_it_is_alone(make: Any) -> None:
+    adapter, x = om.SequenceLikelihood(make(), padding=0), tokens()
+    padded = F.pad(x[:, :4], (0, 3), value=0)
+    torch.testing.assert_close(log_likelihood(adapter, padded), log_likelihood(adapter, x[:, :4]))
+
+
+def test_probabilities_of_all_sequences_add_up_to_one() -> None:
+    every = torch.cartesian_prod(torch.tensor([3]), *[torch.arange(VOCABULARY)] * 3)
+    probability = log_likelihood(om.SequenceLikelihood(gpt2()), every).exp()
+    assert probability.sum().item() == pytest.approx(1.0, rel=1e-9)
+
+
+def test_first_token_is_given() -> None:
+    [(_, one)] = om.SequenceLikelihood(Bigram()).log_likelihood(torch.tensor([[3, 5]]))
+    assert one.item() < 0
+    all_seconds = torch.stack([torch.full((VOCABULARY,), 3), torch.arange(VOCABULARY)], 1)
+    total = log_likelihood(om.SequenceLikelihood(Bigram()), all_seconds).exp().sum()
+    assert total.item() == pytest.approx(1.0)
+
+
+def test_sequence_has_the_same_likelihood_alone_and_in_a_batch() -> None:
+    adapter, x = om.SequenceLikelihood(gpt2()), tokens()
+    alone = torch.cat([log_likelihood(adapter, row[None]) for row in x])
+    torch.testing.assert_close(alone, log_likelihood(adapter, x))
+
+
+def test_padding_has_no_gradient() -> None:
+    adapter = om.SequenceLikelihood(gpt2(), padding=0)
+    x = F.pad(tokens(length=4), (0, 3), value=0)
+    padded = om.gradient_norms(adapter, x)
+    alone = om.gradient_norms(adapter, x[:, :4])
+    torch.testing.assert_close(padded, alone)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(2, 3), torch.ones(2, 1).long(), torch.ones(2).long(), torch.ones(2, 3, 4).long()],
+    ids=["floating-point", "one token", "one dimension", "three dimensions"],
+)
+def test_what_are_no_tokens_is_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"integer tokens \(B, T\) with T >= 2, got a tensor"):
+        log_likelihood(om.SequenceLikelihood(Bigram()), x)
+
+
+@pytest.mark.parametrize("shape", [(VOCABULARY, 7), (7,), (9, VOCABULARY)], ids=str)
+def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    module = Bigram()
+    module.forward = lambda x: torch.zeros(len(x), *shape)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="logits"):
+        log_likelihood(om.SequenceLikelihood(module), tokens())

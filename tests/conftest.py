@@ -1,0 +1,35 @@
+"""Every test starts offline, from seed 0 and on one thread, and leaves no random state behind."""
+
+import os
+
+os.environ |= {
+    "DISABLE_TELEMETRY": "YES",
+    "DO_NOT_TRACK": "true",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+# What reads these variables on import must come after them.
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

@@ -1,0 +1,45 @@
+"""Every density, and the kinds of log squared norms that it must cope with."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ood_monitor.densities import Array, Density, DiagonalGaussian, Maximum, ShrunkGaussian
+
+#: A density is added to all contract checks by a line here.
+DENSITIES: dict[str, Callable[[], Density]] = {
+    "DiagonalGaussian": DiagonalGaussian,
+    "ShrunkGaussian": ShrunkGaussian,
+    "Maximum": Maximum,
+    "Maximum-3": lambda: Maximum(folds=3),
+}
+
+
+def independent(n: int, seed: int = 0, width: int = 6) -> Array:
+    """Independent, each of a mean and a scale of its own."""
+    z = np.random.default_rng(seed).normal(size=(n, width))
+    return z * np.linspace(0.2, 3.0, width) + np.linspace(-20.0, 10.0, width)
+
+
+def correlated(n: int, seed: int = 0) -> Array:
+    """All layers move with the sample's overall gradient, as in a UNet."""
+    return independent(n, seed) + np.random.default_rng(seed + 1000).normal(size=(n, 1))
+
+
+def wide(n: int, seed: int = 0) -> Array:
+    """More features than samples."""
+    return independent(n, seed, width=60)
+
+
+def single(n: int, seed: int = 0) -> Array:
+    """One layer."""
+    return independent(n, seed, width=1)
+
+
+#: (N, F) features by kind, given N and a seed.
+FEATURES: dict[str, Callable[..., Array]] = {
+    "independent": independent,
+    "correlated": correlated,
+    "wide": wide,
+    "single": single,
+}

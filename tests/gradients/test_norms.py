@@ -1,0 +1,468 @@
+"""Squared gradient norms against plain gradients, one sample at a time, over all models."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from threading import Barrier
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import MODELS, Function, Gaussian, Model, model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ood_monitor as om
+from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.gradients import gradient_norms, terms_and_norms
+from ood_monitor.gradients.norms import _looped
+from ood_monitor.gradients.rules import RULES, Materialised, Rule
+
+Norms = dict[str, Tensor]
+
+#: Relative error allowed, and the norm, relative to the largest of its term, below which it is
+#: rounding noise: the largest gradients leave an error of their size times the unit roundoff in all
+#: others, and norms square it. (In single precision 1e-9 is a gradient 3e-5 times the largest.)
+TOLERANCES = {torch.float64: (1e-8, 1e-20), torch.float32: (1e-4, 1e-9)}
+
+#: Four samples.
+X = torch.linspace(-1, 1, 12).double().reshape(4, 3)
+
+DISAGREES = "The fast path disagrees with the loop"
+
+models = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            m, id=m.name, marks=[pytest.mark.filterwarnings(f"ignore:{DISAGREES}")] * m.warns
+        )
+        for m in MODELS
+    ],
+    scope="module",
+)
+
+
+def gradients(adapter: om.Adapter, batch: Batch, group: int = 1) -> Norms:
+    """What autograd gives for each group of samples on its own, {"term/parameter": (n, ...)}."""
+    parameters = dict(adapter.module.named_parameters())
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, batch_size(batch), group):
+        samples = map_tensors(lambda t: t[start : start + group].clone(), batch)  # noqa: B023
+        for term, value in adapter.log_likelihood(samples):
+            parts = torch.autograd.grad(
+                value.sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
+            )
+            for name, part in zip(parameters, parts, strict=True):
+                found.setdefault(f"{term}/{name}", []).append(part)
+    return {key: torch.stack(parts) for key, parts in found.items()}
+
+
+def rows(gradients: Norms) -> Norms:
+    return {
+        k: (g.flatten(2) if g.ndim > 2 else g.reshape(len(g), -1, 1)).square().sum(2)
+        for k, g in gradients.items()
+    }
+
+
+def tensors(gradients: Norms) -> Norms:
+    return {k: norms.sum(1) for k, norms in rows(gradients).items()}
+
+
+def assert_norms(actual: Norms, expected: Norms, dtype: torch.dtype = torch.float64) -> None:
+    assert list(actual) == list(expected)
+    largest: dict[str, float] = {}
+    for key, norms in expected.items():
+        term = key.split("/")[0]
+        largest[term] = max(largest.get(term, 0.0), float(norms.max()))
+    rtol, noise = TOLERANCES[dtype]
+    for key, norms in expected.items():
+        floor = noise * largest[key.split("/")[0]]
+        alive = norms > floor
+        assert actual[key].shape == norms.shape, key
+        assert torch.allclose(actual[key][alive].double(), norms[alive], rtol=rtol, atol=0), key
+        assert (actual[key][~alive] <= 2 * floor).all(), key
+
+
+@pytest.fixture(scope="module")
+def exact(case: Model) -> Norms:
+    return gradients(*case())
+
+
+# Over all models
+
+
+@models
+def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms) -> None:
+    adapter, batch = case()
+    assert_norms(gradient_norms(adapter, batch), tensors(exact))
+    assert_norms(gradient_norms(adapter, batch, granularity="row"), rows(exact))
+
+
+@models
+def test_single_precision(case: Model, exact: Norms) -> None:
+    assert_norms(gradient_norms(*case(torch.float32)), tensors(exact), torch.float32)
+
+
+@models
+def test_a_group_has_the_gradient_of_its_sum(case: Model) -> None:
+    adapter, batch = case()
+    expected = gradients(adapter, batch, group=2)
+    assert_norms(gradient_norms(adapter, batch, group=2), tensors(expected))
+    assert_norms(gradient_norms(adapter, batch, group=2, granularity="row"), rows(expected))
+
+
+@models
+def test_chunks_change_nothing(case: Model, exact: Norms) -> None:
+    adapter, batch = case()
+    for chunk_size in (3, 1):
+        assert_norms(gradient_norms(adapter, batch, chunk_size=chunk_size), tensors(exact))
+
+
+@models
+def test_keys_are_terms_then_parameters_in_module_order(case: Model) -> None:
+    adapter, batch = case()
+    result = terms_and_norms(adapter, batch)
+    names = [name for name, _ in adapter.module.named_parameters()]
+    terms = dict(adapter.log_likelihood(batch))
+    assert list(result.norms) == [f"{term}/{name}" for term in terms for name in names]
+    assert list(result.log_likelihood) == list(terms)
+    for term, values in terms.items():
+        torch.testing.assert_close(result.log_likelihood[term], values.detach())
+
+
+@models
+def test_only_what_is_expected_is_left_to_the_loop(case: Model) -> None:
+    adapter, batch = case()
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        gradient_norms(adapter, batch)
+    names = [name for name, _ in adapter.module.named_parameters()]
+    expected = {n for n in names if any(fnmatchcase(n, pattern) for pattern in case.looped)}
+    assert _looped[adapter] == expected
+    assert any(DISAGREES in str(warning.message) for warning in caught) == case.warns
+
+
+# Whatever the caller's state
+
+
+def no_grad(case: Model) -> Norms:
+    with torch.no_grad():
+        return gradient_norms(*case(torch.float32))
+
+
+def inference_mode(case: Model) -> Norms:
+    adapter, batch = case(torch.float32)
+    with torch.inference_mode():
+        return gradient_norms(adapter, map_tensors(torch.clone, batch))
+
+
+def made_in_inference_mode(case: Model) -> Norms:
+    with torch.inference_mode():
+        adapter, batch = case(torch.float32)
+    return gradient_norms(adapter, batch)
+
+
+def autocast(case: Model) -> Norms:
+    adapter, batch = case(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        return gradient_norms(adapter, batch)
+
+
+def frozen(case: Model) -> Norms:
+    adapter, batch = case(torch.float32)
+    adapter.module.requires_grad_(False)
+    return gradient_norms(adapter, batch)
+
+
+def training(case: Model) -> Norms:
+    adapter, batch = case(torch.float32)
+    adapter.module.train()
+    return gradient_norms(adapter, batch)
+
+
+@models
+@pytest.mark.parametrize(
+    "under", [no_grad, inference_mode, made_in_inference_mode, autocast, frozen, training]
+)
+def test_the_callers_state_changes_nothing(
+    case: Model, exact: Norms, under: Callable[[Model], Norms]
+) -> None:
+    assert_norms(under(case), tensors(exact), torch.float32)
+
+
+def checkpointed(m: Any, x: Tensor) -> Tensor:
+    return m.out(checkpoint(lambda y: m.f(y).tanh(), m.before(x), use_reentrant=False))
+
+
+# The parameters may be left to the loop, but must be right.
+@pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
+def test_checkpointing_of_a_function_changes_nothing() -> None:
+    parts = {"before": nn.Linear(3, 5), "f": nn.Linear(5, 4), "out": nn.Linear(4, 2)}
+    adapter = Gaussian(Function(checkpointed, **parts).double())
+    assert_norms(gradient_norms(adapter, X), tensors(gradients(adapter, X)))
+
+
+@pytest.mark.parametrize("scored_before", [False, True])
+@pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
+def test_gradient_checkpointing_changes_nothing(scored_before: bool) -> None:
+    adapter, batch = model("unet")()
+    expected = tensors(gradients(adapter, batch))
+    if scored_before:
+        gradient_norms(adapter, batch)
+    adapter.module.enable_gradient_checkpointing()
+    assert_norms(gradient_norms(adapter, batch), expected)
+    assert adapter.module.is_gradient_checkpointing
+
+
+def test_threads_that_score_one_model_at_once_agree() -> None:
+    adapter, batch = model("unet")()
+    expected, start = gradient_norms(adapter, batch), Barrier(2)
+
+    def score(_: int) -> Norms:
+        start.wait(10)
+        return gradient_norms(adapter, batch)
+
+    with ThreadPoolExecutor(2) as threads:
+        for actual in threads.map(score, range(4)):
+            assert_norms(actual, expected)
+
+
+# What the engine takes for granted, it checks
+
+
+class Terms(om.Adapter):
+    """The terms that a function of the module and the batch gives."""
+
+    def __init__(
+        self,
+        terms: Callable[[Any, Any], Iterable[tuple[str, Any]]],
+        module: nn.Module | None = None,
+    ) -> None:
+        self.module = nn.Linear(3, 2).double() if module is None else module
+        self._terms = terms
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        return self._terms(self.module, batch)
+
+
+def lying(rule: Rule) -> Rule:
+    def zeros(n: int, g: Tensor, arguments: Any) -> dict[str, Materialised]:
+        factors = rule.factors(n, g, arguments)
+        return {k: Materialised(0 * factor.gradients(0, n)) for k, factor in factors.items()}
+
+    return Rule(rule.arguments, zeros)
+
+
+LIES = {
+    F.linear: "linear-3d",
+    torch.conv1d: "conv1d",
+    torch.conv2d: "conv2d",
+    torch.conv3d: "conv3d",
+    F.embedding: "embedding",
+    F.group_norm: "group-norm",
+    F.layer_norm: "layer-norm",
+    F.rms_norm: "rms-norm",
+    F.batch_norm: "batch-norm-2d",
+}
+
+
+def test_every_rule_is_made_to_lie_below() -> None:
+    assert LIES.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("operation", LIES, ids=lambda f: f.__name__)
+def test_a_rule_that_lies_is_caught(
+    operation: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, batch = model(LIES[operation])()
+    expected = tensors(gradients(adapter, batch))
+    monkeypatch.setitem(RULES, operation, lying(RULES[operation]))
+    with pytest.warns(UserWarning, match=rf"{DISAGREES}.*: exact, but slower") as caught:
+        assert_norms(gradient_norms(adapter, batch), expected)
+    (warning,), wrong = caught, _looped[adapter]
+    assert wrong
+    assert all(repr(name) in str(warning.message) for name in wrong)
+    assert_norms(gradient_norms(adapter, batch), expected)  # and it does not warn again
+
+
+def test_one_sample_does_not_settle_what_is_looped() -> None:
+    adapter, batch = model("linear-2d")()
+    gradient_norms(adapter, batch[:1])
+    assert adapter not in _looped
+
+
+def test_samples_that_change_places_inside_the_model_keep_their_gradients() -> None:
+    def sorted_and_back(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return m.f(x[order]).tanh()[order.argsort()]
+
+    adapter = Gaussian(Function(sorted_and_back, f=nn.Linear(3, 2)).double())
+    batch = torch.arange(12.0).double().reshape(4, 3) / 6
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        gradient_norms(adapter, batch)  # in order: the order inside is as outside
+        shuffled = batch[[2, 0, 3, 1]]
+        assert_norms(gradient_norms(adapter, shuffled), tensors(gradients(adapter, shuffled)))
+
+
+def test_batch_statistics_are_refused() -> None:
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    adapter = Gaussian(nn.Sequential(nn.Conv1d(3, 3, 1), norm))
+    with pytest.raises(ValueError, match=r"same alone and in a batch.*the model mixes samples"):
+        gradient_norms(adapter, torch.randn(4, 3, 5))
+
+
+def nothing(m: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+    return []
+
+
+def likelihood(m: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+    return [("log_likelihood", m(x).square().sum(1))]
+
+
+def constant(m: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+    return [("log_likelihood", x.square().sum(1))]
+
+
+def noisy(m: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+    return [("log_likelihood", m(x).sum(1) + torch.randn(len(x)))]
+
+
+REFUSED: dict[str, tuple[om.Adapter, Any, dict[str, Any], str]] = {
+    "a column": (
+        Terms(lambda m, x: [("t", m(x))]),
+        *(X, {}, r"term 't' of Terms to be of shape \(\d,\), one value a sample, got .*\(\d, 2\)"),
+    ),
+    "a sum": (
+        Terms(lambda m, x: [("t", m(x).sum())]),
+        X,
+        {},
+        r"to be of shape \(\d,\).*shape \(\)",
+    ),
+    "a number": (Terms(lambda m, x: [("t", 1.0)]), X, {}, r"to be of shape \(\d,\).*got float"),
+    "no term": (Terms(nothing), X, {}, "Expected Terms to yield a term, got none"),
+    "a term twice": (
+        Terms(lambda m, x: [*likelihood(m, x), *likelihood(m, x)]),
+        *(X, {}, "'log_likelihood'.*once"),
+    ),
+    "a term with a slash": (
+        Terms(lambda m, x: [("t/1", m(x).sum(1))]),
+        *(X, {}, "Expected.*name.*'t/1'"),
+    ),
+    "a term of NaN": (
+        Terms(lambda m, x: [("t", m(x).sum(1) * torch.nan)]),
+        *(X, {}, "Expected.*'t'.*finite"),
+    ),
+    "no samples": (Terms(likelihood), X[:0], {}, "a multiple of group=1 samples, got 0"),
+    "no tensors": (Terms(likelihood), [], {}, r"Expected a batch of tensors.*\(B, \.\.\.\)"),
+    "a scalar": (Terms(likelihood), X[0, 0], {}, r"Expected a batch of tensors of shape \(B"),
+    "two batch sizes": (Terms(likelihood), (X, X[:2]), {}, "one batch size.*, got shapes"),
+    "NaN": (
+        Terms(likelihood),
+        X.index_fill(0, torch.tensor(2), torch.nan),
+        *(
+            {},
+            "Expected finite values, got NaN or infinity in 1 of 4 samples, the first at index 2",
+        ),
+    ),
+    "infinity": (Terms(likelihood), (X, 1 / (X - X[0, 0])), {}, "infinity in 1 of 4 samples"),
+    "half a group": (Terms(likelihood), X, {"group": 3}, "a multiple of group=3 samples, got 4"),
+    "empty groups": (Terms(likelihood), X, {"group": 0}, "group=0"),
+    "empty chunks": (Terms(likelihood), X, {"chunk_size": 0}, "Expected chunk_size .*, got 0"),
+    "chunks that split groups": (
+        Terms(likelihood),
+        *(X, {"group": 2, "chunk_size": 3}, "chunk_size to be a multiple of group=2, got 3"),
+    ),
+    "no parameters": (
+        Terms(likelihood, nn.Identity()),
+        *(X, {}, "with floating-point parameters, got Identity with 0 parameters"),
+    ),
+    "integer parameters": (
+        Terms(likelihood, nn.ParameterList([nn.Parameter(torch.ones(2).long(), False)])),
+        *(X, {}, "got ParameterList with 1 parameters, none of them floating-point"),
+    ),
+    "independent of parameters": (Terms(constant), X, {}, "to depend on the parameters of Linear"),
+    "random": (Terms(noisy), X, {}, "draws random numbers that Terms does not fix"),
+    "layers that are not there": (
+        Terms(likelihood),
+        *(X, {"layers": "up.*"}, r"layers='up\.\*' to match.*'weight' to 'bias'"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("adapter", "batch", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(adapter: om.Adapter, batch: Batch, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gradient_norms(adapter, batch, **options)
+
+
+# Batches, terms, adapters
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def summed(m: nn.Module, batch: Batch) -> list[tuple[str, Tensor]]:
+    first, second = batch.values() if isinstance(batch, dict) else batch
+    return likelihood(m, first + second)
+
+
+@pytest.mark.parametrize(
+    "batch", [(X, X), [X, X], {"x": X, "y": X}, Pair(X, X)], ids=["tuple", "list", "dict", "named"]
+)
+def test_a_batch_may_be_nested(batch: Batch) -> None:
+    adapter = Terms(summed)
+    assert_norms(
+        gradient_norms(adapter, batch, chunk_size=2),
+        gradient_norms(Terms(likelihood, adapter.module), 2 * X),
+    )
+
+
+def test_terms_of_one_forward_pass_equal_those_of_their_own() -> None:
+    adapter, batch = model("glow")()
+    norms = gradient_norms(adapter, batch)
+    for term, _ in adapter.log_likelihood(batch):
+        alone = Terms(lambda m, x: [item for item in adapter.log_likelihood(x) if item[0] == term])  # noqa: B023
+        alone.module = adapter.module
+        assert_norms(
+            gradient_norms(alone, batch),
+            {k: v for k, v in norms.items() if k.startswith(f"{term}/")},
+        )
+
+
+def test_an_adapter_may_compare_by_value() -> None:
+    @dataclass
+    class Mean(om.Adapter):
+        module: nn.Module
+
+        def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+            return likelihood(self.module, batch)
+
+    adapter = Mean(nn.Linear(3, 2).double())
+    assert_norms(gradient_norms(adapter, X), tensors(gradients(adapter, X)))
+
+
+def test_no_graph_is_alive_when_the_next_forward_pass_begins() -> None:
+    class Mark:
+        """Lives as long as the graph that it is hooked to."""
+
+        def __call__(self, g: Tensor) -> None:
+            pass
+
+    marks: list[weakref.ref[Mark]] = []
+
+    def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        assert not [mark for mark in marks if mark()]
+        y, mark = m.net(x), Mark()
+        y.register_hook(mark)
+        marks.append(weakref.ref(mark))
+        return y
+
+    net = Function(forward, net=nn.Conv2d(3, 3, 3, padding=1))
+    adapter = om.DenoisingBound(net, torch.linspace(0.9, 0.1, 10), levels=[1, 5, 9])
+    gradient_norms(adapter, torch.randn(2, 3, 8, 8))
+    assert len(marks) == 3 + 2 * 3 + 3  # all at once and one by one to compare them, then to score

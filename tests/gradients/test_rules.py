@@ -1,0 +1,252 @@
+"""Each operation's rule against autograd, one group of samples at a time."""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ood_monitor.gradients.rules import (
+    POINTWISE,
+    RULES,
+    ConvolutionWeight,
+    Materialised,
+    Outer,
+    pointwise,
+    rows_of,
+)
+
+SAMPLES = 4
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Call(NamedTuple):
+    """A call of an operation: shapes for tensors to draw, anything else as it is."""
+
+    operation: Callable[..., Tensor]
+    arguments: dict[str, Any]
+
+    def drawn(self) -> dict[str, Any]:
+        shaped = {"input", "weight", "bias", "running_mean"} & self.arguments.keys()
+        return self.arguments | {
+            name: draw(*self.arguments[name])
+            for name in shaped
+            if isinstance(self.arguments[name], tuple)
+        }
+
+
+def convolution(x: tuple[int, ...], weight: tuple[int, ...], **options: Any) -> Call:
+    operation = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}[len(x)]
+    bias = {"bias": (weight[0],)} if options.pop("biased", True) else {}
+    return Call(operation, {"input": x, "weight": weight, **bias, **options})
+
+
+def batch_norm(*x: int, **options: Any) -> Call:
+    statistics = {"running_mean": (x[1],), "running_var": torch.linspace(0.5, 2, x[1]).double()}
+    return Call(F.batch_norm, {"input": x, **statistics, **options})
+
+
+def embedding(index: Tensor, **options: Any) -> Call:
+    return Call(F.embedding, {"input": index, "weight": (5, 3), **options})
+
+
+INDEX = torch.tensor([[0, 1, 1], [2, 4, 2], [3, 3, 3], [4, 0, 1]])
+CALLS = {
+    "linear": Call(F.linear, {"input": (4, 3), "weight": (2, 3), "bias": (2,)}),
+    "linear-wide": Call(F.linear, {"input": (4, 2, 6), "weight": (7, 6)}),
+    "linear-long": Call(F.linear, {"input": (4, 3, 5, 2), "weight": (3, 2), "bias": (3,)}),
+    "linear-bias-only": Call(F.linear, {"input": (4, 5, 3), "weight": draw(2, 3), "bias": (2,)}),
+    "conv1d": convolution((4, 3, 9), (2, 3, 3), stride=2, padding=1),
+    "conv1d-even-same": convolution((4, 3, 9), (2, 3, 4), padding="same", dilation=1),
+    "conv2d": convolution((4, 2, 6, 5), (3, 2, 3, 3)),
+    "conv2d-tuples": convolution(
+        *((4, 2, 9, 9), (3, 2, 3, 2)), stride=(2, 1), padding=(0, 2), dilation=(1, 2)
+    ),
+    "conv2d-lists": convolution((4, 2, 6, 6), (3, 2, 3, 3), stride=[2], padding=[1], dilation=[1]),
+    "conv2d-same": convolution((4, 2, 6, 5), (3, 2, 3, 2), padding="same", dilation=(1, 3)),
+    "conv2d-valid": convolution((4, 2, 6, 5), (3, 2, 3, 3), padding="valid", biased=False),
+    "conv2d-wide": convolution((4, 9, 3, 3), (9, 9, 3, 3), stride=2, padding=1),
+    "conv2d-wide-dilated": convolution((4, 9, 2, 2), (9, 9, 3, 3), padding=2, dilation=2),
+    "conv2d-1x1": convolution((4, 3, 4, 4), (5, 3, 1, 1)),
+    "conv2d-1x1-wide": convolution((4, 9, 1, 2), (8, 9, 1, 1)),
+    "conv2d-1x1-strided": convolution((4, 3, 4, 4), (5, 3, 1, 1), stride=2),
+    "conv2d-1x1-padded": convolution((4, 3, 4, 4), (5, 3, 1, 1), padding=1),
+    "conv2d-groups": convolution((4, 4, 5, 5), (6, 2, 3, 3), groups=2, padding=1),
+    "conv2d-groups-1x1": convolution((4, 4, 5, 5), (6, 2, 1, 1), groups=2),
+    "conv2d-groups-wide": convolution((4, 18, 1, 1), (18, 9, 3, 3), groups=2, padding=1),
+    "conv3d": convolution((4, 2, 4, 3, 3), (3, 2, 2, 3, 2), padding=(1, 0, 1)),
+    "embedding": embedding(INDEX),
+    "embedding-flat": embedding(INDEX[:, 0]),
+    "embedding-square": embedding(INDEX[:, :, None]),
+    "embedding-padding": embedding(INDEX, padding_idx=1),
+    "embedding-padding-from-the-end": embedding(INDEX, padding_idx=-1),
+    "group-norm": Call(
+        F.group_norm, {"input": (4, 6, 3, 2), "num_groups": 2, "weight": (6,), "bias": (6,)}
+    ),
+    "group-norm-flat": Call(
+        F.group_norm, {"input": (4, 6), "num_groups": 2, "weight": (6,), "eps": 0.1}
+    ),
+    "layer-norm": Call(
+        F.layer_norm, {"input": (4, 5, 3), "normalized_shape": (3,), "weight": (3,), "bias": (3,)}
+    ),
+    "layer-norm-2d": Call(
+        F.layer_norm,
+        {"input": (4, 5, 2, 3), "normalized_shape": [2, 3], "weight": (2, 3), "eps": 0.1},
+    ),
+    "rms-norm": Call(
+        F.rms_norm, {"input": (4, 5, 3), "normalized_shape": (3,), "weight": (3,), "eps": 0.1}
+    ),
+    "rms-norm-2d": Call(
+        F.rms_norm, {"input": (4, 5, 2, 3), "normalized_shape": [2, 3], "weight": (2, 3)}
+    ),
+    "batch-norm": batch_norm(4, 3, 5, weight=(3,), bias=(3,), training=False, eps=0.1),
+    "batch-norm-flat": batch_norm(4, 3, weight=(3,)),
+}
+
+
+def of_each_group(
+    call: Call, arguments: dict[str, Any], names: list[str], g: Tensor, n: int
+) -> Any:
+    """Gradients by autograd, {name: (n, ...)}."""
+    leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+    parts = []
+    for x, g_i in zip(arguments["input"].tensor_split(n), g.tensor_split(n), strict=True):
+        output = call.operation(**(arguments | leaves | {"input": x}))
+        parts.append(torch.autograd.grad(output, list(leaves.values()), g_i))
+    return {
+        name: torch.stack(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)
+    }
+
+
+@pytest.mark.parametrize("n", [4, 2, 1], ids="{} groups".format)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_factors_equal_gradients(call: Call, n: int) -> None:
+    arguments = call.drawn()
+    g = torch.randn_like(call.operation(**arguments))
+    names = [name for name in ("weight", "bias") if name in arguments]
+    factors = RULES[call.operation].factors(n, g, arguments)
+    for name, exact in of_each_group(call, arguments, names, g, n).items():
+        factor, rows = factors[name], torch.stack([rows_of(gradient) for gradient in exact])
+        torch.testing.assert_close(factor.gradients(0, n), exact)
+        torch.testing.assert_close(factor.gradients(n - 1, n), exact[n - 1 :])
+        torch.testing.assert_close(factor.row_norms(), rows)
+        torch.testing.assert_close(factor.norms(), rows.sum(1))
+
+
+def test_every_rule_is_called_above() -> None:
+    assert {call.operation for call in CALLS.values()} == RULES.keys()
+
+
+# Which form a convolution's factor takes
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("conv2d", ConvolutionWeight),
+        ("conv2d-wide", Outer),
+        ("conv2d-1x1", Outer),
+        ("conv2d-1x1-padded", ConvolutionWeight),
+        ("conv2d-groups-1x1", ConvolutionWeight),
+        ("conv2d-groups-wide", ConvolutionWeight),
+    ],
+)
+def test_form_of_a_convolution(name: str, form: type) -> None:
+    arguments = CALLS[name].drawn()
+    g = torch.ones_like(CALLS[name].operation(**arguments))
+    assert isinstance(RULES[torch.conv2d].factors(SAMPLES, g, arguments)["weight"], form)
+
+
+def test_outer_takes_both_ways_to_the_same_norms() -> None:
+    x, g = draw(4, 6, 3), draw(4, 6, 5)
+    few, many = Outer(x[:, :1], g[:, :1], torch.Size((5, 3))), Outer(x, g, torch.Size((5, 3)))
+    assert few._gram_is_cheaper()
+    assert not many._gram_is_cheaper()
+    for outer in (few, many):
+        rows = outer.gradients(0, 4).square().sum(2)
+        torch.testing.assert_close(outer.row_norms(), rows)
+        torch.testing.assert_close(outer.norms(), rows.sum(1))
+
+
+# What a rule leaves to the loop
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (Call(torch.conv2d, {"input": (2, 6, 5), "weight": (3, 2, 3, 3)}), "without a batch"),
+        (batch_norm(4, 3, weight=(3,), training=True), "mix samples"),
+        (embedding(INDEX, max_norm=1.0), "renormalises or rescales"),
+        (embedding(INDEX, scale_grad_by_freq=True), "renormalises or rescales"),
+        (embedding(INDEX, sparse=True), "renormalises or rescales"),
+    ],
+    ids=["conv-unbatched", "batch-norm-training", "max-norm", "frequency", "sparse"],
+)
+def test_not_covered(call: Call, message: str) -> None:
+    arguments = call.drawn()
+    g = torch.ones_like(call.operation(**arguments))
+    with pytest.raises(NotImplementedError, match=message):
+        RULES[call.operation].factors(SAMPLES, g, arguments)
+
+
+# Broadcasting operations
+
+
+SHAPES = [(), (1,), (3,), (5, 1), (1, 3), (5, 3), (1, 5, 3), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("operation", sorted(POINTWISE, key=str), ids=lambda f: f.__qualname__)
+def test_pointwise(operation: Callable[..., Tensor], position: int, shape: tuple[int, ...]) -> None:
+    parameter, data, g = 2 + draw(*shape).abs(), 2 + draw(SAMPLES, 5, 3).abs(), draw(SAMPLES, 5, 3)
+    arguments = (parameter, data) if position == 0 else (data, parameter)
+    leaf = parameter.clone().requires_grad_()
+    for n in (4, 2):
+        factor, exact = pointwise(operation, n, g, arguments, position), []
+        for x, g_i in zip(data.tensor_split(n), g.tensor_split(n), strict=True):
+            output = operation(leaf, x) if position == 0 else operation(x, leaf)
+            exact.append(torch.autograd.grad(output, leaf, g_i)[0])
+        torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
+
+
+def test_pointwise_covers_the_operators() -> None:
+    x, seen = draw(2), []
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        for operation in (operator.add, operator.mul, operator.sub, operator.truediv):
+            operation(x, x), operation(x, 2.0), operation(2.0, x)
+    assert set(seen) <= POINTWISE
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 1, 1), (2, 5, 3)], ids=str)
+def test_pointwise_leaves_operands_with_a_batch_dimension(shape: tuple[int, ...]) -> None:
+    with pytest.raises(NotImplementedError, match="with a batch dimension"):
+        pointwise(torch.add, 4, draw(4, 5, 3), (draw(4, 5, 3), draw(*shape)), 1)
+
+
+# Materialised gradients
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2), (3, 2, 2)], ids=str)
+def test_materialised(shape: tuple[int, ...]) -> None:
+    gradients = draw(4, *shape)
+    rows = torch.stack([rows_of(gradient) for gradient in gradients])
+    assert rows.shape == (4, shape[0] if shape else 1)
+    torch.testing.assert_close(Materialised(gradients).row_norms(), rows)
+    torch.testing.assert_close(Materialised(gradients).norms(), rows.sum(1))
+    torch.testing.assert_close(rows.sum(1), gradients.reshape(4, -1).square().sum(1))

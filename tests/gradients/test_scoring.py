@@ -1,0 +1,224 @@
+"""Scoring leaves no trace: on success, and when the model fails midway."""
+
+import random
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import MODELS, Function, Gaussian, Model, model
+from torch import Tensor, nn
+
+import ood_monitor as om
+from ood_monitor.adapters.base import Batch, tensors_in
+from ood_monitor.gradients import gradient_norms
+from ood_monitor.gradients.scoring import device_of, leaf_parameters, undisturbed
+
+pytestmark = pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
+models = pytest.mark.parametrize("case", MODELS, ids=lambda m: m.name)
+
+
+class Failing(om.Adapter):
+    """Another adapter until the given term is due, counted over all passes from 0."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, adapter: om.Adapter, due: int) -> None:
+        self.module, self._adapter = adapter.module, adapter
+        self._due, self._count = due, count()
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        for item in self._adapter.log_likelihood(batch):
+            if next(self._count) == self._due:
+                raise self.Error
+            yield item
+
+
+def mixed(module: nn.Module) -> nn.Module:
+    """With flags set here and not there, and gradients from an earlier training step."""
+    for i, parameter in enumerate(module.parameters()):
+        parameter.grad = torch.ones_like(parameter) if i % 2 else None
+        parameter.requires_grad_(i % 3 > 0)
+    for i, submodule in enumerate(module.modules()):
+        submodule.training = i % 2 == 0
+    return module
+
+
+def of_tensor(tensor: Tensor | None) -> Any:
+    """What a tensor is, and holds, comparable by ==."""
+    if tensor is None:
+        return None
+    values = tensor.detach().numpy().tobytes()
+    return id(tensor), tensor.requires_grad, values, of_tensor(tensor.grad)
+
+
+def of_submodule(submodule: nn.Module) -> dict[str, Any]:
+    attributes = vars(submodule)
+    tensors = attributes["_parameters"] | attributes["_buffers"]
+    return {
+        "training": submodule.training,
+        "attributes": list(attributes),
+        "hooks": {k: list(v) for k, v in attributes.items() if "hooks" in k},
+        "tensors": {name: of_tensor(tensor) for name, tensor in tensors.items()},
+        "versions": {
+            name: p._version for name, p in submodule._parameters.items() if p is not None
+        },
+    }
+
+
+def state(module: nn.Module, batch: Batch) -> dict[str, Any]:
+    return {
+        "random": (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "function modes": torch._C._len_torch_function_stack(),
+        "batch": [of_tensor(tensor) for tensor in tensors_in(batch)],
+        **{name: of_submodule(submodule) for name, submodule in module.named_modules()},
+    }
+
+
+# Over all models
+
+
+@models
+def test_no_trace(case: Model) -> None:
+    adapter, batch = case(torch.float32)
+    before = state(mixed(adapter.module), batch)
+    gradient_norms(adapter, batch)
+    assert state(adapter.module, batch) == before
+
+
+@models
+@pytest.mark.parametrize("due", [0, 1], ids=["recorded", "looped"])
+def test_no_trace_of_a_failure(case: Model, due: int) -> None:
+    adapter, batch = case(torch.float32)
+    before = state(mixed(adapter.module), batch)
+    with pytest.raises(Failing.Error):
+        gradient_norms(Failing(adapter, due), batch)
+    assert state(adapter.module, batch) == before
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.float16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("due", [0, 3, 1000])
+def test_no_trace_on_the_callers_mode(mode: Callable[[], Any], due: int) -> None:
+    adapter, batch = model("glow")(torch.float32)
+    with mode():
+        before = state(adapter.module, batch)
+        with suppress(Failing.Error):
+            gradient_norms(Failing(adapter, due), batch)
+        assert state(adapter.module, batch) == before
+
+
+def test_no_trace_on_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(3, 3), nn.PReLU())
+    before = {name: of_tensor(p) for name, p in net.named_parameters()}
+    gradient_norms(Gaussian(net), torch.randn(4, 3))
+    assert {name: of_tensor(p) for name, p in net.named_parameters()} == before
+
+
+# Models that change themselves
+
+
+class Restless(nn.Module):
+    """Draws random numbers, writes into one buffer, replaces another and fails when told to."""
+
+    def __init__(self, error: type[Exception] | None = None) -> None:
+        super().__init__()
+        self.linear, self._error = nn.Linear(3, 3), error
+        self.register_buffer("written", torch.zeros(3))
+        self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(1)
+        self.written += 1
+        self.replaced = self.replaced + 1
+        if self._error:
+            raise self._error
+        return self.linear(x) + 0 * self.written
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+def test_buffers_and_random_state_are_put_back(error: type[Exception] | None) -> None:
+    net, batch = Restless(error), torch.randn(4, 3)
+    before = state(net, batch)
+    with pytest.raises(error) if error else nullcontext():
+        gradient_norms(Gaussian(net), batch)
+    assert state(net, batch) == before
+
+
+def test_a_model_that_writes_into_its_input_does_not_change_the_batch() -> None:
+    adapter = Gaussian(Function(lambda m, x: m.f(x.mul_(2)), f=nn.Linear(3, 2)))
+    batch, kept = torch.ones(4, 3), torch.ones(4, 3)
+    gradient_norms(adapter, batch)
+    assert torch.equal(batch, kept)
+
+
+# The pieces
+
+
+def test_undisturbed_is_eval_with_gradients_and_without_autocast() -> None:
+    net = nn.Sequential(nn.Dropout(), nn.Linear(2, 2))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), undisturbed(net):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        assert not any(submodule.training for submodule in net.modules())
+
+
+def test_undisturbed_does_not_call_train() -> None:
+    class Fixed(nn.Linear):
+        def train(self, mode: bool = True) -> "Fixed":
+            raise AssertionError
+
+    net = nn.Sequential(Fixed(2, 2))
+    with undisturbed(net):
+        assert not net[0].training
+    assert net[0].training
+
+
+def test_undisturbed_nests_in_one_thread() -> None:
+    net = nn.Linear(2, 2)
+    with undisturbed(net), undisturbed(net):
+        assert not net.training
+    assert net.training
+
+
+def test_leaf_parameters_are_the_floating_ones_in_order_and_require_gradients() -> None:
+    net = Function(lambda m, x: x, a=torch.ones(2), b=nn.Linear(2, 2))
+    net.c = nn.Parameter(torch.ones(2).long(), requires_grad=False)
+    net.requires_grad_(False)
+    with leaf_parameters(net) as leaves:
+        assert list(leaves) == ["a", "b.weight", "b.bias"]
+        assert all(leaf.requires_grad and leaf.is_leaf for leaf in leaves.values())
+        assert leaves["a"] is net.a
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_leaf_parameters_stand_in_for_tied_parameters_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        net[1].weight = net[0].weight
+    original = net[0].weight
+    with leaf_parameters(net) as leaves:
+        assert net[0].weight is net[1].weight is leaves["0.weight"] is not original
+        assert leaves["0.weight"].requires_grad
+    assert net[0].weight is net[1].weight is original
+
+
+def test_device_of_a_module_without_parameters_is_the_cpu() -> None:
+    assert device_of(nn.Identity()) == torch.device("cpu")
+    assert device_of(nn.Linear(1, 1, device="meta")) == torch.device("meta")

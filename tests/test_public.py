@@ -1,0 +1,80 @@
+"""The public names, and what importing them does and does not bring along."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ood_monitor
+
+FRAMEWORKS = [
+    "diffusers",
+    "lightning",
+    "matplotlib",
+    "mlflow",
+    "prometheus_client",
+    "pytorch_lightning",
+    "transformers",
+]
+CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
+NEEDS_AN_EXTRA = {"ood_monitor.plots": "matplotlib"}
+
+
+def imported(statement: str) -> set[str]:
+    """The frameworks that a fresh interpreter has imported after the statement."""
+    program = f"import sys\n{statement}\nprint(*sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split()) & set(FRAMEWORKS)
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    assert imported("import ood_monitor") == set()
+
+
+def test_importing_a_framework_would_be_noticed() -> None:
+    assert imported("import matplotlib") == {"matplotlib"}
+
+
+def test_public_names_are_sorted_and_all() -> None:
+    names = ood_monitor.__all__
+    assert names == sorted(names, key=lambda name: (not name.isupper(), name))
+    submodules = {module.name for module in pkgutil.iter_modules(ood_monitor.__path__)}
+    found = {
+        name
+        for name, value in vars(ood_monitor).items()
+        if not name.startswith("_") and (name not in submodules or name in names)
+    }
+    assert found == set(names)
+
+
+@pytest.mark.parametrize("name", ood_monitor.__all__)
+def test_public_name_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(ood_monitor, name))
+
+
+MODULES = [m.name for m in pkgutil.walk_packages(ood_monitor.__path__, "ood_monitor.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_is_importable_and_names_what_it_offers(name: str) -> None:
+    if name in NEEDS_AN_EXTRA:
+        pytest.importorskip(NEEDS_AN_EXTRA[name])
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert all(hasattr(module, public) for public in getattr(module, "__all__", ()))
+
+
+def test_package_is_typed() -> None:
+    assert (Path(ood_monitor.__path__[0]) / "py.typed").is_file()
+
+
+@pytest.mark.skipif(not CHANGELOG.exists(), reason="an installed package has no changelog")
+def test_version_is_the_newest_in_the_changelog() -> None:
+    headings = re.findall(r"^## \[?(\d+\.\d+\.\d+)", CHANGELOG.read_text(), re.MULTILINE)
+    assert headings[0] == ood_monitor.__version__
