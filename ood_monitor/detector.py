@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, describe, tensors_in
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe, tensors_in
 from ood_monitor.calibration import (
     MINIMUM_SCORES,
     ConformalPValue,
@@ -160,7 +160,7 @@ class Detector:
                 holds a value that is not finite.
         """
         fitted = self.fitted
-        _check_samples(batch, fitted.samples)
+        self.check(batch)
         measured = self._measure(batch)
         if measured.names != fitted.log_norms.names:
             raise ValueError(
@@ -181,6 +181,17 @@ class Detector:
             z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(np.isfinite(score)),
         )
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch that cannot be scored for its shapes or types; values do not matter.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: An empty batch, or other shapes or types than the held-out data.
+        """
+        if batch_size(batch) == 0:
+            raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
+        _check_samples(batch, self.fitted.samples)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write ``detector.safetensors`` and ``config.json``; the model itself is not saved.

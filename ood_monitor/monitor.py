@@ -1,18 +1,19 @@
 """The monitor: a detector on a stream. It decides, remembers, and tells the sinks."""
 
+import copy
 import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.alerts import (
     Alert,
     AlertEvidence,
@@ -124,7 +125,9 @@ class Monitor:
                 "Expected recovery and summary_every of at least 1, got "
                 f"{recovery} and {summary_every}."
             )
-        self.detector, self.fpr, self.ert, self.name = detector, fpr, float(ert), name
+        # A copy, so that the baseline stays what it is if the detector is fitted again.
+        self.detector = copy.copy(detector)
+        self.fpr, self.ert, self.name = fpr, float(ert), name
         self._recovery, self._summary_every = recovery, summary_every
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
         self._state = _State()
@@ -169,15 +172,18 @@ class Monitor:
             ValueError: An empty batch, or one of other shapes or types than the held-out data; the
                 monitor is then unchanged.
         """
-        batch_size(batch)
+        self.detector.check(batch)
         finite = finite_samples(batch)
-        scores = None
-        if finite.any():
-            kept = batch if finite.all() else map_tensors(lambda t: t[finite.to(t.device)], batch)
-            scores = self.detector.score(kept)
+        if finite.all():
+            scores = self.detector.score(batch)
+        elif finite.any():
+            kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
+            scores = _spread(self.detector.score(kept), finite)
+        else:
+            scores = _unscored(len(finite))
         with self._lock:
-            self.last = None if scores is None else _spread(scores, finite)
-            alerts = self._advance(scores, finite)
+            self.last = scores
+            alerts = self._advance(scores)
         for alert in alerts:
             self._dispatcher.send(alert)
         return alerts
@@ -207,12 +213,11 @@ class Monitor:
         Raises:
             ValueError: A state of another format, detector or ``ert``; nothing is changed.
         """
-        if state.get("format") != _STATE_FORMAT:
-            raise ValueError(
-                f"Expected a state of format {_STATE_FORMAT}, got {state.get('format')}."
-            )
+        found = state.get("format") if isinstance(state, Mapping) else None
+        if found != _STATE_FORMAT:
+            raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
         try:
-            restored = _restored(state)
+            restored = _restored(state, len(self._layers))
             drift = dict(state["drift"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
@@ -239,20 +244,14 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _advance(self, scores: Scores | None, finite: Tensor) -> list[Alert]:
-        alerts = self._count_invalid(scores, finite)
-        if scores is None:
-            self._state.samples_seen += len(finite)
-            return alerts
-        rows = iter(_rows(scores))
+    def _advance(self, scores: Scores) -> list[Alert]:
+        alerts: list[Alert] = []
         worst: _Row | None = None
-        for is_finite in finite.tolist():
+        for row in _rows(scores, self._layers):
             self._state.samples_seen += 1
-            row = next(rows) if is_finite else None
-            if row is None or not row.valid:
-                continue
-            alerts += self._take(row)
-            if row.p_value <= self.fpr and (worst is None or row.p_value < worst.p_value):
+            alerts += self._take(row) if row.valid else self._count_invalid()
+            flagged = row.valid and row.p_value <= self.fpr and self._state.status != "ALERT"
+            if flagged and (worst is None or row.p_value < worst.p_value):
                 worst = row
             self._maybe_summarise()
         if worst is not None and self._state.status != "ALERT":
@@ -266,6 +265,7 @@ class Monitor:
         state.log_e_value = evidence.log_e_value
         state.episode.add(row.score, row.p_value <= self.fpr, row.layers)
         state.quiet += 1
+        state.valid_run = None if state.valid_run is None else state.valid_run + 1
         if evidence.alarm:
             return self._alarm(evidence)
         if state.status != "OK" and state.quiet >= self._recovery:
@@ -299,16 +299,11 @@ class Monitor:
         alert = self._alert("sample", "warning", message, top)
         return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
 
-    def _count_invalid(self, scores: Scores | None, finite: Tensor) -> list[Alert]:
+    def _count_invalid(self) -> list[Alert]:
         state = self._state
-        bad = int((~finite).sum()) + (0 if scores is None else int((~scores.valid).sum()))
-        if not bad:
-            state.valid_run = None if state.valid_run is None else state.valid_run + len(finite)
-            return []
-        state.invalid += bad
         is_news = state.valid_run is None or state.valid_run >= self._recovery
-        state.valid_run = 0
-        message = f"Invalid input: {bad} of {len(finite)} samples could not be scored."
+        state.invalid, state.valid_run = state.invalid + 1, 0
+        message = f"Invalid input: sample {state.samples_seen:,} could not be scored."
         return [self._alert("invalid_input", "warning", message, ())] if is_news else []
 
     def _alert(
@@ -371,9 +366,10 @@ class _Row:
     layers: Array
 
 
-def _rows(scores: Scores) -> list[_Row]:
-    z = torch.stack([scores.z[layer] for layer in scores.layers], 1)
-    parts = torch.stack(list(scores.layers.values()), 1)
+def _rows(scores: Scores, names: Sequence[str]) -> list[_Row]:
+    nothing = torch.full_like(scores.score, math.nan)
+    z = torch.stack([scores.z.get(name, nothing) for name in names], 1)
+    parts = torch.stack([scores.layers.get(name, nothing) for name in names], 1)
     layers = torch.stack([z, parts], 1).numpy()
     numbers = zip(
         scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist(), strict=True
@@ -399,27 +395,46 @@ def _spread(scores: Scores, finite: Tensor) -> Scores:
     )
 
 
+def _unscored(count: int) -> Scores:
+    nothing = torch.full((count,), math.nan, dtype=torch.float64)
+    return Scores(nothing, nothing, nothing, {}, {}, torch.zeros(count, dtype=torch.bool))
+
+
 def _top(names: Sequence[str], layers: Array, count: int = 10) -> list[LayerShare]:
     """The layers furthest from what is usual, with their share of a positive score."""
     z, parts = layers
-    total = parts.sum()
-    share = parts / total if total > 0 else np.full_like(parts, math.nan)
+    # Under a full covariance a layer's part may be negative: it speaks for the sample.
+    against = np.maximum(parts, 0)
+    total = against.sum()
+    share = against / total if total > 0 else np.full_like(parts, math.nan)
     order = np.argsort(-np.abs(z), kind="stable")[:count]
     return [LayerShare(names[i], float(share[i]), float(z[i])) for i in order]
 
 
-def _restored(state: Mapping[str, Any]) -> _State:
-    log_e_value = state["log_e_value"]
-    episode = _Episode(int(state["seen"]))
+def _restored(state: Mapping[str, Any], layers: int) -> _State:
+    log_e_value = -math.inf if state["log_e_value"] is None else float(state["log_e_value"])
+    valid_run = None if state["valid_run"] is None else int(state["valid_run"])
+    counts = [int(state[name]) for name in ("seen", "samples_seen", "invalid", "quiet")]
+    episode = _Episode(counts[0])
     episode.scores.extend(map(float, state["scores"]))
     episode.flags.extend(map(bool, state["flags"]))
     episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
+    sound = (
+        state["status"] in get_args(Status)
+        and min(counts) >= 0
+        and not math.isnan(log_e_value)
+        and np.isfinite(episode.scores).all()
+        and len(episode.flags) == len(episode.scores) == min(counts[0], _RECENT_SCORES)
+        and episode.layers.shape[1] == (layers if counts[0] else 0)
+    )
+    if not sound:
+        raise ValueError("a state that no monitor of this detector has")
     return _State(
         episode=episode,
         status=state["status"],
-        samples_seen=int(state["samples_seen"]),
-        invalid=int(state["invalid"]),
-        log_e_value=-math.inf if log_e_value is None else float(log_e_value),
-        quiet=int(state["quiet"]),
-        valid_run=None if state["valid_run"] is None else int(state["valid_run"]),
+        samples_seen=counts[1],
+        invalid=counts[2],
+        log_e_value=log_e_value,
+        quiet=counts[3],
+        valid_run=valid_run,
     )

@@ -506,7 +506,7 @@ MODELS: tuple[Model, ...] = (
     Model(
         "score-of-an-energy",
         lambda: function(score_of_an_energy, energy=nn.Linear(3, 3), **parts(shift=(3,))),
-        ("*",),
+        ("energy.weight",),
         warns=True,
     ),
     Model(

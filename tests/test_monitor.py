@@ -705,8 +705,9 @@ def test_shares_of_the_layers_are_of_the_score() -> None:
     watch = monitor()
     [alert] = watch.update(far(1))
     assert watch.last is not None
+    against = {layer: max(0.0, part.item()) for layer, part in watch.last.layers.items()}
     for top in alert.top_layers:
-        assert top.share == pytest.approx((watch.last.layers[top.layer] / watch.last.score).item())
+        assert top.share == pytest.approx(against[top.layer] / sum(against.values()))
         assert top.z == pytest.approx(watch.last.z[top.layer].item())
     assert sum(top.share or 0 for top in alert.top_layers) == pytest.approx(1.0)
 

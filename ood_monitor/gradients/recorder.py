@@ -43,6 +43,19 @@ _INDEXED = frozenset(
 _HELD_ELEMENTS = 2**24
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What is known of a tensor that depends on the batch.
+
+    Attributes:
+        in_order: Its rows are those of the batch, as far as operations tell.
+        anchored: A backward pass to the anchors goes through it.
+    """
+
+    in_order: bool
+    anchored: bool
+
+
 @dataclass(eq=False)
 class _Source:
     """A derived tensor and the parameters it is made of; for a parameter, itself."""
@@ -94,7 +107,6 @@ class Recorder(TorchFunctionMode):
         for name, parameter in module.named_parameters():
             # Aliases of the storage, so that no flag of the module's own tensors is ever set.
             value = parameter.detach()
-            value = value.clone() if value.is_inference() else value
             self._plain[id(parameter)] = value
             if selected(name) and parameter.is_floating_point():
                 leaf = value.detach().requires_grad_()
@@ -102,7 +114,8 @@ class Recorder(TorchFunctionMode):
         self._parameters = list(module.parameters())  # keeps the ids above valid
         self._derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._data: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._mark(data, in_order=True)
+        for tensor in data:
+            self._data[tensor] = _Data(in_order=True, anchored=False)
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._collected: list[tuple[_Source, Factor]] = []
@@ -123,7 +136,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = tensors_in([args, kwargs])
         data = [tensor for tensor in tensors if tensor in self._data]
-        in_order = all(self._data[tensor] for tensor in data) and not self._reorders(func, args)
+        in_order = all(self._data[t].in_order for t in data) and not self._reorders(func, args)
         sources = [s for tensor in tensors if (s := self._source(tensor)) is not None]
         if not sources or not torch.is_grad_enabled():
             result = func(*self._substituted(args), **self._substituted(kwargs))
@@ -131,8 +144,12 @@ class Recorder(TorchFunctionMode):
             return self._derive(func, args, kwargs, sources)
         else:
             result = self._consume(func, args, kwargs, sources, in_order)
-        if data:
-            self._mark(result, in_order)
+        anchored = any(self._data[tensor].anchored for tensor in data)
+        for tensor in tensors_in(result) if data else ():
+            known = self._data.get(tensor, None)  # type: ignore[no-untyped-call]
+            self._data[tensor] = _Data(
+                in_order, tensor.requires_grad and (anchored or bool(known and known.anchored))
+            )
         return result
 
     def squared_norms(self, value: Tensor) -> dict[str, Tensor]:
@@ -165,10 +182,6 @@ class Recorder(TorchFunctionMode):
             return self._sources[id(tensor)]
         source: _Source | None = self._derived.get(tensor, None)  # type: ignore[no-untyped-call]
         return source
-
-    def _mark(self, result: Any, in_order: bool) -> None:
-        for tensor in tensors_in(result):
-            self._data[tensor] = in_order
 
     def _reorders(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether the data decide which rows the result has, so that no row is a known sample's."""
@@ -212,9 +225,10 @@ class Recorder(TorchFunctionMode):
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)
             return result
-        if not result.requires_grad:
-            result = result + self._anchor(result)
         data = [tensor for tensor in tensors_in(plain) if tensor in self._data]
+        if not any(self._data[tensor].anchored for tensor in data):
+            result = result + self._anchor(result)
+            self._data[result] = _Data(in_order, anchored=True)
         use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor in data])
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)

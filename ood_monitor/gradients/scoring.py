@@ -38,37 +38,43 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_random_state(device))
         stack.enter_context(_buffers(module))
+        stack.enter_context(_usable_parameters(module))
         stack.enter_context(_eval_mode(module))
         yield
 
 
 @contextmanager
 def leaf_parameters(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The floating-point parameters as leaves that require gradients, by name, in module order.
-
-    A parameter made under inference mode can never require gradients, so a copy stands in for it.
-    """
+    """The floating-point parameters as leaves that require gradients, by name, in module order."""
     named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
-    flags = {name: p.requires_grad for name, p in named.items() if not p.is_inference()}
+    flags = {name: p.requires_grad for name, p in named.items()}
+    try:
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        yield dict(named)
+    finally:
+        for name, flag in flags.items():
+            named[name].requires_grad_(flag)
+
+
+@contextmanager
+def _usable_parameters(module: nn.Module) -> Iterator[None]:
+    """Copies of parameters made under inference mode, which autograd can never use."""
     owners = [
         (owner, key, p)
         for owner in module.modules()
         for key, p in owner._parameters.items()
-        if p is not None and p.is_inference() and p.is_floating_point()
+        if p is not None and p.is_inference()
     ]
-    copies = {id(p): nn.Parameter(p.clone()) for _, _, p in owners}
+    copies = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for _, _, p in owners}
     try:
-        for name in flags:
-            named[name].requires_grad_(True)
         # By setattr: a recurrent layer keeps a second list of its weights in step with it.
         for owner, key, p in owners:
             setattr(owner, key, copies[id(p)])
-        yield {name: copies.get(id(p), p) for name, p in named.items()}
+        yield
     finally:
         for owner, key, p in owners:
             setattr(owner, key, p)
-        for name, flag in flags.items():
-            named[name].requires_grad_(flag)
 
 
 def _lock_of(module: nn.Module) -> threading.RLock:

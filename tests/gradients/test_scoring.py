@@ -208,14 +208,14 @@ def test_leaf_parameters_are_the_floating_ones_in_order_and_require_gradients() 
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_leaf_parameters_stand_in_for_tied_parameters_made_in_inference_mode() -> None:
+def test_copies_stand_in_for_tied_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
         net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         net[1].weight = net[0].weight
     original = net[0].weight
-    with leaf_parameters(net) as leaves:
-        assert net[0].weight is net[1].weight is leaves["0.weight"] is not original
-        assert leaves["0.weight"].requires_grad
+    with undisturbed(net):
+        assert net[0].weight is net[1].weight is not original
+        assert net[0].weight.requires_grad
     assert net[0].weight is net[1].weight is original
 
 
