@@ -190,13 +190,13 @@ def watch_diffusion(digits: Digits) -> list[Row]:
     return [watch(shift, aurocs[shift]) for shift in digits.shifts]
 
 
-def train_pipeline(images: Tensor, steps: int = 500) -> DDPMPipeline:
+def train_pipeline(images: Tensor, steps: int = 600) -> DDPMPipeline:
     generator = torch.Generator().manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
