@@ -435,9 +435,8 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (randn(3, 6).float(), r"got \(6,\) torch.float32"),
         (torch.ones(3, 6, dtype=torch.uint8), r"got \(6,\) torch.uint8"),
         ([randn(3, 6), torch.ones(3)], r"got \(6,\) torch.float64, \(\) torch.float32"),
-        ("text", "got str"),
     ],
-    ids=["shape", "precision", "integers", "more tensors", "text"],
+    ids=["shape", "precision", "integers", "more tensors"],
 )
 def test_samples_unlike_the_held_out_are_refused(x: Any, got: str) -> None:
     expected = r"Expected samples as the detector was fitted on, \(6,\) torch.float64, "
@@ -445,9 +444,19 @@ def test_samples_unlike_the_held_out_are_refused(x: Any, got: str) -> None:
         fitted().score(x)
 
 
-def test_empty_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"samples, got 0"):
-        fitted().score(BRANCHES.data(0))
+@pytest.mark.parametrize("call", ["score", "check"])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (BRANCHES.data(0), "samples, got 0"),
+        ("text", "batch of tensors.*got str"),
+        (None, "got None"),
+    ],
+    ids=["empty", "text", "nothing"],
+)
+def test_what_is_no_batch_is_refused(call: str, batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(fitted(), call)(batch)
 
 
 @pytest.mark.parametrize(
