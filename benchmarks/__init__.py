@@ -1,0 +1,1 @@
+"""What is claimed, measured: `python -m benchmarks.<name> [--quick] [--json FILE]`."""
