@@ -148,6 +148,11 @@ def test_terms_of_one_name_are_refused() -> None:
         list(checked_terms(adapter, X))
 
 
+def test_a_slash_in_a_terms_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="name without '/', got 'latent/1'"):
+        list(checked_terms(Yields(("latent/1", torch.ones(5))), X))
+
+
 def test_terms_are_asked_for_one_by_one() -> None:
     asked = []
 
