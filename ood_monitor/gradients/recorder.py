@@ -32,12 +32,30 @@ from ood_monitor.gradients.rules import POINTWISE, RULES, Factor, Materialised, 
 
 __all__ = ["Recorder"]
 
-#: Functions (tensor, dimension, index) that take rows by an index when the dimension is the first.
-_INDEXED = frozenset(
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in ("gather", "index_select", "index_add", "index_copy", "scatter", "scatter_add")
+
+def _functions(*names: str) -> frozenset[Callable[..., Any]]:
+    """The functions and tensor methods of these names, with their in-place variants."""
+    spellings = [spelling for name in names for spelling in (name, f"{name}_")]
+    found = (getattr(owner, n, None) for owner in (torch, torch.Tensor) for n in spellings)
+    return frozenset(function for function in found if function is not None)
+
+
+#: Functions (tensor, dimension, index) that take or put rows by an index along a dimension.
+_INDEXED = _functions(
+    "gather", "index_add", "index_copy", "index_fill", "index_select", "scatter", "scatter_add"
 )
+
+#: Functions (tensor, size, dimension) that give rows out in pieces, to be put together anyhow.
+_SPLIT = _functions("chunk", "split", "split_with_sizes", "tensor_split")
+
+#: The same, (tensor, dimension).
+_UNBOUND = _functions("unbind") | {torch.Tensor.__iter__}
+
+#: Functions (tensor, index, dimension) that take rows by an index.
+_TAKEN = _functions("take_along_dim")
+
+#: Functions whose index runs over all dimensions at once.
+_CHOOSING = _functions("index_put", "masked_select", "take")
 
 #: Elements of per-sample gradients held at once while several uses of a parameter are summed.
 _HELD_ELEMENTS = 2**24
@@ -136,7 +154,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = tensors_in([args, kwargs])
         data = [tensor for tensor in tensors if tensor in self._data]
-        in_order = all(self._data[t].in_order for t in data) and not self._reorders(func, args)
+        in_order = bool(data) and all(self._data[t].in_order for t in data)
+        in_order = in_order and not self._reorders(func, args, kwargs)
         sources = [s for tensor in tensors if (s := self._source(tensor)) is not None]
         if not sources or not torch.is_grad_enabled():
             result = func(*self._substituted(args), **self._substituted(kwargs))
@@ -145,7 +164,9 @@ class Recorder(TorchFunctionMode):
         else:
             result = self._consume(func, args, kwargs, sources, in_order)
         anchored = any(self._data[tensor].anchored for tensor in data)
-        for tensor in tensors_in(result) if data else ():
+        # Writing into a tensor has no result of its own.
+        changed = args[0] if func is torch.Tensor.__setitem__ else result
+        for tensor in tensors_in(changed) if data else ():
             known = self._data.get(tensor, None)  # type: ignore[no-untyped-call]
             self._data[tensor] = _Data(
                 in_order, tensor.requires_grad and (anchored or bool(known and known.anchored))
@@ -183,12 +204,33 @@ class Recorder(TorchFunctionMode):
         source: _Source | None = self._derived.get(tensor, None)  # type: ignore[no-untyped-call]
         return source
 
-    def _reorders(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Whether the data decide which rows the result has, so that no row is a known sample's."""
-        if func is torch.Tensor.__getitem__:
+    def _reorders(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Whether the result's rows may be the samples in an order that the data decide.
+
+        The comparison with the loop on first use cannot see that: its two samples may be in order.
+        """
+        if self._n == 1:
+            return False  # one gradient has no order
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-            return isinstance(index, Tensor) and index in self._data
-        return func in _INDEXED and len(args) > 1 and args[1] in (0, -args[0].ndim)
+            if isinstance(index, Tensor):
+                return index in self._data
+            # A number or a list may come from the data, by `tolist` or `item`.
+            return isinstance(index, int | list) and self._is_batch_first(args[0])
+        if func in _UNBOUND or func in _SPLIT:
+            position = 1 if func in _UNBOUND else 2
+            return self._along_rows(args, kwargs, position) and self._is_batch_first(args[0])
+        if func in _TAKEN or func in _INDEXED:
+            return self._along_rows(args, kwargs, 2 if func in _TAKEN else 1)
+        return func in _CHOOSING
+
+    @staticmethod
+    def _along_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> bool:
+        """Whether a call's dimension, 0 if not given, is the first."""
+        dimension = args[position] if len(args) > position else kwargs.get("dim", 0)
+        return dimension in (0, -args[0].ndim)
 
     def _substituted(self, arguments: Any, *, graph: bool = False) -> Any:
         """The arguments with parameters as aliases, derived tensors with or without their graph."""

@@ -1,12 +1,12 @@
 """Squared gradient norms against plain gradients, one sample at a time, over all models."""
 
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from threading import Barrier
 from typing import Any, NamedTuple
 
 import pytest
@@ -214,16 +214,18 @@ def test_gradient_checkpointing_changes_nothing(scored_before: bool) -> None:
 
 
 def test_threads_that_score_one_model_at_once_agree() -> None:
-    adapter, batch = model("unet")()
-    expected, start = gradient_norms(adapter, batch), Barrier(2)
+    def slowly(m: Any, x: Tensor) -> Tensor:
+        h = m.dropout(m.f(x))
+        time.sleep(0.002)  # the other thread's turn, if it may have one
+        return m.g(m.dropout(h))
 
-    def score(_: int) -> Norms:
-        start.wait(10)
-        return gradient_norms(adapter, batch)
-
+    parts = {"f": nn.Linear(3, 3), "g": nn.Linear(3, 2), "dropout": nn.Dropout(0.5)}
+    adapter = Gaussian(Function(slowly, **parts).double().train())
+    expected = gradient_norms(adapter, X)
     with ThreadPoolExecutor(2) as threads:
-        for actual in threads.map(score, range(4)):
+        for actual in threads.map(lambda _: gradient_norms(adapter, X), range(8)):
             assert_norms(actual, expected)
+    assert all(submodule.training for submodule in adapter.module.modules())
 
 
 # What the engine takes for granted, it checks
@@ -290,17 +292,37 @@ def test_one_sample_does_not_settle_what_is_looped() -> None:
     assert adapter not in _looped
 
 
-def test_samples_that_change_places_inside_the_model_keep_their_gradients() -> None:
-    def sorted_and_back(m: Any, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort()
-        return m.f(x[order]).tanh()[order.argsort()]
+def by_index(m: Any, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort()
+    return m.f(x[order]).tanh()[order.argsort()]
 
-    adapter = Gaussian(Function(sorted_and_back, f=nn.Linear(3, 2)).double())
-    batch = torch.arange(12.0).double().reshape(4, 3) / 6
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        gradient_norms(adapter, batch)  # in order: the order inside is as outside
-        shuffled = batch[[2, 0, 3, 1]]
-        assert_norms(gradient_norms(adapter, shuffled), tensors(gradients(adapter, shuffled)))
+
+def by_keyword(m: Any, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort()
+    h = m.f(x.index_select(dim=0, index=order)).tanh()
+    return h.index_select(dim=0, index=order.argsort())
+
+
+def by_list(m: Any, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort().tolist()
+    return m.f(torch.stack([x[i] for i in order])).tanh()[[order.index(i) for i in range(len(x))]]
+
+
+def by_writing(m: Any, x: Tensor) -> Tensor:
+    rank, ordered = x[:, 0].argsort().argsort(), torch.zeros_like(x)
+    ordered[rank] = x
+    return m.f(ordered).tanh()[rank]
+
+
+@pytest.mark.parametrize("sort", [by_index, by_keyword, by_list, by_writing])
+@pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
+def test_samples_that_are_sorted_inside_the_model_keep_their_gradients(
+    sort: Callable[[Any, Tensor], Tensor],
+) -> None:
+    adapter = Gaussian(Function(sort, f=nn.Linear(3, 2)).double())
+    gradient_norms(adapter, X)  # in order already, so that the first comparison sees no sorting
+    shuffled = X[[2, 0, 3, 1]]
+    assert_norms(gradient_norms(adapter, shuffled), tensors(gradients(adapter, shuffled)))
 
 
 def test_batch_statistics_are_refused() -> None:
