@@ -168,6 +168,39 @@ def test_labels_of_a_loader_do_not_matter() -> None:
     torch.testing.assert_close(found.score, fitted(n=100).score(x[:9]).score)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_labels_may_be_left_out_or_come_on_top(kind: Callable[[Any], Any]) -> None:
+    x, labels = BRANCHES.data(100), torch.arange(100)
+    labelled = om.Detector(BRANCHES()).fit([kind((x, labels))], progress=False)
+    bare = om.Detector(BRANCHES()).fit([x], progress=False)
+    expected = bare.score(x[:9]).score
+    for detector in (labelled, bare):
+        for batch in (x[:9], kind([x[:9]]), kind((x[:9], labels[:9]))):
+            assert torch.equal(detector.score(batch).score, expected)
+
+
+class Weighted(om.Adapter):
+    """Takes two tensors of a batch."""
+
+    def __init__(self) -> None:
+        self.module = BRANCHES.model()
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        x, weight = batch
+        yield "log_likelihood", self.module.log_prob(x) * weight  # type: ignore[operator]
+
+
+def test_a_tensor_that_the_adapter_takes_is_not_left_out() -> None:
+    x, weight = BRANCHES.data(100), torch.ones(100)
+    detector = om.Detector(Weighted()).fit([(x, weight)], progress=False)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        detector.score([x[:9]])
+    with pytest.raises(
+        ValueError, match=r"float64, \(\) torch.float32, got .*, \(2,\) torch.float32"
+    ):
+        detector.score((x[:9], torch.ones(9, 2)))
+
+
 def test_density_given_by_the_user_is_left_as_it_was() -> None:
     density = DiagonalGaussian()
     first = fitted(density=density)
@@ -434,9 +467,9 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (randn(3, 5), r"got \(5,\) torch.float64"),
         (randn(3, 6).float(), r"got \(6,\) torch.float32"),
         (torch.ones(3, 6, dtype=torch.uint8), r"got \(6,\) torch.uint8"),
-        ([randn(3, 6), torch.ones(3)], r"got \(6,\) torch.float64, \(\) torch.float32"),
+        ([torch.ones(3), randn(3, 6)], r"got \(\) torch.float32, \(6,\) torch.float64"),
     ],
-    ids=["shape", "precision", "integers", "more tensors"],
+    ids=["shape", "precision", "integers", "order"],
 )
 def test_samples_unlike_the_held_out_are_refused(x: Any, got: str) -> None:
     expected = r"Expected samples as the detector was fitted on, \(6,\) torch.float64, "
