@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ class Fitted:
         layer_mean: (L,), mean of the layer's mean log squared norm over the fit samples.
         layer_sd: (L,), its standard deviation.
         samples: Shape and dtype of each tensor of a batch, without B; empty if they varied.
-        model: Digest of the weights.
+        model: Digest of the weights, persistent buffers included.
         dtype: Floating-point type of the weights.
         fit_count: Samples that the density was fitted on.
     """
@@ -168,11 +169,16 @@ class Fitted:
 
 
 def digest(module: nn.Module) -> str:
-    """Twelve hexadecimal digits of the weights' names, shapes, types and bytes."""
+    """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
+
+    Persistent buffers are weights too: a batch norm's statistics change what a model says.
+    """
     state = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        raw = parameter.detach().cpu().contiguous().flatten().view(uint8)
+    saved = module.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+    for name, tensor in chain(module.named_parameters(), buffers):
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
         state.update(raw.numpy().tobytes())
     return state.hexdigest()[:12]
 

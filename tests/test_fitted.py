@@ -356,6 +356,28 @@ def test_digest_notices_a_change(change: Callable[[Any], Any]) -> None:
     assert digest(module) != digest(BRANCHES.model())
 
 
+class Counting(nn.Module):
+    """A batch norm, a table that no file holds, and a bias by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.tied = nn.Linear(2, 2)
+        self.tied.bias = self.norm.bias
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_digest_is_of_the_buffers_that_are_saved(name: str) -> None:
+    torch.manual_seed(0)
+    module = Counting()
+    before = digest(module)
+    module.table.add_(1)  # type: ignore[operator]
+    assert digest(module) == before
+    getattr(module.norm, name).add_(1)
+    assert digest(module) != before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.bool], ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
 def test_digest_takes_any_parameter(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
