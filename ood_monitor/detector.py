@@ -134,13 +134,18 @@ class Detector:
             The detector itself; unchanged if anything is raised.
 
         Raises:
-            ValueError: No batch, too few samples, one that is not finite, or a model that
-                :func:`~ood_monitor.gradient_norms` refuses.
+            ValueError: No batch, a single tensor, too few samples, one that is not finite, or a
+                model that :func:`~ood_monitor.gradient_norms` refuses.
 
         Warns:
             UserWarning: Neighbouring calibration scores are correlated, which breaks the promise
                 of every false-alarm rate.
         """
+        if isinstance(held_out, Tensor):  # iterable too, but over samples
+            raise ValueError(
+                f"Expected an iterable of batches, got {describe(held_out)}: pass `[tensor]`, or a "
+                "loader."
+            )
         bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
         self._fitted = self._fit(_together([self._measure(batch) for batch in bar]))
         return self

@@ -525,6 +525,12 @@ def test_held_out_data_that_will_not_do_are_refused(held_out: list[Any], message
         om.Detector(BRANCHES()).fit(held_out, progress=False)
 
 
+@pytest.mark.parametrize("x", [BRANCHES.data(100), torch.ones(())], ids=["batch", "number"])
+def test_a_tensor_is_no_loader(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"iterable of batches, got a tensor of .*`\[tensor\]`"):
+        om.Detector(BRANCHES()).fit(x, progress=False)
+
+
 def failing_loader() -> Iterator[Tensor]:
     yield BRANCHES.data(100, seed=9)
     raise OSError("the disk is gone")
