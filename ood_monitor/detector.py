@@ -1,6 +1,7 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Detector:
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1.
+        TypeError: ``chunk_size`` or ``seed`` is no integer.
 
     Example:
         >>> import ood_monitor as om
@@ -102,8 +104,10 @@ class Detector:
                 f"Expected calibration_fraction between 0 and 1, got {calibration_fraction}."
             )
         self.adapter = adapter
-        self.layers, self.granularity, self.chunk_size = layers, granularity, chunk_size
-        self.calibration_fraction, self.seed = calibration_fraction, seed
+        self.layers, self.granularity = layers, granularity
+        # Python's own numbers, since these go into a file.
+        self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
+        self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self._density = Maximum() if density is None else density
         self._fitted: Fitted | None = None
 

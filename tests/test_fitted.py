@@ -24,7 +24,7 @@ BRANCHES = SMALL["branches"]
 
 def fitted(seed: int = 0, **options: Any) -> om.Detector:
     detector = om.Detector(BRANCHES(), seed=seed, **options)
-    return detector.fit([BRANCHES.data(100, seed=seed)], progress=False)
+    return detector.fit([BRANCHES.data(100, seed=int(seed))], progress=False)
 
 
 def same_scores(a: om.Scores, b: om.Scores) -> bool:
@@ -108,6 +108,17 @@ def test_options_come_back(option: dict[str, Any], tmp_path: Path) -> None:
     [(name, value)] = option.items()
     found = getattr(load(tmp_path), name)
     assert (tuple(found) if isinstance(value, tuple) else found) == value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_options_may_be_numbers_of_any_library(kind: Callable[[int], Any], tmp_path: Path) -> None:
+    fraction = np.float32(0.5)
+    fitted(seed=kind(3), chunk_size=kind(7), calibration_fraction=fraction).save_pretrained(
+        tmp_path
+    )
+    loaded = load(tmp_path)
+    assert (loaded.seed, loaded.chunk_size, loaded.calibration_fraction) == (3, 7, 0.5)
+    assert loaded.fitted.fingerprint == fitted(seed=3).fitted.fingerprint
 
 
 def test_files_are_two_and_hold_no_pickle(saved: Path) -> None:
@@ -369,7 +380,6 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
 def test_digest_is_of_the_buffers_that_are_saved(name: str) -> None:
-    torch.manual_seed(0)
     module = Counting()
     before = digest(module)
     module.table.add_(1)  # type: ignore[operator]
