@@ -272,7 +272,7 @@ def draw(
     groups = {"held-out digits": usual, **unusual}
     score_histogram(groups, title=f"{model}: anomaly scores").savefig(OUT / f"{model}-scores.png")
     fitted = detector.fitted
-    chosen = fitted.live_layers[:: max(1, len(fitted.live_layers) // 4)][:4]
+    chosen = fitted.layers[:: max(1, len(fitted.layers) // 4)][:4]
     at = {layer: fitted.layers.index(layer) for layer in chosen}
     normal = {k: (float(fitted.layer_mean[i]), float(fitted.layer_sd[i])) for k, i in at.items()}
 

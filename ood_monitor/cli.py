@@ -50,7 +50,7 @@ def _facts(fitted: Fitted) -> dict[str, str | int | float]:
         "dtype": fitted.dtype,
         "density": type(fitted.density).__name__,
         "samples": ", ".join(fitted.samples) or "of several shapes",
-        "layers": len(fitted.live_layers),
+        "layers": len(fitted.layers),
         "features": int(fitted.log_norms.live.sum()),
         "dropped features": len(fitted.log_norms.dropped),
         "fit samples": fitted.fit_count,

@@ -39,8 +39,9 @@ class Scores:
         p_value: (B,), conformal: the chance that an in-distribution sample scores at least this.
         log_likelihood: (B,), nats, the sum of the terms.
         layers: ``{"term/parameter": (B,)}``, each layer's part of the score; they add up to it.
-        z: ``{"term/parameter": (B,)}``, the layer's mean log squared norm in standard deviations
-            from that of in-distribution samples: below 0, the gradient is smaller than usual.
+        z: ``{"term/parameter": (B,)}``, the layer's mean log squared norm, over its live rows, in
+            standard deviations from that of in-distribution samples: below 0, the gradient is
+            smaller than usual. Like ``layers``, without those that are dead or constant.
         valid: (B,), bool; False where the score is not finite, and its p-value nan.
     """
 
@@ -181,13 +182,13 @@ class Detector:
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
         score[~np.isfinite(score)] = np.nan
-        logs = _by_layer(measured.names, fitted.log_norms.logs(measured.norms), np.mean)[1]
-        layers, shares = _by_layer(fitted.log_norms.live_names, parts, np.sum)
+        names = fitted.log_norms.live_names
+        logs, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(fitted.calibration.p_value(score)),
             log_likelihood=torch.from_numpy(measured.log_likelihood),
-            layers=_columns(layers, shares),
+            layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(np.isfinite(score)),
         )
@@ -289,16 +290,17 @@ class Detector:
         dtype = next(p.dtype for p in parameters if p.is_floating_point())
         eps = torch.finfo(dtype).eps
         log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
-        density = copy.deepcopy(self._density).fit(log_norms(measured.norms[fit]))
+        features = log_norms(measured.norms[fit])
+        density = copy.deepcopy(self._density).fit(features)
         scores = density.score(log_norms(measured.norms[calibrate]))
         _warn_of_autocorrelation(scores)
-        layers, logs = _by_layer(measured.names, log_norms.logs(measured.norms[fit]), np.mean)
+        logs = _by_layer(log_norms.live_names, features, np.mean)
         return Fitted(
             log_norms=log_norms,
             density=density,
             calibration=ConformalPValue.fit(scores),
             log_likelihood=measured.log_likelihood[calibrate],
-            layers=layers,
+            layers=log_norms.live_layers,
             parameters=_parameters(self.adapter, self.layers),
             layer_mean=logs.mean(0),
             layer_sd=np.maximum(logs.std(0, ddof=1), eps),
@@ -367,12 +369,12 @@ def _check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[i
             )
 
 
-def _by_layer(names: tuple[str, ...], columns: Array, how: Any) -> tuple[tuple[str, ...], Array]:
+def _by_layer(names: tuple[str, ...], columns: Array, how: Any) -> Array:
     """Columns (N, F) brought together by layer, (N, L)."""
     positions: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         positions.setdefault(layer_of(name), []).append(i)
-    return tuple(positions), np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+    return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
 
 
 def _columns(names: tuple[str, ...], values: Array) -> dict[str, Tensor]:

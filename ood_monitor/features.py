@@ -82,13 +82,15 @@ class LogNorms:
 
     def __call__(self, norms: Array) -> Array:
         """Log f of the live features, (N, live)."""
-        return self.logs(norms)[:, self.live]
-
-    def logs(self, norms: Array) -> Array:
-        """Log f of all features, (N, F): above their floors, and an overflow as a large number."""
-        return np.log(np.clip(norms, self.floor, np.finfo(np.float64).max))
+        largest = np.finfo(np.float64).max  # which an overflow counts as
+        return np.log(np.clip(norms[:, self.live], self.floor[self.live], largest))
 
     @property
     def live_names(self) -> tuple[str, ...]:
         """Names of the live features, in order."""
         return tuple(name for name, live in zip(self.names, self.live, strict=True) if live)
+
+    @property
+    def live_layers(self) -> tuple[str, ...]:
+        """The layers with at least one live feature, in module order within terms."""
+        return tuple(dict.fromkeys(map(layer_of, self.live_names)))

@@ -13,7 +13,7 @@ from torch import nn, uint8
 
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities import DENSITIES, Array, Density
-from ood_monitor.features import LogNorms, layer_of
+from ood_monitor.features import LogNorms
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
 
@@ -32,9 +32,10 @@ class Fitted:
         density: The density of the live features.
         calibration: Scores of the calibration samples.
         log_likelihood: (n,), nats, of the calibration samples, in the order of their scores' fit.
-        layers: The layers, in module order within terms.
+        layers: The layers with at least one live feature, in module order within terms.
         parameters: Shapes of the parameters that are features, in module order.
-        layer_mean: (L,), mean of the layer's mean log squared norm over the fit samples.
+        layer_mean: (L,), mean over the fit samples of the layer's mean log squared norm, over its
+            live features.
         layer_sd: (L,), its standard deviation.
         samples: Shape and dtype of each tensor of a batch, without B; empty if they varied.
         model: Digest of the weights, persistent buffers included.
@@ -59,11 +60,6 @@ class Fitted:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that identify what was learned."""
         return hashlib.sha256(save(self._arrays())).hexdigest()[:12]
-
-    @property
-    def live_layers(self) -> tuple[str, ...]:
-        """The layers with at least one live feature, in module order within terms."""
-        return tuple(dict.fromkeys(map(layer_of, self.log_norms.live_names)))
 
     def save(self, directory: Path, options: dict[str, Any]) -> None:
         """Write the two files; ``options`` are the detector's own settings, JSON-able."""
@@ -152,15 +148,18 @@ class Fitted:
         state = {
             k.removeprefix("density."): v for k, v in arrays.items() if k.startswith("density.")
         }
+        log_norms = LogNorms(names, live, arrays["floor"], dropped)
+        # Older files have figures of the layers without a live feature too.
+        kept = np.isin(config["layers"], log_norms.live_layers)
         return cls(
-            log_norms=LogNorms(names, live, arrays["floor"], dropped),
+            log_norms=log_norms,
             density=DENSITIES[config["density"]]().load_state(state),
             calibration=ConformalPValue(arrays["calibration"]),
             log_likelihood=arrays["log_likelihood"],
-            layers=tuple(config["layers"]),
+            layers=log_norms.live_layers,
             parameters={name: tuple(shape) for name, shape in config["parameters"].items()},
-            layer_mean=arrays["layer_mean"],
-            layer_sd=arrays["layer_sd"],
+            layer_mean=arrays["layer_mean"][kept],
+            layer_sd=arrays["layer_sd"][kept],
             samples=tuple(config["samples"]),
             model=str(config["model"]),
             dtype=str(config["dtype"]),

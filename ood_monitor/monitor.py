@@ -133,7 +133,7 @@ class Monitor:
         self._state = _State()
         self._dispatcher = Dispatcher(sinks)
         self._lock = threading.RLock()
-        self._fingerprint, self._layers = fitted.fingerprint, fitted.live_layers
+        self._fingerprint, self._layers = fitted.fingerprint, fitted.layers
         self.last: Scores | None = None
 
     @property

@@ -279,7 +279,7 @@ def test_layers_add_up_to_the_score(small: Small, granularity: Any) -> None:
     scores = detector.score(small.data(9, seed=1))
     total = torch.stack([*scores.layers.values()]).sum(0)
     torch.testing.assert_close(total, scores.score, rtol=1e-9, atol=1e-9)
-    assert tuple(scores.layers) == detector.fitted.live_layers
+    assert tuple(scores.layers) == tuple(scores.z) == detector.fitted.layers
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
@@ -323,6 +323,28 @@ def test_z_counts_standard_deviations_from_usual() -> None:
     smaller = detector.score(x).z
     assert smaller["log_likelihood/right.weight"].mean() < -1.5
     assert torch.equal(smaller["log_likelihood/left.weight"], usual[0])
+
+
+class Faint(Branches):
+    """The gradients of one row of ``left``, and of all of ``right``, are rounding noise."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        y = self.left(x[:, :3]).square() * torch.tensor([1, 1, 1e-20])
+        return -0.5 * (y.sum(1) + 1e-20 * self.right(x[:, 3:]).square().sum(1))
+
+
+def test_z_is_of_the_live_rows() -> None:
+    module, live = Faint().double(), nn.Linear(3, 2).double()
+    live.load_state_dict({name: value[:2] for name, value in module.left.state_dict().items()})
+    x, new = BRANCHES.data(220), BRANCHES.data(9, seed=1)
+    expected = om.LogLikelihood(live, lambda m, x: -0.5 * m(x[:, :3]).square().sum(1))
+    found, wanted = (
+        om.Detector(adapter, granularity="row").fit([x], progress=False).score(new).z
+        for adapter in (om.LogLikelihood(module), expected)
+    )
+    assert list(found) == ["log_likelihood/left.weight", "log_likelihood/left.bias"]
+    for name, z in wanted.items():
+        torch.testing.assert_close(found[name.replace("/", "/left.")], z, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("factor", [0.05, 20.0], ids=["smaller", "larger"])
