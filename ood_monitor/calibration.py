@@ -185,26 +185,26 @@ def lag1_autocorrelation(scores: ArrayLike) -> float:
     return float(centred[:-1] @ centred[1:]) / energy if energy > 0.0 else 0.0
 
 
-def autocorrelation_bound(n: int, confidence: float = 0.99) -> float:
-    r"""Returns what the lag-1 autocorrelation of exchangeable scores rarely exceeds in size.
+def autocorrelation_bound(n: int, confidence: float = 0.999) -> float:
+    r"""Returns what the lag-1 autocorrelation of exchangeable scores rarely exceeds.
 
     Under exchangeability :math:`\hat\rho` has mean :math:`-1/n`, a variance just below :math:`1/n`
-    and is close to Gaussian (Wald and Wolfowitz, 1943): the limit is
-    :math:`z_{(1 + c) / 2} / \sqrt n`, two-sided.
+    and is close to Gaussian (Wald and Wolfowitz, 1943): the limit is :math:`z_c / \sqrt n`. It is
+    one-sided, since only neighbours that are alike raise more false alarms than promised.
 
     Args:
         n: The number of scores.
-        confidence: The probability :math:`c` that exchangeable scores stay within the limit.
+        confidence: The probability :math:`c`, at least, that exchangeable scores do not exceed it.
 
     Returns:
-        The limit on the absolute value.
+        The limit, from above.
 
     Raises:
         ValueError: If n is below 3 or the confidence is not in (0, 1).
     """
     if n < 3 or not 0.0 < confidence < 1.0:
         raise ValueError(f"Expected n >= 3, confidence in (0, 1), got n={n}, {confidence}.")
-    return NormalDist().inv_cdf((1.0 + confidence) / 2.0) / math.sqrt(n)
+    return NormalDist().inv_cdf(confidence) / math.sqrt(n)
 
 
 def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from ood_monitor.calibration import (
     MINIMUM_SCORES,
@@ -168,19 +168,26 @@ def test_autocorrelation_of_constant_scores() -> None:
 
 
 @pytest.mark.parametrize("n", [20, 100, 500])
-def test_exchangeable_scores_stay_within_bound(n: int) -> None:
+@pytest.mark.parametrize("confidence", [0.95, 0.99, 0.999])
+def test_exchangeable_scores_stay_below_bound(n: int, confidence: float) -> None:
     scores = np.random.default_rng(n).standard_cauchy(size=(1500, n))
-    exceeding = sum(abs(lag1_autocorrelation(row)) > autocorrelation_bound(n) for row in scores)
+    bound = autocorrelation_bound(n, confidence)
+    exceeding = sum(lag1_autocorrelation(row) > bound for row in scores)
     low, high = binomial_interval(exceeding, len(scores), confidence=1.0 - FAR)
-    assert low <= 0.01, exceeding
-    assert high >= 0.004, exceeding
+    assert low <= 1 - confidence, exceeding
+    # Less often with few scores: the mean is -1 / n.
+    assert high >= (1 - confidence) / (2 if n > 20 else 4), exceeding
 
 
-@pytest.mark.parametrize("rho", [0.3, -0.3])
-def test_autocorrelated_scores_exceed_bound(rho: float) -> None:
+@pytest.mark.parametrize(("rho", "exceeds"), [(0.3, True), (-0.3, False)])
+def test_scores_alike_their_neighbours_exceed_bound(rho: float, exceeds: bool) -> None:
     noise = np.random.default_rng(0).normal(size=500)
     scores = list(itertools.accumulate(noise, lambda past, new: rho * past + new))
-    assert math.copysign(1.0, rho) * lag1_autocorrelation(scores) > autocorrelation_bound(500)
+    assert (lag1_autocorrelation(scores) > autocorrelation_bound(500)) == exceeds
+
+
+def test_bound_is_rarely_exceeded_by_default() -> None:
+    assert autocorrelation_bound(100) == pytest.approx(norm.ppf(0.999) / 10)
 
 
 @pytest.mark.parametrize(("n", "confidence"), [(2, 0.99), (100, 1.0), (100, 0.0), (100, math.nan)])

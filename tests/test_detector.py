@@ -395,14 +395,23 @@ def test_p_value_is_the_rank_among_the_calibration_scores() -> None:
     torch.testing.assert_close(scores.p_value, expected.double())
 
 
-@pytest.mark.parametrize(
-    "order", [lambda x: x[x.square().sum(1).argsort()], lambda x: x.repeat_interleave(2, 0)]
-)
+def by_score(x: Tensor) -> Tensor:
+    return x[fitted().score(x).score.argsort()]
+
+
+@pytest.mark.parametrize("order", [by_score, lambda x: x.repeat_interleave(2, 0)])
 def test_held_out_data_that_are_correlated_warn(order: Callable[[Tensor], Tensor]) -> None:
     x = order(BRANCHES.data(500))
     with pytest.warns(UserWarning, match="Neighbouring calibration scores are correlated") as found:
         om.Detector(BRANCHES()).fit([x], progress=False)
     assert found[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_held_out_data_that_alternate_do_not_warn() -> None:
+    x = BRANCHES.data(500)
+    low, high = by_score(x).chunk(2)
+    om.Detector(BRANCHES()).fit([torch.stack([low, high.flip(0)], 1).flatten(0, 1)], progress=False)
 
 
 # No trace
