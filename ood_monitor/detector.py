@@ -36,13 +36,14 @@ class Scores:
 
     Attributes:
         score: (B,), higher = more anomalous; its unit is the density's and means nothing by itself.
+            Infinite where a density of your own finds a sample impossible, or normal beyond all.
         p_value: (B,), conformal: the chance that an in-distribution sample scores at least this.
         log_likelihood: (B,), nats, the sum of the terms.
         layers: ``{"term/parameter": (B,)}``, each layer's part of the score; they add up to it.
         z: ``{"term/parameter": (B,)}``, the layer's mean log squared norm, over its live rows, in
             standard deviations from that of in-distribution samples: below 0, the gradient is
             smaller than usual. Like ``layers``, without those that are dead or constant.
-        valid: (B,), bool; False where the score is not finite, and its p-value nan.
+        valid: (B,), bool; False where the score is nan, and with it the p-value.
     """
 
     score: Tensor
@@ -181,7 +182,6 @@ class Detector:
         features = fitted.log_norms(measured.norms)
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
-        score[~np.isfinite(score)] = np.nan
         names = fitted.log_norms.live_names
         logs, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
         return Scores(
@@ -190,7 +190,7 @@ class Detector:
             log_likelihood=torch.from_numpy(measured.log_likelihood),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
-            valid=torch.from_numpy(np.isfinite(score)),
+            valid=torch.from_numpy(~np.isnan(score)),
         )
 
     def check(self, batch: Batch) -> None:

@@ -54,6 +54,7 @@ References:
 
 import hashlib
 import math
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ Triple = tuple[float, float, float]
 _THIRD = 1.0 / 3.0
 _LOG_HALF = math.log(0.5)
 _SMALLEST_UNIFORM = 2.0**-53
+# What an infinite score counts as: no other is beyond it, and JSON can hold it.
+_LARGEST = sys.float_info.max
 # Keeps U_n apart from the numbers a user's generator with the same seed makes the scores from.
 _SEED_DOMAIN = 0x65_64_65_74
 
@@ -271,33 +274,35 @@ class EDetector:
         """Takes in the score of one sample.
 
         Args:
-            score: The score.
+            score: The score; it may be infinite, since only its rank matters.
 
         Returns:
             The evidence after this sample.
 
         Raises:
-            ValueError: If the score is not finite; the detector is then unchanged.
+            ValueError: If the score is nan; the detector is then unchanged.
         """
         value = float(score)
-        if not math.isfinite(value):
-            raise ValueError(f"Expected a finite score, got {value}.")
-        return self._advance(value)
+        if math.isnan(value):
+            raise ValueError("Expected a score that is a number, got nan.")
+        return self._advance(min(max(value, -_LARGEST), _LARGEST))
 
     def update_many(self, scores: ArrayLike) -> list[Evidence]:
         """Takes in the scores of several samples, as :meth:`update` would one after the other.
 
         Args:
-            scores: The scores in the order of their arrival, with shape (B,); B may be 0.
+            scores: The scores in the order of their arrival, with shape (B,); B may be 0, and
+                scores infinite.
 
         Returns:
             The evidence after each sample, with length B.
 
         Raises:
-            ValueError: If the scores are not one-dimensional or not all finite; the detector is
-                then unchanged.
+            ValueError: If the scores are not one-dimensional or one is nan; the detector is then
+                unchanged.
         """
-        return [self._advance(score) for score in check_scores(scores, minimum=0).tolist()]
+        values = np.clip(np.asarray(scores, dtype=np.float64), -_LARGEST, _LARGEST)
+        return [self._advance(score) for score in check_scores(values, minimum=0).tolist()]
 
     def _advance(self, score: float) -> Evidence:
         episode = self._episode

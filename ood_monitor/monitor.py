@@ -39,6 +39,9 @@ _STATE_FORMAT = 1
 #: Scores of the episode that the running figures cover, and samples that the layers' means do.
 _RECENT_SCORES, _RECENT_LAYERS = 1000, 50
 
+#: What an infinite part of a score counts as, so that means and shares of layers stay finite.
+_LARGEST_PART = 1e100
+
 
 @dataclass
 class _Episode:
@@ -202,7 +205,7 @@ class Monitor:
                 "quiet": state.quiet,
                 "valid_run": state.valid_run,
                 "seen": episode.seen,
-                "scores": list(episode.scores),
+                "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
                 "flags": list(episode.flags),
                 "layers": episode.layers.tolist(),
             }
@@ -325,6 +328,7 @@ class Monitor:
         state, episode = self._state, self._state.episode
         window, flagged = len(episode.scores), sum(episode.flags)
         low, high = binomial_interval(flagged, window) if window else (math.nan, math.nan)
+        mean, p95 = _mean_and_p95(episode.scores) if window else (None, None)
         return AlertEvidence(
             log_e_value=state.log_e_value,
             ert=self.ert,
@@ -334,8 +338,8 @@ class Monitor:
             flagged_rate=flagged / window if window else None,
             flagged_rate_low=low,
             flagged_rate_high=high,
-            score_mean=float(np.mean(episode.scores)) if window else None,
-            score_p95=float(np.quantile(episode.scores, 0.95)) if window else None,
+            score_mean=mean,
+            score_p95=p95,
         )
 
     def _maybe_summarise(self) -> None:
@@ -366,10 +370,16 @@ class _Row:
     layers: Array
 
 
+def _mean_and_p95(scores: Sequence[float]) -> tuple[float, float]:
+    with np.errstate(invalid="ignore"):  # infinite scores make them infinite, or nan
+        return float(np.mean(scores)), float(np.quantile(scores, 0.95))
+
+
 def _rows(scores: Scores, names: Sequence[str]) -> list[_Row]:
     nothing = torch.full_like(scores.score, math.nan)
     z = torch.stack([scores.z.get(name, nothing) for name in names], 1)
     parts = torch.stack([scores.layers.get(name, nothing) for name in names], 1)
+    parts = parts.clamp(-_LARGEST_PART, _LARGEST_PART)
     layers = torch.stack([z, parts], 1).numpy()
     numbers = zip(
         scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist(), strict=True
@@ -423,7 +433,7 @@ def _restored(state: Mapping[str, Any], layers: int) -> _State:
         state["status"] in get_args(Status)
         and min(counts) >= 0
         and not math.isnan(log_e_value)
-        and np.isfinite(episode.scores).all()
+        and not np.isnan(episode.scores).any()
         and len(episode.flags) == len(episode.scores) == min(counts[0], _RECENT_SCORES)
         and episode.layers.shape[1] == (layers if counts[0] else 0)
     )

@@ -1,15 +1,18 @@
-"""Small models with data to fit a detector on, for the tests of detector and monitor."""
+"""Small models with data to fit a detector on, and densities of a user's own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 import zuko
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.densities import Array
 
-__all__ = ["SMALL", "Branches", "Small", "randn"]
+__all__ = ["SMALL", "Branches", "Counted", "Small", "Walled", "randn"]
 
 
 class Branches(nn.Module):
@@ -25,6 +28,40 @@ class Branches(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         y = self.left(x[:, :3]).square() + self.right(x[:, 3:]).square()
         return -0.5 * y.sum(1)
+
+
+class Counted:
+    """A user's own density: the distance from the mean, and nothing else."""
+
+    minimum_samples = 2
+
+    def fit(self, features: Array) -> Self:
+        self.mean = features.mean(0)
+        return self
+
+    def score(self, features: Array) -> Array:
+        return np.asarray(self.contributions(features).sum(1))
+
+    def contributions(self, features: Array) -> Array:
+        return np.asarray((features - self.mean) ** 2)
+
+    def state(self) -> dict[str, Array]:
+        return {"mean": self.mean}
+
+    def load_state(self, state: dict[str, Array]) -> Self:
+        self.mean = state["mean"]
+        return self
+
+
+class Walled(Counted):
+    """Infinite for samples whose gradients are far too large."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def contributions(self, features: Array) -> Array:
+        beyond = features > self.mean + 8
+        return np.where(beyond, self._value, super().contributions(features))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

