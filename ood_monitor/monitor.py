@@ -79,9 +79,11 @@ class Monitor:
     A *sample* alert says that a p-value is at most ``fpr``: a share ``fpr`` of in-distribution
     samples is flagged. A *drift* alert says that the stream as a whole has left the calibration
     data: while it has not, one comes at most every ``ert`` samples on average. Alerts are
-    transitions: at most one sample alert an update, none while a drift alert stands; after
-    ``recovery`` samples without an alarm a *recovered* alert ends it. The condition of both
-    promises: samples are exchangeable with the calibration data while nothing is wrong.
+    transitions: none of a sample while a drift alert stands; after ``recovery`` samples without an
+    alarm a *recovered* alert ends it. How a stream is cut into batches changes nothing, except that
+    the sample alerts of an update become one at its end, of its most anomalous sample, and none if
+    a drift alert follows in it. The condition of both promises: samples are exchangeable with the
+    calibration data while nothing is wrong.
 
     Args:
         detector: Fitted.
@@ -249,17 +251,17 @@ class Monitor:
 
     def _advance(self, scores: Scores) -> list[Alert]:
         alerts: list[Alert] = []
-        worst: _Row | None = None
+        flagged: list[_Row] = []
         for row in _rows(scores, self._layers):
             self._state.samples_seen += 1
             alerts += self._take(row) if row.valid else self._count_invalid()
-            flagged = row.valid and row.p_value <= self.fpr and self._state.status != "ALERT"
-            if flagged and (worst is None or row.p_value < worst.p_value):
-                worst = row
+            if self._state.status == "ALERT":
+                flagged.clear()  # the drift alert speaks for them
+            elif row.valid and row.p_value <= self.fpr:
+                self._state.status, self._state.quiet = "WARN", 0
+                flagged.append(row)
             self._maybe_summarise()
-        if worst is not None and self._state.status != "ALERT":
-            alerts.append(self._flag(worst))
-        return alerts
+        return [*alerts, self._sample_alert(flagged)] if flagged else alerts
 
     def _take(self, row: "_Row") -> list[Alert]:
         """One valid sample: the drift test, the figures, and what follows from them."""
@@ -295,8 +297,8 @@ class Monitor:
         message = f"Recovered: {self._recovery:,} samples without a new alarm."
         return [self._alert("recovered", "info", message, ())]
 
-    def _flag(self, row: "_Row") -> Alert:
-        self._state.status, self._state.quiet = "WARN", 0
+    def _sample_alert(self, flagged: Sequence["_Row"]) -> Alert:
+        row = min(flagged, key=lambda row: row.p_value)
         message = f"Anomalous sample: p-value {row.p_value:.3g}, at most fpr {self.fpr:g}."
         top = _top(self._layers, row.layers)
         alert = self._alert("sample", "warning", message, top)

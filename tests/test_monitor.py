@@ -255,6 +255,33 @@ def test_batches_raise_what_singles_raise(
     assert watch.samples_seen == 300
 
 
+@pytest.mark.parametrize("size", [7, 32])
+@pytest.mark.parametrize("recovery", [3, 10, 60])
+def test_batches_leave_the_state_that_singles_leave(size: int, recovery: int) -> None:
+    stream = torch.cat([usual(150), far(1), STREAM, invalid(2), usual(60, seed=4)])
+    batches, singles = (monitor(recovery=recovery, ert=500, fpr=0.05) for _ in range(2))
+    statuses = set()
+    for batch in stream.split(size):
+        batches.update(batch)
+        feed(singles, batch)
+        found, expected = batches.state_dict(), singles.state_dict()
+        statuses.add(expected["status"])
+        for name in ("status", "quiet", "valid_run", "samples_seen", "invalid", "seen", "flags"):
+            assert found[name] == expected[name], name
+        for name in ("scores", "layers", "log_e_value"):
+            assert found[name] == (expected[name] and pytest.approx(np.array(expected[name])))
+    assert statuses == {"OK", "WARN", "ALERT"}
+
+
+@pytest.mark.parametrize("size", [1, 9, 50])
+def test_warning_ends_at_the_same_sample_in_any_batch(size: int) -> None:
+    quiet = usual(400)[DETECTOR.score(usual(400)).p_value > 0.01]
+    watch = monitor(recovery=30, ert=1e6, summary_every=1, sinks=[sink := Recorder()])
+    feed(watch, torch.cat([quiet[:4], far(1), quiet[4:45]]), size)
+    assert watch.flush(LONG)
+    assert [s.status for s in sink.summaries] == ["OK"] * 4 + ["WARN"] * 30 + ["OK"] * 12
+
+
 def test_last_scores_are_the_detectors() -> None:
     watch, x = monitor(), usual(5)
     watch.update(x)
