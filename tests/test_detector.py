@@ -574,6 +574,13 @@ def test_a_tensor_is_no_loader(x: Tensor) -> None:
         om.Detector(BRANCHES()).fit(x, progress=False)
 
 
+def test_a_wrong_term_is_told_with_the_size_of_the_batch_that_it_was_for() -> None:
+    # Two samples are scored first, to check the model: not the hundred that were passed.
+    adapter = om.LogLikelihood(BRANCHES.model(), lambda m, x: m.log_prob(x)[:, None])  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"got .* \(2, 1\) .* for a batch of 2 samples"):
+        om.Detector(adapter).fit([BRANCHES.data(100)], progress=False)
+
+
 def failing_loader() -> Iterator[Tensor]:
     yield BRANCHES.data(100, seed=9)
     raise OSError("the disk is gone")

@@ -117,7 +117,7 @@ def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]
         if not isinstance(value, Tensor) or value.shape != (size,):
             raise ValueError(
                 f"Expected term {term!r} of {type(adapter).__name__} to be of shape ({size},), one "
-                f"value a sample, got {describe(value)}."
+                f"value a sample, got {describe(value)} for a batch of {size} samples."
             )
         yield term, value
         del value

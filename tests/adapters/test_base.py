@@ -133,7 +133,8 @@ def test_terms_come_through_in_order() -> None:
 )
 def test_a_term_must_be_one_value_a_sample(value: Any, got: str) -> None:
     adapter = Yields(("fine", torch.ones(5)), ("wrong", value))
-    with pytest.raises(ValueError, match=rf"'wrong' of Yields to be of shape \(5,\).*{got}"):
+    message = rf"'wrong' of Yields to be of shape \(5,\).*{got}.* for a batch of 5 samples\."
+    with pytest.raises(ValueError, match=message):
         list(checked_terms(adapter, X))
 
 
