@@ -200,7 +200,7 @@ class Maximum:
     def _held_out(self, part: DiagonalGaussian | ShrunkGaussian, features: Array) -> Array:
         fold = np.arange(len(features)) % self._folds
         pieces = [
-            part.fit(features[fold != k]).distance_parts(features[fold == k]).sum(1)
+            _unseen_distances(part, features[fold != k], features[fold == k])
             for k in range(self._folds)
         ]
         return _log(np.concatenate(pieces))
@@ -225,6 +225,17 @@ def _squared_distances(density: Maximum, features: Array) -> Array:
     """(2, N): under the diagonal and under the full Gaussian."""
     _check_fitted(density, "_fitted")
     return np.stack([part.distance_parts(features).sum(1) for part in density._fitted])
+
+
+def _unseen_distances(part: DiagonalGaussian | ShrunkGaussian, seen: Array, unseen: Array) -> Array:
+    """Squared distances of unseen samples, in the features that vary among those seen."""
+    varies = np.ptp(seen, axis=0) > 0
+    if not varies.any():
+        raise ValueError(
+            f"Expected features that vary in every fold, got none among {len(seen)} of "
+            f"{len(seen) + len(unseen)} samples: fit on more samples."
+        )
+    return np.asarray(part.fit(seen[:, varies]).distance_parts(unseen[:, varies]).sum(1))
 
 
 def _log(distances: Array) -> Array:

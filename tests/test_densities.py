@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from density_cases import DENSITIES, FEATURES, correlated, independent
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, spearmanr
 from sklearn.covariance import LedoitWolf
 
 from ood_monitor import densities
@@ -282,6 +282,30 @@ def test_fit_refuses_constant_features(make: Make, value: float) -> None:
     fit[:, [1, 4]] = value
     with pytest.raises(ValueError, match=r"constant columns \[1, 4\]"):
         make().fit(fit)
+
+
+@every_density
+@pytest.mark.parametrize("varying", [[7], [2, 2 + 15]], ids=["one sample", "one fold"])
+def test_a_feature_may_vary_in_few_samples(make: Make, varying: list[int]) -> None:
+    fit, new = independent(50), independent(20, seed=1)
+    without = make().fit(np.delete(fit, 4, axis=1)).score(np.delete(new, 4, axis=1))
+    fit[:, 4], new[:, 4] = 1.5, 1.5
+    fit[varying, 4] = 2.5
+    density = make().fit(fit)
+    # A layer that says nothing of these samples leaves their order nearly as it was.
+    assert spearmanr(density.score(new), without).statistic > 0.95
+    new[3, 4] = 9.0
+    assert density.score(new).argmax() == 3
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_a_single_feature_that_varies_in_one_sample_is_refused(folds: int) -> None:
+    fit = np.ones((50, 1))
+    fit[0] = 2.0
+    with pytest.raises(
+        ValueError, match=r"vary in every fold, got none among .. of 50 samples: fit"
+    ):
+        Maximum(folds).fit(fit)
 
 
 @every_density
