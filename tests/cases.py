@@ -130,14 +130,30 @@ def tied() -> Case:
     return om.SequenceLikelihood(net), torch.randint(11, (4, 7))
 
 
-def attention(*, batch_first: bool) -> Case:
+def attention(
+    *, batch_first: bool = False, masked: bool = False, across: bool = False, **options: Any
+) -> Case:
     def forward(m: Any, x: Tensor) -> Tensor:
-        x = x if batch_first else x.transpose(0, 1)
-        y = m.attention(x, x, x, need_weights=False)[0]
-        return m.out(y if batch_first else y.transpose(0, 1))
+        masks = {}
+        if masked:
+            padding = (x[..., 0] > 1) & (torch.arange(5) > 0)
+            masks = {"key_padding_mask": padding, "attn_mask": torch.ones(5, 5).triu(1).bool()}
+        query = x if batch_first else x.transpose(0, 1)
+        others = (query[..., :kdim].cos(), query[..., :vdim].sin()) if across else (query, query)
+        y, weights = m.attention(query, *others, need_weights=masked, **masks)
+        y = y if batch_first else y.transpose(0, 1)
+        return m.out(y) if weights is None else torch.cat([m.out(y), weights], 2)
 
-    net = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+    kdim, vdim = options.get("kdim", 4), options.get("vdim", 4)
+    net = nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
     return function(forward, 5, 4, attention=net, out=nn.Linear(4, 2))
+
+
+def transformer() -> Case:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    return Gaussian(net, lambda net, x: net(x, mask.to(x), is_causal=True)), torch.randn(4, 5, 4)
 
 
 def shifts_and_scales(m: Any, x: Tensor) -> Tensor:
@@ -367,11 +383,9 @@ MODELS: tuple[Model, ...] = (
     ),
     of_layer("conv-groups", 4, 6, 6, make=lambda: nn.Conv2d(4, 6, 3, groups=2)),
     of_layer("conv-depthwise", 3, 6, 6, make=lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3)),
-    of_layer("transposed-1d", 3, 6, make=lambda: nn.ConvTranspose1d(3, 4, 3), looped=True),
-    of_layer(
-        "transposed-2d", 4, 5, 5, make=lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2), looped=True
-    ),
-    of_layer("transposed-3d", 3, 2, 3, 3, make=lambda: nn.ConvTranspose3d(3, 2, 2), looped=True),
+    of_layer("transposed-1d", 3, 6, make=lambda: nn.ConvTranspose1d(3, 4, 3)),
+    of_layer("transposed-2d", 4, 5, 5, make=lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2)),
+    of_layer("transposed-3d", 3, 2, 3, 3, make=lambda: nn.ConvTranspose3d(3, 2, 2)),
     of_layer("group-norm", 4, 3, 3, make=lambda: nn.GroupNorm(2, 4)),
     of_layer("group-norm-2d", 8, make=lambda: nn.GroupNorm(2, 8)),
     of_layer("layer-norm", 5, 6, make=lambda: nn.LayerNorm(6)),
@@ -396,8 +410,13 @@ MODELS: tuple[Model, ...] = (
     ),
     Model("embedding-bag", lambda: looking_up(nn.EmbeddingBag), ("0.*",)),
     Model("tied", tied),
-    Model("attention", lambda: attention(batch_first=True), ("attention.*",)),
-    Model("attention-time-first", lambda: attention(batch_first=False), ("attention.*",)),
+    Model("attention", lambda: attention(batch_first=True)),
+    Model("attention-time-first", lambda: attention(batch_first=False)),
+    Model("attention-masked", lambda: attention(batch_first=True, masked=True)),
+    Model("attention-across", lambda: attention(batch_first=True, across=True)),
+    Model("attention-of-other-widths", lambda: attention(across=True, kdim=3, vdim=2)),
+    Model("attention-biased", lambda: attention(add_bias_kv=True), ("attention.*",)),
+    Model("transformer", lambda: transformer(), ()),
     Model(
         "lstm",
         lambda: function(
@@ -442,8 +461,15 @@ MODELS: tuple[Model, ...] = (
     ),
     Model(
         "matmul",
-        lambda: function(lambda m, x: (x @ m.w).tanh() @ m.v, **parts(w=(3, 4), v=(4, 2))),
-        ("*",),
+        lambda: function(
+            lambda m, x: torch.addmm(m.b, (x @ m.w).tanh().matmul(m.u).tanh(), m.v),
+            **parts(w=(3, 4), u=(4, 3), b=(2,), v=(3, 2)),
+        ),
+    ),
+    Model(
+        "matmul-weight-first",
+        lambda: function(lambda m, x: m.w @ x, 5, 3, **parts(w=(2, 5))),
+        ("w",),
     ),
     Model(
         "einsum",
@@ -529,7 +555,7 @@ MODELS: tuple[Model, ...] = (
     Model("zuko-maf", lambda: zuko_flow(zuko.flows.MAF)),
     # A spline unbinds pairs, which the two samples of the comparison look like.
     Model("zuko-nsf", lambda: zuko_flow(zuko.flows.NSF), ("transform.transforms.1.*",)),
-    Model("gpt2", gpt2, ("*.c_*",)),
+    Model("gpt2", gpt2),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, pieces
-from ood_monitor.gradients.rules import rows_of
+from ood_monitor.gradients.factors import rows_of
 from ood_monitor.gradients.scoring import leaf_parameters
 
 __all__ = ["loop_norms"]

@@ -25,37 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ood_monitor.adapters.base import tensors_in
-from ood_monitor.gradients.rules import POINTWISE, RULES, Factor, Materialised, pointwise
+from ood_monitor.gradients.factors import Factor, Materialised
+from ood_monitor.gradients.order import may_reorder
+from ood_monitor.gradients.rules import POINTWISE, REWRITES, RULES, pointwise
 
 __all__ = ["Recorder"]
 
-
-def _functions(*names: str) -> frozenset[Callable[..., Any]]:
-    """The functions and tensor methods of these names, with their in-place variants."""
-    spellings = [spelling for name in names for spelling in (name, f"{name}_")]
-    found = (getattr(owner, n, None) for owner in (torch, torch.Tensor) for n in spellings)
-    return frozenset(function for function in found if function is not None)
-
-
-#: Functions (tensor, dimension, index) that take or put rows by an index along a dimension.
-_INDEXED = _functions(
-    "gather", "index_add", "index_copy", "index_fill", "index_select", "scatter", "scatter_add"
-)
-
-#: Functions (tensor, size, dimension) that give rows out in pieces, to be put together anyhow.
-_SPLIT = _functions("chunk", "split", "split_with_sizes", "tensor_split")
-
-#: The same, (tensor, dimension).
-_UNBOUND = _functions("unbind") | {torch.Tensor.__iter__}
-
-#: Functions (tensor, index, dimension) that take rows by an index.
-_TAKEN = _functions("take_along_dim")
-
-#: Functions whose index runs over all dimensions at once.
-_CHOOSING = _functions("index_put", "masked_select", "take")
 
 #: Elements of per-sample gradients held at once while several uses of a parameter are summed.
 _HELD_ELEMENTS = 2**24
@@ -72,6 +48,24 @@ class _Data:
 
     in_order: bool
     anchored: bool
+
+
+class _DataMarks:
+    """What is known of data tensors, while they live.
+
+    By identity, with a weak reference to tell a tensor from a later one at its address: this is
+    asked for every argument of every operation, and `WeakTensorKeyDictionary` costs five times it.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[int, tuple[weakref.ref[Tensor], _Data]] = {}
+
+    def get(self, tensor: Tensor) -> _Data | None:
+        found = self._marks.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def set(self, tensor: Tensor, known: _Data) -> None:
+        self._marks[id(tensor)] = weakref.ref(tensor), known
 
 
 @dataclass(eq=False)
@@ -120,6 +114,9 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.left_over: set[str] = set()
         self._n, self._by_row = n, by_row
+        #: The followed parameters by name, in module order.
+        self.leaves: dict[str, Tensor] = {}
+        # By identity; of a derived tensor, which its source keeps alive, or of a parameter.
         self._sources: dict[int, _Source] = {}
         self._plain: dict[int, Tensor] = {}
         for name, parameter in module.named_parameters():
@@ -128,21 +125,16 @@ class Recorder(TorchFunctionMode):
             self._plain[id(parameter)] = value
             if selected(name) and parameter.is_floating_point():
                 leaf = value.detach().requires_grad_()
+                self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
         self._parameters = list(module.parameters())  # keeps the ids above valid
-        self._derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._data: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._data = _DataMarks()
         for tensor in data:
-            self._data[tensor] = _Data(in_order=True, anchored=False)
+            self._data.set(tensor, _Data(in_order=True, anchored=False))
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._collected: list[tuple[_Source, Factor]] = []
         self._norms: dict[str, Tensor] = {}
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """The followed parameters by name, in module order."""
-        return {source.names[0]: source.tensor for source in self._sources.values()}
 
     def __torch_function__(
         self,
@@ -152,25 +144,30 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = tensors_in([args, kwargs])
-        data = [tensor for tensor in tensors if tensor in self._data]
-        in_order = bool(data) and all(self._data[t].in_order for t in data)
-        in_order = in_order and not self._reorders(func, args, kwargs)
-        sources = [s for tensor in tensors if (s := self._source(tensor)) is not None]
-        if not sources or not torch.is_grad_enabled():
-            result = func(*self._substituted(args), **self._substituted(kwargs))
-        elif not data:
-            return self._derive(func, args, kwargs, sources)
-        else:
+        if func in REWRITES:
+            with self:  # so that what it is made of comes here too
+                result = REWRITES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        tensors = _tensors(args) + _tensors(kwargs.values())
+        sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
+        data = [known for tensor in tensors if (known := self._data.get(tensor)) is not None]
+        if not data:
+            return self._constant_or_derived(func, args, kwargs, sources)
+        in_order = all(known.in_order for known in data) and not may_reorder(
+            func, args, kwargs, self._n, self._is_data
+        )
+        if sources and torch.is_grad_enabled():
             result = self._consume(func, args, kwargs, sources, in_order)
-        anchored = any(self._data[tensor].anchored for tensor in data)
+        else:
+            result = func(*self._substituted(args), **self._substituted(kwargs))
         # Writing into a tensor has no result of its own.
         changed = args[0] if func is torch.Tensor.__setitem__ else result
-        for tensor in tensors_in(changed) if data else ():
-            known = self._data.get(tensor, None)  # type: ignore[no-untyped-call]
-            self._data[tensor] = _Data(
-                in_order, tensor.requires_grad and (anchored or bool(known and known.anchored))
-            )
+        anchored = any(known.anchored for known in data)
+        for tensor in _tensors((changed,)):
+            known = self._data.get(tensor)
+            through = tensor.requires_grad and (anchored or bool(known and known.anchored))
+            self._data.set(tensor, _Data(in_order, through))
         return result
 
     def squared_norms(self, value: Tensor) -> dict[str, Tensor]:
@@ -184,8 +181,8 @@ class Recorder(TorchFunctionMode):
             :attr:`left_over` are missing from it or incomplete.
         """
         self._collected, self._norms = [], {}
-        if value in self._derived:
-            self._leave([self._derived[value]])
+        if id(value) in self._sources:
+            self._leave([self._sources[id(value)]])
         elif value.requires_grad and self._anchors:
             # Asking for the gradients of the anchors alone drives the whole backward pass.
             anchors = list(self._anchors.values())
@@ -198,59 +195,29 @@ class Recorder(TorchFunctionMode):
 
     # The forward pass.
 
-    def _source(self, tensor: Tensor) -> _Source | None:
-        if id(tensor) in self._sources:
-            return self._sources[id(tensor)]
-        source: _Source | None = self._derived.get(tensor, None)  # type: ignore[no-untyped-call]
-        return source
-
-    def _reorders(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> bool:
-        """Whether the result's rows may be the samples in an order that the data decide.
-
-        The comparison with the loop on first use cannot see that: its two samples may be in order.
-        """
-        if self._n == 1:
-            return False  # one gradient has no order
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-            if isinstance(index, Tensor):
-                return index in self._data
-            # A number or a list may come from the data, by `tolist` or `item`.
-            return isinstance(index, int | list) and self._is_batch_first(args[0])
-        if func in _UNBOUND or func in _SPLIT:
-            position = 1 if func in _UNBOUND else 2
-            return self._along_rows(args, kwargs, position) and self._is_batch_first(args[0])
-        if func in _TAKEN or func in _INDEXED:
-            return self._along_rows(args, kwargs, 2 if func in _TAKEN else 1)
-        return func in _CHOOSING
-
-    @staticmethod
-    def _along_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> bool:
-        """Whether a call's dimension, 0 if not given, is the first."""
-        dimension = args[position] if len(args) > position else kwargs.get("dim", 0)
-        return dimension in (0, -args[0].ndim)
-
     def _substituted(self, arguments: Any, *, graph: bool = False) -> Any:
         """The arguments with parameters as aliases, derived tensors with or without their graph."""
 
         def substitute(tensor: Tensor) -> Tensor:
-            source = self._source(tensor)
+            source = self._sources.get(id(tensor))
             if source is None:
                 return self._plain.get(id(tensor), tensor)
             return source.tensor if graph else source.tensor.detach()
 
         return _map(substitute, arguments)
 
-    def _derive(
+    def _is_data(self, tensor: Tensor) -> bool:
+        return self._data.get(tensor) is not None
+
+    def _constant_or_derived(
         self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
     ) -> Any:
         result = func(*self._substituted(args, graph=True), **self._substituted(kwargs, graph=True))
-        names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-        for tensor in tensors_in(result):
-            if tensor.requires_grad and id(tensor) not in self._sources:
-                self._derived[tensor] = _Source(tensor, names)
+        if sources and torch.is_grad_enabled():
+            names = tuple(dict.fromkeys(name for source in sources for name in source.names))
+            for tensor in _tensors((result,)):
+                if tensor.requires_grad and id(tensor) not in self._plain:
+                    self._sources[id(tensor)] = _Source(tensor, names)
         return result
 
     def _consume(
@@ -267,11 +234,11 @@ class Recorder(TorchFunctionMode):
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)
             return result
-        data = [tensor for tensor in tensors_in(plain) if tensor in self._data]
-        if not any(self._data[tensor].anchored for tensor in data):
+        data = [(t, known) for t in _tensors(plain) if (known := self._data.get(t)) is not None]
+        if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
-            self._data[result] = _Data(in_order, anchored=True)
-        use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor in data])
+            self._data.set(result, _Data(in_order, anchored=True))
+        use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor, _ in data])
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
@@ -281,7 +248,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], given: Any, plain: Any, result: Any
     ) -> Callable[[Tensor], list[Factor]] | None:
         """What gives the factors of the sources in order, or None if no rule covers the call."""
-        changed_in_place = any(result is tensor for tensor in tensors_in(plain))
+        changed_in_place = any(result is tensor for tensor in _tensors(plain))
         if not isinstance(result, Tensor) or changed_in_place or not self._is_batch_first(result):
             return None
         if func in POINTWISE:
@@ -295,17 +262,19 @@ class Recorder(TorchFunctionMode):
         arguments = dict(zip(rule.arguments, given[0], strict=False)) | given[1]
         values = dict(zip(rule.arguments, plain[0], strict=False)) | plain[1]
         values = _map(Tensor.detach, values)
-        names = [k for k, v in arguments.items() if isinstance(v, Tensor) and self._source(v)]
+        names = [
+            k for k, v in arguments.items() if isinstance(v, Tensor) and id(v) in self._sources
+        ]
         x = arguments["input"]
         if (
             not set(names) <= {"weight", "bias"}
-            or x not in self._data
+            or not self._is_data(x)
             or not self._is_batch_first(x)
         ):
             return None
 
         def factors(g: Tensor) -> list[Factor]:
-            by_name = rule.factors(n, g, values)
+            by_name = rule.factors(n, g, _map(_full, values))
             return [by_name[name] for name in names]
 
         return factors
@@ -314,19 +283,23 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
     ) -> Callable[[Tensor], list[Factor]] | None:
         (args, _), (values, options) = given, _map(Tensor.detach, plain)
-        positions = [i for i, v in enumerate(args) if isinstance(v, Tensor) and self._source(v)]
+        positions = [
+            i for i, v in enumerate(args) if isinstance(v, Tensor) and id(v) in self._sources
+        ]
         batched = [i for i in positions if args[i].ndim == result.ndim and args[i].shape[0] > 1]
         followed = any(
             isinstance(v, Tensor)
             and v.ndim == result.ndim
             and len(v) == len(result)
-            and v in self._data
+            and self._is_data(v)
             for v in args
         )
         if batched or not positions or not followed:
             return None
         operation = partial(func, **options)
-        return lambda g: [pointwise(operation, self._n, g, values, i) for i in positions]
+        return lambda g: [
+            pointwise(operation, self._n, g, _map(_full, values), i) for i in positions
+        ]
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
@@ -348,14 +321,15 @@ class Recorder(TorchFunctionMode):
             self._leave(use.sources)
             return
         try:
-            factors = use.factors(g.detach())
+            factors = use.factors(_full(g.detach()))
         except NotImplementedError:
             self._leave(use.sources)
             return
         for source, factor in zip(use.sources, factors, strict=True):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:
-                self._norms[name] = factor.row_norms() if self._by_row else factor.norms()
+                norms = factor.row_norms()
+                self._norms[name] = norms if self._by_row else norms.sum(1)
             else:
                 self._collected.append((source, factor))
 
@@ -392,11 +366,30 @@ def _to_parameters(
     if source.is_parameter:
         return {source.names[0]: gradient}
     inputs = [leaves[name] for name in source.names]
+    gradient = gradient.to(source.tensor.dtype)
     parts = torch.autograd.grad(
         source.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
     )
     pairs = zip(source.names, parts, strict=True)
-    return {name: part for name, part in pairs if part is not None}
+    return {name: _full(part) for name, part in pairs if part is not None}
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """At least in single precision: squares of half precision overflow, and their sums round."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """The tensors among a call's arguments or results, also in lists, tuples and dictionaries."""
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
 
 
 def _map(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:

@@ -2,155 +2,21 @@ r"""Per-sample parameter gradients of single operations, by closed form.
 
 For an operation y = f(x, w) inside a network and the gradient G = d log p / d y that the backward
 pass brings, the gradient of sample i with respect to w needs only x_i and G_i. A rule says so as
-*factors*: objects that give the per-sample gradients when asked, and the squared norms of their
-rows by the cheapest exact form. For a linear map with T positions a sample the gradient is
-:math:`G_i^T X_i`, and its squared norm also :math:`\sum (X_i X_i^T) \odot (G_i G_i^T)`, the Gram
-form, cheaper when T is small (Goodfellow 2015, https://arxiv.org/abs/1510.01799; Rochette et al.
-2019, https://arxiv.org/abs/1912.06015).
-
-Throughout n is the number of gradients asked for: the batch size, or the number of groups of
-consecutive samples, whose positions then simply belong together. A *row* is an index of a
-parameter's first dimension: an output channel, an output unit, an element of a bias.
+:mod:`factors <ood_monitor.gradients.factors>`, which give norms by the cheapest exact form.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["POINTWISE", "RULES", "Factor", "Materialised", "Rule", "pointwise", "rows_of"]
+from ood_monitor.gradients.attention import multi_head_attention
+from ood_monitor.gradients.factors import EmbeddingWeight, Factor, Materialised, Outer, Shifted
 
-#: At most this many output positions for the Gram form of a convolution; above it the weight-only
-#: backward, sample by sample, measured faster on a CPU although it does more arithmetic.
-_GRAM_POSITIONS = 64
-
-
-class Factor(Protocol):
-    """The per-sample gradient of one parameter through one use, not yet multiplied out."""
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Gradients of samples start to stop, shape (stop - start, *parameter.shape)."""
-
-    def row_norms(self) -> Tensor:
-        """Squared norms by row, shape (n, rows)."""
-
-    def norms(self) -> Tensor:
-        """Squared norms of the whole, shape (n,)."""
-
-
-def rows_of(gradient: Tensor) -> Tensor:
-    """Squared norm of each row of one gradient, shape (rows,); one row for a scalar."""
-    return gradient.reshape(gradient.shape[0] if gradient.ndim else 1, -1).square().sum(1)
-
-
-@dataclass(frozen=True)
-class Materialised:
-    """Gradients that are small enough to be held: of biases, scales, broadcast parameters."""
-
-    values: Tensor  # (n, *parameter.shape)
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
-
-    def row_norms(self) -> Tensor:
-        rows = self.values.shape[1] if self.values.ndim > 1 else 1
-        return self.values.reshape(len(self.values), rows, -1).square().sum(2)
-
-    def norms(self) -> Tensor:
-        return self.values.flatten(1).square().sum(1) if self.values.ndim > 1 else self.values**2
-
-
-@dataclass(frozen=True)
-class Outer:
-    """G^T X over T positions: of a linear map, and of a convolution seen as one."""
-
-    x: Tensor  # (n, T, inputs)
-    g: Tensor  # (n, T, outputs)
-    shape: torch.Size
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        product = self.g[start:stop].transpose(1, 2) @ self.x[start:stop]
-        return product.reshape(stop - start, *self.shape)
-
-    def row_norms(self) -> Tensor:
-        if self._gram_is_cheaper():
-            # |row o|^2 = sum_st G_so K_st G_to, with K the Gram matrix of the inputs.
-            return ((_gram(self.x) @ self.g) * self.g).sum(1)
-        return (self.g.transpose(1, 2) @ self.x).square().sum(2)
-
-    def norms(self) -> Tensor:
-        if self._gram_is_cheaper():
-            return ((self.x @ self.x.transpose(1, 2)) * (self.g @ self.g.transpose(1, 2))).sum(
-                (1, 2)
-            )
-        return (self.g.transpose(1, 2) @ self.x).square().sum((1, 2))
-
-    def _gram_is_cheaper(self) -> bool:
-        (_, t, inputs), outputs = self.x.shape, self.g.shape[2]
-        return t * (inputs + outputs) < inputs * outputs
-
-
-@dataclass(frozen=True)
-class ConvolutionWeight:
-    """A convolution's weight by the weight-only backward, sample by sample."""
-
-    x: Tensor  # (n, B/n, C_in, ...)
-    g: Tensor  # (n, B/n, C_out, ...)
-    weight: Tensor
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        return torch.stack([self._gradient(i) for i in range(start, stop)])
-
-    def row_norms(self) -> Tensor:
-        return torch.stack([rows_of(self._gradient(i)) for i in range(len(self.x))])
-
-    def norms(self) -> Tensor:
-        return torch.stack([self._gradient(i).square().sum() for i in range(len(self.x))])
-
-    def _gradient(self, i: int) -> Tensor:
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            self.g[i],
-            self.x[i],
-            self.weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            self.groups,
-            [False, True, False],
-        )[1]
-        return gradient
-
-
-@dataclass(frozen=True)
-class EmbeddingWeight:
-    """A table's rows: each gets the sum of the gradients at the positions that look it up."""
-
-    index: Tensor  # (n, T)
-    g: Tensor  # (n, T, width)
-    shape: torch.Size
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        table = self.g.new_zeros(stop - start, *self.shape)
-        index = self.index[start:stop, :, None].expand_as(self.g[start:stop])
-        return table.scatter_add(1, index, self.g[start:stop])
-
-    def row_norms(self) -> Tensor:
-        return torch.cat([self.gradients(i, i + 1).square().sum(2) for i in range(len(self.g))])
-
-    def norms(self) -> Tensor:
-        same = self.index[:, :, None] == self.index[:, None, :]
-        return (_gram(self.g) * same).sum((1, 2))
+__all__ = ["POINTWISE", "REWRITES", "RULES", "Rule", "pointwise"]
 
 
 @dataclass(frozen=True)
@@ -172,66 +38,47 @@ def _summed(n: int, values: Tensor, keep: int) -> Materialised:
 
 def _linear(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     x, weight = a["input"], a["weight"]
-    outer = Outer(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1]), weight.shape)
+    outer = Outer(g.reshape(n, -1, g.shape[-1]), x.reshape(n, -1, x.shape[-1]), weight.shape)
     return {"weight": outer, "bias": _summed(n, g, 1)}
 
 
-def _convolution(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
+def _matrix_product(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     x, weight = a["input"], a["weight"]
-    spatial = weight.ndim - 2
-    if x.ndim != weight.ndim:
+    whole = a.get("bias") is None or a["bias"].shape == g.shape[-1:]
+    if weight.ndim != 2 or not whole or {a.get("alpha", 1), a.get("beta", 1)} != {1}:
+        raise NotImplementedError("a matrix product that is not x @ weight + bias")
+    outer = Outer(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1]), weight.shape)
+    bias = a.get("bias")
+    return {"weight": outer} | ({} if bias is None else {"bias": _summed(n, g, 1)})
+
+
+def _convolution(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
+    return _correlation(n, g, a["input"], a) | {"bias": _by_channel(n, g)}
+
+
+def _transposed_convolution(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
+    # Input and output change places, in the operation and so in its weight's gradient.
+    return _correlation(n, a["input"], g, a) | {"bias": _by_channel(n, g)}
+
+
+def _correlation(n: int, small: Tensor, large: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
+    """The factor of a kernel that takes an image ``large`` to ``small``, or back."""
+    kernel, groups = tuple(a["weight"].shape[2:]), a.get("groups", 1)
+    if large.ndim != a["weight"].ndim:
         raise NotImplementedError("a convolution without a batch dimension")
-    stride, dilation = _tuple(a.get("stride", 1), spatial), _tuple(a.get("dilation", 1), spatial)
-    padding, groups = a.get("padding", 0), a.get("groups", 1)
-    if isinstance(padding, str):
-        x, padding = _explicit_padding(padding, x, weight, dilation)
-    padding = _tuple(padding, spatial)
-    settings = (stride, padding, dilation, groups)
-    return {
-        "weight": _convolution_weight(n, x, g, weight, settings),
-        "bias": _by_channel(n, g),
-    }
-
-
-def _convolution_weight(
-    n: int, x: Tensor, g: Tensor, weight: Tensor, settings: tuple[Any, ...]
-) -> Factor:
-    stride, padding, dilation, groups = settings
-    positions = math.prod(g.shape[2:]) * (len(g) // n)
-    outputs, inputs = weight.shape[0], weight[0].numel()
-    pointwise = inputs == weight.shape[1] and set(stride) == {1} and set(padding) == {0}
-    gram = positions <= _GRAM_POSITIONS and positions * (inputs + outputs) < inputs * outputs
-    if groups == 1 and (pointwise or (gram and weight.ndim == 4)):
-        patches = (
-            x.flatten(2) if pointwise else F.unfold(x, weight.shape[2:], dilation, padding, stride)
-        )
-        return Outer(_positions_last(n, patches), _positions_last(n, g.flatten(2)), weight.shape)
-    x, g = x.reshape(n, -1, *x.shape[1:]), g.reshape(n, -1, *g.shape[1:])
-    return ConvolutionWeight(x, g, weight, stride, padding, dilation, groups)
-
-
-def _gram(values: Tensor) -> Tensor:
-    """Inner products between a sample's positions, (n, T, T)."""
-    return values @ values.transpose(1, 2)
-
-
-def _positions_last(n: int, values: Tensor) -> Tensor:
-    """(B, channels, positions) to (n, group * positions, channels)."""
-    return values.transpose(1, 2).reshape(n, -1, values.shape[1])
+    stride, dilation = (_tuple(a.get(k, 1), len(kernel)) for k in ("stride", "dilation"))
+    padding = a.get("padding", 0)
+    if padding == "same":  # of an odd sum, the end gets more
+        padding = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
+    padding = _tuple(0 if padding == "valid" else padding, len(kernel))
+    rows, columns = (
+        x.reshape(n, -1, groups, x.shape[1] // groups, *x.shape[2:]) for x in (small, large)
+    )
+    return {"weight": Shifted(rows, columns, kernel, stride, padding, dilation)}
 
 
 def _tuple(value: Any, length: int) -> tuple[int, ...]:
     return (value,) * length if isinstance(value, int) else tuple(value) * (length // len(value))
-
-
-def _explicit_padding(
-    padding: str, x: Tensor, weight: Tensor, dilation: tuple[int, ...]
-) -> tuple[Tensor, int]:
-    """The input padded as ``padding`` names it, since "same" may be asymmetric."""
-    if padding == "valid":
-        return x, 0
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    return F.pad(x, [side for t in reversed(totals) for side in (t // 2, t - t // 2)]), 0
 
 
 def _by_channel(n: int, values: Tensor) -> Materialised:
@@ -276,13 +123,26 @@ def _embedding(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
 _CONVOLUTION = Rule(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), _convolution
 )
+_TRANSPOSED = Rule(
+    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    _transposed_convolution,
+)
+_MATRIX_PRODUCT = Rule(("input", "weight"), _matrix_product)
 
 #: The operations known, by the function that PyTorch is asked for.
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: Rule(("input", "weight", "bias"), _linear),
+    torch.matmul: _MATRIX_PRODUCT,
+    torch.mm: _MATRIX_PRODUCT,
+    Tensor.matmul: _MATRIX_PRODUCT,
+    Tensor.mm: _MATRIX_PRODUCT,
+    torch.addmm: Rule(("bias", "input", "weight"), _matrix_product),
     torch.conv1d: _CONVOLUTION,
     torch.conv2d: _CONVOLUTION,
     torch.conv3d: _CONVOLUTION,
+    torch.conv_transpose1d: _TRANSPOSED,
+    torch.conv_transpose2d: _TRANSPOSED,
+    torch.conv_transpose3d: _TRANSPOSED,
     F.embedding: Rule(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         _embedding,
@@ -294,6 +154,12 @@ RULES: dict[Callable[..., Any], Rule] = {
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
         _batch_norm,
     ),
+}
+
+#: Operations that are made of others, by a function that makes them of those above; it may decline
+#: with NotImplemented.
+REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention
 }
 
 #: Broadcasting operations of two tensors: scales, shifts, positional embeddings, layer scales.
