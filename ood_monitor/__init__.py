@@ -6,7 +6,7 @@ from ood_monitor.alerts import Alert, LoggingSink
 from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian
 from ood_monitor.detector import Detector, Scores
 from ood_monitor.drift import EDetector
-from ood_monitor.gradients import gradient_norms
+from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
 
 __version__ = "0.1.0"
@@ -27,5 +27,6 @@ __all__ = [
     "SequenceLikelihood",
     "ShrunkGaussian",
     "gradient_norms",
+    "last_layers",
     "models",
 ]

@@ -28,7 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EmbeddingWeight", "Factor", "Materialised", "Outer", "Shifted", "rows_of"]
+__all__ = [
+    "EmbeddingWeight",
+    "Factor",
+    "Materialised",
+    "Outer",
+    "Shifted",
+    "full_precision",
+    "rows_of",
+]
 
 #: Elements of an intermediate result held at once, by kind of device: on a CPU what stays in the
 #: cache, on a GPU what keeps it busy.
@@ -50,6 +58,11 @@ class Factor(Protocol):
 
     def row_norms(self) -> Tensor:
         """Squared norms by row, shape (n, rows)."""
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """At least single: squares of half precision overflow, and their sums round."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def rows_of(gradient: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Layers", "selection"]
+__all__ = ["Layers", "selection", "supported"]
 
 #: All (None), names by shell-style pattern(s), or a predicate on the parameter's name.
 Layers: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
@@ -20,7 +21,8 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
         layers: What to choose; a pattern is one of :mod:`fnmatch`, such as ``"up_blocks.*"``.
 
     Raises:
-        ValueError: The model has no floating-point parameter, or nothing matches.
+        ValueError: The model has no floating-point parameter, nothing matches, or a chosen one is
+            sharded, quantised or not initialised.
     """
     names = [name for name, p in module.named_parameters() if p.is_floating_point()]
     if not names:
@@ -34,7 +36,34 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
             f"Expected layers={layers!r} to match a parameter name, got no match among "
             f"{len(names)}, from {names[0]!r} to {names[-1]!r}."
         )
+    if "FullyShardedDataParallel" in {type(submodule).__name__ for submodule in module.modules()}:
+        raise ValueError("Expected whole parameters, got a model that FSDP has sharded.")
+    for name, parameter in module.named_parameters():
+        reason = _unsupported(parameter)
+        if reason and (name in chosen or layers is None):
+            raise ValueError(
+                f"Expected whole parameters of 16 bits or more, got {name!r}, {reason}. Pass "
+                "`layers=` to choose others."
+            )
     return chosen.__contains__
+
+
+def supported(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that can be features."""
+    return frozenset(name for name, p in module.named_parameters() if _unsupported(p) is None)
+
+
+def _unsupported(parameter: Tensor) -> str | None:
+    """Why autograd gives no gradient of a parameter here, or one that means nothing, if so."""
+    if is_lazy(parameter):
+        return "which is not initialised: run a batch through the model first"
+    if hasattr(parameter, "ds_id"):
+        return "a shard by DeepSpeed ZeRO-3"
+    if hasattr(parameter, "__tensor_flatten__"):
+        return f"a {type(parameter).__name__}: sharded (FSDP2) or quantised"
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return f"quantised or not real: {parameter.dtype}"
+    return None
 
 
 def _predicate(layers: Layers) -> Callable[[str], bool]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, pieces
-from ood_monitor.gradients.factors import rows_of
+from ood_monitor.gradients.factors import full_precision, rows_of
 from ood_monitor.gradients.scoring import leaf_parameters
 
 __all__ = ["loop_norms"]
@@ -49,4 +49,5 @@ def _squared_norms(value: Tensor, leaves: dict[str, Tensor]) -> Iterable[tuple[s
         else [None] * len(leaves)
     )
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        yield name, rows_of(leaf.new_zeros(leaf.shape) if gradient is None else gradient)
+        gradient = leaf.new_zeros(leaf.shape) if gradient is None else gradient
+        yield name, rows_of(full_precision(gradient))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from ood_monitor.gradients.factors import Factor, Materialised
+from ood_monitor.gradients.factors import Factor, Materialised, full_precision
 from ood_monitor.gradients.order import may_reorder
 from ood_monitor.gradients.rules import POINTWISE, REWRITES, RULES, pointwise
 
@@ -113,6 +113,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.left_over: set[str] = set()
+        #: The followed parameters that met data, in the order of their first use.
+        self.used: dict[str, None] = {}
         self._n, self._by_row = n, by_row
         #: The followed parameters by name, in module order.
         self.leaves: dict[str, Tensor] = {}
@@ -158,6 +160,7 @@ class Recorder(TorchFunctionMode):
             func, args, kwargs, self._n, self._is_data
         )
         if sources and torch.is_grad_enabled():
+            self.used |= dict.fromkeys(name for source in sources for name in source.names)
             result = self._consume(func, args, kwargs, sources, in_order)
         else:
             result = func(*self._substituted(args), **self._substituted(kwargs))
@@ -274,7 +277,7 @@ class Recorder(TorchFunctionMode):
             return None
 
         def factors(g: Tensor) -> list[Factor]:
-            by_name = rule.factors(n, g, _map(_full, values))
+            by_name = rule.factors(n, g, _map(full_precision, values))
             return [by_name[name] for name in names]
 
         return factors
@@ -298,7 +301,7 @@ class Recorder(TorchFunctionMode):
             return None
         operation = partial(func, **options)
         return lambda g: [
-            pointwise(operation, self._n, g, _map(_full, values), i) for i in positions
+            pointwise(operation, self._n, g, _map(full_precision, values), i) for i in positions
         ]
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
@@ -321,7 +324,7 @@ class Recorder(TorchFunctionMode):
             self._leave(use.sources)
             return
         try:
-            factors = use.factors(_full(g.detach()))
+            factors = use.factors(full_precision(g.detach()))
         except NotImplementedError:
             self._leave(use.sources)
             return
@@ -371,12 +374,7 @@ def _to_parameters(
         source.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
     )
     pairs = zip(source.names, parts, strict=True)
-    return {name: _full(part) for name, part in pairs if part is not None}
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """At least in single precision: squares of half precision overflow, and their sums round."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return {name: full_precision(part) for name, part in pairs if part is not None}
 
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """Selected layers have the norms that they have among all, for less."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import Function, Gaussian, model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from ood_monitor.gradients import gradient_norms
+from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.gradients.layers import Layers, selection
 
 
@@ -107,3 +109,100 @@ def test_the_backward_pass_ends_at_the_first_selected_layer(layers: Layers, pass
     Counted.backwards = 0
     gradient_norms(adapter, batch, layers=layers)
     assert Counted.backwards == passes
+
+
+# What autograd gives no gradient of
+
+
+def holding(values: Tensor) -> nn.Module:
+    """A linear layer beside a parameter of these values."""
+    module = Function(lambda m, x: m.f(x), f=nn.Linear(3, 2))
+    module.odd = nn.Parameter(values, requires_grad=False)
+    return module
+
+
+def partitioned() -> nn.Module:
+    """What DeepSpeed leaves of a parameter: no elements, and an identity."""
+    module = holding(torch.zeros(0))
+    module.odd.ds_id = 7
+    return module
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "integers": (lambda: holding(torch.ones(2).to(torch.int8)), "quantised.*torch.int8"),
+    "fp8": (lambda: holding(torch.ones(2).to(torch.float8_e4m3fn)), "quantised.*float8_e4m3fn"),
+    "complex": (lambda: holding(torch.ones(2).cfloat()), "not real.*torch.complex64"),
+    "zero-3": (partitioned, "a shard by DeepSpeed ZeRO-3"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_has_no_gradient_is_refused_by_name(
+    make: Callable[[], nn.Module], reason: str
+) -> None:
+    adapter, batch = Gaussian(make()), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=rf"Expected whole parameters.*'odd', .*{reason}.*layers="):
+        gradient_norms(adapter, batch)
+    norms = gradient_norms(adapter, batch, layers="f.*")
+    assert all(values.all() for values in norms.values())
+
+
+def test_a_layer_without_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="'weight', which is not initialised: run a batch"):
+        gradient_norms(Gaussian(nn.LazyLinear(2)), torch.randn(4, 3))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def flat(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    return lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        (fully_shard, "'0.weight', a DTensor: sharded"),
+        (flat(use_orig_params=False), "that FSDP has sharded"),
+        (flat(use_orig_params=True), "that FSDP has sharded"),
+    ],
+    ids=["fsdp2", "fsdp1-flat", "fsdp1-original"],
+)
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_shards_are_refused(shard: Callable[[nn.Module], nn.Module], message: str) -> None:
+    adapter = Gaussian(shard(nn.Sequential(nn.Linear(3, 2))))
+    with pytest.raises(ValueError, match=message):
+        gradient_norms(adapter, torch.randn(4, 3))
+
+
+# The end of a network
+
+
+def test_last_layers_are_the_end_of_a_forward_pass() -> None:
+    # Registered first, used last; and a layer used twice counts where it is first.
+    parts = {name: nn.Linear(3, 3) for name in ("last", "first", "twice", "unused")}
+    net = Function(lambda m, x: m.last(m.twice(m.twice(m.first(x)).tanh()).tanh()), **parts)
+    adapter, batch = Gaussian(net), torch.randn(4, 3)
+    assert last_layers(adapter, batch, 2) == ["last.weight", "last.bias"]
+    assert last_layers(adapter, batch, 4)[:2] == ["twice.weight", "twice.bias"]
+    assert len(last_layers(adapter, batch, 6)) == 6
+    for k in (0, 7):
+        with pytest.raises(ValueError, match=f"k from 1 to the 6 parameters used, got {k}"):
+            last_layers(adapter, batch, k)
+
+
+def test_last_layers_of_a_unet_end_with_its_output() -> None:
+    adapter, batch = model("unet")()
+    names = last_layers(adapter, batch, 4)
+    ends = ["conv_norm_out.weight", "conv_norm_out.bias", "conv_out.weight", "conv_out.bias"]
+    assert names == ends
+    every = gradient_norms(adapter, batch)
+    for key, norms in gradient_norms(adapter, batch, layers=names).items():
+        torch.testing.assert_close(norms, every[key], rtol=1e-9, atol=1e-20)

@@ -144,6 +144,29 @@ def test_only_what_is_expected_is_left_to_the_loop(case: Model) -> None:
     assert any(DISAGREES in str(warning.message) for warning in caught) == case.warns
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["conv2d", "unet", "attention", "gpt2", "tied", "weight-norm"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    adapter, batch = model(name)(dtype)
+    weights = {k: v.double() for k, v in adapter.module.state_dict().items()}
+    actual = gradient_norms(adapter, batch)
+    assert {norms.dtype for norms in actual.values()} == {torch.float32}
+    exact, doubled = model(name)()
+    exact.module.load_state_dict(weights)
+    expected = gradient_norms(exact, doubled)
+    largest = max(norms.max() for norms in expected.values())
+    for key, norms in expected.items():
+        if (norms > largest / 100).all():
+            torch.testing.assert_close(actual[key].double(), norms, rtol=0.1, atol=0, msg=key)
+
+
+def test_norms_beyond_half_precision_are_finite() -> None:
+    adapter = Gaussian(nn.Linear(3, 2).half())
+    norms = gradient_norms(adapter, torch.full((4, 3), 300.0).half())
+    assert all(values.isfinite().all() for values in norms.values())
+    assert norms["log_likelihood/weight"].max() > torch.finfo(torch.float16).max
+
+
 # Whatever the caller's state
 
 
