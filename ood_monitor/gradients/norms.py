@@ -9,14 +9,12 @@ Metric of Deep Generative Models for Out-Of-Distribution Detection (Dauncey, Hol
 Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
     Adapter,
@@ -28,8 +26,9 @@ from ood_monitor.adapters.base import (
     pieces,
     tensors_in,
 )
-from ood_monitor.gradients.factors import full_precision
-from ood_monitor.gradients.layers import Layers, selection, supported
+from ood_monitor.gradients.check import Facts, facts_of
+from ood_monitor.gradients.fast import recorded_norms, recorded_terms
+from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
 from ood_monitor.gradients.scoring import device_of, undisturbed
@@ -46,14 +45,6 @@ __all__ = [
 #: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
 #: first dimension (output channel or unit, element of a bias), whose sum is the tensor's.
 Granularity: TypeAlias = Literal["tensor", "row"]
-
-#: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
-#: the loop itself is off by 2e-3 in single precision.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
-_TOLERANCE_IN_HALF = 0.3
-
-#: Parameters per adapter that only the loop gets right, found on first use.
-_looped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,9 +121,9 @@ def terms_and_norms(
     device = device_of(adapter.module)
     with undisturbed(adapter.module):
         batch = map_tensors(lambda t: _usable(t, device), batch)
-        looped = _parameters_to_loop(adapter, batch, group)
+        facts = facts_of(adapter, batch, group)
         parts = [
-            _chunk_norms(adapter, chunk, group, selected, granularity == "row", looped)
+            _chunk_norms(adapter, chunk, group, selected, granularity == "row", facts)
             for chunk in pieces(batch, chunk_size or size)
         ]
     return _joined(parts)
@@ -166,7 +157,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
     with undisturbed(adapter.module):
         probe = map_tensors(lambda t: _usable(t, device), next(iter(pieces(batch, 2))))
         recorder = Recorder(adapter.module, selected, tensors_in(probe), batch_size(probe), False)
-        for _ in _recorded(recorder, checked_terms(adapter, probe)):
+        for _ in recorded_terms(recorder, checked_terms(adapter, probe)):
             pass
     used = list(recorder.used)
     if not 0 < k <= len(used):
@@ -210,13 +201,15 @@ def _chunk_norms(
     group: int,
     selected: Callable[[str], bool],
     by_row: bool,
-    looped: frozenset[str],
+    facts: Facts,
 ) -> GradientNorms:
     n = batch_size(chunk) // group
-    fast, left_over = _recorded_norms(
-        adapter, chunk, n, lambda name: selected(name) and name not in looped, by_row
+    looped = facts.looped
+    fast = recorded_norms(
+        *(adapter, chunk, n, lambda name: selected(name) and name not in looped),
+        *(by_row, facts.last_of_graph),
     )
-    slow = {name for name in looped if selected(name)} | left_over
+    slow = {name for name in looped if selected(name)} | fast.left_over
     norms = fast.norms
     if slow:
         rows = loop_norms(adapter, chunk, n, slow.__contains__)[1]
@@ -224,113 +217,6 @@ def _chunk_norms(
     names = [name for name, _ in adapter.module.named_parameters() if selected(name)]
     keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
     return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
-
-
-def _recorded_norms(
-    adapter: Adapter, batch: Batch, n: int, selected: Callable[[str], bool], by_row: bool
-) -> tuple[GradientNorms, set[str]]:
-    """Terms and norms by the fast path, zero where no gradient came, and what it left over."""
-    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
-    values: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
-    for term, value in _recorded(recorder, checked_terms(adapter, batch)):
-        values[term] = value.detach()
-        found = recorder.squared_norms(value)
-        for name, leaf in recorder.leaves.items():
-            rows = leaf.shape[0] if leaf.ndim else 1
-            zeros = full_precision(leaf.new_zeros((n, rows) if by_row else (n,)))
-            norms[f"{term}/{name}"] = found.get(name, zeros)
-        del value  # frees the term's graph before the next forward pass
-    return GradientNorms(values, norms), recorder.left_over
-
-
-def _recorded(
-    recorder: Recorder, terms: Iterator[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The terms, with the recorder on only while the adapter makes them."""
-    while True:
-        with recorder:
-            item = next(terms, None)
-        if item is None:
-            return
-        yield item
-        del item
-
-
-def _parameters_to_loop(adapter: Adapter, batch: Batch, group: int) -> frozenset[str]:
-    """Compare the fast path with the loop on two samples, once per adapter.
-
-    Raises:
-        ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
-    """
-    if adapter in _looped:
-        known: frozenset[str] = _looped[adapter]
-        return known
-    probe = next(iter(pieces(batch, 2 * group)))
-    n = batch_size(probe) // group
-    every = supported(adapter.module).__contains__
-    fast, left_over = _recorded_norms(adapter, probe, n, every, by_row=True)
-    values, exact = loop_norms(adapter, probe, n, every)
-    _check_independence(adapter, fast.log_likelihood, values)
-    if not any(rows.any() for rows in exact.values()):
-        raise ValueError(
-            f"Expected the terms of {type(adapter).__name__} to depend on the parameters of "
-            f"{type(adapter.module).__name__}, got no gradient for any of them."
-        )
-    dtypes = {name: p.dtype for name, p in adapter.module.named_parameters()}
-    wrong = _disagreeing(fast.norms, exact, dtypes) - left_over
-    if wrong:
-        warnings.warn(
-            f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
-            "parameters are scored by the loop: exact, but slower.",
-            stacklevel=4,
-        )
-    looped = frozenset(wrong | left_over)
-    if n > 1:
-        _looped[adapter] = looped
-    return looped
-
-
-def _check_independence(
-    adapter: Adapter, together: dict[str, Tensor], alone: dict[str, Tensor]
-) -> None:
-    chosen = supported(adapter.module)
-    dtypes = {p.dtype for name, p in adapter.module.named_parameters() if name in chosen}
-    rtol = max(1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
-    for term, values in together.items():
-        if not values.isfinite().all():
-            raise ValueError(
-                f"Expected the term {term!r} to be finite, got {values.tolist()} for the first "
-                "samples."
-            )
-        if not torch.allclose(
-            values, alone[term], rtol=rtol, atol=rtol * float(values.abs().max())
-        ):
-            raise ValueError(
-                f"Expected the term {term!r} of a sample to be the same alone and in a batch, got "
-                f"{alone[term].tolist()} alone and {values.tolist()} together: the model mixes "
-                f"samples or draws random numbers that {type(adapter).__name__} does not fix."
-            )
-
-
-def _disagreeing(
-    fast: dict[str, Tensor], exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]
-) -> set[str]:
-    """Parameters with a norm that differs by more than rounding."""
-    largest: dict[str, float] = {}
-    for key, rows in exact.items():
-        term = key.split("/", 1)[0]
-        largest[term] = max(largest.get(term, 0.0), float(rows.sum(1).max()))
-    wrong = set()
-    for key, rows in exact.items():
-        term, name = key.split("/", 1)
-        # Below this a norm is rounding noise (a key bias before a softmax), whoever computes it.
-        eps = torch.finfo(dtypes[name]).eps
-        noise = largest[term] * ((32 if eps < 1e-6 else 8) * eps) ** 2
-        rtol = _TOLERANCES.get(dtypes[name], _TOLERANCE_IN_HALF)
-        if not torch.allclose(fast[key].sum(1), rows.sum(1), rtol=rtol, atol=noise):
-            wrong.add(name)
-    return wrong
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

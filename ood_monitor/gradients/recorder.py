@@ -84,9 +84,14 @@ class _Source:
 class _Use:
     """One operation that took derived and data tensors; alive as long as its graph is."""
 
+    term: int  # that was being computed, counted from 0
     sources: list[_Source]
     factors: Callable[[Tensor], list[Factor]]
     saved: list[tuple[Tensor, int]]  # the data it took, and their versions then
+
+    def forget(self) -> None:
+        """Let go of the data, which the hook would keep until the whole graph is freed."""
+        self.factors, self.saved = lambda g: [], []
 
     def is_intact(self) -> bool:
         return all(tensor._version == version for tensor, version in self.saved)
@@ -115,6 +120,9 @@ class Recorder(TorchFunctionMode):
         self.left_over: set[str] = set()
         #: The followed parameters that met data, in the order of their first use.
         self.used: dict[str, None] = {}
+        #: Terms, counted from 0, whose graph a later one needs.
+        self.shared: set[int] = set()
+        self._term = 0
         self._n, self._by_row = n, by_row
         #: The followed parameters by name, in module order.
         self.leaves: dict[str, Tensor] = {}
@@ -135,6 +143,7 @@ class Recorder(TorchFunctionMode):
             self._data.set(tensor, _Data(in_order=True, anchored=False))
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._keep_graph = True
         self._collected: list[tuple[_Source, Factor]] = []
         self._norms: dict[str, Tensor] = {}
 
@@ -173,11 +182,12 @@ class Recorder(TorchFunctionMode):
             self._data.set(tensor, _Data(in_order, through))
         return result
 
-    def squared_norms(self, value: Tensor) -> dict[str, Tensor]:
+    def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
         """Squared norms of the gradient of ``value``, by parameter.
 
         Args:
-            value: A term that was computed inside this recorder, shape (B,). Its graph is kept.
+            value: The next term computed inside this recorder, shape (B,).
+            keep_graph: Whether a later term may need the graph; else it is freed on the way.
 
         Returns:
             ``{parameter: (n, rows)}``, or ``(n,)`` each if not by row. Parameters in
@@ -189,11 +199,15 @@ class Recorder(TorchFunctionMode):
         elif value.requires_grad and self._anchors:
             # Asking for the gradients of the anchors alone drives the whole backward pass.
             anchors = list(self._anchors.values())
+            self._keep_graph = keep_graph
             try:
-                torch.autograd.grad(value.sum(), anchors, retain_graph=True, allow_unused=True)
+                torch.autograd.grad(
+                    value.sum(), anchors, retain_graph=keep_graph, allow_unused=True
+                )
             except CheckpointError:  # gradient checkpointing runs a forward pass unrecorded
                 self._leave(self._sources.values())
         self._sum_up_uses()
+        self._term += 1
         return self._norms
 
     # The forward pass.
@@ -241,7 +255,9 @@ class Recorder(TorchFunctionMode):
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
             self._data.set(result, _Data(in_order, anchored=True))
-        use = _Use(sources, factors, [(tensor.detach(), tensor._version) for tensor, _ in data])
+        use = _Use(
+            self._term, sources, factors, [(tensor.detach(), tensor._version) for tensor, _ in data]
+        )
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
@@ -320,6 +336,7 @@ class Recorder(TorchFunctionMode):
     # The backward pass.
 
     def _on_gradient(self, use: _Use, g: Tensor) -> None:
+        self.shared.update(range(use.term, self._term))
         if not use.is_intact():
             self._leave(use.sources)
             return
@@ -328,6 +345,8 @@ class Recorder(TorchFunctionMode):
         except NotImplementedError:
             self._leave(use.sources)
             return
+        if not self._keep_graph:
+            use.forget()
         for source, factor in zip(use.sources, factors, strict=True):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, batch_size, map_tensors
 from ood_monitor.gradients import gradient_norms, terms_and_norms
-from ood_monitor.gradients.norms import _looped
+from ood_monitor.gradients.check import _known
 from ood_monitor.gradients.rules import RULES, Materialised, Rule
 
 Norms = dict[str, Tensor]
@@ -140,7 +140,7 @@ def test_only_what_is_expected_is_left_to_the_loop(case: Model) -> None:
         gradient_norms(adapter, batch)
     names = [name for name, _ in adapter.module.named_parameters()]
     expected = {n for n in names if any(fnmatchcase(n, pattern) for pattern in case.looped)}
-    assert _looped[adapter] == expected
+    assert _known[adapter].looped == expected
     assert any(DISAGREES in str(warning.message) for warning in caught) == case.warns
 
 
@@ -309,7 +309,7 @@ def test_a_rule_that_lies_is_caught(
     monkeypatch.setitem(RULES, operation, lying(RULES[operation]))
     with pytest.warns(UserWarning, match=rf"{DISAGREES}.*: exact, but slower") as caught:
         assert_norms(gradient_norms(adapter, batch), expected)
-    (warning,), wrong = caught, _looped[adapter]
+    (warning,), wrong = caught, _known[adapter].looped
     assert wrong
     assert all(repr(name) in str(warning.message) for name in wrong)
     assert_norms(gradient_norms(adapter, batch), expected)  # and it does not warn again
@@ -318,7 +318,7 @@ def test_a_rule_that_lies_is_caught(
 def test_one_sample_does_not_settle_what_is_looped() -> None:
     adapter, batch = model("linear-2d")()
     gradient_norms(adapter, batch[:1])
-    assert adapter not in _looped
+    assert adapter not in _known
 
 
 def by_index(m: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""The fast path: one recorded forward pass, and one plain backward pass per term."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ood_monitor.adapters.base import Adapter, Batch, checked_terms, tensors_in
+from ood_monitor.gradients.factors import full_precision
+from ood_monitor.gradients.recorder import Recorder
+
+__all__ = ["Recorded", "recorded_norms", "recorded_terms"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the fast path gives of one batch.
+
+    Attributes:
+        log_likelihood: ``{term: (B,)}``, in nats.
+        norms: ``{"term/parameter": (n,)}``, or ``(n, rows)`` by row; zero where no gradient came.
+        left_over: Parameters that only the loop gets right.
+        last_of_graph: Terms after which no other needs the graph of their forward pass.
+    """
+
+    log_likelihood: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    left_over: set[str]
+    last_of_graph: frozenset[str]
+
+
+def recorded_norms(
+    adapter: Adapter,
+    batch: Batch,
+    n: int,
+    selected: Callable[[str], bool],
+    by_row: bool,
+    last_of_graph: frozenset[str] = frozenset(),
+) -> Recorded:
+    """Terms and squared gradient norms.
+
+    Args:
+        adapter: The model.
+        batch: B = n * group samples.
+        n: Number of groups of consecutive samples.
+        selected: Which parameters, by name.
+        by_row: Norms by row, else of whole tensors.
+        last_of_graph: As an earlier pass found it: their backward pass frees the graph as it goes,
+            which saves the memory that the gradients then take.
+    """
+    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
+    values: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    for term, value in recorded_terms(recorder, checked_terms(adapter, batch)):
+        values[term] = value.detach()
+        found = recorder.squared_norms(value, keep_graph=term not in last_of_graph)
+        for name, leaf in recorder.leaves.items():
+            rows = leaf.shape[0] if leaf.ndim else 1
+            zeros = full_precision(leaf.new_zeros((n, rows) if by_row else (n,)))
+            norms[f"{term}/{name}"] = found.get(name, zeros)
+        del value  # frees the term's graph before the next forward pass
+    last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
+    return Recorded(values, norms, recorder.left_over, last)
+
+
+def recorded_terms(
+    recorder: Recorder, terms: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The terms, with the recorder on only while the adapter makes them."""
+    while True:
+        with recorder:
+            item = next(terms, None)
+        if item is None:
+            return
+        yield item
+        del item
