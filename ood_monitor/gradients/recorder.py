@@ -162,20 +162,22 @@ class Recorder(TorchFunctionMode):
                 return result
         tensors = _tensors(args) + _tensors(kwargs.values())
         sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
-        data = [known for tensor in tensors if (known := self._data.get(tensor)) is not None]
+        data = [(t, known) for t in tensors if (known := self._data.get(t)) is not None]
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
-        in_order = all(known.in_order for known in data) and not may_reorder(
+        in_order = all(known.in_order for _, known in data) and not may_reorder(
             func, args, kwargs, self._n, self._is_data
         )
         if sources and torch.is_grad_enabled():
             self.used |= dict.fromkeys(name for source in sources for name in source.names)
-            result = self._consume(func, args, kwargs, sources, in_order)
-        else:
+            result = self._consume(func, args, kwargs, sources, data, in_order)
+        elif any(id(tensor) in self._plain for tensor in tensors):
             result = func(*self._substituted(args), **self._substituted(kwargs))
+        else:
+            result = func(*args, **kwargs)
         # Writing into a tensor has no result of its own.
         changed = args[0] if func is torch.Tensor.__setitem__ else result
-        anchored = any(known.anchored for known in data)
+        anchored = any(known.anchored for _, known in data)
         for tensor in _tensors((changed,)):
             known = self._data.get(tensor)
             through = tensor.requires_grad and (anchored or bool(known and known.anchored))
@@ -243,15 +245,17 @@ class Recorder(TorchFunctionMode):
         args: Any,
         kwargs: Any,
         sources: list[_Source],
+        data: list[tuple[Tensor, _Data]],
         in_order: bool,
     ) -> Any:
         plain = self._substituted(args), self._substituted(kwargs)
         result = func(*plain[0], **plain[1])
-        factors = self._factors(func, (args, kwargs), plain, result) if in_order else None
+        changed_in_place = any(result is tensor for tensor, _ in data)
+        covered = in_order and isinstance(result, Tensor) and not changed_in_place
+        factors = self._factors(func, (args, kwargs), plain, result) if covered else None
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)
             return result
-        data = [(t, known) for t in _tensors(plain) if (known := self._data.get(t)) is not None]
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
             self._data.set(result, _Data(in_order, anchored=True))
@@ -264,11 +268,10 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _factors(
-        self, func: Callable[..., Any], given: Any, plain: Any, result: Any
+        self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
     ) -> Callable[[Tensor], list[Factor]] | None:
         """What gives the factors of the sources in order, or None if no rule covers the call."""
-        changed_in_place = any(result is tensor for tensor in _tensors(plain))
-        if not isinstance(result, Tensor) or changed_in_place or not self._is_batch_first(result):
+        if not self._is_batch_first(result):
             return None
         if func in POINTWISE:
             return self._pointwise_factors(func, given, plain, result)
