@@ -165,6 +165,14 @@ def with_class_token(m: Any, x: Tensor) -> Tensor:
     return m.out(torch.cat([m.token.expand(len(x), -1, -1), m.linear(x)], 1))
 
 
+def with_a_time_embedding(m: Any, x: Tensor) -> Tensor:
+    """A time that is a number, expanded to the batch: rows for each sample, but not of its data."""
+    t = 50 * torch.ones(len(x), 1, dtype=x.dtype)
+    embedding = m.embed((t / torch.arange(1, 7, dtype=x.dtype)).sin()).tanh()
+    shift, scale = m.shift(embedding)[:, :, None, None], m.scale(embedding)[:, :, None, None]
+    return m.conv(x * (1 + scale) + shift)
+
+
 def written_into_zeros(m: Any, x: Tensor) -> Tensor:
     canvas = torch.zeros(len(x), 5, dtype=x.dtype)
     canvas[:, :3] = m.linear(x)
@@ -486,7 +494,17 @@ MODELS: tuple[Model, ...] = (
             out=nn.Linear(3, 2),
             **parts(token=(1, 1, 3)),
         ),
-        ("token",),
+    ),
+    Model(
+        "expanded-time-embedding",
+        lambda: function(
+            with_a_time_embedding,
+            *(3, 5, 5),
+            embed=nn.Linear(6, 4),
+            shift=nn.Linear(4, 3),
+            scale=nn.Linear(4, 3),
+            conv=nn.Conv2d(3, 3, 3),
+        ),
     ),
     Model(
         "unused", lambda: function(lambda m, x: m.f(x), f=nn.Linear(3, 2), unused=nn.Linear(3, 3))

@@ -85,6 +85,28 @@ class Materialised:
 
 
 @dataclass(frozen=True)
+class OfEachSample:
+    """Gradients of a tensor with rows for each sample, which a sample's gradient alone meets.
+
+    So is one that a batch expands: a time embedding, a class token.
+    """
+
+    values: Tensor  # (B, ...)
+    n: int
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        size = len(self.values) // self.n
+        found = self.values.new_zeros(stop - start, *self.values.shape)
+        for i in range(start, stop):
+            own = slice(i * size, (i + 1) * size)
+            found[i - start, own] = self.values[own]
+        return found
+
+    def row_norms(self) -> Tensor:
+        return Materialised(self.gradients(0, self.n)).row_norms()
+
+
+@dataclass(frozen=True)
 class Outer:
     """The sum over T positions of row times column: of a matrix product's weight."""
 

@@ -28,7 +28,15 @@ from torch.utils.checkpoint import CheckpointError
 
 from ood_monitor.gradients.factors import Factor, Materialised, full_precision
 from ood_monitor.gradients.order import may_reorder
-from ood_monitor.gradients.rules import POINTWISE, REWRITES, RULES, pointwise
+from ood_monitor.gradients.rules import (
+    JOINING,
+    POINTWISE,
+    REWRITES,
+    RULES,
+    is_of_each_sample,
+    joined,
+    pointwise,
+)
 
 __all__ = ["Recorder"]
 
@@ -275,6 +283,8 @@ class Recorder(TorchFunctionMode):
             return None
         if func in POINTWISE:
             return self._pointwise_factors(func, given, plain, result)
+        if func in JOINING:
+            return self._joined_factors(given, result)
         return self._rule_factors(func, given, plain) if func in RULES else None
 
     def _rule_factors(
@@ -308,7 +318,12 @@ class Recorder(TorchFunctionMode):
         positions = [
             i for i, v in enumerate(args) if isinstance(v, Tensor) and id(v) in self._sources
         ]
-        batched = [i for i in positions if args[i].ndim == result.ndim and args[i].shape[0] > 1]
+        # A parameter of so many rows as the batch has would not fit any other batch.
+        fixed = [
+            i
+            for i in positions
+            if is_of_each_sample(args[i], result) and self._sources[id(args[i])].is_parameter
+        ]
         followed = any(
             isinstance(v, Tensor)
             and v.ndim == result.ndim
@@ -316,12 +331,22 @@ class Recorder(TorchFunctionMode):
             and self._is_data(v)
             for v in args
         )
-        if batched or not positions or not followed:
+        if fixed or not positions or not followed:
             return None
         operation = partial(func, **options)
         return lambda g: [
             pointwise(operation, self._n, g, _map(full_precision, values), i) for i in positions
         ]
+
+    def _joined_factors(
+        self, given: Any, result: Tensor
+    ) -> Callable[[Tensor], list[Factor]] | None:
+        (tensors, *rest), options = given
+        dim = (rest[0] if rest else options.get("dim", options.get("axis", 0))) % result.ndim
+        if dim == 0 or any(len(tensor) != len(result) for tensor in tensors):
+            return None
+        positions = [i for i, tensor in enumerate(tensors) if id(tensor) in self._sources]
+        return lambda g: [joined(self._n, g, tensors, dim, i) for i in positions]
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0

@@ -5,7 +5,7 @@ pass brings, the gradient of sample i with respect to w needs only x_i and G_i. 
 :mod:`factors <ood_monitor.gradients.factors>`, which give norms by the cheapest exact form.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor.gradients.attention import multi_head_attention
-from ood_monitor.gradients.factors import EmbeddingWeight, Factor, Materialised, Outer, Shifted
+from ood_monitor.gradients.factors import (
+    EmbeddingWeight,
+    Factor,
+    Materialised,
+    OfEachSample,
+    Outer,
+    Shifted,
+)
 
-__all__ = ["POINTWISE", "REWRITES", "RULES", "Rule", "pointwise"]
+__all__ = [
+    "JOINING",
+    "POINTWISE",
+    "REWRITES",
+    "RULES",
+    "Rule",
+    "is_of_each_sample",
+    "joined",
+    "pointwise",
+]
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,9 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention
 }
 
+#: Operations (tensors, dimension) that put tensors side by side.
+JOINING: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
+
 #: Broadcasting operations of two tensors: scales, shifts, positional embeddings, layer scales.
 POINTWISE: frozenset[Callable[..., Any]] = frozenset(
     getattr(owner, name)
@@ -179,20 +198,26 @@ POINTWISE: frozenset[Callable[..., Any]] = frozenset(
 def pointwise(
     function: Callable[..., Any], n: int, g: Tensor, args: tuple[Any, ...], position: int
 ) -> Factor:
-    """The factor of the tensor argument at ``position`` of a broadcasting operation.
-
-    Raises:
-        NotImplementedError: The argument itself has a batch dimension, so that a row of it
-            belongs to one sample; only the loop over samples tells which parameters that concerns.
-    """
+    """The factor of the tensor argument at ``position`` of a broadcasting operation."""
     argument: Tensor = args[position]
-    if argument.ndim == g.ndim and argument.shape[0] > 1:
-        raise NotImplementedError("a broadcast operand with a batch dimension")
     with torch.enable_grad():
         expanded = argument.detach().expand(g.shape).requires_grad_()
         output = function(*args[:position], expanded, *args[position + 1 :])
         (full,) = torch.autograd.grad(output, expanded, g)
+    if is_of_each_sample(argument, g):
+        return OfEachSample(_reduced_to(full, argument.shape[1:]), n)
     return Materialised(_reduced(n, full, argument.shape))
+
+
+def is_of_each_sample(argument: Tensor, result: Tensor) -> bool:
+    """Whether an operand of a broadcasting operation has rows for each sample."""
+    return argument.ndim == result.ndim and argument.shape[0] > 1
+
+
+def joined(n: int, g: Tensor, tensors: Sequence[Tensor], dim: int, position: int) -> Factor:
+    """The factor of the tensor at ``position`` of those that are joined along ``dim``."""
+    start = sum(tensor.shape[dim] for tensor in tensors[:position])
+    return OfEachSample(g.narrow(dim, start, tensors[position].shape[dim]), n)
 
 
 def _reduced(n: int, full: Tensor, shape: torch.Size) -> Tensor:

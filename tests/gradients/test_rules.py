@@ -282,10 +282,22 @@ def test_pointwise_covers_the_operators() -> None:
     assert set(seen) <= POINTWISE
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 1, 1), (2, 5, 3)], ids=str)
-def test_pointwise_leaves_operands_with_a_batch_dimension(shape: tuple[int, ...]) -> None:
-    with pytest.raises(NotImplementedError, match="with a batch dimension"):
-        pointwise(torch.add, 4, draw(4, 5, 3), (draw(4, 5, 3), draw(*shape)), 1)
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 1, 1), (4, 5, 1)], ids=str)
+def test_pointwise_of_an_operand_with_rows_for_each_sample(shape: tuple[int, ...]) -> None:
+    operand, data, g = draw(*shape), draw(4, 5, 3), draw(4, 5, 3)
+    leaf = operand.clone().requires_grad_()
+    for n in (4, 2):
+        factor, exact = pointwise(torch.mul, n, g, (data, operand), 1), []
+        for i in range(n):
+            own = torch.zeros(n, dtype=g.dtype)
+            own[i] = 1
+            part = g * own.repeat_interleave(4 // n)[:, None, None]
+            exact.append(torch.autograd.grad(data * leaf, leaf, part)[0])
+        torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
+        torch.testing.assert_close(factor.gradients(1, n), torch.stack(exact[1:]))
+        torch.testing.assert_close(
+            factor.row_norms(), torch.stack([rows_of(gradient) for gradient in exact])
+        )
 
 
 # Materialised gradients
