@@ -37,43 +37,13 @@ from ood_monitor.gradients.rules import (
     joined,
     pointwise,
 )
+from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tensors_of
 
 __all__ = ["Recorder"]
 
 
 #: Elements of per-sample gradients held at once while several uses of a parameter are summed.
 _HELD_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What is known of a tensor that depends on the batch.
-
-    Attributes:
-        in_order: Its rows are those of the batch, as far as operations tell.
-        anchored: A backward pass to the anchors goes through it.
-    """
-
-    in_order: bool
-    anchored: bool
-
-
-class _DataMarks:
-    """What is known of data tensors, while they live.
-
-    By identity, with a weak reference to tell a tensor from a later one at its address: this is
-    asked for every argument of every operation, and `WeakTensorKeyDictionary` costs five times it.
-    """
-
-    def __init__(self) -> None:
-        self._marks: dict[int, tuple[weakref.ref[Tensor], _Data]] = {}
-
-    def get(self, tensor: Tensor) -> _Data | None:
-        found = self._marks.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-    def set(self, tensor: Tensor, known: _Data) -> None:
-        self._marks[id(tensor)] = weakref.ref(tensor), known
 
 
 @dataclass(eq=False)
@@ -146,9 +116,9 @@ class Recorder(TorchFunctionMode):
                 self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
         self._parameters = list(module.parameters())  # keeps the ids above valid
-        self._data = _DataMarks()
+        self._data = DataMarks()
         for tensor in data:
-            self._data.set(tensor, _Data(in_order=True, anchored=False))
+            self._data.set(tensor, Data(in_order=True, anchored=False))
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._keep_graph = True
@@ -168,7 +138,7 @@ class Recorder(TorchFunctionMode):
                 result = REWRITES[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        tensors = _tensors(args) + _tensors(kwargs.values())
+        tensors = tensors_of(args) + tensors_of(kwargs.values())
         sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
         data = [(t, known) for t in tensors if (known := self._data.get(t)) is not None]
         if not data:
@@ -186,10 +156,10 @@ class Recorder(TorchFunctionMode):
         # Writing into a tensor has no result of its own.
         changed = args[0] if func is torch.Tensor.__setitem__ else result
         anchored = any(known.anchored for _, known in data)
-        for tensor in _tensors((changed,)):
+        for tensor in tensors_of((changed,)):
             known = self._data.get(tensor)
             through = tensor.requires_grad and (anchored or bool(known and known.anchored))
-            self._data.set(tensor, _Data(in_order, through))
+            self._data.set(tensor, Data(in_order, through))
         return result
 
     def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
@@ -231,7 +201,7 @@ class Recorder(TorchFunctionMode):
                 return self._plain.get(id(tensor), tensor)
             return source.tensor if graph else source.tensor.detach()
 
-        return _map(substitute, arguments)
+        return map_arguments(substitute, arguments)
 
     def _is_data(self, tensor: Tensor) -> bool:
         return self._data.get(tensor) is not None
@@ -242,7 +212,7 @@ class Recorder(TorchFunctionMode):
         result = func(*self._substituted(args, graph=True), **self._substituted(kwargs, graph=True))
         if sources and torch.is_grad_enabled():
             names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-            for tensor in _tensors((result,)):
+            for tensor in tensors_of((result,)):
                 if tensor.requires_grad and id(tensor) not in self._plain:
                     self._sources[id(tensor)] = _Source(tensor, names)
         return result
@@ -253,12 +223,12 @@ class Recorder(TorchFunctionMode):
         args: Any,
         kwargs: Any,
         sources: list[_Source],
-        data: list[tuple[Tensor, _Data]],
+        data: list[tuple[Tensor, Data]],
         in_order: bool,
     ) -> Any:
         plain = self._substituted(args), self._substituted(kwargs)
         result = func(*plain[0], **plain[1])
-        changed_in_place = any(result is tensor for tensor, _ in data)
+        changed_in_place = any(result is tensor for tensor in tensors_of(plain))
         covered = in_order and isinstance(result, Tensor) and not changed_in_place
         factors = self._factors(func, (args, kwargs), plain, result) if covered else None
         if factors is None:  # exact all the same: the loop takes these parameters
@@ -266,10 +236,9 @@ class Recorder(TorchFunctionMode):
             return result
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
-            self._data.set(result, _Data(in_order, anchored=True))
-        use = _Use(
-            self._term, sources, factors, [(tensor.detach(), tensor._version) for tensor, _ in data]
-        )
+            self._data.set(result, Data(in_order, anchored=True))
+        saved = [(tensor.detach(), tensor._version) for tensor, _ in data]
+        use = _Use(self._term, sources, factors, saved)
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
@@ -293,7 +262,7 @@ class Recorder(TorchFunctionMode):
         rule, n = RULES[func], self._n
         arguments = dict(zip(rule.arguments, given[0], strict=False)) | given[1]
         values = dict(zip(rule.arguments, plain[0], strict=False)) | plain[1]
-        values = _map(Tensor.detach, values)
+        values = map_arguments(Tensor.detach, values)
         names = [
             k for k, v in arguments.items() if isinstance(v, Tensor) and id(v) in self._sources
         ]
@@ -306,7 +275,7 @@ class Recorder(TorchFunctionMode):
             return None
 
         def factors(g: Tensor) -> list[Factor]:
-            by_name = rule.factors(n, g, _map(full_precision, values))
+            by_name = rule.factors(n, g, map_arguments(full_precision, values))
             return [by_name[name] for name in names]
 
         return factors
@@ -314,29 +283,24 @@ class Recorder(TorchFunctionMode):
     def _pointwise_factors(
         self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
     ) -> Callable[[Tensor], list[Factor]] | None:
-        (args, _), (values, options) = given, _map(Tensor.detach, plain)
-        positions = [
-            i for i, v in enumerate(args) if isinstance(v, Tensor) and id(v) in self._sources
-        ]
-        # A parameter of so many rows as the batch has would not fit any other batch.
-        fixed = [
-            i
-            for i in positions
-            if is_of_each_sample(args[i], result) and self._sources[id(args[i])].is_parameter
-        ]
+        (args, _), (values, options) = given, map_arguments(Tensor.detach, plain)
+        tensors = {i: v for i, v in enumerate(args) if isinstance(v, Tensor)}
         followed = any(
-            isinstance(v, Tensor)
-            and v.ndim == result.ndim
-            and len(v) == len(result)
-            and self._is_data(v)
-            for v in args
+            v.ndim == result.ndim and len(v) == len(result) and self._is_data(v)
+            for v in tensors.values()
         )
-        if fixed or not positions or not followed:
+        taken = {i: s for i, v in tensors.items() if (s := self._sources.get(id(v))) is not None}
+        # A parameter of so many rows as the batch has would not fit any other batch.
+        fixed = any(s.is_parameter and is_of_each_sample(args[i], result) for i, s in taken.items())
+        if fixed or not taken or not followed:
             return None
-        operation = partial(func, **options)
-        return lambda g: [
-            pointwise(operation, self._n, g, _map(full_precision, values), i) for i in positions
-        ]
+        operation, n = partial(func, **options), self._n
+
+        def factors(g: Tensor) -> list[Factor]:
+            arguments = map_arguments(full_precision, values)
+            return [pointwise(operation, n, g, arguments, i) for i in taken]
+
+        return factors
 
     def _joined_factors(
         self, given: Any, result: Tensor
@@ -345,8 +309,9 @@ class Recorder(TorchFunctionMode):
         dim = (rest[0] if rest else options.get("dim", options.get("axis", 0))) % result.ndim
         if dim == 0 or any(len(tensor) != len(result) for tensor in tensors):
             return None
+        sizes, n = [tensor.shape[dim] for tensor in tensors], self._n
         positions = [i for i, tensor in enumerate(tensors) if id(tensor) in self._sources]
-        return lambda g: [joined(self._n, g, tensors, dim, i) for i in positions]
+        return lambda g: [joined(n, g, dim, sizes, i) for i in positions]
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
@@ -422,27 +387,3 @@ def _to_parameters(
     )
     pairs = zip(source.names, parts, strict=True)
     return {name: full_precision(part) for name, part in pairs if part is not None}
-
-
-def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
-    """The tensors among a call's arguments or results, also in lists, tuples and dictionaries."""
-    found: list[Tensor] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
-
-
-def _map(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
-    """Apply ``function`` to the tensors in a call's arguments; other objects stay themselves."""
-    if isinstance(arguments, Tensor):
-        return function(arguments)
-    if type(arguments) in (list, tuple):
-        return type(arguments)(_map(function, value) for value in arguments)
-    if type(arguments) is dict:
-        return {key: _map(function, value) for key, value in arguments.items()}
-    return arguments

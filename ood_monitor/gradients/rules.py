@@ -214,10 +214,9 @@ def is_of_each_sample(argument: Tensor, result: Tensor) -> bool:
     return argument.ndim == result.ndim and argument.shape[0] > 1
 
 
-def joined(n: int, g: Tensor, tensors: Sequence[Tensor], dim: int, position: int) -> Factor:
-    """The factor of the tensor at ``position`` of those that are joined along ``dim``."""
-    start = sum(tensor.shape[dim] for tensor in tensors[:position])
-    return OfEachSample(g.narrow(dim, start, tensors[position].shape[dim]), n)
+def joined(n: int, g: Tensor, dim: int, sizes: Sequence[int], position: int) -> Factor:
+    """The factor of the tensor at ``position`` of those, of ``sizes``, joined along ``dim``."""
+    return OfEachSample(g.narrow(dim, sum(sizes[:position]), sizes[position]), n)
 
 
 def _reduced(n: int, full: Tensor, shape: torch.Size) -> Tensor:

@@ -493,13 +493,49 @@ def test_an_adapter_may_compare_by_value() -> None:
     assert_norms(gradient_norms(adapter, X), tensors(gradients(adapter, X)))
 
 
+def test_a_graph_is_kept_as_long_as_a_term_needs_it() -> None:
+    def terms(m: Any, x: Tensor) -> Iterable[tuple[str, Tensor]]:
+        h = m.f(x).tanh()
+        yield "apart", m.g(x).sum(1)
+        yield "shared", m.g(h).sum(1)
+        yield "also shared", h.square().sum(1)
+        yield "own", m.f(x + 1).square().sum(1)
+
+    net = Function(lambda m, x: x, f=nn.Linear(3, 3), g=nn.Linear(3, 2)).double()
+    adapter = Terms(terms, net)
+    first = gradient_norms(adapter, X)  # keeps all graphs, and learns which it need not
+    assert _known[adapter].last_of_graph == {"also shared", "own"}
+    for actual in (first, gradient_norms(adapter, X)):
+        assert_norms(actual, tensors(gradients(adapter, X)))
+
+
+class Mark:
+    """Lives as long as the graph that it is hooked to."""
+
+    def __call__(self, g: Tensor) -> None:
+        pass
+
+
+def test_no_graph_outlives_the_scoring_of_a_model_that_writes_in_place() -> None:
+    marks: list[weakref.ref[Mark]] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.before(x)
+        h += m.f(h.tanh())  # the graph of h now holds what was computed from it
+        h *= m.scale
+        mark = Mark()
+        h.register_hook(mark)
+        marks.append(weakref.ref(mark))
+        return m.g(h)
+
+    parts = {"before": nn.Linear(3, 3), "f": nn.Linear(3, 3), "g": nn.Linear(3, 2)}
+    adapter = Gaussian(Function(forward, **parts, scale=torch.ones(3)).double())
+    gradient_norms(adapter, X)
+    gradient_norms(adapter, X)
+    assert not [mark for mark in marks if mark()]
+
+
 def test_no_graph_is_alive_when_the_next_forward_pass_begins() -> None:
-    class Mark:
-        """Lives as long as the graph that it is hooked to."""
-
-        def __call__(self, g: Tensor) -> None:
-            pass
-
     marks: list[weakref.ref[Mark]] = []
 
     def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:

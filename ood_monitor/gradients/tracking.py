@@ -1,0 +1,67 @@
+"""What the recorder knows of a call's arguments and results."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Data", "DataMarks", "map_arguments", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of a tensor that depends on the batch.
+
+    Attributes:
+        in_order: Its rows are those of the batch, as far as operations tell.
+        anchored: A backward pass to the anchors goes through it.
+    """
+
+    in_order: bool
+    anchored: bool
+
+
+class DataMarks:
+    """What is known of data tensors, while they live.
+
+    By identity, with a weak reference to tell a tensor from a later one at its address: this is
+    asked for every argument of every operation, and `WeakTensorKeyDictionary` costs five times it.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[int, tuple[weakref.ref[Tensor], Data]] = {}
+
+    def get(self, tensor: Tensor) -> Data | None:
+        """What is known of it; None if it is no data."""
+        found = self._marks.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def set(self, tensor: Tensor, known: Data) -> None:
+        """Remember a data tensor, or what is now known of it."""
+        self._marks[id(tensor)] = weakref.ref(tensor), known
+
+
+def tensors_of(arguments: Iterable[Any]) -> list[Tensor]:
+    """The tensors among a call's arguments or results, also in lists, tuples and dictionaries."""
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_of(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value.values())
+    return found
+
+
+def map_arguments(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    """Apply ``function`` to the tensors in a call's arguments; other objects stay themselves."""
+    if isinstance(arguments, Tensor):
+        return function(arguments)
+    if type(arguments) in (list, tuple):
+        return type(arguments)(map_arguments(function, value) for value in arguments)
+    if type(arguments) is dict:
+        return {key: map_arguments(function, value) for key, value in arguments.items()}
+    return arguments
