@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo test test-slow check format benchmark benchmark-peers clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
 	@echo "make test       the test suite, README included"
 	@echo "make check      lint, format and types"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make benchmark  what the README claims of cost, measured here (half an hour)"
 
 install: $(INSTALLED)
 
@@ -36,6 +37,15 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+benchmark: benchmark-peers
+	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
+	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
+		--figure docs/gradient-norms-cost.png
+
+# Without their dependencies: what they need is here, and some pull torchvision in.
+benchmark-peers: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache

@@ -1,144 +1,171 @@
-"""Time of `gradient_norms` as a multiple of one plain batched forward + backward pass.
+"""Time and memory of `gradient_norms` in units of one plain batched forward and backward pass.
 
-In one process, methods interleaved, medians of ratios to the plain pass of the same round. The loop
-is the paper's way; `vmap(grad)` is PyTorch's own for per-sample gradients.
+In one process, methods interleaved; the loop is the paper's way, `vmap(grad)` PyTorch's own, Opacus
+and BackPACK what others use. Each method's norms are compared with the loop's. The growth of the
+cost with batch, image size and depth goes into a figure.
 """
 
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from datetime import date
+import warnings
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import UNet2DModel
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from matplotlib.figure import Figure
 
-import ood_monitor as om
-from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.gradients.scoring import undisturbed
+from benchmarks.measuring import claim, machine, peak_mebibytes, ratios, save, seconds
+from benchmarks.models import MODELS, Benchmark, made, small_unet
+from benchmarks.peers import METHODS, Norms, ours, plain
 
-Run = Callable[[], object]
+Rows = dict[str, dict[str, Any]]
 
-
-class Denoising(om.Adapter):
-    """One noise level without noise: the cost of a diffusion term, and nothing beside it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def log_likelihood(self, batch: Tensor) -> list[tuple[str, Tensor]]:
-        t = torch.full_like(batch[:, 0, 0, 0], 50, dtype=torch.long)
-        return [("t=50", -(self.module(batch, t).sample - batch).square().flatten(1).sum(1))]
+GROWTH: dict[str, list[int]] = {
+    "batch": [1, 2, 4, 8, 16, 32],
+    "size": [16, 32, 64],
+    "depth": [1, 2, 4],
+}
 
 
-def small_unet() -> tuple[om.Adapter, Tensor]:
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
-    return Denoising(unet.eval()), torch.randn(32, 1, 32, 32)
-
-
-def glow() -> tuple[om.Adapter, Tensor]:
-    flow = om.models.Glow(channels=3, size=16, levels=2, steps=4, hidden=64).eval()
-    return om.LogLikelihood(flow, lambda flow, x: flow.log_prob(x)), torch.randn(16, 3, 16, 16)
-
-
-MODELS = {"small UNet, B = 32": small_unet, "Glow, one term, B = 16": glow}
-
-
-def plain(adapter: om.Adapter, batch: Tensor) -> None:
-    """One training step's forward and backward pass."""
-    adapter.module.zero_grad()
-    sum(value.sum() for _, value in adapter.log_likelihood(batch)).backward()  # type: ignore[union-attr]
-
-
-def loop(adapter: om.Adapter, batch: Tensor) -> None:
-    with undisturbed(adapter.module):
-        loop_norms(adapter, batch, len(batch), lambda name: True)
-
-
-def vmapped(adapter: om.Adapter, batch: Tensor) -> dict[str, Tensor]:
-    parameters = {name: p.detach() for name, p in adapter.module.named_parameters()}
-
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = adapter.module
-
-        def forward(self, x: Tensor) -> Tensor:
-            return sum(value.sum() for _, value in adapter.log_likelihood(x))  # type: ignore[return-value]
-
-    wrapped = Wrapped()
-
-    def total(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        named = {f"module.{name}": value for name, value in weights.items()}
-        return functional_call(wrapped, named, (x.unsqueeze(0),))
-
-    gradients = vmap(grad(total), in_dims=(None, 0))(parameters, batch)
-    return {name: g.flatten(1).square().sum(1) for name, g in gradients.items()}
-
-
-def seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def ratios(adapter: om.Adapter, batch: Tensor, rounds: int) -> dict[str, float]:
-    methods: dict[str, Run] = {
-        "ours": lambda: om.gradient_norms(adapter, batch),
-        "ours, by row": lambda: om.gradient_norms(adapter, batch, granularity="row"),
-        "loop": lambda: loop(adapter, batch),
-        "vmap(grad)": lambda: vmapped(adapter, batch),
+def measured(benchmark: Benchmark, rounds: int) -> dict[str, Any]:
+    """Of one model: each method's time and memory ratio, and how many tensors it gets wrong."""
+    adapter, batch = made(benchmark.make)
+    unit, runs, found = plain(adapter, batch), {}, {}
+    exact = METHODS["loop"](adapter, batch)()
+    for name, method in METHODS.items():
+        try:
+            run = method(adapter, batch)
+            found[name] = {"wrong": wrong(run(), exact), "of": len(exact)}
+            runs[name] = run
+        except Exception as error:
+            found[name] = {"fails": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
+    suffixes = {
+        name: ours(layers=patterns)(adapter, batch)
+        for name, (patterns, _) in benchmark.suffixes.items()
     }
-    for run in methods.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        base = seconds(lambda: plain(adapter, batch))
-        for name, run in methods.items():
-            found[name].append(seconds(run) / base)
-    return {name: statistics.median(values) for name, values in found.items()}
+    unit()
+    adapter.module.zero_grad()  # its gradients are part of what it costs
+    memory = peak_mebibytes(unit)
+    adapter.module.zero_grad()
+    for name, ratio in ratios(unit, runs | suffixes, rounds).items():
+        run = (runs | suffixes)[name]
+        figures = {"time": round(ratio, 3), "memory": round(peak_mebibytes(run) / memory, 2)}
+        found[name] = found.get(name, {}) | figures
+    plain_seconds = statistics.median(seconds(unit) for _ in range(3))
+    return {"plain": {"seconds": round(plain_seconds, 3), "MiB": round(memory)}} | found
+
+
+def wrong(norms: Norms, exact: Norms) -> int:
+    """Tensors whose norms are off by a hundredth, of those above rounding."""
+    largest = max(float(values.max()) for values in exact.values())
+    return sum(
+        name not in norms
+        or norms[name].shape != values.shape
+        or not torch.allclose(norms[name], values, rtol=1e-2, atol=1e-10 * largest)
+        for name, values in exact.items()
+    )
+
+
+def claims(name: str, row: dict[str, Any], benchmark: Benchmark) -> list[dict[str, Any]]:
+    own = row["ours"]
+    peers = {
+        k: v["time"] for k, v in row.items() if k in METHODS and "ours" not in k and "time" in v
+    }
+    fastest = min(peers, key=peers.__getitem__)
+    return [
+        claim(f"{name}: time", own["time"], benchmark.target),
+        claim(f"{name}: peak memory", own["memory"], 1.5),
+        claim(f"{name}: beside the fastest peer, {fastest}", own["time"], peers[fastest]),
+        *(
+            claim(f"{name}: {suffix}", row[suffix]["time"], target)
+            for suffix, (_, target) in benchmark.suffixes.items()
+        ),
+    ]
+
+
+def growth(rounds: int) -> dict[str, dict[int, float]]:
+    """Time ratio of the small UNet as one thing grows; B = 8 where it is not the batch."""
+    found: dict[str, dict[int, float]] = {}
+    for what, sizes in GROWTH.items():
+        for size in sizes:
+            adapter, batch = made(partial(small_unet, **({"batch": 8} | {what: size})))
+            run = ours()(adapter, batch)
+            run()
+            ratio = ratios(plain(adapter, batch), {"ours": run}, rounds)["ours"]
+            found.setdefault(what, {})[size] = round(ratio, 3)
+    return found
+
+
+def terms(rounds: int) -> dict[str, float]:
+    """Time of a Glow's terms, one backward pass each, beside that of their sum."""
+    adapter, batch = made(MODELS["Glow, B = 8"].make)
+    apart = ours()(type(adapter)(adapter.module), batch)
+    apart()
+    count = len(dict(type(adapter)(adapter.module).log_likelihood(batch)))
+    ratio = ratios(plain(adapter, batch), {"terms": apart}, rounds)["terms"]
+    return {"terms": count, "time": round(ratio, 3), "time per term": round(ratio / count, 3)}
+
+
+def figure(growth: dict[str, dict[int, float]]) -> Figure:
+    drawing = Figure(figsize=(9, 2.8), layout="constrained")
+    labels = {"batch": "batch", "size": "image size (pixels)", "depth": "layers per block"}
+    for axes, (what, found) in zip(
+        drawing.subplots(1, 3, sharey=True), growth.items(), strict=True
+    ):
+        axes.plot(list(found), list(found.values()), "o-")
+        axes.set(xlabel=labels[what], ylim=(0, 2), xscale="log", xticks=list(found))
+        axes.set_xticks(list(found), map(str, found))
+        axes.minorticks_off()
+        axes.axhline(1, color="grey", linewidth=0.8)
+    drawing.axes[0].set_ylabel("time / plain pass")
+    return drawing
+
+
+def table(rows: Rows) -> str:
+    lines = []
+    for name, row in rows.items():
+        lines.append(f"\n{name}: plain pass {row['plain']['seconds']} s, {row['plain']['MiB']} MiB")
+        for method, figures in row.items():
+            if "fails" in figures:
+                lines.append(f"  {method:26s} fails: {figures['fails'][:70]}")
+            elif "time" in figures:
+                off = f"{figures['wrong']} of {figures['of']} wrong" if figures.get("wrong") else ""
+                lines.append(
+                    f"  {method:26s} {figures['time']:5.2f}  {figures['memory']:5.2f}  {off}"
+                )
+    return "\n".join(lines)
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Three rounds instead of nine.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Two rounds, and no more than the small models.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+    figure_path: Annotated[
+        Path | None, typer.Option("--figure", help="Where to draw growth.")
+    ] = None,
 ) -> None:
-    torch.manual_seed(0)
-    rows = {name: ratios(*make(), 3 if quick else 9) for name, make in MODELS.items()}
-    claims = [
-        {
-            "claim": f"{name}: faster than the loop and vmap(grad)",
-            "value": row["ours"],
-            "target": min(row["loop"], row["vmap(grad)"]),
-            "holds": row["ours"] < min(row["loop"], row["vmap(grad)"]),
-        }
-        for name, row in rows.items()
-    ]
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+    warnings.filterwarnings("ignore", message=".*backward hook|There is a performance drop")
+    rounds, chosen = (
+        (2, ["small UNet, B = 32", "convolutions, B = 32"]) if quick else (3, list(MODELS))
+    )
+    rows = {name: measured(MODELS[name], rounds) for name in chosen}
+    report = {
+        "machine": machine(),
+        "rows": rows,
+        "terms of Glow": {} if quick else terms(rounds),
+        "growth of the small UNet": {} if quick else growth(rounds),
+        "claims": [c for name, row in rows.items() for c in claims(name, row, MODELS[name])],
     }
-    text = json.dumps({"machine": machine, "rows": rows, "claims": claims}, indent=2)
-    typer.echo(text)
-    if output is not None:
-        output.write_text(text + "\n")
+    typer.echo(table(rows))
+    for c in report["claims"]:
+        typer.echo(
+            f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
+        )
+    save(report, output)
+    if figure_path is not None and not quick:
+        figure(report["growth of the small UNet"]).savefig(figure_path, dpi=150)
 
 
 if __name__ == "__main__":

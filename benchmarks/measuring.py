@@ -1,0 +1,73 @@
+"""Time and memory of one method beside another's, in one process, and what to write of it."""
+
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+
+def processor() -> str:
+    """The processor's name, which `platform.processor` does not give on Linux."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratios(plain: Run, methods: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median time of each method in units of the plain runs just before and after it."""
+    found: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        before = seconds(plain)
+        for name, run in methods.items():
+            taken, after = seconds(run), seconds(plain)
+            found[name].append(2 * taken / (before + after))
+            before = after
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak_mebibytes(run: Run) -> float:
+    """How much a run raises the process's resident memory at its peak (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def claim(text: str, value: float, target: float) -> dict[str, Any]:
+    """A claim that a figure is at most its target."""
+    return {"claim": text, "value": value, "target": target, "holds": value <= target}
+
+
+def save(report: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n")

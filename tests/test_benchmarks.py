@@ -1,0 +1,36 @@
+"""The benchmarks run and say what they must; how fast anything is, is no test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "typer.run(main)" in path.read_text()
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quick_run_reports_machine_rows_and_claims(name: str, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    report = json.loads(output.read_text())
+    assert report["machine"]["torch"]
+    assert report["rows"]
+    assert report["claims"]
+    for claim in report["claims"]:
+        assert claim.keys() == {"claim", "value", "target", "holds"}
+        assert claim["holds"] == (claim["value"] <= claim["target"])
+
+
+def test_committed_results_are_of_benchmarks_that_exist() -> None:
+    results = [path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert results
+    assert set(results) <= set(NAMES)
