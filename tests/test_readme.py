@@ -16,8 +16,8 @@ pytestmark = [
 ]
 
 
-def test_there_are_snippets_for_torch_lightning_diffusers_and_your_own_model() -> None:
-    assert len(SNIPPETS) == 4
+def test_there_are_snippets_for_each_way_to_use_it() -> None:
+    assert len(SNIPPETS) == 5
 
 
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,20 +33,23 @@ class Facts:
     last_of_graph: frozenset[str]
 
 
+#: By adapter: found on two gradients, and on one, which does not show what samples do to others.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_known_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
-    """Compare the fast path with the loop on two samples, once per adapter.
+    """Compare the fast path with the loop on two samples, once per adapter; on one until two come.
 
     Raises:
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
-    if adapter in _known:
-        known: Facts = _known[adapter]
-        return known
     probe = next(iter(pieces(batch, 2 * group)))
     n = batch_size(probe) // group
+    for found in (_known,) if n > 1 else (_known, _known_of_one):
+        if adapter in found:
+            known: Facts = found[adapter]
+            return known
     every = supported(adapter.module).__contains__
     fast = recorded_norms(adapter, probe, n, every, by_row=True)
     values, exact = loop_norms(adapter, probe, n, every)
@@ -65,8 +68,7 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
             stacklevel=4,
         )
     facts = Facts(frozenset(wrong | fast.left_over), fast.last_of_graph)
-    if n > 1:
-        _known[adapter] = facts
+    (_known if n > 1 else _known_of_one)[adapter] = facts
     return facts
 
 

@@ -321,6 +321,22 @@ def test_one_sample_does_not_settle_what_is_looped() -> None:
     assert adapter not in _known
 
 
+def test_single_samples_are_compared_with_the_loop_once() -> None:
+    passes: list[int] = []
+
+    def counted(m: Any, x: Tensor) -> Tensor:
+        passes.append(len(x))
+        return m.f(x)
+
+    adapter = Gaussian(Function(counted, f=nn.Linear(3, 2)).double())
+    for i in range(3):
+        gradient_norms(adapter, X[i : i + 1])
+    assert passes == [1] * (3 + 2)
+    gradient_norms(adapter, X)
+    gradient_norms(adapter, X[:1])
+    assert passes[5:] == [2, 1, 1, 4, 1]
+
+
 def by_index(m: Any, x: Tensor) -> Tensor:
     order = x[:, 0].argsort()
     return m.f(x[order]).tanh()[order.argsort()]
