@@ -222,14 +222,16 @@ def test_progress_is_shown_if_asked_for(progress: bool, capsys: pytest.CaptureFi
     assert ("gradient norms" in capsys.readouterr().err) == progress
 
 
-def test_parameters_that_are_no_numbers_do_not_matter() -> None:
+def test_parameters_that_are_no_numbers_can_be_left_out() -> None:
     module = BRANCHES.model()
     quantised = nn.Module()
     quantised.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
     quantised.inner = module
     adapter = om.LogLikelihood(quantised, lambda m, x: m.inner.log_prob(x))  # type: ignore[operator, union-attr]
     x = BRANCHES.data(220)
-    found = om.Detector(adapter).fit([x], progress=False).score(x[:9])
+    with pytest.raises(ValueError, match=r"'codes', quantised.*Pass `layers=`"):
+        om.Detector(adapter).fit([x], progress=False)
+    found = om.Detector(adapter, layers="inner.*").fit([x], progress=False).score(x[:9])
     torch.testing.assert_close(found.score, fitted().score(x[:9]).score)
 
 

@@ -151,7 +151,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         >>> import ood_monitor as om
         >>> flow = om.models.Glow(channels=1, size=8, levels=1, steps=1, hidden=4)
         >>> last_layers(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), 2)
-        ['priors.0.conv.weight', 'priors.0.conv.bias']
+        ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
     selected, device = selection(adapter.module, None), device_of(adapter.module)
     with undisturbed(adapter.module):
