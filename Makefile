@@ -10,7 +10,7 @@ help:
 	@echo "make test       the test suite, README included"
 	@echo "make check      lint, format and types"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make benchmark  what the README claims of cost, measured here (half an hour)"
+	@echo "make benchmark  what the README claims of cost, measured here (a quarter of an hour)"
 
 install: $(INSTALLED)
 
