@@ -44,22 +44,22 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
     Raises:
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
-    probe = next(iter(pieces(batch, 2 * group)))
-    n = batch_size(probe) // group
+    n = min(2, batch_size(batch) // group)
     for found in (_known,) if n > 1 else (_known, _known_of_one):
         if adapter in found:
             known: Facts = found[adapter]
             return known
-    every = supported(adapter.module).__contains__
+    chosen = supported(adapter.module)
+    dtypes = {name: p.dtype for name, p in adapter.module.named_parameters() if name in chosen}
+    probe, every = next(iter(pieces(batch, n * group))), chosen.__contains__
     fast = recorded_norms(adapter, probe, n, every, by_row=True)
     values, exact = loop_norms(adapter, probe, n, every)
-    _check_independence(adapter, fast.log_likelihood, values)
+    _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     if not any(rows.any() for rows in exact.values()):
         raise ValueError(
             f"Expected the terms of {type(adapter).__name__} to depend on the parameters of "
             f"{type(adapter.module).__name__}, got no gradient for any of them."
         )
-    dtypes = {name: p.dtype for name, p in adapter.module.named_parameters()}
     wrong = _disagreeing(fast.norms, exact, dtypes) - fast.left_over
     if wrong:
         warnings.warn(
@@ -73,10 +73,11 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
 
 
 def _check_independence(
-    adapter: Adapter, together: dict[str, Tensor], alone: dict[str, Tensor]
+    adapter: Adapter,
+    together: dict[str, Tensor],
+    alone: dict[str, Tensor],
+    dtypes: set[torch.dtype],
 ) -> None:
-    chosen = supported(adapter.module)
-    dtypes = {p.dtype for name, p in adapter.module.named_parameters() if name in chosen}
     rtol = max(1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
     for term, values in together.items():
         if not values.isfinite().all():

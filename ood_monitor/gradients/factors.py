@@ -32,6 +32,7 @@ __all__ = [
     "EmbeddingWeight",
     "Factor",
     "Materialised",
+    "OfEachSample",
     "Outer",
     "Shifted",
     "full_precision",
@@ -135,9 +136,8 @@ class Outer:
 class Shifted:
     """The correlation of two images at the offsets of a kernel: of a convolution's weight.
 
-    Element (r, c, k) of the gradient is the sum over samples and positions o of ``rows[r, o] *
-    columns[c, stride * o + dilation * k -
-    padding]``, with c within the group of channels of r.
+    Element (r, c, k) of the gradient is the sum over samples and positions o of
+    ``rows[r, o] * columns[c, stride * o + dilation * k - padding]``, with c in the group of r.
     """
 
     rows: Tensor  # (n, samples, groups, R, *positions)

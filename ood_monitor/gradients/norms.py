@@ -132,9 +132,8 @@ def terms_and_norms(
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
     """The last k parameters that a forward pass uses, to pass as ``layers``.
 
-    The backward pass then ends where the first of them is used: a few layers near the output often
-    detect as well as all, and cost little more than a forward pass. A parameter that is used in
-    several places counts at the first.
+    The backward pass then ends where the first of them is used, and what comes before costs its
+    forward pass only. A parameter that is used in several places counts at the first.
 
     Args:
         adapter: The model.
@@ -204,12 +203,13 @@ def _chunk_norms(
     facts: Facts,
 ) -> GradientNorms:
     n = batch_size(chunk) // group
-    looped = facts.looped
-    fast = recorded_norms(
-        *(adapter, chunk, n, lambda name: selected(name) and name not in looped),
-        *(by_row, facts.last_of_graph),
-    )
-    slow = {name for name in looped if selected(name)} | fast.left_over
+    by_loop = set(filter(selected, facts.looped))
+
+    def by_rule(name: str) -> bool:
+        return selected(name) and name not in by_loop
+
+    fast = recorded_norms(adapter, chunk, n, by_rule, by_row, facts.last_of_graph)
+    slow = by_loop | fast.left_over
     norms = fast.norms
     if slow:
         rows = loop_norms(adapter, chunk, n, slow.__contains__)[1]

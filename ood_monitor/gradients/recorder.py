@@ -41,7 +41,6 @@ from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tenso
 
 __all__ = ["Recorder"]
 
-
 #: Elements of per-sample gradients held at once while several uses of a parameter are summed.
 _HELD_ELEMENTS = 2**24
 
@@ -154,12 +153,7 @@ class Recorder(TorchFunctionMode):
         else:
             result = func(*args, **kwargs)
         # Writing into a tensor has no result of its own.
-        changed = args[0] if func is torch.Tensor.__setitem__ else result
-        anchored = any(known.anchored for _, known in data)
-        for tensor in tensors_of((changed,)):
-            known = self._data.get(tensor)
-            through = tensor.requires_grad and (anchored or bool(known and known.anchored))
-            self._data.set(tensor, Data(in_order, through))
+        self._mark(args[0] if func is torch.Tensor.__setitem__ else result, data, in_order)
         return result
 
     def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
@@ -205,6 +199,14 @@ class Recorder(TorchFunctionMode):
 
     def _is_data(self, tensor: Tensor) -> bool:
         return self._data.get(tensor) is not None
+
+    def _mark(self, changed: Any, data: list[tuple[Tensor, Data]], in_order: bool) -> None:
+        """Take what a call on data gave, or wrote into, for data."""
+        anchored = any(known.anchored for _, known in data)
+        for tensor in tensors_of((changed,)):
+            known = self._data.get(tensor)
+            through = tensor.requires_grad and (anchored or bool(known and known.anchored))
+            self._data.set(tensor, Data(in_order, through))
 
     def _constant_or_derived(
         self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
@@ -343,10 +345,12 @@ class Recorder(TorchFunctionMode):
         for source, factor in zip(use.sources, factors, strict=True):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:
-                norms = factor.row_norms()
-                self._norms[name] = norms if self._by_row else norms.sum(1)
+                self._store(name, factor.row_norms())
             else:
                 self._collected.append((source, factor))
+
+    def _store(self, name: str, row_norms: Tensor) -> None:
+        self._norms[name] = row_norms if self._by_row else row_norms.sum(1)
 
     def _sum_up_uses(self) -> None:
         """Norms of parameters with several uses, and of those behind derived tensors."""
@@ -360,8 +364,7 @@ class Recorder(TorchFunctionMode):
             for name, total in self._summed_gradients(leaves, start, stop).items():
                 rows.setdefault(name, []).append(Materialised(total).row_norms())
         for name, pieces in rows.items():
-            norms = torch.cat(pieces)
-            self._norms[name] = norms if self._by_row else norms.sum(1)
+            self._store(name, torch.cat(pieces))
 
     def _summed_gradients(
         self, leaves: dict[str, Tensor], start: int, stop: int

@@ -26,8 +26,9 @@ class Data:
 class DataMarks:
     """What is known of data tensors, while they live.
 
-    By identity, with a weak reference to tell a tensor from a later one at its address: this is
-    asked for every argument of every call, and `WeakTensorKeyDictionary` takes ten times as long.
+    By identity, with a weak reference to tell a tensor from a later one at its address. This is
+    asked for every argument of every call, for which `WeakTensorKeyDictionary` makes, hashes and
+    compares a reference object.
     """
 
     def __init__(self) -> None:
