@@ -1,88 +1,20 @@
 """Models and batches, as data: every test of what holds for all models runs over `MODELS`."""
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import diffusers
-import normflows
 import torch
 import torch.nn.functional as F
-import transformers
-import zuko
 from diffusers.models.normalization import RMSNorm
+from foreign_cases import FOREIGN
+from model_case import Case, Function, Gaussian, Model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, map_tensors
 
-__all__ = ["MODELS", "Function", "Gaussian", "Model", "model", "unet"]
-
-
-#: An adapter and a batch of it.
-Case: TypeAlias = tuple[om.Adapter, Batch]
-
-
-class Gaussian(om.Adapter):
-    """Log-density of ones around the output of a network, up to a constant."""
-
-    def __init__(
-        self, module: nn.Module, forward: Callable[..., Tensor] = lambda module, x: module(x)
-    ) -> None:
-        self.module, self._forward = module, forward
-
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
-        arguments = batch if isinstance(batch, tuple) else (batch,)
-        output = self._forward(self.module, *arguments)
-        yield "log_likelihood", -0.5 * (output - 1).square().flatten(1).sum(1)
-
-
-@dataclass(frozen=True)
-class Model:
-    """One case: a model under an adapter, and what the engine makes of it.
-
-    Attributes:
-        name: Its name.
-        make: Gives the adapter and a batch of four samples, in single precision.
-        looped: Patterns of the parameters that no rule covers.
-        warns: Whether only the comparison with the loop over samples finds them.
-    """
-
-    name: str
-    make: Callable[[], Case]
-    looped: tuple[str, ...] = ()
-    warns: bool = False
-
-    def __call__(self, dtype: torch.dtype = torch.float64) -> Case:
-        """The model, in eval mode and off its initial values, which are often zero; its batch."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            adapter, batch = self.make()
-            perturbed(adapter.module)
-        nn.Module.to(adapter.module.eval(), dtype)  # diffusers' own `to` logs a warning
-        return adapter, map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
-
-
-def perturbed(module: nn.Module, scale: float = 0.1) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-
-
-class Function(nn.Module):
-    """A module of parameters and submodules by name, whose output a function of it gives."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: Tensor | nn.Module) -> None:
-        super().__init__()
-        self._function = forward
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self._function(self, *inputs)
+__all__ = ["MODELS", "Function", "Gaussian", "Model", "model"]
 
 
 class Scale(torch.autograd.Function):
@@ -196,155 +128,6 @@ def through_experts(m: Any, x: Tensor) -> Tensor:
     first = tokens[:, 0] > 0
     out[first], out[~first] = m.one(tokens[first]), m.two(tokens[~first])
     return out.reshape(x.shape)
-
-
-# Foreign models
-
-
-def diffusion(network: nn.Module, *shape: int) -> Case:
-    schedule = diffusers.DDPMScheduler()
-    return om.DenoisingBound(network, schedule, levels=[10, 500]), torch.randn(4, *shape)
-
-
-def unet(**options: Any) -> diffusers.UNet2DModel:
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **options,
-    )
-
-
-def conditional_unet() -> Case:
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=6,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    batch = torch.randn(4, 4, 8, 8), torch.tensor([1, 9, 99, 999]), torch.randn(4, 5, 6)
-    return Gaussian(net, lambda net, x, t, text: net(x, t, text).sample), batch
-
-
-def autoencoder() -> Case:
-    net = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-    )
-    return om.ELBO(net), torch.randn(4, 3, 8, 8)
-
-
-def dit() -> Case:
-    net = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_embeds_ada_norm=1000,
-    )
-    batch = torch.randn(4, 4, 8, 8), torch.tensor([1, 9, 99, 999]), torch.randint(1000, (4,))
-
-    def forward(net: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return net(x, timestep=t, class_labels=labels).sample
-
-    return Gaussian(net, forward), batch
-
-
-def flux() -> Case:
-    net = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
-    image_ids, text_ids = torch.zeros(9, 3), torch.zeros(5, 3)
-    image_ids[:, 1:] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
-
-    def forward(net: nn.Module, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
-        guidance = torch.full_like(t, 3.5)
-        ids = {"img_ids": image_ids.to(x), "txt_ids": text_ids.to(x)}
-        return net(x, text, pooled, timestep=t, guidance=guidance, **ids).sample
-
-    batch = torch.randn(4, 9, 4), torch.randn(4, 5, 6), torch.randn(4, 5), torch.rand(4)
-    return Gaussian(net, forward), batch
-
-
-def glow() -> Case:
-    net = om.models.Glow(channels=1, size=8, levels=2, steps=2, hidden=6)
-    return om.LogLikelihood(net, bins=256), torch.rand(4, 1, 8, 8)
-
-
-def foreign_glow() -> Case:
-    """normflows' Glow on labelled images: log_prob(x, y), which adds up log-dets in place."""
-    with warnings.catch_warnings():  # its initialisation calls what PyTorch has renamed
-        warnings.filterwarnings("ignore", "torch.lu is deprecated", UserWarning)
-        flows = [[normflows.flows.GlowBlock(c, 5) for _ in range(2)] for c in (8, 4)]
-    priors = [normflows.distributions.ClassCondDiagGaussian(s, 3) for s in ((8, 2, 2), (2, 4, 4))]
-    squeezes = [normflows.flows.Squeeze(), normflows.flows.Squeeze()]
-    for level, squeeze in zip(flows, squeezes, strict=True):
-        level.append(squeeze)
-    net = normflows.MultiscaleFlow(priors, flows, [normflows.flows.Merge()], class_cond=True)
-    batch = torch.randn(4, 1, 8, 8), torch.randint(3, (4,))
-    net.log_prob(*batch)  # the first batch sets the activation normalisations
-    return Likelihood(net), batch
-
-
-class Likelihood(om.Adapter):
-    """log_prob(*batch)."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
-        yield "log_likelihood", self.module.log_prob(*batch)
-
-
-def zuko_flow(make: Callable[..., nn.Module], **options: Any) -> Case:
-    net = make(features=3, context=2, transforms=2, hidden_features=(6,), **options)
-    batch = torch.randn(4, 5)
-
-    def log_prob(net: nn.Module, x: Tensor) -> Tensor:
-        return net(x[:, 3:]).log_prob(x[:, :3])
-
-    return om.LogLikelihood(net, log_prob), batch
-
-
-def gpt2() -> Case:
-    config = transformers.GPT2Config(
-        vocab_size=11,
-        n_positions=8,
-        n_embd=6,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return om.SequenceLikelihood(transformers.GPT2LMHeadModel(config), padding=0), torch.randint(
-        11, (4, 7)
-    )
 
 
 # All
@@ -563,17 +346,7 @@ MODELS: tuple[Model, ...] = (
         lambda: function(through_experts, 5, 3, one=nn.Linear(3, 3), two=nn.Linear(3, 3)),
         ("*",),
     ),
-    Model("unet", lambda: diffusion(unet(), 3, 8, 8)),
-    Model("conditional-unet", conditional_unet),
-    Model("autoencoder", autoencoder),
-    Model("dit", dit),
-    Model("flux", flux),
-    Model("glow", glow),
-    Model("normflows-glow", foreign_glow, ("q0.*", "flows.*.log_S", "flows.*.flows.2.s")),
-    Model("zuko-maf", lambda: zuko_flow(zuko.flows.MAF)),
-    # A spline unbinds pairs, which the two samples of the comparison look like.
-    Model("zuko-nsf", lambda: zuko_flow(zuko.flows.NSF), ("transform.transforms.1.*",)),
-    Model("gpt2", gpt2),
+    *FOREIGN,
 )
 
 

@@ -6,7 +6,8 @@ log-determinant, the bound at one noise level. Terms can cancel in their sum; ap
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,17 +16,26 @@ from torch import Tensor, nn
 __all__ = [
     "Adapter",
     "Batch",
+    "Condition",
     "batch_size",
+    "checked_range",
     "checked_terms",
     "describe",
     "first_tensor",
     "map_tensors",
+    "no_condition",
+    "normal_draws",
     "pieces",
+    "reseeded",
     "tensors_in",
 ]
 
 #: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
 Batch: TypeAlias = Any
+
+#: Gives, from a batch, the keywords that a model takes beside the samples. They are made of the
+#: batch's tensors, so that a piece of it has its own, or are the same for all samples.
+Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
 
 
 class Adapter(abc.ABC):
@@ -35,6 +45,8 @@ class Adapter(abc.ABC):
     It must be deterministic and per-sample: whatever noise a term needs comes from a generator of
     the adapter's own, so that an input has the same value alone, in any batch and after a restart,
     and neither the global random state nor the caller's generators move.
+
+    An adapter with noise keeps the noise's seed as ``seed``, which diagnostics change on a copy.
 
     Attributes:
         module: The module whose parameters are differentiated; put in eval mode while scoring.
@@ -152,6 +164,40 @@ def first_tensor(batch: Batch) -> Tensor:
             "Pass `inputs=` to say where the sample is."
         )
     return candidate
+
+
+def no_condition(batch: Batch) -> Mapping[str, Any]:
+    """No keywords: the model takes the samples alone."""
+    return {}
+
+
+def normal_draws(shape: Sequence[int], draws: int, seed: int) -> Tensor:
+    """Standard normal noise, shape (draws, *shape), float32; fewer draws are the first of more."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(*shape, generator=generator) for _ in range(draws)])
+
+
+def reseeded(adapter: Adapter, seed: int) -> Adapter | None:
+    """The adapter with other noise, or None for one without noise: without a ``seed``."""
+    if not hasattr(adapter, "seed"):
+        return None
+    other = copy.copy(adapter)
+    other.seed = seed
+    return other
+
+
+def checked_range(x: Tensor, low: float, high: float, told: str) -> Tensor:
+    """x, if its values are within [low, high].
+
+    Raises:
+        ValueError: They are not.
+    """
+    if x.numel() and (x.min() < low or x.max() > high):
+        raise ValueError(
+            f"Expected values in [{low:g}, {high:g}] for {told}, got values from {x.min():.4g} to "
+            f"{x.max():.4g}."
+        )
+    return x
 
 
 def describe(batch: Batch) -> str:

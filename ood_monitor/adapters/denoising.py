@@ -1,29 +1,86 @@
-r"""Diffusion models: the denoising bound, one term a noise level.
+r"""Diffusion and flow-matching models: the denoising bound, one term a noise level.
 
-With :math:`\bar\alpha_t` the schedule's cumulative product, noise eps ~ N(0, I) and
+At level t of a schedule, :math:`x_t = \alpha_t x + \sigma_t \epsilon` with fixed noise, and the
+network's prediction :math:`\hat y(x_t, t)` is compared with what it should be, y:
 
-.. math:: x_t = \sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t} \epsilon,
+========================  =================================================
+``"epsilon"``             :math:`\epsilon`
+``"sample"``              :math:`x`
+``"v_prediction"``        :math:`\alpha_t \epsilon - \sigma_t x`
+``"flow_prediction"``     :math:`\epsilon - x`
+========================  =================================================
 
-the term at level t is :math:`-\tfrac12 \lVert \hat y(x_t, t) - y \rVert^2`, where y is what the
-network predicts: eps, x, or :math:`v = \sqrt{\bar\alpha_t} \epsilon - \sqrt{1 - \bar\alpha_t} x`.
-Up to the level's weight and a constant it is the bound's term on the log-likelihood, in nats.
+The term is minus a loss of that comparison, summed over dimensions:
+
+- ``"l2"``: :math:`-\tfrac12 \lVert \hat y - y \rVert^2`, a Gaussian's log-density up to a constant;
+- ``"l1"``: :math:`-\lVert \hat y - y \rVert_1`;
+- ``"vlb"``: the variational lower bound's own. Any prediction is one of x, :math:`\hat x`, and
+
+.. math::
+
+    \log p(x) \ge \log N(x; \hat x(x_0), \mathrm{SNR}_0^{-1} I)
+    - \sum_{t=1}^{T-1} \tfrac12 (\mathrm{SNR}_{t-1} - \mathrm{SNR}_t) \lVert x - \hat x \rVert^2
+    - \mathrm{KL}(q(x_{T-1} | x) \,\|\, N(0, I))
+
+with :math:`\mathrm{SNR}_t = \alpha_t^2 / \sigma_t^2`, in expectation over the noise: the terms of
+all T levels add up to it, in nats of the density of x. The last divergence, which has no
+parameters, is counted with level T - 1.
 """
 
+import copy
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.adapters.base import Adapter, Batch, describe, first_tensor
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    Condition,
+    describe,
+    first_tensor,
+    map_tensors,
+    no_condition,
+    normal_draws,
+)
+from ood_monitor.adapters.schedules import NoiseSchedule
 
-__all__ = ["DenoisingBound"]
+__all__ = ["DenoisingBound", "DenoisingLoss"]
 
-_TARGETS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
-    "epsilon": lambda x, noise, alpha, sigma: noise,
-    "sample": lambda x, noise, alpha, sigma: x,
-    "v_prediction": lambda x, noise, alpha, sigma: alpha * noise - sigma * x,
+#: What a term is minus of.
+DenoisingLoss: TypeAlias = Literal["l2", "l1", "vlb"]
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What a network predicts.
+
+    Attributes:
+        target: Of (x, noise, alpha, sigma).
+        scale: Of (alpha, sigma): an error of the prediction times this is one of x.
+    """
+
+    target: Callable[[Tensor, Tensor, float, float], Tensor]
+    scale: Callable[[float, float], float]
+
+
+_PREDICTIONS = {
+    "epsilon": _Prediction(
+        lambda x, noise, alpha, sigma: noise,
+        lambda alpha, sigma: sigma / alpha if alpha else math.inf,
+    ),
+    "sample": _Prediction(lambda x, noise, alpha, sigma: x, lambda alpha, sigma: 1.0),
+    "v_prediction": _Prediction(
+        lambda x, noise, alpha, sigma: alpha * noise - sigma * x,
+        lambda alpha, sigma: sigma / (alpha**2 + sigma**2),
+    ),
+    "flow_prediction": _Prediction(
+        lambda x, noise, alpha, sigma: noise - x, lambda alpha, sigma: sigma / (alpha + sigma)
+    ),
 }
 
 
@@ -31,24 +88,42 @@ class DenoisingBound(Adapter):
     r"""Negative denoising losses at chosen noise levels, with noise that never changes.
 
     Args:
-        network: ``network(x_t, t)`` with x_t of shape (B, C, ...) and integer t of shape (B,),
-            giving a tensor, a tuple that begins with one, or an object with ``.sample``
-            (diffusers). Of twice as many channels as x (learned variance) the first half is used.
-        schedule: The cumulative products :math:`\bar\alpha`, shape (T,), or an object that has
-            them as ``alphas_cumprod`` (a variance-preserving diffusers scheduler). They are copied,
-            so a live scheduler is neither used nor changed.
+        network: ``network(x_t, t, **condition)`` with x_t of shape (B, C, ...) and t of shape
+            (B,), which goes by the keyword ``timestep`` where there is one. It gives a tensor, a
+            tuple that begins with one, or an object with ``.sample`` (diffusers). Of twice as many
+            channels as x (learned variance) the first half is used.
+        schedule: A :class:`NoiseSchedule`, the cumulative products :math:`\bar\alpha`, shape (T,),
+            or a diffusers scheduler, of which the numbers are copied.
         levels: Noise levels, in [0, T). The default suits T = 1 000: little noise and much.
-        prediction_type: What the network predicts, ``"epsilon"``, ``"sample"`` or
-            ``"v_prediction"``; by default what the schedule's ``config`` says, else epsilon.
-        inputs: Takes x, shape (B, C, ...), from a batch as the loader yields it.
-        seed: Seed of the noise, one draw a level shared by all samples.
+        prediction_type: What the network predicts; by default what the schedule's ``config`` says,
+            else epsilon, or flow_prediction for flow matching.
+        loss: ``"l2"``, ``"l1"`` or ``"vlb"``, as above.
+        draws: Draws of the noise a level; the term is their mean.
+        antithetic: Whether each draw comes with its negative, which doubles the passes.
+        inputs: Takes x, shape (B, C, ...), from a batch as the loader yields it. For latent
+            diffusion, :func:`latent_mean` of the pipeline's autoencoder.
+        condition: Gives the network's further keywords from a batch: class labels, text
+            embeddings, ``added_cond_kwargs``.
+        time: What the network takes for the schedule's t. Flux: ``lambda t: t / 1000``.
+        seed: Seed of the noise, which all samples share.
 
     Raises:
-        ValueError: An unknown schedule or prediction type, no level or one outside [0, T).
+        ValueError: An unknown schedule, prediction type or loss, no level or one outside [0, T),
+            no draw, or the bound of an epsilon prediction at a level without signal.
 
     References:
-        Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020),
-        https://arxiv.org/abs/2006.11239
+        | Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020)
+        | https://arxiv.org/abs/2006.11239
+        | Variational Diffusion Models (Kingma, Salimans, Poole, Ho, 2021)
+        | https://arxiv.org/abs/2107.00630
+
+    Example:
+        >>> network = nn.Conv2d(1, 1, 3, padding=1)
+        >>> network.forward = lambda x, t, forward=network.forward: forward(x)
+        >>> adapter = DenoisingBound(network, torch.linspace(0.99, 0.01, 1000), levels=[50, 500])
+        >>> terms = adapter.log_likelihood(torch.zeros(4, 1, 8, 8))
+        >>> [(term, tuple(values.shape)) for term, values in terms]
+        [('t=50', (4,)), ('t=500', (4,))]
     """
 
     def __init__(
@@ -58,68 +133,143 @@ class DenoisingBound(Adapter):
         *,
         levels: Sequence[int] = (50, 500),
         prediction_type: str | None = None,
+        loss: DenoisingLoss = "l2",
+        draws: int = 1,
+        antithetic: bool = False,
         inputs: Callable[[Batch], Tensor] = first_tensor,
+        condition: Condition = no_condition,
+        time: Callable[[Tensor], Tensor] = lambda t: t,
         seed: int = 0,
     ) -> None:
         self.module = network
-        self._alphas_cumprod = _alphas_cumprod(schedule)
-        self._levels = _checked_levels(levels, len(self._alphas_cumprod))
-        self._target = _TARGETS[_checked_prediction(schedule, prediction_type)]
-        self._inputs, self._seed = inputs, seed
+        self.schedule = NoiseSchedule.of(schedule)
+        self.seed = seed
+        if loss not in get_args(DenoisingLoss):
+            raise ValueError(f"Expected a loss of {get_args(DenoisingLoss)}, got {loss!r}.")
+        if draws < 1:
+            raise ValueError(f"Expected at least one draw, got {draws}.")
+        name = prediction_type or _stated_prediction(schedule) or self.schedule.prediction_type
+        if name not in _PREDICTIONS:
+            raise ValueError(f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}.")
+        self._prediction, self._loss = _PREDICTIONS[name], loss
+        self._draws, self._antithetic = draws, antithetic
+        self._inputs, self._condition, self._time = inputs, condition, time
+        self.levels = self._checked(levels)
+
+    @classmethod
+    def paper(cls, network: nn.Module, schedule: Any, *, seed: int = 0, **options: Any) -> Self:
+        """The loss of the paper's diffusion models: L1, at the level of least noise, t = 0.
+
+        It takes the mean over pixels and new noise each time; here the sum, which changes no
+        score, and fixed noise.
+
+        References:
+            Dauncey, Holmes, Williams, Falck (2024), https://arxiv.org/abs/2403.01485
+        """
+        return cls(network, schedule, levels=(0,), loss="l1", seed=seed, **options)
+
+    def with_levels(self, levels: Sequence[int], *, seed: int | None = None) -> Self:
+        """The same bound at other levels, and with another seed of the noise if one is given."""
+        other = copy.copy(self)
+        other.levels = self._checked(levels)
+        other.seed = self.seed if seed is None else seed
+        return other
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms ``t=<level>``, each of a forward pass of its own."""
         x = self._inputs(batch)
         if not x.is_floating_point() or x.ndim < 2:
             raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
-        for level in self._levels:
-            yield f"t={level}", self._bound(x, level)
+        # Copies of a sample are neighbours, so that it still has its own rows of the batch.
+        copies = self._draws * (1 + self._antithetic)
+        condition = self._condition(_repeated(batch, copies))
+        x = _repeated(x, copies)
+        for level in self.levels:  # nothing here holds a term while the next is computed
+            yield f"t={level}", self._term(x, condition, level).view(-1, copies).mean(1)
 
-    def _bound(self, x: Tensor, level: int) -> Tensor:
-        alpha_cumprod = float(self._alphas_cumprod[level])
-        alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
-        generator = torch.Generator().manual_seed(self._seed + level)
-        noise = torch.randn(x.shape[1:], generator=generator).to(x)
-        t = torch.full_like(x.flatten(1)[:, 0], level, dtype=torch.long)
-        predicted = _prediction(self.module(alpha * x + sigma * noise, t), x)
-        return -0.5 * (predicted - self._target(x, noise, alpha, sigma)).square().flatten(1).sum(1)
+    def _term(self, x: Tensor, condition: Mapping[str, Any], level: int) -> Tensor:
+        alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
+        noise = self._noise(x, level)
+        noise = noise.repeat(len(x) // len(noise), *[1] * (x.ndim - 1))
+        predicted = self._predicted(alpha * x + sigma * noise, level, condition)
+        error = (predicted - self._prediction.target(x, noise, alpha, sigma)).flatten(1)
+        if self._loss == "l1":
+            return -error.abs().sum(1)
+        squared = error.square().sum(1)
+        return -0.5 * squared if self._loss == "l2" else self._bound(x.flatten(1), squared, level)
+
+    def _noise(self, x: Tensor, level: int) -> Tensor:
+        """All draws at a level, shape (draws, C, ...), or twice as many with their negatives."""
+        # A stream of its own for each level of each seed.
+        seed = self.seed * len(self.schedule) + level
+        noise = normal_draws(x.shape[1:], self._draws, seed).to(x)
+        return torch.cat([noise, -noise]) if self._antithetic else noise
+
+    def _predicted(self, x_t: Tensor, level: int, condition: Mapping[str, Any]) -> Tensor:
+        t = self._time(self.schedule.t[level])
+        dtype = torch.promote_types(x_t.dtype, torch.float32) if t.is_floating_point() else t.dtype
+        # Made of the samples: to the gradients' engine, a time for each sample is data of its own.
+        t = torch.full_like(x_t.flatten(1)[:, 0], t.item(), dtype=dtype)
+        given = x_t.to(_dtype(self.module, x_t))
+        if _takes_timestep(self.module):
+            output = self.module(given, timestep=t, **condition)
+        else:
+            output = self.module(given, t, **condition)
+        return _like(x_t, output)
+
+    def _bound(self, x: Tensor, squared_error: Tensor, level: int) -> Tensor:
+        """The level's term of the variational bound; x has shape (B, D)."""
+        snr, dimensions = self.schedule.snr, x.shape[1]
+        alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
+        weight = float(snr[0] if level == 0 else snr[level - 1] - snr[level])
+        term = -0.5 * weight * self._prediction.scale(alpha, sigma) ** 2 * squared_error
+        if level == 0:
+            term = term + 0.5 * dimensions * math.log(float(snr[0]) / (2 * math.pi))
+        if level == len(self.schedule) - 1:
+            divergence = alpha**2 * x.square() + sigma**2 - 1 - 2 * math.log(sigma)
+            term = term - 0.5 * divergence.sum(1)
+        return term
+
+    def _checked(self, levels: Sequence[int]) -> tuple[int, ...]:
+        chosen, length = tuple(int(level) for level in levels), len(self.schedule)
+        in_range = all(0 <= level < length for level in chosen)
+        if not chosen or not in_range or chosen != tuple(levels) or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"Expected distinct whole noise levels in [0, {length}), got {list(levels)}."
+            )
+        for level in chosen if self._loss == "vlb" else ():
+            alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
+            if not sigma or math.isinf(self._prediction.scale(alpha, sigma)):
+                raise ValueError(
+                    f"Expected levels with signal and noise for loss='vlb', got t={level} with "
+                    f"alpha = {alpha:.4g} and sigma = {sigma:.4g}."
+                )
+        return chosen
 
 
-def _alphas_cumprod(schedule: Any) -> Tensor:
-    values = schedule if isinstance(schedule, Tensor) else getattr(schedule, "alphas_cumprod", None)
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        raise ValueError(
-            "Expected a schedule as a tensor (T,) or an object with `alphas_cumprod` (a "
-            f"variance-preserving diffusers scheduler), got {describe(schedule)}."
-        )
-    values = values.detach().to("cpu", torch.float64, copy=True)
-    if not (values.diff() <= 0).all() or not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(
-            "Expected cumulative products in [0, 1] that do not increase, got values from "
-            f"{values[0]:.4g} to {values[-1]:.4g}."
-        )
-    return values
+def _repeated(batch: Batch, copies: int) -> Batch:
+    if copies == 1:
+        return batch
+    return map_tensors(lambda tensor: tensor.repeat_interleave(copies, 0), batch)
 
 
-def _checked_levels(levels: Sequence[int], length: int) -> tuple[int, ...]:
-    chosen = tuple(int(level) for level in levels)
-    in_range = all(0 <= level < length for level in chosen)
-    if not chosen or not in_range or chosen != tuple(levels) or len(set(chosen)) < len(chosen):
-        raise ValueError(
-            f"Expected distinct whole noise levels in [0, {length}), got {list(levels)}."
-        )
-    return chosen
+def _stated_prediction(schedule: Any) -> str | None:
+    """What a diffusers scheduler says that the network predicts."""
+    return dict(getattr(schedule, "config", {})).get("prediction_type")
 
 
-def _checked_prediction(schedule: Any, prediction_type: str | None) -> str:
-    config = getattr(schedule, "config", {})
-    name = prediction_type or dict(config).get("prediction_type", "epsilon")
-    if name not in _TARGETS:
-        raise ValueError(f"Expected a prediction type of {sorted(_TARGETS)}, got {name!r}.")
-    return str(name)
+def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
+    """The network's precision."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
 
 
-def _prediction(output: Any, x: Tensor) -> Tensor:
+def _takes_timestep(network: nn.Module) -> bool:
+    forward = getattr(network, "_orig_mod", network).forward  # under torch.compile
+    return "timestep" in inspect.signature(forward).parameters
+
+
+def _like(x: Tensor, output: Any) -> Tensor:
+    """The prediction in what a network gives: of the shape of x."""
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     if output.shape[1] == 2 * x.shape[1]:
         output = output.chunk(2, 1)[0]

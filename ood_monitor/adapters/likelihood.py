@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.adapters.base import Adapter, Batch, describe, first_tensor
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    Condition,
+    checked_range,
+    describe,
+    first_tensor,
+    no_condition,
+)
+from ood_monitor.adapters.flows import Density, density_of
 
 __all__ = ["LogLikelihood"]
 
@@ -16,17 +25,23 @@ class LogLikelihood(Adapter):
 
     Args:
         module: The model. Without ``function`` it must have ``log_prob_terms(x)``, a mapping of
-            terms of shape (B,) whose sum is the log-likelihood, or ``log_prob(x)``, of shape (B,).
-        function: ``function(module, x)`` in their place, returning either.
+            terms of shape (B,) whose sum is the log-likelihood, or ``log_prob(x)``, of shape (B,),
+            or be a flow of normflows or zuko, whose terms are known.
+        function: ``function(module, x, **condition)`` in their place, returning either.
         inputs: Takes the sample x, shape (B, ...), from a batch as the loader yields it; by default
             the batch itself, or the first item of a list or tuple.
-        bins: The number of equally spaced values in [0, 1] that x can take (256 for 8-bit images).
-            If given, x is dequantised, (x (bins - 1) + u) / bins with uniform u, and the terms are
-            those of the discrete x, a lower bound on log P(x) in expectation over u.
+        condition: Gives the further keywords from a batch: normflows' label ``y``, zuko's context
+            ``c``.
+        bins: The number of equally spaced values that x can take (256 for 8-bit images). If given,
+            x is dequantised, low + (high - low) (k + u) / bins for its k-th value with uniform u,
+            and the terms are those of the discrete x, a lower bound on log P(x) in expectation
+            over u.
+        value_range: The smallest and the largest value, (low, high).
         seed: Seed of u, one draw shared by all samples.
 
     Raises:
-        ValueError: The module has no log-density and no ``function`` was given, or bins < 2.
+        ValueError: The module has no log-density and no ``function`` was given, bins < 2, or a
+            range that is none.
 
     References:
         A note on the evaluation of generative models (Theis, van den Oord, Bethge, 2016),
@@ -35,57 +50,58 @@ class LogLikelihood(Adapter):
     Example:
         >>> import zuko
         >>> flow = zuko.flows.NSF(features=2, transforms=1)
-        >>> adapter = LogLikelihood(flow, lambda flow, x: flow().log_prob(x))
-        >>> [(term, tuple(value.shape)) for term, value in adapter.log_likelihood(torch.rand(4, 2))]
-        [('log_likelihood', (4,))]
+        >>> terms = LogLikelihood(flow).log_likelihood(torch.rand(4, 2))
+        >>> [(term, tuple(value.shape)) for term, value in terms]
+        [('latent', (4,)), ('log_det', (4,))]
     """
 
     def __init__(
         self,
         module: nn.Module,
-        function: Callable[[nn.Module, Tensor], Tensor | Mapping[str, Tensor]] | None = None,
+        function: Density | None = None,
         *,
         inputs: Callable[[Batch], Tensor] = first_tensor,
+        condition: Condition = no_condition,
         bins: int | None = None,
+        value_range: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
     ) -> None:
         if bins is not None and bins < 2:
             raise ValueError(f"Expected at least 2 bins, got {bins}.")
-        self.module = module
-        self._function = function or _density_of(module)
-        self._inputs, self._bins, self._seed = inputs, bins, seed
+        if not value_range[0] < value_range[1]:
+            raise ValueError(f"Expected a range (low, high) with low < high, got {value_range}.")
+        self.module, self.seed = module, seed
+        self._function = function or density_of(module)
+        self._inputs, self._condition = inputs, condition
+        self._bins, self._range = bins, value_range
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms, all of one forward pass."""
         x, log_volume = self._dequantised(_floating(self._inputs(batch)))
-        result = self._function(self.module, x)
+        result = self._function(self.module, x, **self._condition(batch))
         terms = dict(result) if isinstance(result, Mapping) else {"log_likelihood": result}
         # A change of variables: it belongs to the last term, the log-determinant if there is one.
         for last in list(terms)[-1:]:
             terms[last] = terms[last] + log_volume
         yield from terms.items()
 
+    @torch.no_grad()
+    def bits_per_dimension(self, batch: Batch) -> Tensor:
+        """-log2 p(x) / D of each sample, shape (B,), of D dimensions; without gradients."""
+        dimensions = self._inputs(batch)[0].numel()
+        total = sum(value for _, value in self.log_likelihood(batch))
+        return -torch.as_tensor(total) / (dimensions * math.log(2))
+
     def _dequantised(self, x: Tensor) -> tuple[Tensor, float]:
         if self._bins is None:
             return x, 0.0
-        if x.min() < 0 or x.max() > 1:
-            raise ValueError(
-                f"Expected values in [0, 1] for bins={self._bins}, got values from {x.min():.4g} "
-                f"to {x.max():.4g}."
-            )
-        generator = torch.Generator().manual_seed(self._seed)
+        low, high = self._range
+        checked_range(x, low, high, f"bins={self._bins}")
+        generator = torch.Generator().manual_seed(self.seed)
         u = torch.rand(x.shape[1:], generator=generator).to(x)
-        return (x * (self._bins - 1) + u) / self._bins, -x[0].numel() * math.log(self._bins)
-
-
-def _density_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor | Mapping[str, Tensor]]:
-    for name in ("log_prob_terms", "log_prob"):
-        if callable(getattr(module, name, None)):
-            return lambda module, x, name=name: getattr(module, name)(x)  # type: ignore[misc]
-    raise ValueError(
-        f"Expected a module with `log_prob` or `log_prob_terms`, got {type(module).__name__}; pass "
-        "`function=lambda module, x: ...` that returns the log-likelihood, shape (B,)."
-    )
+        unit = ((x - low) / (high - low) * (self._bins - 1) + u) / self._bins
+        log_volume = x[0].numel() * math.log((high - low) / self._bins)
+        return low + (high - low) * unit, log_volume
 
 
 def _floating(x: Tensor) -> Tensor:

@@ -81,10 +81,9 @@ def test_likelihood_is_minus_the_cross_entropies(make: Any, dtype: torch.dtype) 
 @pytest.mark.parametrize("make", [Bigram, gpt2])
 def test_padding_is_left_out(make: Any) -> None:
     module, x = make(), tokens()
-    x[1, 3:], x[2, 6:], x[3, 1:] = 0, 0, 0
+    x[1, 3:], x[2, 6:], x[3, 2:] = 0, 0, 0
     found = log_likelihood(om.SequenceLikelihood(module, padding=0), x)
-    torch.testing.assert_close(found[:3], cross_entropies(module, x[:3], padding=0))
-    assert found[3] == 0.0
+    torch.testing.assert_close(found, cross_entropies(module, x, padding=0))
 
 
 @pytest.mark.parametrize("make", [Bigram, gpt2])
@@ -114,6 +113,78 @@ def test_sequence_has_the_same_likelihood_alone_and_in_a_batch() -> None:
     torch.testing.assert_close(alone, log_likelihood(adapter, x))
 
 
+@pytest.mark.parametrize("make", [Bigram, gpt2])
+def test_a_mean_is_over_the_tokens_that_are_predicted(make: Any) -> None:
+    module, x = make(), tokens()
+    x[1, 3:], x[2, 6:], x[3, 2:] = 0, 0, 0
+    found = log_likelihood(om.SequenceLikelihood(module, padding=0, per_token=True), x)
+    counts = torch.tensor([6, 2, 5, 1])
+    torch.testing.assert_close(found, cross_entropies(module, x, padding=0) / counts)
+
+
+def masked(module: nn.Module, **options: Any) -> om.SequenceLikelihood:
+    """As for what tokenizers give."""
+    return om.SequenceLikelihood(
+        module,
+        inputs=lambda batch: batch["input_ids"],
+        condition=lambda batch: {"attention_mask": batch["attention_mask"]},
+        **options,
+    )
+
+
+def test_tokens_that_a_mask_hides_are_left_out() -> None:
+    module, x = gpt2(), tokens()
+    mask = (torch.arange(7) < torch.tensor([[7], [3], [5], [2]])).long()
+    found = log_likelihood(masked(module), {"input_ids": x, "attention_mask": mask})
+    alone = [cross_entropies(module, x[[i], : int(mask[i].sum())]) for i in range(4)]
+    torch.testing.assert_close(found, torch.cat(alone))
+
+
+def test_a_mask_keeps_the_end_token_that_pads_and_ends() -> None:
+    module, x = gpt2(), tokens(2, 5)
+    x[:, 3:] = 0  # the first ends the sequence, the second fills it up
+    mask = torch.tensor([[1, 1, 1, 1, 0]] * 2)
+    found = log_likelihood(masked(module), {"input_ids": x, "attention_mask": mask})
+    torch.testing.assert_close(found, cross_entropies(module, x[:, :4]))
+
+
+# Pixels
+
+
+class Pixels(nn.Module):
+    """Logits of each pixel's four values from the pixel on its left, (B, 4, 1, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        self.following = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.following[(4 * x[..., :-1]).long()]
+        first = self.first.expand(*x.shape[:-1], 1, 4)
+        return torch.cat([first, known], -2).movedim(-1, 1)
+
+
+def pixels(**options: Any) -> om.SequenceLikelihood:
+    return om.SequenceLikelihood(
+        Pixels(), shifted=False, class_dim=1, scale=lambda x: x / 4, **options
+    )
+
+
+def test_likelihood_of_pixels_is_minus_their_cross_entropies() -> None:
+    adapter, x = pixels(), torch.randint(4, (3, 1, 5, 6))
+    losses = F.cross_entropy(adapter.module(x / 4), x, reduction="none")
+    torch.testing.assert_close(log_likelihood(adapter, x), -losses.detach().flatten(1).sum(1))
+    mean = pixels(per_token=True)
+    mean.module.load_state_dict(adapter.module.state_dict())
+    torch.testing.assert_close(log_likelihood(mean, x), -losses.detach().flatten(1).mean(1))
+
+
+def test_probabilities_of_all_images_add_up_to_one() -> None:
+    every = torch.cartesian_prod(*[torch.arange(4)] * 4).reshape(-1, 1, 2, 2)
+    assert log_likelihood(pixels(), every).exp().sum().item() == pytest.approx(1.0)
+
+
 def test_padding_has_no_gradient() -> None:
     adapter = om.SequenceLikelihood(gpt2(), padding=0)
     x = F.pad(tokens(length=4), (0, 3), value=0)
@@ -129,6 +200,32 @@ def test_padding_has_no_gradient() -> None:
 )
 def test_what_are_no_tokens_is_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"integer tokens \(B, T\) with T >= 2, got a tensor"):
+        log_likelihood(om.SequenceLikelihood(Bigram()), x)
+
+
+def test_a_sequence_longer_than_the_context_is_refused() -> None:
+    adapter = om.SequenceLikelihood(gpt2())
+    assert log_likelihood(adapter, tokens(length=8)).shape == (4,)
+    with pytest.raises(ValueError, match=r"at most 8 tokens, the context of GPT2LM.*, got 9"):
+        log_likelihood(adapter, tokens(length=9))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_sequence_of_nothing_but_padding_is_refused(per_token: bool) -> None:
+    x = tokens()
+    x[2], x[3, 1:] = 0, 0  # of the fourth the only token is given, not predicted
+    adapter = om.SequenceLikelihood(gpt2(), padding=0, per_token=per_token)
+    with pytest.raises(ValueError, match=r"padding only in 2 of 4, first at index 2"):
+        log_likelihood(adapter, x)
+    hidden = {"input_ids": tokens(), "attention_mask": torch.tensor([[1] * 7, [0] * 7] * 2)}
+    with pytest.raises(ValueError, match=r"padding only in 2 of 4, first at index 1"):
+        log_likelihood(masked(gpt2(), per_token=per_token), hidden)
+
+
+def test_tokens_below_zero_are_refused() -> None:
+    x = tokens()
+    x[1, 2] = -100
+    with pytest.raises(ValueError, match="tokens from 0 on, got -100"):
         log_likelihood(om.SequenceLikelihood(Bigram()), x)
 
 

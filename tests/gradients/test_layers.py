@@ -41,7 +41,7 @@ def test_selection(layers: Layers, expected: list[str] | None) -> None:
         assert list(filter(selection(block(), layers), names)) == expected
 
 
-@pytest.mark.parametrize("name", ["unet", "gpt2"])
+@pytest.mark.parametrize("name", ["ddpm", "gpt2"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_selected_norms_are_those_among_all(name: str, granularity: Any) -> None:
     adapter, batch = model(name)()
@@ -56,7 +56,7 @@ def test_selected_norms_are_those_among_all(name: str, granularity: Any) -> None
 
 
 def test_selection_does_not_depend_on_what_was_scored_before() -> None:
-    adapter, batch = model("unet")()
+    adapter, batch = model("ddpm")()
     first = gradient_norms(adapter, batch, layers="conv_in.*")
     every = gradient_norms(adapter, batch)
     for key, norms in first.items():
@@ -199,7 +199,7 @@ def test_last_layers_are_the_end_of_a_forward_pass() -> None:
 
 
 def test_last_layers_of_a_unet_end_with_its_output() -> None:
-    adapter, batch = model("unet")()
+    adapter, batch = model("ddpm")()
     names = last_layers(adapter, batch, 4)
     ends = ["conv_norm_out.weight", "conv_norm_out.bias", "conv_out.weight", "conv_out.bias"]
     assert names == ends

@@ -145,7 +145,7 @@ def test_only_what_is_expected_is_left_to_the_loop(case: Model) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["conv2d", "unet", "attention", "gpt2", "tied", "weight-norm"])
+@pytest.mark.parametrize("name", ["conv2d", "ddpm", "attention", "gpt2", "tied", "weight-norm"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     adapter, batch = model(name)(dtype)
     weights = {k: v.double() for k, v in adapter.module.state_dict().items()}
@@ -227,7 +227,7 @@ def test_checkpointing_of_a_function_changes_nothing() -> None:
 @pytest.mark.parametrize("scored_before", [False, True])
 @pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
 def test_gradient_checkpointing_changes_nothing(scored_before: bool) -> None:
-    adapter, batch = model("unet")()
+    adapter, batch = model("ddpm")()
     expected = tensors(gradients(adapter, batch))
     if scored_before:
         gradient_norms(adapter, batch)

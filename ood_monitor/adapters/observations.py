@@ -1,0 +1,134 @@
+"""What a decoder's output says of the data: the observation models p(x|z) of autoencoders.
+
+Each has ``log_prob(x, decoded)``, the log-probability of every dimension, in nats, of the shape of
+x; your own may stand in their place.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Normal
+
+from ood_monitor.adapters.base import checked_range, describe
+
+__all__ = ["Bernoulli", "DiscretizedLogistic", "Gaussian", "Observation"]
+
+
+class Observation(Protocol):
+    """A density of x given what ``decode`` gave."""
+
+    def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
+        """Log-probability of each dimension, in nats, of the shape of x, (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent Normals around the decoded mean.
+
+    Attributes:
+        variance: Per dimension, in squared units of x, where ``decode`` gives the mean; or None
+            where it gives a pair (mean, log_variance) of its own.
+
+    Raises:
+        ValueError: The variance is not positive.
+    """
+
+    variance: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.variance is not None and not self.variance > 0:
+            raise ValueError(f"Expected a positive variance, got {self.variance}.")
+
+    def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
+        """As :meth:`Observation.log_prob`."""
+        if self.variance is None:
+            mean, log_variance = _pair(x, decoded, "log_variance")
+            sd = (0.5 * log_variance).exp()
+        else:
+            mean, sd = _like(x, decoded), torch.full_like(x, self.variance).sqrt()
+        normal = Normal(mean, sd, validate_args=False)
+        return normal.log_prob(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent coins whose logits ``decode`` gives; x in [0, 1].
+
+    Of values between 0 and 1 it is the expected log-probability of coins that show 1 so often.
+    """
+
+    def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
+        """As :meth:`Observation.log_prob`.
+
+        Raises:
+            ValueError: Values outside [0, 1].
+        """
+        checked_range(x, 0.0, 1.0, "a Bernoulli observation")
+        return -F.binary_cross_entropy_with_logits(_like(x, decoded), x, reduction="none")
+
+
+@dataclass(frozen=True)
+class DiscretizedLogistic:
+    """The mass that a logistic density puts on each of equally spaced values.
+
+    ``decode`` gives (mean, log_scale), in units of x; all mass beyond the ends is theirs.
+
+    Attributes:
+        bins: Number of values (256 for 8-bit images).
+        low: The smallest value.
+        high: The largest.
+
+    Raises:
+        ValueError: Fewer than 2 bins, or a range that is none.
+
+    References:
+        | PixelCNN++ (Salimans, Karpathy, Chen, Kingma, 2017)
+        | https://arxiv.org/abs/1701.05517
+    """
+
+    bins: int = 256
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.bins < 2 or not self.low < self.high:
+            raise ValueError(
+                f"Expected at least 2 bins between low < high, got {self.bins} between {self.low} "
+                f"and {self.high}."
+            )
+
+    def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
+        """As :meth:`Observation.log_prob`; the log-probability of a discrete value.
+
+        Raises:
+            ValueError: Values outside [low, high].
+        """
+        checked_range(x, self.low, self.high, f"{self.bins} bins")
+        mean, log_scale = _pair(x, decoded, "log_scale")
+        half = 0.5 * (self.high - self.low) / (self.bins - 1)
+        inverse_scale = (-log_scale).exp()
+        above = (x - mean + half) * inverse_scale
+        below = (x - mean - half) * inverse_scale
+        # The difference of two sigmoids as a product: nothing cancels far from the mean.
+        width = torch.log1p(-torch.exp(-2 * half * inverse_scale))
+        mass = F.logsigmoid(above) + F.logsigmoid(-below) + width
+        mass = torch.where(x < self.low + half, F.logsigmoid(above), mass)
+        return torch.where(x > self.high - half, F.logsigmoid(-below), mass)
+
+
+def _pair(x: Tensor, decoded: Any, second: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(decoded, list | tuple) or len(decoded) != 2:
+        raise ValueError(f"Expected `decode` to give (mean, {second}), got {describe(decoded)}.")
+    return _like(x, decoded[0]), _like(x, decoded[1])
+
+
+def _like(x: Tensor, decoded: Any) -> Tensor:
+    if not isinstance(decoded, Tensor) or decoded.shape != x.shape:
+        raise ValueError(
+            f"Expected `decode` to give the shape {tuple(x.shape)} of its input, got "
+            f"{describe(decoded)}."
+        )
+    return decoded

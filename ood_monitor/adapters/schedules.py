@@ -1,0 +1,126 @@
+r"""Noise schedules of diffusion and flow-matching models, as numbers of our own.
+
+A level t = 0, ..., T - 1 mixes data x with noise eps ~ N(0, I), the more noise the larger t:
+
+.. math:: x_t = \alpha_t x + \sigma_t \epsilon .
+
+Variance-preserving models have :math:`\alpha_t^2 = \bar\alpha_t`, :math:`\sigma_t^2 = 1 -
+\bar\alpha_t`; flow matching along straight lines has :math:`\alpha_t = 1 - \sigma_t`. A live
+scheduler is never used: after a pipeline's call its step index and its sigmas are that call's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ood_monitor.adapters.base import describe
+
+__all__ = ["NoiseSchedule"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The coefficients of each noise level, and what the network is told of it.
+
+    Attributes:
+        alpha: Of the data, shape (T,), float64, not increasing.
+        sigma: Of the noise, shape (T,), float64, not decreasing.
+        t: The time that the network is given at each level, shape (T,): integers for diffusion
+            models, real numbers for flow matching.
+        prediction_type: What a network on this schedule predicts unless it is said otherwise.
+
+    Raises:
+        ValueError: Shapes that differ, or levels that are not in order of their noise.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    t: Tensor
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(values.shape) for values in (self.alpha, self.sigma, self.t)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+            raise ValueError(f"Expected alpha, sigma and t of one shape (T,), got {shapes}.")
+        for name in ("alpha", "sigma"):
+            values = getattr(self, name).detach().to("cpu", torch.float64, copy=True)
+            object.__setattr__(self, name, values)
+        if (self.alpha.diff() > 0).any() or (self.sigma.diff() < 0).any() or self.sigma[0] < 0:
+            raise ValueError(
+                "Expected levels in order of their noise, alpha not increasing and sigma not "
+                f"decreasing, got alpha from {self.alpha[0]:.4g} to {self.alpha[-1]:.4g} and sigma "
+                f"from {self.sigma[0]:.4g} to {self.sigma[-1]:.4g}."
+            )
+
+    def __len__(self) -> int:
+        """T, the number of levels."""
+        return len(self.alpha)
+
+    @property
+    def snr(self) -> Tensor:
+        """The signal-to-noise ratio alpha^2 / sigma^2 of each level, shape (T,)."""
+        return (self.alpha / self.sigma).square()
+
+    @classmethod
+    def variance_preserving(cls, alphas_cumprod: Tensor) -> Self:
+        r"""Of the cumulative products :math:`\bar\alpha`, shape (T,).
+
+        Raises:
+            ValueError: They are not in [0, 1] or increase.
+        """
+        values = alphas_cumprod.detach().to("cpu", torch.float64)
+        if not (values.diff() <= 0).all() or not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(
+                "Expected cumulative products in [0, 1] that do not increase, got values from "
+                f"{values[0]:.4g} to {values[-1]:.4g}."
+            )
+        return cls(values.sqrt(), (1 - values).sqrt(), torch.arange(len(values)))
+
+    @classmethod
+    def flow(cls, steps: int = 1000, shift: float = 1.0) -> Self:
+        """Straight lines from data to noise, as the networks of SD3 and Flux were trained on.
+
+        Args:
+            steps: T; sigma is (t + 1) / T before the shift, and the network is given T sigma.
+            shift: Moves levels to more noise, sigma -> shift sigma / (1 + (shift - 1) sigma).
+
+        References:
+            Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
+            2024), https://arxiv.org/abs/2403.03206
+        """
+        sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return cls(1 - sigma, sigma, steps * sigma, "flow_prediction")
+
+    @classmethod
+    def of(cls, schedule: Any) -> "NoiseSchedule":
+        """The schedule of what users have: this, cumulative products, or a diffusers scheduler.
+
+        Raises:
+            ValueError: None of these.
+        """
+        if isinstance(schedule, NoiseSchedule):
+            return schedule
+        config: Mapping[str, Any] = getattr(schedule, "config", {})
+        if config.get("use_flow_sigmas") or (
+            hasattr(schedule, "scale_noise") and not hasattr(schedule, "alphas_cumprod")
+        ):
+            return cls.flow(config["num_train_timesteps"], _shift(config))
+        products = getattr(schedule, "alphas_cumprod", schedule)
+        if not isinstance(products, Tensor) or products.ndim != 1 or not len(products):
+            raise ValueError(
+                "Expected a schedule as a NoiseSchedule, a tensor of cumulative products (T,), or "
+                "a diffusers scheduler that is variance-preserving (`alphas_cumprod`) or for flow "
+                f"matching (`scale_noise`), got {describe(schedule)}."
+            )
+        return cls.variance_preserving(products)
+
+
+def _shift(config: Mapping[str, Any]) -> float:
+    """The fixed shift; one that depends on the image's size is the call's, not the schedule's."""
+    if config.get("use_dynamic_shifting"):
+        return 1.0
+    return float(config.get("shift") or config.get("flow_shift") or 1.0)

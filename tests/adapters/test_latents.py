@@ -1,0 +1,87 @@
+"""Latents against what a diffusers pipeline or training script makes of the same images."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ood_monitor as om
+
+
+def autoencoder(**options: Any) -> nn.Module:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        **options,
+    )
+
+
+def images(n: int = 3) -> Tensor:
+    return torch.rand(n, 3, 8, 8) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "shift", "scale"),
+    [({}, 0.0, 0.18215), ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 0.0609, 1.5305)],
+    ids=["stable diffusion", "sd3"],
+)
+def test_latents_are_the_mean_shifted_and_scaled(options: Any, shift: float, scale: float) -> None:
+    vae, x = autoencoder(**options).eval(), images()
+    with torch.no_grad():
+        expected = (vae.encode(x).latent_dist.mode() - shift) * scale  # type: ignore[operator]
+    torch.testing.assert_close(om.latent_mean(vae)(x), expected)
+
+
+def test_latents_per_channel() -> None:
+    mean, sd = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
+    vae = autoencoder(latents_mean=mean, latents_std=sd, scaling_factor=0.5).eval()
+    x = images()
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mode()  # type: ignore[operator]
+    expected = (z - torch.tensor(mean).view(-1, 1, 1)) * 0.5 / torch.tensor(sd).view(-1, 1, 1)
+    torch.testing.assert_close(om.latent_mean(vae)(x), expected)
+
+
+def test_a_deterministic_autoencoder_has_latents() -> None:
+    vae = diffusers.VQModel(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).eval()
+    x = images()
+    with torch.no_grad():
+        expected = vae.encode(x).latents * vae.config.scaling_factor
+    torch.testing.assert_close(om.latent_mean(vae)(x), expected)
+
+
+def test_latents_are_the_same_each_time_and_leave_no_trace() -> None:
+    vae, x = autoencoder().train(), images()
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in vae.state_dict().items()}
+    encode = om.latent_mean(vae)
+    first, second = encode(x), encode([x, "label"])
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert vae.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+def test_half_precision_autoencoder_takes_and_gives_the_images_precision() -> None:
+    vae = nn.Module.to(autoencoder(), torch.bfloat16)
+    assert om.latent_mean(vae)(images()).dtype == torch.float32
+
+
+def test_images_are_where_inputs_say() -> None:
+    vae, x = autoencoder(), images()
+    encode = om.latent_mean(vae, inputs=lambda batch: batch["pixel_values"])
+    assert torch.equal(encode({"pixel_values": x}), om.latent_mean(vae)(x))
+
+
+def test_an_encoder_without_latents_is_refused() -> None:
+    vae = nn.Linear(2, 2)
+    vae.encode = lambda x: SimpleNamespace(code=x)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"`latent_dist`, `latents` or `latent`, got SimpleN"):
+        om.latent_mean(vae)(images())
