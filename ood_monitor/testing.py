@@ -1,0 +1,195 @@
+r"""The contract of :class:`~ood_monitor.Adapter` as a test to call on an adapter of your own.
+
+Beyond what any adapter must keep, samples drawn from the model show whether its log-likelihood is
+in nats and normalised. For them the expected gradient is zero, and along directions v
+
+.. math:: E[(v^\top \nabla \log p)^2] = -E[v^\top \nabla^2 \log p \, v]
+
+(Bartlett's identities): a factor c, such as bits instead of nats or a mean instead of a sum, enters
+the left side as c squared and the right one as c.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    batch_size,
+    checked_terms,
+    map_tensors,
+    pieces,
+    tensors_in,
+)
+from ood_monitor.gradients import gradient_norms
+from ood_monitor.gradients.scoring import leaf_parameters, undisturbed
+
+__all__ = ["check_adapter"]
+
+#: Random directions and parts of the samples over which the identities are averaged, and the
+#: t-value that refutes them: of true ones, less than one in 1 000 is refused.
+_DIRECTIONS, _PARTS, _T = 16, 20, 4.0
+
+
+def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = None) -> None:
+    """Check that an adapter keeps what the gradient engine and the detector rest on.
+
+    Its terms are finite and of shape (B,), the same each time, whatever the global random state,
+    and of each sample the same alone, in the batch and in another order; some parameter has a
+    gradient, and all are finite; and computing them leaves no trace in the model, the batch or the
+    global random state.
+
+    Args:
+        adapter: The adapter.
+        batch: At least two different samples.
+        samples: 1 000 or so samples drawn from the model itself, to check that the terms add up to
+            its log-likelihood in nats. Not for lower bounds, nor for models that cannot be
+            differentiated twice.
+
+    Raises:
+        AssertionError: What it does not keep, in words.
+        ValueError: Fewer samples than that, or a batch that the adapter refuses.
+
+    Example:
+        >>> import ood_monitor as om
+        >>> flow = om.models.Glow(channels=1, size=4, steps=1, hidden=4)
+        >>> images = flow.sample(400, generator=torch.Generator().manual_seed(0))
+        >>> check_adapter(om.LogLikelihood(flow), images[:3], samples=images)
+    """
+    if batch_size(batch) < 2:
+        raise ValueError(f"Expected at least 2 samples, got {batch_size(batch)}.")
+    with undisturbed(adapter.module):
+        with _no_trace(adapter, batch):
+            terms = _terms(adapter, batch)
+        _check_values(adapter, batch, terms)
+    _check_gradients(gradient_norms(adapter, batch))
+    if samples is not None:
+        with undisturbed(adapter.module):
+            _check_nats(adapter, samples)
+
+
+def _terms(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
+    return {term: value.detach() for term, value in checked_terms(adapter, batch)}
+
+
+def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> None:
+    for term, value in terms.items():
+        if not value.isfinite().all():
+            raise AssertionError(f"Expected finite values of {term!r}, got {value.tolist()}.")
+    torch.rand(1)  # moves the global random state, which `undisturbed` puts back
+    _check_same("a second time", terms, _terms(adapter, batch))
+    first = map_tensors(lambda tensor: tensor[:1], batch)
+    _check_same("alone", _first(terms), _terms(adapter, first))
+    backwards = map_tensors(lambda tensor: tensor.flip(0), batch)
+    reversed_terms = {term: value.flip(0) for term, value in _terms(adapter, backwards).items()}
+    _check_same("in another order", terms, reversed_terms)
+
+
+def _first(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {term: value[:1] for term, value in terms.items()}
+
+
+def _check_same(how: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    if expected.keys() != found.keys():
+        raise AssertionError(f"Expected terms {list(expected)} {how}, got {list(found)}.")
+    for term, value in expected.items():
+        rtol = 1e3 * torch.finfo(value.dtype).eps
+        if not torch.allclose(found[term], value, rtol=rtol, atol=rtol * float(value.abs().max())):
+            raise AssertionError(
+                f"Expected {term!r} of a sample to be the same {how}, got {found[term].tolist()} "
+                f"instead of {value.tolist()}. Noise must come from a generator of the adapter's "
+                "own with a fixed seed, of the shape of one sample."
+            )
+
+
+def _check_gradients(norms: dict[str, Tensor]) -> None:
+    for name, value in norms.items():
+        if not value.isfinite().all():
+            raise AssertionError(f"Expected finite gradient norms of {name!r}, got {value}.")
+
+
+@contextmanager
+def _no_trace(adapter: Adapter, batch: Batch) -> Iterator[None]:
+    """Check that the block leaves all as it was."""
+    before = _state(adapter, batch)
+    yield
+    after = _state(adapter, batch)
+    changed = [name for name in before if not _equal(before[name], after.get(name))]
+    if changed or before.keys() != after.keys():
+        names = changed or sorted(before.keys() ^ after.keys())
+        raise AssertionError(f"Expected terms to leave no trace, got a change of {names}.")
+
+
+def _state(adapter: Adapter, batch: Batch) -> dict[str, Any]:
+    module = adapter.module
+    state: dict[str, Any] = {"the global random state": torch.get_rng_state()}
+    state |= {f"batch[{i}]": tensor.clone() for i, tensor in enumerate(tensors_in(batch))}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        state[name] = tensor.detach().clone()
+        state[f"{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
+    return state | {f"{n}.training": m.training for n, m in module.named_modules()}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return bool(a == b)
+
+
+def _check_nats(adapter: Adapter, samples: Batch) -> None:
+    """Check both identities by t-tests over parts of the samples."""
+    size = batch_size(samples)
+    if size < 20 * _PARTS:
+        raise ValueError(f"Expected at least {20 * _PARTS} samples of the model, got {size}.")
+    parts = list(pieces(samples, size // _PARTS))[:_PARTS]
+    slopes, squares, curvatures = np.stack([_along(adapter, part) for part in parts], -1)
+    if not np.abs(_t_value(slopes)).max() < _T + 2:  # the largest of as many as directions
+        raise AssertionError(
+            "Expected a gradient of zero on average over the model's samples, got one that differs "
+            f"by {np.abs(_t_value(slopes)).max():.1f} standard errors: this is not the "
+            "log-likelihood of the model that was sampled."
+        )
+    if not abs(_t_value((squares + curvatures).mean(0))) < _T:
+        raise AssertionError(
+            "Expected E[(v . gradient)^2] = -E[v . Hessian . v], as of log-likelihoods in nats, "
+            f"got {squares.mean():.4g} and {-curvatures.mean():.4g}: of log-likelihoods times a "
+            f"factor of {squares.mean() / -curvatures.mean():.3g}."
+        )
+
+
+def _along(adapter: Adapter, samples: Batch) -> np.ndarray:
+    """Means of v . gradient, of its square and of v . Hessian . v, shape (3, directions)."""
+    with leaf_parameters(adapter.module) as named, sdpa_kernel(SDPBackend.MATH):
+        leaves = list(named.values())
+        weights = torch.ones(batch_size(samples), requires_grad=True)
+        terms = checked_terms(adapter, samples)
+        total = torch.stack([(value * weights.to(value)).sum() for _, value in terms]).sum()
+        gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(_DIRECTIONS):
+            v = [torch.randn(p.shape, generator=generator).to(p) for p in leaves]
+            # Of weighted samples' total, so that its derivative by a weight is that sample's own.
+            (slope,) = torch.autograd.grad(_inner(gradients, v), weights, create_graph=True)
+            twice = torch.autograd.grad(slope.sum(), leaves, retain_graph=True, allow_unused=True)
+            curvature = _inner(twice, v) / len(weights)
+            found.append([slope.mean().item(), slope.square().mean().item(), curvature.item()])
+    return np.array(found).T
+
+
+def _inner(gradients: Sequence[Tensor | None], direction: list[Tensor]) -> Tensor:
+    pairs = zip(gradients, direction, strict=True)
+    return torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum()
+
+
+def _t_value(values: np.ndarray) -> np.ndarray:
+    """Of means over the last dimension, which is that of the parts."""
+    error = values.std(-1, ddof=1) / math.sqrt(values.shape[-1])
+    return np.asarray(values.mean(-1) / (error + np.finfo(float).tiny))

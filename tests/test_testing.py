@@ -1,0 +1,194 @@
+"""The contract: kept by every adapter here, and each way of breaking it is told apart."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import zuko
+from foreign_cases import FOREIGN
+from model_case import Model
+from torch import Tensor, nn
+
+import ood_monitor as om
+from ood_monitor.adapters.base import Batch
+from ood_monitor.testing import check_adapter
+
+
+class Custom(om.Adapter):
+    """A network with a term that a function gives."""
+
+    def __init__(self, term: Callable[["Custom", Tensor], Tensor]) -> None:
+        self.module, self._term, self.calls = nn.BatchNorm1d(3), term, 0
+        self.module.weight.data.fill_(0.5)
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        self.calls += 1
+        yield "log_likelihood", self._term(self, batch)
+
+
+def right(adapter: Custom, x: Tensor) -> Tensor:
+    return -0.5 * (adapter.module(x) - x).square().sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
+def test_every_adapter_keeps_the_contract(case: Model, dtype: torch.dtype) -> None:
+    check_adapter(*case(dtype))
+
+
+def test_the_examples_own_adapter_keeps_the_contract() -> None:
+    check_adapter(Custom(right), torch.randn(4, 3))
+
+
+def moves_random_state(adapter: Custom, x: Tensor) -> Tensor:
+    torch.rand(1)
+    return right(adapter, x)
+
+
+def writes_a_weight(adapter: Custom, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        adapter.module.bias.add_(1)
+    return right(adapter, x)
+
+
+def writes_a_buffer(adapter: Custom, x: Tensor) -> Tensor:
+    adapter.module.running_mean.add_(1)  # type: ignore[operator, union-attr]
+    return right(adapter, x)
+
+
+def leaves_a_gradient(adapter: Custom, x: Tensor) -> Tensor:
+    right(adapter, x).sum().backward()
+    return right(adapter, x)
+
+
+def trains(adapter: Custom, x: Tensor) -> Tensor:
+    adapter.module.train()
+    return right(adapter, x)
+
+
+BROKEN: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
+    "other noise each time": (
+        lambda a, x: right(
+            a, x + torch.randn(x.shape, generator=torch.Generator().manual_seed(a.calls))
+        ),
+        "'log_likelihood' of a sample to be the same a second time",
+    ),
+    "noise of the batch's shape": (
+        lambda a, x: right(a, x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))),
+        "the same in another order",
+    ),
+    "a value of the batch": (lambda a, x: right(a, x) / len(x), "the same alone"),
+    "samples that mix": (lambda a, x: right(a, x - x.mean(0)), "the same alone"),
+    "not finite": (lambda a, x: right(a, x) / 0, "finite values of 'log_likelihood'"),
+    "an infinite gradient": (
+        lambda a, x: right(a, x) + (a.module.weight - 0.5).clamp(min=0).sum().sqrt(),
+        "finite gradient norms of 'log_likelihood/",
+    ),
+    "no gradient": (lambda a, x: right(a, x).detach(), "depend on the parameters of BatchNorm1d"),
+    "a gradient of zero": (lambda a, x: 0 * right(a, x), "depend on the parameters of BatchNorm1d"),
+    "the global random state": (moves_random_state, r"no trace.*\['the global random state'\]"),
+    "a weight": (writes_a_weight, r"no trace, got a change of \['bias'\]"),
+    "a buffer": (writes_a_buffer, r"no trace, got a change of \['running_mean'\]"),
+    "a gradient left": (leaves_a_gradient, r"no trace.*'weight\.grad', 'bias\.grad'"),
+    "train mode": (trains, r"no trace.*training"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_the_contract_is_named(name: str) -> None:
+    term, message = BROKEN[name]
+    with pytest.raises((AssertionError, ValueError), match=message):
+        check_adapter(Custom(term), torch.randn(4, 3))
+
+
+def test_a_batch_that_is_written_into_is_named() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+    x = torch.randn(4, 3)
+
+    class Shares(Custom):
+        def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+            x.add_(1)  # the caller's own, not the copy that it was given
+            yield "log_likelihood", right(self, batch)
+
+    with pytest.raises(AssertionError, match=r"no trace, got a change of \['batch\[0\]'\]"):
+        check_adapter(Shares(right), x)
+
+
+def test_terms_that_come_and_go_are_named() -> None:
+    class Varies(Custom):
+        def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+            yield from super().log_likelihood(batch)
+            if len(batch) > 1:
+                yield "more", right(self, batch)
+
+    with pytest.raises(AssertionError, match=r"terms \['log_.*', 'more'\] alone, got \['log_like"):
+        check_adapter(Varies(right), torch.randn(4, 3))
+
+
+def test_a_single_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        check_adapter(Custom(right), torch.randn(1, 3))
+
+
+# Nats
+
+
+def flow() -> nn.Module:
+    return zuko.flows.MAF(features=3, transforms=2, hidden_features=(8,))
+
+
+def samples(flow: Any, n: int = 1000) -> Tensor:
+    with torch.no_grad():
+        return flow().sample((n,))  # type: ignore[no-any-return]
+
+
+def scaled(flow: nn.Module, factor: float) -> om.LogLikelihood:
+    return om.LogLikelihood(flow, lambda flow, x: factor * flow().log_prob(x))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_log_likelihood_in_nats_is_taken_for_it(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = flow()
+    x = samples(model)
+    check_adapter(om.LogLikelihood(model), x[:3], samples=x)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1 / 3])
+def test_other_units_are_named(factor: float) -> None:
+    model = flow()
+    x = samples(model)
+    with pytest.raises(AssertionError, match=r"in nats, got .* times a factor of \d"):
+        check_adapter(scaled(model, factor), x[:3], samples=x)
+
+
+def test_samples_of_another_model_are_named() -> None:
+    model = flow()
+    x = samples(model) + 0.5
+    with pytest.raises(AssertionError, match="not the log-likelihood of the model that was samp"):
+        check_adapter(om.LogLikelihood(model), x[:3], samples=x)
+
+
+def test_an_unnormalised_density_is_named() -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(3))
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            return -0.5 * (x * self.log_scale.exp()).square().sum(1)  # without its log-determinant
+
+    x = torch.randn(1000, 3)
+    with pytest.raises(AssertionError, match="gradient of zero on average"):
+        check_adapter(om.LogLikelihood(Energy()), x[:3], samples=x)
+
+
+def test_too_few_samples_of_the_model_are_refused() -> None:
+    model = flow()
+    with pytest.raises(ValueError, match="at least 400 samples of the model, got 399"):
+        check_adapter(om.LogLikelihood(model), torch.randn(3, 3), samples=samples(model, 399))
