@@ -1,10 +1,21 @@
 """Tells when a deep generative model is fed, or produces, something it never learned."""
 
 from ood_monitor import models
-from ood_monitor.adapters import ELBO, Adapter, DenoisingBound, LogLikelihood, SequenceLikelihood
+from ood_monitor.adapters import (
+    ELBO,
+    Adapter,
+    DenoisingBound,
+    LogLikelihood,
+    NoiseSchedule,
+    SequenceLikelihood,
+    latent_mean,
+    latents_and_log_det,
+    observations,
+)
 from ood_monitor.alerts import Alert, LoggingSink
 from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian
 from ood_monitor.detector import Detector, Scores
+from ood_monitor.diagnostics import Diagnosis, diagnose
 from ood_monitor.drift import EDetector
 from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
@@ -17,16 +28,22 @@ __all__ = [
     "Alert",
     "DenoisingBound",
     "Detector",
+    "Diagnosis",
     "DiagonalGaussian",
     "EDetector",
     "LogLikelihood",
     "LoggingSink",
     "Maximum",
     "Monitor",
+    "NoiseSchedule",
     "Scores",
     "SequenceLikelihood",
     "ShrunkGaussian",
+    "diagnose",
     "gradient_norms",
     "last_layers",
+    "latent_mean",
+    "latents_and_log_det",
     "models",
+    "observations",
 ]

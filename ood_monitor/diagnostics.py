@@ -1,0 +1,231 @@
+r"""Whether a model is fit to be watched, from held-out data alone.
+
+The method rests on a model that has converged: under the model's own samples
+:math:`E[\nabla_\theta \log p] = 0`, and what is left of a sample's gradient is its own. An
+undertrained or diverged model has a gradient that all samples share. Its share of a sample's
+squared gradient,
+
+.. math:: \rho_l = \frac{E[g_l(x) \cdot g_l(x')]}{E[\lVert g_l(x) \rVert^2]}
+
+for independent x and x', is 0 for a model that has converged on the data and 1 where all gradients
+are alike. Samples are taken from different batches, each with its own noise, since noise that two
+samples share is no flaw of the model.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    batch_size,
+    checked_terms,
+    map_tensors,
+    reseeded,
+)
+from ood_monitor.densities import Array, Density, Maximum
+from ood_monitor.features import LogNorms, table
+from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.norms import gradient_norms
+from ood_monitor.gradients.scoring import device_of, leaf_parameters, undisturbed
+
+__all__ = ["Diagnosis", "diagnose"]
+
+#: Beyond these a model or a fit is said to have a problem: rho in one of ten layers, shares of
+#: dead and of badly fitted features, and what a fit, or scores under other noise, should reach.
+_SHARED, _DEAD, _MISFITS, _KS, _NOISE = 0.2, 0.5, 0.2, 0.2, 0.5
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What held-out data say of a model and of the density of its gradient norms.
+
+    Attributes:
+        shared_gradient: rho of each parameter's gradient of the log-likelihood, at most 1, about 0
+            or slightly below for a model that has converged.
+        features: Number of features, "term/parameter".
+        dropped: Why features were left out, ``{feature: "constant", "dead" or "not finite"}``.
+        ks: Kolmogorov-Smirnov distance between the log norms of one half of the samples and a
+            Normal fitted to the other, by feature, in [0, 1].
+        noise_correlation: Rank correlation of the scores under two draws of the adapter's noise,
+            or None for an adapter without noise.
+        problems: What is wrong, in words; empty if nothing was found.
+    """
+
+    shared_gradient: dict[str, float]
+    features: int
+    dropped: dict[str, str]
+    ks: dict[str, float]
+    noise_correlation: float | None
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems) or "No problem found."
+
+
+def diagnose(
+    adapter: Adapter,
+    held_out: Iterable[Batch],
+    *,
+    layers: Layers = None,
+    density: Density | None = None,
+) -> Diagnosis:
+    """Look for what makes scores of a model worthless: before fitting a detector, or instead.
+
+    Costs about three training passes over the held-out data.
+
+    Args:
+        adapter: The model.
+        held_out: At least two batches of in-distribution samples that it was not trained on, 100
+            samples or more in all.
+        layers: Which parameters; all by default.
+        density: Of the log norms; the default of :class:`~ood_monitor.Detector` by default.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: Fewer than two batches, or too few samples to fit the density on.
+
+    Example:
+        >>> import ood_monitor as om
+        >>> flow = om.models.Glow(channels=1, size=4, steps=1, hidden=4)
+        >>> untrained_on = torch.rand(200, 1, 4, 4).split(50)
+        >>> diagnosis = diagnose(om.LogLikelihood(flow), untrained_on)
+        >>> print(diagnosis.problems[0].split(":")[0])
+        Undertrained or diverged
+    """
+    batches = list(held_out)
+    if len(batches) < 2:
+        raise ValueError(f"Expected at least two held-out batches, got {len(batches)}.")
+    shared = _shared_gradient(adapter, batches, layers)
+    names, norms = _norms(adapter, batches, layers)
+    log_norms = LogNorms.fit(names, norms, _precision(adapter))
+    features = log_norms(norms)
+    ks = dict(zip(log_norms.live_names, _ks(features), strict=True))
+    correlation = None
+    if hasattr(adapter, "seed"):
+        again = log_norms(_norms(_with_noise(adapter, 1), batches, layers)[1])
+        correlation = _score_correlation(density or Maximum(), features, again)
+    found = shared, len(names), log_norms.dropped, ks, correlation
+    return Diagnosis(*found, problems=tuple(_problems(*found)))
+
+
+def _precision(adapter: Adapter) -> float:
+    """The machine precision of the model."""
+    dtypes = (p.dtype for p in adapter.module.parameters() if p.is_floating_point())
+    return torch.finfo(next(dtypes)).eps
+
+
+class _Total(Adapter):
+    """The sum of an adapter's terms as one."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.module, self._adapter = adapter.module, adapter
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        values = [value for _, value in checked_terms(self._adapter, batch)]
+        yield "log_likelihood", torch.stack(values).sum(0)
+
+
+def _shared_gradient(adapter: Adapter, batches: list[Batch], layers: Layers) -> dict[str, float]:
+    """Rho by parameter, over pairs of samples from different batches."""
+    sums: dict[str, Tensor] = {}
+    within: defaultdict[str, float] = defaultdict(float)
+    squares: defaultdict[str, float] = defaultdict(float)
+    for i, batch in enumerate(batches):
+        total = _Total(_with_noise(adapter, i))
+        for name, gradient in _gradients_of_sum(total, batch, layers).items():
+            sums[name] = sums[name] + gradient if name in sums else gradient
+            within[name] += float(gradient.square().sum())
+        for key, values in gradient_norms(total, batch, layers=layers).items():
+            squares[key.split("/", 1)[1]] += float(values.double().sum())
+    sizes = np.array([batch_size(batch) for batch in batches])
+    pairs = sizes.sum() ** 2 - np.square(sizes).sum()
+    return {
+        name: (float(gradient.square().sum()) - within[name]) / pairs / squares[name] * sizes.sum()
+        for name, gradient in sums.items()
+        if squares[name] > 0
+    }
+
+
+def _with_noise(adapter: Adapter, i: int) -> Adapter:
+    """The adapter with its i-th noise, of which the first is its own."""
+    return reseeded(adapter, getattr(adapter, "seed", 0) + i) or adapter
+
+
+def _gradients_of_sum(total: _Total, batch: Batch, layers: Layers) -> dict[str, Tensor]:
+    """The gradient of the batch's log-likelihood by parameter, in double precision."""
+    selected, device = selection(total.module, layers), device_of(total.module)
+    with undisturbed(total.module), leaf_parameters(total.module) as named:
+        leaves = {name: leaf for name, leaf in named.items() if selected(name)}
+        ((_, values),) = total.log_likelihood(map_tensors(lambda t: t.to(device), batch))
+        found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    return {
+        name: gradient.double()
+        for name, gradient in zip(leaves, found, strict=True)
+        if gradient is not None
+    }
+
+
+def _norms(adapter: Adapter, batches: list[Batch], layers: Layers) -> tuple[tuple[str, ...], Array]:
+    """Names of the features, and the norms of all samples, (N, F)."""
+    tables = [table(gradient_norms(adapter, batch, layers=layers)) for batch in batches]
+    return tables[0][0], np.concatenate([norms for _, norms in tables])
+
+
+def _ks(features: Array) -> list[float]:
+    """Of each feature's later half to a Normal fitted to its earlier one."""
+    fit, rest = np.array_split(features, 2)
+    mean, sd = fit.mean(0), fit.std(0, ddof=1)
+    columns = ((rest - mean) / sd).T
+    return [float(stats.kstest(column, "norm").statistic) for column in columns]
+
+
+def _score_correlation(density: Density, features: Array, again: Array) -> float:
+    """Spearman's, of the later half's scores, each fitted on the earlier one with its own noise."""
+    scores = []
+    for values in (features, again):
+        fit, rest = np.array_split(values, 2)
+        scores.append(copy.deepcopy(density).fit(fit).score(rest))
+    return float(stats.spearmanr(*scores).statistic)
+
+
+def _problems(
+    shared: dict[str, float],
+    features: int,
+    dropped: dict[str, str],
+    ks: dict[str, float],
+    noise_correlation: float | None,
+) -> Iterator[str]:
+    upper = float(np.quantile(list(shared.values()), 0.9))
+    if upper > _SHARED:
+        yield (
+            f"Undertrained or diverged: in a tenth of the layers {upper:.0%} or more of a sample's "
+            f"squared gradient is shared by all samples (expected less than {_SHARED:.0%}): its "
+            "norm says more of the model than of the sample. Train on, or check the training."
+        )
+    for why, share in (("not finite", 0.0), ("dead", _DEAD)):
+        count = sum(reason == why for reason in dropped.values())
+        if count > share * features:
+            yield f"{count} of {features} features are {why}: check the model and its precision."
+    poor = [name for name, distance in ks.items() if distance > _KS]
+    if len(poor) > _MISFITS * len(ks):
+        yield (
+            f"The log norms of {len(poor)} of {len(ks)} features are not what a Normal fitted to "
+            f"the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
+            f"as {poor[0]!r}: the halves differ, or a heavy-tailed density would fit better."
+        )
+    if noise_correlation is not None and noise_correlation < _NOISE:
+        yield (
+            f"Scores depend on the noise: under another draw their rank correlation is "
+            f"{noise_correlation:.2f} (expected at least {_NOISE}). Use more draws, or other noise "
+            "levels."
+        )
