@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def test_there_are_snippets_for_each_way_to_use_it() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
 
 
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
