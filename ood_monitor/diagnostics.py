@@ -40,7 +40,7 @@ __all__ = ["Diagnosis", "diagnose"]
 
 #: Beyond these a model or a fit is said to have a problem: rho in one of ten layers, shares of
 #: dead and of badly fitted features, and what a fit, or scores under other noise, should reach.
-_SHARED, _DEAD, _MISFITS, _KS, _NOISE = 0.2, 0.5, 0.2, 0.2, 0.5
+_SHARED, _DEAD, _MISFITS, _KS, _NOISE = 0.2, 0.5, 0.2, 0.2, 0.2
 
 
 @dataclass(frozen=True)

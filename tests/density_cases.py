@@ -4,12 +4,29 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ood_monitor.densities import Array, Density, DiagonalGaussian, Maximum, ShrunkGaussian
+from ood_monitor.densities import (
+    Array,
+    Density,
+    DiagonalGaussian,
+    FisherCombination,
+    Maximum,
+    PrincipalGaussian,
+    ShrunkGaussian,
+    StudentT,
+)
 
 #: A density is added to all contract checks by a line here.
 DENSITIES: dict[str, Callable[[], Density]] = {
     "DiagonalGaussian": DiagonalGaussian,
+    "StudentT": StudentT,
+    "FisherCombination": FisherCombination,
     "ShrunkGaussian": ShrunkGaussian,
+    "ShrunkGaussian-oas": lambda: ShrunkGaussian("oas"),
+    "ShrunkGaussian-leave-one-out": lambda: ShrunkGaussian("leave_one_out"),
+    "ShrunkGaussian-half": lambda: ShrunkGaussian(0.5),
+    "PrincipalGaussian": PrincipalGaussian,
+    "PrincipalGaussian-half": lambda: PrincipalGaussian(0.5),
+    "StudentT-light": lambda: StudentT(5.0),
     "Maximum": Maximum,
     "Maximum-3": lambda: Maximum(folds=3),
 }

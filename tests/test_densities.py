@@ -6,12 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from density_cases import DENSITIES, FEATURES, correlated, independent
-from scipy.stats import multivariate_normal, spearmanr
-from sklearn.covariance import LedoitWolf
+from density_cases import DENSITIES, FEATURES, correlated, independent, wide
+from scipy.stats import combine_pvalues, multivariate_normal, norm, spearmanr, t
+from sklearn.covariance import LedoitWolf, ledoit_wolf, oas
+from sklearn.decomposition import PCA
 
 from ood_monitor import densities
-from ood_monitor.densities import Array, Density, DiagonalGaussian, Maximum, ShrunkGaussian
+from ood_monitor.densities import (
+    Array,
+    Density,
+    DiagonalGaussian,
+    FisherCombination,
+    Maximum,
+    PrincipalGaussian,
+    ShrunkGaussian,
+    StudentT,
+)
 
 every_density = pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
 every_kind = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
@@ -321,3 +331,105 @@ def test_fit_is_as_before_after_a_refusal(make: Make) -> None:
 def test_maximum_needs_two_folds(folds: int) -> None:
     with pytest.raises(ValueError, match="fold"):
         Maximum(folds)
+
+
+# The relatives
+
+
+@every_kind
+@pytest.mark.parametrize("rule", ["ledoit_wolf", "oas", "leave_one_out", 0.3])
+def test_shrunk_gaussian_is_a_normal_with_the_shrunk_covariance(
+    features: Features, rule: Any
+) -> None:
+    fit, new = features(50), features(20, seed=1)
+    density = ShrunkGaussian(rule).fit(fit)
+    mean, sd = fit.mean(0), fit.std(0, ddof=1)
+    z = (fit - mean) / sd
+    amounts = {
+        "ledoit_wolf": lambda: ledoit_wolf(z, assume_centered=True)[1],
+        "oas": lambda: oas(z, assume_centered=True)[1],
+        "leave_one_out": lambda: likeliest_shrinkage(z),
+        0.3: lambda: 0.3,
+    }
+    amount = max(amounts[rule](), 1e-4)
+    covariance = z.T @ z / len(z)
+    target = np.trace(covariance) / z.shape[1] * np.eye(z.shape[1])
+    shrunk = (1 - amount) * covariance + amount * target
+    normal = multivariate_normal(mean, shrunk * np.outer(sd, sd))
+    np.testing.assert_allclose(density.score(new), -normal.logpdf(new), rtol=1e-7)
+
+
+def likeliest_shrinkage(z: Array) -> float:
+    """By fits to all samples but one, one after the other."""
+
+    def log_likelihood(amount: float) -> float:
+        target = np.mean(z**2) * np.eye(z.shape[1])
+        total = 0.0
+        for i in range(len(z)):
+            others = np.delete(z, i, 0)
+            covariance = (1 - amount) * others.T @ others / len(others) + amount * target
+            total += multivariate_normal(np.zeros(z.shape[1]), covariance).logpdf(z[i])
+        return total
+
+    return float(max(np.logspace(-4, 0, 41), key=log_likelihood))
+
+
+@pytest.mark.parametrize("features", [correlated, wide], ids=["correlated", "wide"])
+def test_principal_gaussian_is_probabilistic_pca(features: Features) -> None:
+    fit, new = features(50), features(20, seed=1)
+    mean, sd = fit.mean(0), fit.std(0, ddof=1)
+    density = PrincipalGaussian(0.6).fit(fit)
+    kept = len(density.state()["axes"])
+    pca = PCA(kept).fit((fit - mean) / sd)
+    found, expected = density.score(new), -pca.score_samples((new - mean) / sd)
+    # Scikit-learn divides by n - 1, and so does not quite give the same distance.
+    assert spearmanr(found, expected).statistic > 0.99
+    assert pca.explained_variance_ratio_.sum() >= 0.6 > pca.explained_variance_ratio_[:-1].sum()
+
+
+def test_student_t_is_the_law_with_the_sample_variance_and_kurtosis() -> None:
+    generator = np.random.default_rng(0)
+    fit = generator.standard_t(8, size=(200_000, 1)) * 3 + 1
+    state = StudentT().fit(fit).state()
+    assert state["dof"][0] == pytest.approx(8, rel=0.2)
+    assert state["scale"][0] == pytest.approx(3, rel=0.05)
+    new = np.array([[-4.0], [1.0], [30.0]])
+    expected = -t.logpdf(new, state["dof"], state["mean"], state["scale"]).sum(1)
+    np.testing.assert_allclose(StudentT().fit(fit).score(new), expected)
+
+
+def test_student_t_without_heavy_tails_is_the_papers_score() -> None:
+    fit = np.random.default_rng(0).uniform(size=(500, 3))
+    new = np.random.default_rng(1).uniform(size=(20, 3))
+    found, expected = StudentT(1e9).fit(fit).score(new), DiagonalGaussian().fit(fit).score(new)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_fishers_combination_is_scipys() -> None:
+    fit, new = independent(50), independent(20, seed=1)
+    z = (new - fit.mean(0)) / fit.std(0, ddof=1)
+    expected = [combine_pvalues(2 * norm.sf(np.abs(row))).statistic for row in z]
+    np.testing.assert_allclose(FisherCombination().fit(fit).score(new), expected)
+
+
+def test_a_wide_density_is_stored_by_its_axes() -> None:
+    fit = np.random.default_rng(0).normal(size=(40, 3000))
+    state = ShrunkGaussian().fit(fit).state()
+    assert sum(value.size for value in state.values()) < 50 * 3000
+
+
+@pytest.mark.parametrize("rule", ["ledoit-wolf", 0.0, 1.5, -1])
+def test_unknown_shrinkage_lists_the_known(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"'oas', 'leave_one_out'\) or in \(0, 1\], got "):
+        ShrunkGaussian(rule)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 2.0])
+def test_principal_share_is_between_zero_and_one(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"share in \(0, 1\), got {share}"):
+        PrincipalGaussian(share)
+
+
+def test_degrees_of_freedom_leave_a_kurtosis() -> None:
+    with pytest.raises(ValueError, match=r"largest_dof above 4, got 4\.0"):
+        StudentT(4.0)
