@@ -3,11 +3,11 @@
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe, tens
 from ood_monitor.calibration import (
     MINIMUM_SCORES,
     ConformalPValue,
+    GroupedPValue,
     autocorrelation_bound,
     lag1_autocorrelation,
 )
@@ -27,7 +28,10 @@ from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
 
-__all__ = ["Detector", "Scores"]
+__all__ = ["Detector", "Groups", "Scores"]
+
+#: Gives the group of each sample of a batch.
+Groups: TypeAlias = Callable[[Batch], Tensor | Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Measured:
     names: tuple[str, ...]
     norms: Array
     samples: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 class Detector:
@@ -75,6 +80,10 @@ class Detector:
         chunk_size: Samples per pass, to bound memory.
         calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
         seed: Of the random split into fit and calibration samples.
+        groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
+            its class, prompt class, tenant. P-values are then within groups; the drift test looks
+            at the whole stream. See :class:`~ood_monitor.calibration.GroupedPValue`.
+        minimum_group: The fewest calibration samples that make a group of its own.
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1.
@@ -100,6 +109,8 @@ class Detector:
         chunk_size: int | None = None,
         calibration_fraction: float = 0.5,
         seed: int = 0,
+        groups: Groups | None = None,
+        minimum_group: int = 100,
     ) -> None:
         if not 0 < calibration_fraction < 1:
             raise ValueError(
@@ -110,6 +121,7 @@ class Detector:
         # Python's own numbers, since these go into a file.
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
+        self.groups, self.minimum_group = groups, operator.index(minimum_group)
         self._density = Maximum() if density is None else density
         self._fitted: Fitted | None = None
 
@@ -186,7 +198,7 @@ class Detector:
         logs, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
-            p_value=torch.from_numpy(fitted.calibration.p_value(score)),
+            p_value=torch.from_numpy(_p_value(fitted, score, measured.groups)),
             log_likelihood=torch.from_numpy(measured.log_likelihood),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
@@ -214,22 +226,30 @@ class Detector:
         self.fitted.save(Path(directory), self._options())
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str], adapter: Adapter) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        adapter: Adapter,
+        *,
+        groups: Groups | None = None,
+    ) -> Self:
         """Read what :meth:`save_pretrained` wrote.
 
         Args:
             directory: The folder.
             adapter: The model that the detector was fitted on.
+            groups: What gave the groups, if it was fitted with any.
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A damaged file, a newer format, or a model with other layers.
+            ValueError: A damaged file, a newer format, a model with other layers, or groups where
+                there were none, or none where there were.
 
         Warns:
             UserWarning: The model's weights are not those that the detector was fitted on, so the
                 calibration is stale.
         """
-        return cls._restored(*Fitted.load(Path(directory)), adapter)
+        return cls._restored(*Fitted.load(Path(directory)), adapter, groups)
 
     def state_dict(self) -> dict[str, str | bytes]:
         """What :meth:`save_pretrained` writes, as primitives for a checkpoint.
@@ -242,7 +262,9 @@ class Detector:
         return {"config": config, "tensors": tensors}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], adapter: Adapter) -> Self:
+    def from_state_dict(
+        cls, state: Mapping[str, Any], adapter: Adapter, *, groups: Groups | None = None
+    ) -> Self:
         """The detector whose :meth:`state_dict` this is; see :meth:`from_pretrained`.
 
         Raises:
@@ -251,10 +273,19 @@ class Detector:
         missing = sorted({"config", "tensors"} - state.keys())
         if missing:
             raise ValueError(f"Expected the state of a detector, got one without {missing}.")
-        return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter)
+        return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter, groups)
 
     @classmethod
-    def _restored(cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter) -> Self:
+    def _restored(
+        cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter, groups: Groups | None
+    ) -> Self:
+        if (fitted.grouped is None) != (groups is None):
+            was, given = (
+                "with" if it is not None else "without" for it in (fitted.grouped, groups)
+            )
+            raise ValueError(
+                f"Expected `groups` as the detector was fitted, {was} groups, got it {given}."
+            )
         _check_layers(fitted.parameters, _parameters(adapter, options.get("layers")))
         if digest(adapter.module) != fitted.model:
             warnings.warn(
@@ -262,14 +293,17 @@ class Detector:
                 f"has {digest(adapter.module)}. Fit it again on held-out data.",
                 stacklevel=3,
             )
-        detector = cls(adapter, density=fitted.density, **options)
+        detector = cls(adapter, density=fitted.density, groups=groups, **options)
         detector._fitted = fitted
         return detector
 
     def _options(self) -> dict[str, Any]:
         if callable(self.layers):
             raise ValueError("Expected layers as name patterns to save, got a function.")
-        names = ("layers", "granularity", "chunk_size", "calibration_fraction", "seed")
+        names = (
+            *("layers", "granularity", "chunk_size"),
+            *("calibration_fraction", "seed", "minimum_group"),
+        )
         return {name: getattr(self, name) for name in names}
 
     def _measure(self, batch: Batch) -> _Measured:
@@ -282,7 +316,8 @@ class Detector:
         )
         names, norms = table(result.norms)
         terms = [value.double().cpu().numpy() for value in result.log_likelihood.values()]
-        return _Measured(np.sum(terms, axis=0), names, norms, _samples(batch))
+        groups = () if self.groups is None else _named(self.groups(batch), len(norms))
+        return _Measured(np.sum(terms, axis=0), names, norms, _samples(batch), groups)
 
     def _fit(self, measured: _Measured) -> Fitted:
         fit, calibrate = self._split(len(measured.norms))
@@ -308,7 +343,16 @@ class Detector:
             model=digest(self.adapter.module),
             dtype=str(dtype),
             fit_count=int(fit.sum()),
+            grouped=self._grouped(scores, measured.groups, calibrate),
         )
+
+    def _grouped(
+        self, scores: Array, groups: tuple[str, ...], calibrate: np.ndarray
+    ) -> GroupedPValue | None:
+        if self.groups is None:
+            return None
+        chosen = tuple(groups[i] for i in np.flatnonzero(calibrate))
+        return GroupedPValue(scores, chosen, self.minimum_group)
 
     def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Disjoint masks (N,): a random part to fit on, and the rest, in order, to calibrate."""
@@ -334,7 +378,22 @@ def _together(parts: list[_Measured]) -> _Measured:
         parts[0].names,
         np.concatenate([part.norms for part in parts]),
         kinds.pop() if len(kinds) == 1 else (),
+        tuple(group for part in parts for group in part.groups),
     )
+
+
+def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:
+    """Groups as text, which a file can hold."""
+    values = groups.tolist() if isinstance(groups, Tensor) else groups
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        raise ValueError(f"Expected one group for each of {count} samples, got {values!r}.")
+    return tuple(map(str, values))
+
+
+def _p_value(fitted: Fitted, score: Array, groups: tuple[str, ...]) -> Array:
+    if fitted.grouped is None:
+        return fitted.calibration.p_value(score)
+    return fitted.grouped.p_value(score, groups)
 
 
 def _samples(batch: Batch) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import nn, uint8
 
-from ood_monitor.calibration import ConformalPValue
+from ood_monitor.calibration import ConformalPValue, GroupedPValue
 from ood_monitor.densities import DENSITIES, Array, Density
 from ood_monitor.features import LogNorms
 
@@ -41,6 +41,7 @@ class Fitted:
         model: Digest of the weights, persistent buffers included.
         dtype: Floating-point type of the weights.
         fit_count: Samples that the density was fitted on.
+        grouped: Scores of the calibration samples by group, if these were told apart.
     """
 
     log_norms: LogNorms
@@ -55,6 +56,7 @@ class Fitted:
     model: str
     dtype: str
     fit_count: int
+    grouped: GroupedPValue | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +94,9 @@ class Fitted:
             "fingerprint": self.fingerprint,
             "options": options,
         }
+        if self.grouped is not None:
+            config["groups"] = list(self.grouped.groups)
+            config["minimum_group"] = self.grouped.minimum
         tensors = save(self._arrays())
         config["checksum"] = _checksum(config, tensors)
         return json.dumps(config, indent=2) + "\n", tensors
@@ -139,6 +144,8 @@ class Fitted:
             "layer_mean": self.layer_mean,
             "layer_sd": self.layer_sd,
         }
+        if self.grouped is not None:
+            arrays["grouped"] = self.grouped.scores
         return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
     @classmethod
@@ -164,7 +171,15 @@ class Fitted:
             model=str(config["model"]),
             dtype=str(config["dtype"]),
             fit_count=int(config["fit_count"]),
+            grouped=_grouped(config, arrays),
         )
+
+
+def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPValue | None:
+    if "groups" not in config:
+        return None
+    groups = tuple(map(str, config["groups"]))
+    return GroupedPValue(arrays["grouped"], groups, int(config["minimum_group"]))
 
 
 def digest(module: nn.Module) -> str:

@@ -124,7 +124,7 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         fitted = detector.fitted
-        fitted.calibration.check_fpr(fpr)
+        (fitted.grouped or fitted.calibration).check_fpr(fpr)
         if recovery < 1 or summary_every < 1:
             raise ValueError(
                 "Expected recovery and summary_every of at least 1, got "
