@@ -19,6 +19,7 @@ from ood_monitor.diagnostics import Diagnosis, diagnose
 from ood_monitor.drift import EDetector
 from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
+from ood_monitor.training import TrainingStream
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Scores",
     "SequenceLikelihood",
     "ShrunkGaussian",
+    "TrainingStream",
     "diagnose",
     "gradient_norms",
     "last_layers",

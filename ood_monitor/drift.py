@@ -38,6 +38,8 @@ The promise holds if
   (:func:`ood_monitor.calibration.lag1_autocorrelation`), and if it is there, test units that are
   independent (a request, a user), or every k-th sample.
 
+Several workers each run a stream of their own; :func:`pooled_log_e_value` is their common test.
+
 References:
     | E-detectors: a nonparametric framework for sequential change detection
       (Jaehyeok Shin, Aaditya Ramdas, Alessandro Rinaldo, 2022)
@@ -56,7 +58,7 @@ import hashlib
 import math
 import sys
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -375,6 +377,79 @@ class EDetector:
             weights=_triple(state["weights"]),
             n=n,
         )
+
+
+def pooled_log_e_value(log_e_values: Iterable[float]) -> float:
+    r"""Returns the log of the mean e-value of several workers, each with a stream of its own.
+
+    An average of e-detectors is one: alarming when it is at least ``log(ert)`` promises ``ert``
+    samples a worker, on average over workers, to a false alarm. It sees at once what they see
+    together, where each alone would still wait.
+
+    Args:
+        log_e_values: Each worker's latest :attr:`Evidence.log_e_value`, in nats; -inf before its
+            first sample.
+
+    Returns:
+        The log of their mean, in nats.
+
+    Raises:
+        ValueError: If there is none, or one is nan.
+    """
+    values = np.array(list(log_e_values), dtype=np.float64)
+    if not len(values) or np.isnan(values).any():
+        raise ValueError(f"Expected log e-values of at least one worker, got {values.tolist()}.")
+    return float(np.logaddexp.reduce(values) - math.log(len(values)))
+
+
+def expected_delay(
+    calibration_scores: ArrayLike,
+    *,
+    ert: float,
+    contamination: float = 0.05,
+    shift: float = 3.0,
+    runs: int = 50,
+    horizon: int = 2000,
+    seed: int = 0,
+) -> float:
+    """Returns how many samples it takes to see a contamination, from held-out scores alone.
+
+    Streams are drawn from the calibration scores with replacement, and a share of their samples is
+    moved up, from the first one on. It is the test's power for this calibration set; the stream's
+    own noise is in it, the calibration set's is not.
+
+    Args:
+        calibration_scores: Scores of in-distribution data, with shape (m,).
+        ert: The expected run time to a false alarm, in samples.
+        contamination: The share of samples that are moved, in (0, 1].
+        shift: By how much, in standard deviations of the calibration scores.
+        runs: Number of streams.
+        horizon: Samples after which a stream counts as not seen.
+        seed: The seed of the streams.
+
+    Returns:
+        The median number of samples to the alarm; infinite if most streams have none.
+
+    Raises:
+        ValueError: If the contamination is not in (0, 1], or :class:`EDetector` refuses the rest.
+
+    Example:
+        >>> scores = np.random.default_rng(0).normal(size=500)
+        >>> 20 < expected_delay(scores, ert=10_000, contamination=0.2, runs=9) < 60
+        True
+    """
+    if not 0 < contamination <= 1:
+        raise ValueError(f"Expected a contamination in (0, 1], got {contamination}.")
+    scores = check_scores(calibration_scores)
+    generator = np.random.default_rng(seed)
+    delays = []
+    for run in range(runs):
+        stream = generator.choice(scores, horizon)
+        stream += shift * scores.std(ddof=1) * (generator.uniform(size=horizon) < contamination)
+        detector = EDetector(scores, ert=ert, seed=run)
+        alarms = (i for i, score in enumerate(stream, 1) if detector.update(score).alarm)
+        delays.append(next(alarms, math.inf))
+    return float(np.median(delays))
 
 
 def _triple(values: Sequence[float]) -> Triple:

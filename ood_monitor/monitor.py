@@ -1,6 +1,7 @@
 """The monitor: a detector on a stream. It decides, remembers, and tells the sinks."""
 
 import copy
+import logging
 import math
 import threading
 from collections import deque
@@ -25,7 +26,11 @@ from ood_monitor.alerts import (
     Status,
     Summary,
 )
-from ood_monitor.calibration import binomial_interval
+from ood_monitor.calibration import (
+    autocorrelation_bound,
+    binomial_interval,
+    lag1_autocorrelation,
+)
 from ood_monitor.densities import Array
 from ood_monitor.detector import Detector, Scores
 from ood_monitor.drift import EDetector, Evidence
@@ -33,11 +38,16 @@ from ood_monitor.gradients.norms import finite_samples
 
 __all__ = ["Monitor"]
 
+_log = logging.getLogger(__name__)
+
 #: Version of :meth:`Monitor.state_dict`.
 _STATE_FORMAT = 1
 
 #: Scores of the episode that the running figures cover, and samples that the layers' means do.
 _RECENT_SCORES, _RECENT_LAYERS = 1000, 50
+
+#: Scores that neighbours are compared in, and how sure a warning of them is: it is looked at often.
+_SCORES_TO_CORRELATE, _CONFIDENCE = 200, 1 - 1e-6
 
 #: What an infinite part of a score counts as, so that means and shares of layers stay finite.
 _LARGEST_PART = 1e100
@@ -93,6 +103,9 @@ class Monitor:
         name: The stream's name in alerts.
         recovery: Samples without an alarm after which the stream counts as recovered.
         summary_every: Samples between running figures for sinks that show them.
+        thin: Every how many samples one goes into the drift test, for streams whose neighbours are
+            alike; ``ert`` then counts these. A stream in control that shows such neighbours is
+            warned of in the log, once.
         seed: Of the drift test's tie-breakers.
 
     Raises:
@@ -121,19 +134,21 @@ class Monitor:
         name: str = "stream",
         recovery: int = 500,
         summary_every: int = 100,
+        thin: int = 1,
         seed: int = 0,
     ) -> None:
         fitted = detector.fitted
         (fitted.grouped or fitted.calibration).check_fpr(fpr)
-        if recovery < 1 or summary_every < 1:
+        if min(recovery, summary_every, thin) < 1:
             raise ValueError(
-                "Expected recovery and summary_every of at least 1, got "
-                f"{recovery} and {summary_every}."
+                "Expected recovery, summary_every and thin of at least 1, got "
+                f"{recovery}, {summary_every} and {thin}."
             )
         # A copy, so that the baseline stays what it is if the detector is fitted again.
         self.detector = copy.copy(detector)
         self.fpr, self.ert, self.name = fpr, float(ert), name
-        self._recovery, self._summary_every = recovery, summary_every
+        self._recovery, self._summary_every, self._thin = recovery, summary_every, thin
+        self._warned = False
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
         self._state = _State()
         self._dispatcher = Dispatcher(sinks)
@@ -266,13 +281,14 @@ class Monitor:
     def _take(self, row: "_Row") -> list[Alert]:
         """One valid sample: the drift test, the figures, and what follows from them."""
         state = self._state
-        evidence = self._drift.update(row.score)
-        state.log_e_value = evidence.log_e_value
         state.episode.add(row.score, row.p_value <= self.fpr, row.layers)
         state.quiet += 1
         state.valid_run = None if state.valid_run is None else state.valid_run + 1
-        if evidence.alarm:
-            return self._alarm(evidence)
+        if (state.samples_seen - state.invalid - 1) % self._thin == 0:
+            evidence = self._drift.update(row.score)
+            state.log_e_value = evidence.log_e_value
+            if evidence.alarm:
+                return self._alarm(evidence)
         if state.status != "OK" and state.quiet >= self._recovery:
             return self._recover()
         return []
@@ -347,6 +363,7 @@ class Monitor:
     def _maybe_summarise(self) -> None:
         if self._state.samples_seen % self._summary_every:
             return
+        self._maybe_warn_of_neighbours()
         evidence = self._evidence()
         self._dispatcher.summarise(
             Summary(
@@ -360,6 +377,24 @@ class Monitor:
                 invalid={"not scored": self._state.invalid},
             )
         )
+
+    def _maybe_warn_of_neighbours(self) -> None:
+        # A drift, too, makes neighbours alike: only a stream in control tells.
+        tested = list(self._state.episode.scores)[:: self._thin]
+        if self._warned or self._state.status == "ALERT" or len(tested) < _SCORES_TO_CORRELATE:
+            return
+        finite = np.clip(tested, -_LARGEST_PART, _LARGEST_PART)
+        found, bound = lag1_autocorrelation(finite), autocorrelation_bound(len(tested), _CONFIDENCE)
+        if found > bound:
+            self._warned = True
+            _log.warning(
+                "Neighbouring scores of stream %r are correlated (%.2f, expected at most %.2f): "
+                "drift alarms come more often than promised. Pass `thin=`, or one sample of each "
+                "independent unit (a request, a user).",
+                self.name,
+                found,
+                bound,
+            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The drift test against loops, integrals, linear-space recursions and simulation."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.stats import kstest
 
+from ood_monitor import drift
 from ood_monitor.calibration import autocorrelation_bound, lag1_autocorrelation
 from ood_monitor.drift import (
     JUMP,
@@ -488,3 +490,78 @@ def test_refuses_max_history(max_history: int) -> None:
 def test_refuses_calibration_scores(scores: NDArray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EDetector(scores, ert=1000)
+
+
+# Several workers
+
+
+def test_pooled_e_value_is_the_mean_of_e_values() -> None:
+    logs = np.log([1.0, 5.0, 0.3])
+    assert drift.pooled_log_e_value(logs) == pytest.approx(np.log(6.3 / 3))
+    assert drift.pooled_log_e_value([-math.inf, math.log(4.0)]) == pytest.approx(math.log(2.0))
+    assert drift.pooled_log_e_value([2000.0, 0.0]) == pytest.approx(2000.0 - math.log(2))
+
+
+@pytest.mark.parametrize("values", [[], [0.0, math.nan]])
+def test_no_worker_or_nan_is_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="log e-values of at least one worker, got"):
+        drift.pooled_log_e_value(values)
+
+
+def pooled_run(seed: int, ert: float, shift: float = 0.0, workers: int = 3) -> int:
+    """Samples of each worker to the common alarm, one calibration set and a stream for each."""
+    generator = np.random.default_rng(seed)
+    calibration = generator.normal(size=200)
+    detectors = [EDetector(calibration, ert=ert, seed=i) for i in range(workers)]
+    for n in itertools.count(1):
+        logs = [d.update(generator.normal(shift)).log_e_value for d in detectors]
+        if drift.pooled_log_e_value(logs) >= math.log(ert) or n == 20 * ert:
+            return n
+    raise AssertionError
+
+
+def test_workers_keep_the_promise_together() -> None:
+    runs = np.array([pooled_run(seed, ert=60) for seed in range(60)])
+    assert runs.mean() > 60 - 3 * runs.std() / math.sqrt(60)
+
+
+def test_workers_see_together_what_each_would_see_later() -> None:
+    together = [pooled_run(seed, ert=1000, shift=0.8) for seed in range(15)]
+    alone = [pooled_run(seed, ert=1000, shift=0.8, workers=1) for seed in range(15)]
+    assert np.median(together) <= np.median(alone)
+
+
+# Power
+
+
+def test_expected_delay_falls_with_what_there_is_to_see() -> None:
+    scores = np.random.default_rng(0).normal(size=300)
+    delays = [
+        drift.expected_delay(scores, ert=1000, contamination=c, shift=s, runs=15)
+        for c, s in ((0.05, 3.0), (0.2, 3.0), (1.0, 3.0))
+    ]
+    assert delays[0] > delays[1] > delays[2] > 0
+
+
+def test_what_is_not_seen_within_the_horizon_takes_forever() -> None:
+    scores = np.random.default_rng(0).normal(size=300)
+    assert drift.expected_delay(scores, ert=1e6, shift=0.0, runs=5, horizon=50) == math.inf
+
+
+def test_expected_delay_is_about_what_streams_of_the_same_law_take() -> None:
+    generator = np.random.default_rng(1)
+    delays = []
+    for seed in range(31):
+        detector = EDetector(generator.normal(size=500), ert=1000, seed=seed)
+        moved = generator.normal(size=2000) + 3 * (generator.uniform(size=2000) < 0.1)
+        delays.append(next(i for i, s in enumerate(moved, 1) if detector.update(s).alarm))
+    expected = drift.expected_delay(
+        generator.normal(size=500), ert=1000, contamination=0.1, runs=31
+    )
+    assert 0.4 < expected / np.median(delays) < 2.5
+
+
+@pytest.mark.parametrize("contamination", [0.0, 1.5, -0.1])
+def test_a_contamination_is_a_share(contamination: float) -> None:
+    with pytest.raises(ValueError, match=rf"contamination in \(0, 1\], got {contamination}"):
+        drift.expected_delay(np.arange(50.0), ert=100, contamination=contamination)

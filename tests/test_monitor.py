@@ -579,8 +579,9 @@ def test_smallest_fpr_flags_what_is_beyond_all_calibration_samples() -> None:
         ({"fpr": 1.0}, r"false-positive rate in \(0, 1\)"),
         ({"ert": 1}, "expected run time of at least 2, got 1"),
         ({"ert": math.inf}, "finite expected run time"),
-        ({"recovery": 0}, "recovery and summary_every of at least 1, got 0"),
-        ({"summary_every": 0}, "of at least 1, got 500 and 0"),
+        ({"recovery": 0}, "recovery, summary_every and thin of at least 1, got 0"),
+        ({"summary_every": 0}, "of at least 1, got 500, 0 and 1"),
+        ({"thin": 0}, "of at least 1, got 500, 100 and 0"),
     ],
     ids=str,
 )
@@ -788,3 +789,50 @@ def test_shares_lie_between_0_and_1() -> None:
     for sample in far(20).split(1):
         for alert in monitor(detector=detector).update(sample):
             assert all(0 <= (top.share or 0) <= 1 for top in alert.top_layers)
+
+
+# Neighbours that are alike
+
+
+def test_a_thinned_drift_test_sees_every_kth_valid_sample() -> None:
+    x = usual(90)
+    x[[4, 20]] = math.nan
+    thinned, plain = monitor(thin=3), monitor()
+    feed(thinned, x, size=7)
+    valid = x[~x.isnan().any(1)]
+    feed(plain, valid[::3])
+    assert thinned.log_e_value == plain.log_e_value
+    assert thinned.samples_seen == 90
+
+
+def test_thinning_goes_on_after_a_resumption() -> None:
+    x, first, second = usual(80), monitor(thin=4), monitor(thin=4)
+    feed(first, x)
+    feed(second, x[:37])
+    state, resumed = json.loads(json.dumps(second.state_dict())), monitor(thin=4)
+    resumed.load_state_dict(state)
+    feed(resumed, x[37:])
+    assert resumed.log_e_value == first.log_e_value
+
+
+def repeated(n: int, times: int) -> Tensor:
+    return usual(n, seed=5).repeat_interleave(times, 0)
+
+
+def test_neighbours_that_are_alike_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = monitor(ert=1e9)
+    feed(watch, repeated(100, 3), size=10)
+    feed(watch, repeated(100, 3), size=10)
+    [record] = [r for r in caplog.records if "correlated" in r.message]
+    assert "Pass `thin=`" in record.message
+    assert watch.name in record.message
+
+
+@pytest.mark.parametrize(
+    ("thin", "x"), [(3, repeated(300, 3)), (1, usual(600, seed=6))], ids=["thinned", "sound"]
+)
+def test_a_sound_stream_is_not_warned_of(
+    thin: int, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    feed(monitor(thin=thin, ert=1e9), x, size=10)
+    assert not [r for r in caplog.records if "correlated" in r.message]
