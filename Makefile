@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check format benchmark benchmark-peers clean
+.PHONY: help install demo test test-slow check format benchmark benchmark-peers benchmark-quality clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -42,6 +42,12 @@ benchmark: benchmark-peers
 	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
+
+# DATA holds the images and the text; each benchmark says how to get them.
+DATA ?= ../shared/data
+benchmark-quality: $(INSTALLED)
+	$(BIN)/python -m benchmarks.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
+	$(BIN)/python -m benchmarks.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
 
 # Without their dependencies: what they need is here, and some pull torchvision in.
 benchmark-peers: $(INSTALLED)
