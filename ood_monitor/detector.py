@@ -79,6 +79,9 @@ class Detector:
         granularity: ``"tensor"`` as in the paper, or ``"row"``.
         chunk_size: Samples per pass, to bound memory.
         calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
+        trim: Share of the fit samples, the most anomalous, that are left out when the density is
+            fitted again: for held-out data with foreign samples among them. Calibration samples are
+            never left out; foreign ones make p-values larger, so that fewer samples are flagged.
         seed: Of the random split into fit and calibration samples.
         groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
             its class, prompt class, tenant. P-values are then within groups; the drift test looks
@@ -86,7 +89,7 @@ class Detector:
         minimum_group: The fewest calibration samples that make a group of its own.
 
     Raises:
-        ValueError: ``calibration_fraction`` is not between 0 and 1.
+        ValueError: ``calibration_fraction`` is not between 0 and 1, or ``trim`` not in [0, 0.5).
         TypeError: ``chunk_size`` or ``seed`` is no integer.
 
     Example:
@@ -108,6 +111,7 @@ class Detector:
         granularity: Granularity = "tensor",
         chunk_size: int | None = None,
         calibration_fraction: float = 0.5,
+        trim: float = 0.0,
         seed: int = 0,
         groups: Groups | None = None,
         minimum_group: int = 100,
@@ -116,7 +120,9 @@ class Detector:
             raise ValueError(
                 f"Expected calibration_fraction between 0 and 1, got {calibration_fraction}."
             )
-        self.adapter = adapter
+        if not 0 <= trim < 0.5:
+            raise ValueError(f"Expected a share to trim in [0, 0.5), got {trim}.")
+        self.adapter, self.trim = adapter, float(trim)
         self.layers, self.granularity = layers, granularity
         # Python's own numbers, since these go into a file.
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
@@ -302,7 +308,7 @@ class Detector:
             raise ValueError("Expected layers as name patterns to save, got a function.")
         names = (
             *("layers", "granularity", "chunk_size"),
-            *("calibration_fraction", "seed", "minimum_group"),
+            *("calibration_fraction", "trim", "seed", "minimum_group"),
         )
         return {name: getattr(self, name) for name in names}
 
@@ -326,7 +332,7 @@ class Detector:
         eps = torch.finfo(dtype).eps
         log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
         features = log_norms(measured.norms[fit])
-        density = copy.deepcopy(self._density).fit(features)
+        density = self._fitted_density(features)
         scores = density.score(log_norms(measured.norms[calibrate]))
         _warn_of_autocorrelation(scores)
         logs = _by_layer(log_norms.live_names, features, np.mean)
@@ -345,6 +351,14 @@ class Detector:
             fit_count=int(fit.sum()),
             grouped=self._grouped(scores, measured.groups, calibrate),
         )
+
+    def _fitted_density(self, features: Array) -> Density:
+        density = copy.deepcopy(self._density).fit(features)
+        if not self.trim:
+            return density
+        scores = density.score(features)
+        kept = features[scores <= np.quantile(scores, 1 - self.trim)]
+        return density.fit(kept)
 
     def _grouped(
         self, scores: Array, groups: tuple[str, ...], calibrate: np.ndarray

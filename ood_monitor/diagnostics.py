@@ -13,13 +13,15 @@ samples share is no flaw of the model.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.stats import kstest, spearmanr
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from ood_monitor.adapters.base import (
@@ -30,6 +32,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     reseeded,
 )
+from ood_monitor.baselines import effective_dof
 from ood_monitor.densities import Array, Density, Maximum
 from ood_monitor.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
@@ -41,6 +44,9 @@ __all__ = ["Diagnosis", "diagnose"]
 #: Beyond these a model or a fit is said to have a problem: rho in one of ten layers, shares of
 #: dead and of badly fitted features, and what a fit, or scores under other noise, should reach.
 _SHARED, _DEAD, _MISFITS, _KS, _NOISE = 0.2, 0.5, 0.2, 0.2, 0.2
+
+#: How much likelier two populations must be than one, and how far apart.
+_BIC, _ASHMAN = 10.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class Diagnosis:
         dropped: Why features were left out, ``{feature: "constant", "dead" or "not finite"}``.
         ks: Kolmogorov-Smirnov distance between the log norms of one half of the samples and a
             Normal fitted to the other, by feature, in [0, 1].
+        effective_dof: Degrees of freedom of the chi-square law that a feature's spread asks for,
+            beside the number of its parameter's elements, which the paper's argument says.
+        mean_correlation: Mean absolute correlation between features: about 0 where the paper's
+            independent layers hold.
+        mixed: Share of the samples that score like another population, further off than the rest;
+            0 if there is none.
         noise_correlation: Rank correlation of the scores under two draws of the adapter's noise,
             or None for an adapter without noise.
         problems: What is wrong, in words; empty if nothing was found.
@@ -63,8 +75,11 @@ class Diagnosis:
     features: int
     dropped: dict[str, str]
     ks: dict[str, float]
+    effective_dof: dict[str, float]
+    mean_correlation: float
+    mixed: float
     noise_correlation: float | None
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(self.problems) or "No problem found."
@@ -109,13 +124,24 @@ def diagnose(
     names, norms = _norms(adapter, batches, layers)
     log_norms = LogNorms.fit(names, norms, _precision(adapter))
     features = log_norms(norms)
-    ks = dict(zip(log_norms.live_names, _ks(features), strict=True))
-    correlation = None
+    scores = _scores(density or Maximum(), features)
+    again = None
     if hasattr(adapter, "seed"):
-        again = log_norms(_norms(_with_noise(adapter, 1), batches, layers)[1])
-        correlation = _score_correlation(density or Maximum(), features, again)
-    found = shared, len(names), log_norms.dropped, ks, correlation
-    return Diagnosis(*found, problems=tuple(_problems(*found)))
+        other = log_norms(_norms(_with_noise(adapter, 1), batches, layers)[1])
+        again = _scores(density or Maximum(), other)
+    found = Diagnosis(
+        shared_gradient=shared,
+        features=len(names),
+        dropped=log_norms.dropped,
+        ks=dict(zip(log_norms.live_names, _ks(features), strict=True)),
+        effective_dof=dict(
+            zip(log_norms.live_names, effective_dof(features).tolist(), strict=True)
+        ),
+        mean_correlation=_mean_correlation(features),
+        mixed=_second_population(scores),
+        noise_correlation=None if again is None else float(spearmanr(scores, again).statistic),
+    )
+    return replace(found, problems=tuple(_problems(found)))
 
 
 def _precision(adapter: Adapter) -> float:
@@ -186,25 +212,39 @@ def _ks(features: Array) -> list[float]:
     fit, rest = np.array_split(features, 2)
     mean, sd = fit.mean(0), fit.std(0, ddof=1)
     columns = ((rest - mean) / sd).T
-    return [float(stats.kstest(column, "norm").statistic) for column in columns]
+    return [float(kstest(column, "norm").statistic) for column in columns]
 
 
-def _score_correlation(density: Density, features: Array, again: Array) -> float:
-    """Spearman's, of the later half's scores, each fitted on the earlier one with its own noise."""
-    scores = []
-    for values in (features, again):
-        fit, rest = np.array_split(values, 2)
-        scores.append(copy.deepcopy(density).fit(fit).score(rest))
-    return float(stats.spearmanr(*scores).statistic)
+def _scores(density: Density, features: Array) -> Array:
+    """Of the later half, under a fit to the earlier one."""
+    fit, rest = np.array_split(features, 2)
+    return copy.deepcopy(density).fit(fit).score(rest)
 
 
-def _problems(
-    shared: dict[str, float],
-    features: int,
-    dropped: dict[str, str],
-    ks: dict[str, float],
-    noise_correlation: float | None,
-) -> Iterator[str]:
+def _mean_correlation(features: Array) -> float:
+    count = features.shape[1]
+    if count == 1:
+        return 0.0
+    absolute = np.abs(np.corrcoef(features, rowvar=False))
+    return float((absolute.sum() - count) / (count * (count - 1)))
+
+
+def _second_population(scores: Array) -> float:
+    """The share of the upper of two Normals, if two are far likelier than one and well apart.
+
+    Ashman's D tells two populations from a long tail, which two Normals fit better than one too.
+    """
+    z = ((scores - scores.mean()) / scores.std())[:, None]
+    one, two = (GaussianMixture(k, n_init=3, reg_covar=1e-3, random_state=0).fit(z) for k in (1, 2))
+    means, variances = two.means_.ravel(), two.covariances_.ravel()
+    apart = abs(means[0] - means[1]) * math.sqrt(2 / variances.sum())
+    if one.bic(z) - two.bic(z) < _BIC or apart < _ASHMAN:
+        return 0.0
+    return float(two.weights_[means.argmax()])
+
+
+def _problems(found: Diagnosis) -> Iterator[str]:
+    shared, features, ks = found.shared_gradient, found.features, found.ks
     upper = float(np.quantile(list(shared.values()), 0.9))
     if upper > _SHARED:
         yield (
@@ -213,7 +253,7 @@ def _problems(
             "norm says more of the model than of the sample. Train on, or check the training."
         )
     for why, share in (("not finite", 0.0), ("dead", _DEAD)):
-        count = sum(reason == why for reason in dropped.values())
+        count = sum(reason == why for reason in found.dropped.values())
         if count > share * features:
             yield f"{count} of {features} features are {why}: check the model and its precision."
     poor = [name for name, distance in ks.items() if distance > _KS]
@@ -223,6 +263,12 @@ def _problems(
             f"the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
             f"as {poor[0]!r}: the halves differ, or a heavy-tailed density would fit better."
         )
+    if found.mixed:
+        yield (
+            f"Two populations: {found.mixed:.0%} of the held-out samples score apart from the "
+            "others. If they are not what you call normal, take them out, or fit with `trim=`."
+        )
+    noise_correlation = found.noise_correlation
     if noise_correlation is not None and noise_correlation < _NOISE:
         yield (
             f"Scores depend on the noise: under another draw their rank correlation is "

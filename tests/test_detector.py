@@ -637,3 +637,45 @@ def test_a_users_own_density_will_do() -> None:
     scores = fitted(density=Counted()).score(BRANCHES.data(50, seed=1))
     assert scores.valid.all()
     assert 0.2 < scores.p_value.mean() < 0.8
+
+
+# Foreign samples among the held-out ones
+
+
+def contaminated(n: int = 400, share: float = 0.05) -> Tensor:
+    x = BRANCHES.data(n)
+    x[:: round(1 / share)] *= 1e3
+    return x
+
+
+def test_trimming_forgets_foreign_samples() -> None:
+    """The density is nearly the one of clean data, and what is foreign scores high again."""
+    options: dict[str, Any] = {"density": DiagonalGaussian()}
+    clean = om.Detector(BRANCHES(), **options).fit([BRANCHES.data(400)], progress=False)
+    plain = om.Detector(BRANCHES(), **options).fit([contaminated()], progress=False)
+    trimmed = om.Detector(BRANCHES(), trim=0.08, **options).fit([contaminated()], progress=False)
+    sd = {
+        name: d.fitted.density.state()["sd"].mean()
+        for name, d in (("clean", clean), ("plain", plain), ("trimmed", trimmed))
+    }
+    assert sd["plain"] > 1.5 * sd["clean"]
+    assert sd["trimmed"] == pytest.approx(sd["clean"], rel=0.2)
+
+
+def test_trimming_leaves_all_calibration_samples() -> None:
+    trimmed = om.Detector(BRANCHES(), trim=0.2).fit([BRANCHES.data(200)], progress=False)
+    assert len(trimmed.fitted.calibration.scores) == 100
+
+
+def test_without_trimming_all_samples_fit() -> None:
+    a, b = (
+        om.Detector(BRANCHES(), **o).fit([BRANCHES.data(200)], progress=False)
+        for o in ({}, {"trim": 0.0})
+    )
+    assert a.fitted.fingerprint == b.fitted.fingerprint
+
+
+@pytest.mark.parametrize("trim", [-0.1, 0.5, math.nan])
+def test_a_share_to_trim_is_below_a_half(trim: float) -> None:
+    with pytest.raises(ValueError, match=r"share to trim in \[0, 0\.5\), got"):
+        om.Detector(BRANCHES(), trim=trim)

@@ -187,3 +187,32 @@ def test_model_and_adapter_stay_as_they_are() -> None:
 def test_fewer_than_two_batches_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"at least two held-out batches, got {count}"):
         diagnose(om.LogLikelihood(Normal()), data()[:count])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_two_populations_are_named(share: float) -> None:
+    x = randn(600, 3)
+    odd = torch.from_numpy(np.random.default_rng(0).permutation(600)[: int(600 * share)])
+    x[odd] *= 1e4
+    diagnosis = diagnose(om.LogLikelihood(Normal()), x.split(50), density=om.DiagonalGaussian())
+    assert diagnosis.mixed == pytest.approx(share, abs=0.15)
+    assert any(p.startswith("Two populations: ") for p in diagnosis.problems)
+
+
+def test_one_population_is_one() -> None:
+    assert diagnose(om.LogLikelihood(Normal()), data()).mixed == 0.0
+
+
+def test_mean_correlation_is_that_of_the_features() -> None:
+    adapter, batches = om.LogLikelihood(Normal()), data()
+    norms = om.gradient_norms(adapter, torch.cat(batches))
+    live = [norms[name].log().numpy() for name in diagnose(adapter, batches).ks]
+    expected = abs(np.corrcoef(live)[0, 1])
+    assert diagnose(adapter, batches).mean_correlation == pytest.approx(expected)
+    assert diagnose(adapter, batches, layers=["mean"]).mean_correlation == 0.0
+
+
+def test_effective_degrees_of_freedom_are_those_of_the_gradients() -> None:
+    """A Normal's gradient by its mean is Normal itself, of three independent elements."""
+    diagnosis = diagnose(om.LogLikelihood(Normal()), randn(4000, 3).split(500))
+    assert diagnosis.effective_dof["latent/mean"] == pytest.approx(3, rel=0.1)
