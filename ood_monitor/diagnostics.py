@@ -141,7 +141,7 @@ def diagnose(
         mixed=_second_population(scores),
         noise_correlation=None if again is None else float(spearmanr(scores, again).statistic),
     )
-    return replace(found, problems=tuple(_problems(found)))
+    return replace(found, problems=(*_problems_of_model(found), *_problems_of_fit(found)))
 
 
 def _precision(adapter: Adapter) -> float:
@@ -243,9 +243,8 @@ def _second_population(scores: Array) -> float:
     return float(two.weights_[means.argmax()])
 
 
-def _problems(found: Diagnosis) -> Iterator[str]:
-    shared, features, ks = found.shared_gradient, found.features, found.ks
-    upper = float(np.quantile(list(shared.values()), 0.9))
+def _problems_of_model(found: Diagnosis) -> Iterator[str]:
+    upper = float(np.quantile(list(found.shared_gradient.values()), 0.9))
     if upper > _SHARED:
         yield (
             f"Undertrained or diverged: in a tenth of the layers {upper:.0%} or more of a sample's "
@@ -254,12 +253,18 @@ def _problems(found: Diagnosis) -> Iterator[str]:
         )
     for why, share in (("not finite", 0.0), ("dead", _DEAD)):
         count = sum(reason == why for reason in found.dropped.values())
-        if count > share * features:
-            yield f"{count} of {features} features are {why}: check the model and its precision."
-    poor = [name for name, distance in ks.items() if distance > _KS]
-    if len(poor) > _MISFITS * len(ks):
+        if count > share * found.features:
+            yield (
+                f"{count} of {found.features} features are {why}: check the model and its "
+                "precision."
+            )
+
+
+def _problems_of_fit(found: Diagnosis) -> Iterator[str]:
+    poor = [name for name, distance in found.ks.items() if distance > _KS]
+    if len(poor) > _MISFITS * len(found.ks):
         yield (
-            f"The log norms of {len(poor)} of {len(ks)} features are not what a Normal fitted to "
+            f"The log norms of {len(poor)} of {len(found.ks)} features are not what a Normal fitted to "
             f"the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
             f"as {poor[0]!r}: the halves differ, or a heavy-tailed density would fit better."
         )

@@ -402,56 +402,6 @@ def pooled_log_e_value(log_e_values: Iterable[float]) -> float:
     return float(np.logaddexp.reduce(values) - math.log(len(values)))
 
 
-def expected_delay(
-    calibration_scores: ArrayLike,
-    *,
-    ert: float,
-    contamination: float = 0.05,
-    shift: float = 3.0,
-    runs: int = 50,
-    horizon: int = 2000,
-    seed: int = 0,
-) -> float:
-    """Returns how many samples it takes to see a contamination, from held-out scores alone.
-
-    Streams are drawn from the calibration scores with replacement, and a share of their samples is
-    moved up, from the first one on. It is the test's power for this calibration set; the stream's
-    own noise is in it, the calibration set's is not.
-
-    Args:
-        calibration_scores: Scores of in-distribution data, with shape (m,).
-        ert: The expected run time to a false alarm, in samples.
-        contamination: The share of samples that are moved, in (0, 1].
-        shift: By how much, in standard deviations of the calibration scores.
-        runs: Number of streams.
-        horizon: Samples after which a stream counts as not seen.
-        seed: The seed of the streams.
-
-    Returns:
-        The median number of samples to the alarm; infinite if most streams have none.
-
-    Raises:
-        ValueError: If the contamination is not in (0, 1], or :class:`EDetector` refuses the rest.
-
-    Example:
-        >>> scores = np.random.default_rng(0).normal(size=500)
-        >>> 20 < expected_delay(scores, ert=10_000, contamination=0.2, runs=9) < 60
-        True
-    """
-    if not 0 < contamination <= 1:
-        raise ValueError(f"Expected a contamination in (0, 1], got {contamination}.")
-    scores = check_scores(calibration_scores)
-    generator = np.random.default_rng(seed)
-    delays = []
-    for run in range(runs):
-        stream = generator.choice(scores, horizon)
-        stream += shift * scores.std(ddof=1) * (generator.uniform(size=horizon) < contamination)
-        detector = EDetector(scores, ert=ert, seed=run)
-        alarms = (i for i, score in enumerate(stream, 1) if detector.update(score).alarm)
-        delays.append(next(alarms, math.inf))
-    return float(np.median(delays))
-
-
 def _triple(values: Sequence[float]) -> Triple:
     first, second, third = check_scores(values, minimum=3).tolist()
     return first, second, third
