@@ -55,13 +55,15 @@ DENSITIES: dict[str, Callable[[], Method]] = {
     "StudentT": StudentT,
     "FisherCombination": FisherCombination,
     "ShrunkGaussian": om.ShrunkGaussian,
-    "ShrunkGaussian, OAS": lambda: om.ShrunkGaussian("oas"),
-    "ShrunkGaussian, LOO": lambda: om.ShrunkGaussian("leave_one_out"),
-    "ShrunkGaussian, .5": lambda: om.ShrunkGaussian(0.5),
+    "Ledoit-Wolf": lambda: om.ShrunkGaussian("ledoit_wolf"),
+    "OAS": lambda: om.ShrunkGaussian("oas"),
+    "leave-one-out": lambda: om.ShrunkGaussian("leave_one_out"),
+    "shrunk by .3": lambda: om.ShrunkGaussian(0.3),
+    "shrunk by .7": lambda: om.ShrunkGaussian(0.7),
     "PrincipalGaussian": PrincipalGaussian,
     "Maximum": om.Maximum,
 }
-DEFAULT = "Maximum"
+DEFAULT = "ShrunkGaussian"
 
 #: The methods compared on each view of a model.
 METHODS: dict[str, dict[str, Callable[[], Method]]] = {

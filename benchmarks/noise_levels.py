@@ -214,7 +214,7 @@ def features(norms: Norms, levels: Sequence[int]) -> dict[str, dict[int, Array]]
 def auroc(sets: dict[str, dict[int, Array]], levels: Sequence[int]) -> float:
     """Mean over the out-of-distribution sets, of the default density at these levels."""
     joined = {name: np.hstack([of[level] for level in levels]) for name, of in sets.items()}
-    density = om.Maximum().fit(joined.pop("held out"))
+    density = om.ShrunkGaussian().fit(joined.pop("held out"))
     scores = {name: density.score(values) for name, values in joined.items()}
     test = scores.pop("test")
     truth = {name: np.repeat([0, 1], [len(test), len(s)]) for name, s in scores.items()}

@@ -22,7 +22,7 @@ from ood_monitor.calibration import (
     autocorrelation_bound,
     lag1_autocorrelation,
 )
-from ood_monitor.densities import Array, Density, Maximum
+from ood_monitor.densities import Array, Density, ShrunkGaussian
 from ood_monitor.features import LogNorms, layer_of, table
 from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
@@ -74,7 +74,7 @@ class Detector:
 
     Args:
         adapter: The model.
-        density: Of the log squared norms; :class:`~ood_monitor.densities.Maximum` by default.
+        density: Of the log squared norms; :class:`~ood_monitor.ShrunkGaussian` by default.
         layers: Which parameters are features; all by default.
         granularity: ``"tensor"`` as in the paper, or ``"row"``.
         chunk_size: Samples per pass, to bound memory.
@@ -128,7 +128,7 @@ class Detector:
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self.groups, self.minimum_group = groups, operator.index(minimum_group)
-        self._density = Maximum() if density is None else density
+        self._density = ShrunkGaussian() if density is None else density
         self._fitted: Fitted | None = None
 
     @property

@@ -33,7 +33,7 @@ from ood_monitor.adapters.base import (
     reseeded,
 )
 from ood_monitor.baselines import effective_dof
-from ood_monitor.densities import Array, Density, Maximum
+from ood_monitor.densities import Array, Density, ShrunkGaussian
 from ood_monitor.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.norms import gradient_norms
@@ -124,11 +124,11 @@ def diagnose(
     names, norms = _norms(adapter, batches, layers)
     log_norms = LogNorms.fit(names, norms, _precision(adapter))
     features = log_norms(norms)
-    scores = _scores(density or Maximum(), features)
+    scores = _scores(density or ShrunkGaussian(), features)
     again = None
     if hasattr(adapter, "seed"):
         other = log_norms(_norms(_with_noise(adapter, 1), batches, layers)[1])
-        again = _scores(density or Maximum(), other)
+        again = _scores(density or ShrunkGaussian(), other)
     found = Diagnosis(
         shared_gradient=shared,
         features=len(names),
@@ -264,8 +264,8 @@ def _problems_of_fit(found: Diagnosis) -> Iterator[str]:
     poor = [name for name, distance in found.ks.items() if distance > _KS]
     if len(poor) > _MISFITS * len(found.ks):
         yield (
-            f"The log norms of {len(poor)} of {len(found.ks)} features are not what a Normal fitted to "
-            f"the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
+            f"The log norms of {len(poor)} of {len(found.ks)} features are not what a Normal fitted "
+            f"to the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
             f"as {poor[0]!r}: the halves differ, or a heavy-tailed density would fit better."
         )
     if found.mixed:

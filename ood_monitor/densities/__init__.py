@@ -4,10 +4,10 @@ Features are :math:`v_l = \log f_l(x)`, an array (N, F). A score is higher for t
 With mean mu, standard deviations sd and :math:`z_l = (v_l - \mu_l) / sd_l`:
 
 - :class:`DiagonalGaussian`, the paper's: :math:`-\sum_l \log N(v_l; \mu_l, sd_l^2)`;
-- :class:`ShrunkGaussian`: :math:`-\log N(v; \mu, \Sigma)` with a shrunk covariance, for layers that
-  are correlated, as they are in a UNet (measured: .62 on average);
-- :class:`Maximum`: the larger of both log distances, each standardised. No single density wins
-  on every model; the maximum is near the best on each. It is the default.
+- :class:`ShrunkGaussian`, the default: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way
+  between that and the layers' correlations;
+- :class:`Maximum`: the larger of two log distances, under independent layers and under Ledoit and
+  Wolf's covariance, each standardised.
 
 :class:`StudentT`, :class:`FisherCombination` and :class:`PrincipalGaussian` are their relatives.
 """

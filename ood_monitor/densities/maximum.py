@@ -86,7 +86,7 @@ class Maximum:
 
 
 def _parts() -> tuple[DiagonalGaussian | ShrunkGaussian, ...]:
-    return DiagonalGaussian(), ShrunkGaussian()
+    return DiagonalGaussian(), ShrunkGaussian("ledoit_wolf")
 
 
 def _squared_distances(density: Maximum, features: Array) -> Array:
