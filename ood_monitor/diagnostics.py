@@ -264,9 +264,9 @@ def _problems_of_fit(found: Diagnosis) -> Iterator[str]:
     poor = [name for name, distance in found.ks.items() if distance > _KS]
     if len(poor) > _MISFITS * len(found.ks):
         yield (
-            f"The log norms of {len(poor)} of {len(found.ks)} features are not what a Normal fitted "
-            f"to the first half of the held-out samples says (Kolmogorov-Smirnov above {_KS}), such "
-            f"as {poor[0]!r}: the halves differ, or a heavy-tailed density would fit better."
+            f"The log norms of {len(poor)} of {len(found.ks)} features are not what a Normal says "
+            f"that is fitted to the first half of the held-out samples (Kolmogorov-Smirnov above "
+            f"{_KS}), such as {poor[0]!r}: the halves differ, or their tails are heavy."
         )
     if found.mixed:
         yield (

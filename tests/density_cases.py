@@ -23,7 +23,7 @@ DENSITIES: dict[str, Callable[[], Density]] = {
     "ShrunkGaussian": ShrunkGaussian,
     "ShrunkGaussian-oas": lambda: ShrunkGaussian("oas"),
     "ShrunkGaussian-leave-one-out": lambda: ShrunkGaussian("leave_one_out"),
-    "ShrunkGaussian-half": lambda: ShrunkGaussian(0.5),
+    "ShrunkGaussian-ledoit-wolf": lambda: ShrunkGaussian("ledoit_wolf"),
     "PrincipalGaussian": PrincipalGaussian,
     "PrincipalGaussian-half": lambda: PrincipalGaussian(0.5),
     "StudentT-light": lambda: StudentT(5.0),

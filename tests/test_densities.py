@@ -49,7 +49,7 @@ def test_shrunk_gaussian_is_a_normal_with_ledoit_and_wolfs_covariance(features: 
     mean, sd = fit.mean(0), fit.std(0, ddof=1)
     shrunk = LedoitWolf(assume_centered=True).fit((fit - mean) / sd).covariance_
     normal = multivariate_normal(mean, shrunk * np.outer(sd, sd))
-    score = ShrunkGaussian().fit(fit).score(new)
+    score = ShrunkGaussian("ledoit_wolf").fit(fit).score(new)
     np.testing.assert_allclose(score, -normal.logpdf(new), rtol=1e-8)
 
 
@@ -57,7 +57,7 @@ def test_gaussians_agree_if_the_layers_are_uncorrelated() -> None:
     n, width, new = 400, 4, independent(30, seed=1, width=4)
     centred = independent(n, width=4) - independent(n, width=4).mean(0)
     fit = np.linalg.qr(centred)[0]  # columns of mean zero, exactly orthogonal
-    diagonal, shrunk = DiagonalGaussian().fit(fit), ShrunkGaussian().fit(fit)
+    diagonal, shrunk = DiagonalGaussian().fit(fit), ShrunkGaussian("ledoit_wolf").fit(fit)
     # Scikit-learn's covariance divides by n, the paper's standard deviation by n - 1.
     stretch = n / (n - 1)
     expected = diagonal.distance_parts(new).sum(1) * stretch - width * math.log(stretch)
