@@ -47,6 +47,9 @@ benchmark: benchmark-peers
 DATA ?= ../shared/data
 benchmark-quality: $(INSTALLED)
 	$(BIN)/python -m benchmarks.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
+	$(BIN)/python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png
+	$(BIN)/python -m benchmarks.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
+		--json benchmarks/results/densities.json
 	$(BIN)/python -m benchmarks.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
 
 # Without their dependencies: what they need is here, and some pull torchvision in.
