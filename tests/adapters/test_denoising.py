@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.adapters.base import normal_draws
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 KNOWN = r"\['epsilon', 'flow_prediction', 'sample', 'v_prediction'\]"
@@ -312,3 +313,101 @@ def test_what_is_no_image_is_refused(x: Tensor) -> None:
     adapter = om.DenoisingBound(Linear(), torch.linspace(0.9, 0.1, 10), levels=[3])
     with pytest.raises(ValueError, match=r"floating-point samples \(B, C, ...\), got a tensor"):
         bound(adapter, x)
+
+
+# Losses, draws and conditions
+
+
+def errors(network: nn.Module, x: Tensor, noises: list[Tensor], level: int = 3) -> list[Tensor]:
+    """Of an epsilon prediction on the ten levels from 0.9 to 0.1, for each draw of the noise."""
+    product = torch.linspace(0.9, 0.1, 10, dtype=torch.float64)[level]
+    t = torch.full((len(x),), level)
+    noisy = [product.sqrt() * x + (1 - product).sqrt() * noise for noise in noises]
+    return [(network(x_t, t) - e).detach() for x_t, e in zip(noisy, noises, strict=True)]
+
+
+def draws(k: int, level: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(level)
+    return [torch.randn(1, 4, 4, generator=generator).double() for _ in range(k)]
+
+
+TEN = torch.linspace(0.9, 0.1, 10, dtype=torch.float64)
+
+
+def test_l1_is_minus_the_sum_of_absolute_errors() -> None:
+    network, x = Linear().double(), images()
+    found = bound(om.DenoisingBound(network, TEN, levels=[3], loss="l1"), x)["t=3"]
+    [error] = errors(network, x, draws(1))
+    torch.testing.assert_close(found, -error.abs().flatten(1).sum(1))
+
+
+def test_the_papers_loss_is_l1_at_the_least_noise() -> None:
+    network, x = Linear().double(), images()
+    found = bound(om.DenoisingBound.paper(network, TEN), x)
+    expected = bound(om.DenoisingBound(network, TEN, levels=[0], loss="l1"), x)
+    assert found.keys() == {"t=0"}
+    assert torch.equal(found["t=0"], expected["t=0"])
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_a_term_is_the_mean_over_draws_and_their_negatives(antithetic: bool) -> None:
+    network, x = Linear().double(), images()
+    options: dict[str, Any] = {"draws": 3, "antithetic": antithetic}
+    found = bound(om.DenoisingBound(network, TEN, levels=[3], **options), x)["t=3"]
+    noises = draws(3) + ([-noise for noise in draws(3)] if antithetic else [])
+    losses = [-0.5 * e.square().flatten(1).sum(1) for e in errors(network, x, noises)]
+    torch.testing.assert_close(found, torch.stack(losses).mean(0))
+
+
+def test_the_first_draw_is_the_only_one_of_a_single_draw() -> None:
+    assert torch.equal(normal_draws((2, 3), 1, seed=5)[0], normal_draws((2, 3), 4, seed=5)[0])
+
+
+class Labelled(Linear):
+    """Shifts its output by a label."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        assert label is not None
+        assert len(label) == len(x)
+        return super().forward(x, t) + label[:, None, None, None]
+
+
+def test_each_draw_has_its_samples_condition() -> None:
+    network, x, labels = Labelled().double(), images(), torch.tensor([1.0, 5.0, 9.0]).double()
+    adapter = om.DenoisingBound(
+        network, TEN, levels=[3], draws=2, condition=lambda batch: {"label": batch[1]}
+    )
+    found = bound(adapter, (x, labels))["t=3"]
+    for i in range(3):
+        alone = bound(adapter, (x[i : i + 1], labels[i : i + 1]))["t=3"]
+        torch.testing.assert_close(found[i : i + 1], alone)
+    assert not torch.allclose(bound(adapter, (x, labels.flip(0)))["t=3"], found)
+
+
+def test_other_levels_and_another_seed_make_another_adapter() -> None:
+    adapter = om.DenoisingBound(Linear().double(), TEN, levels=[3])
+    other, x = adapter.with_levels([1, 7], seed=4), images()
+    expected = bound(om.DenoisingBound(adapter.module, TEN, levels=[1, 7], seed=4), x)
+    assert all(torch.equal(value, expected[term]) for term, value in bound(other, x).items())
+    assert (adapter.levels, adapter.seed, other.levels) == ((3,), 0, (1, 7))
+    with pytest.raises(ValueError, match=r"noise levels in \[0, 10\)"):
+        adapter.with_levels([10])
+
+
+def test_a_network_in_half_precision_gets_its_own() -> None:
+    network, x = nn.Module.to(Linear(), torch.bfloat16), images().float()
+    found = bound(om.DenoisingBound(network, TEN, levels=[3]), x)["t=3"]
+    exact = bound(om.DenoisingBound(network.double(), TEN, levels=[3]), x.double())["t=3"]
+    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "mse"}, r"loss of \('l2', 'l1', 'vlb'\), got 'mse'"),
+        ({"draws": 0}, "one draw, got 0"),
+    ],
+)
+def test_unknown_losses_and_no_draws_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        om.DenoisingBound(Linear(), TEN, levels=[3], **options)

@@ -234,3 +234,52 @@ def test_one_number_for_a_batch_is_refused() -> None:
     adapter = om.LogLikelihood(Diagonal(), lambda module, x: module.log_prob(x).mean())
     with pytest.raises(ValueError, match=r"'log_likelihood' of Log.*one value a sample"):
         om.gradient_norms(adapter, torch.randn(5, 3))
+
+
+# Ranges, conditions and bits
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0)])
+def test_range_scales_the_values_and_the_volume(low: float, high: float) -> None:
+    """Of the same discrete images, the same density in other units gives the same probability."""
+    x = bits(5, 3)
+    width = high - low
+
+    def scaled(module: nn.Module, y: Tensor) -> Tensor:
+        return module.log_prob((y - low) / width) - y[0].numel() * math.log(width)  # type: ignore[operator]
+
+    expected = log_likelihood(om.LogLikelihood(Cube(3.0), bins=256), x)
+    adapter = om.LogLikelihood(Cube(3.0), scaled, bins=256, value_range=(low, high))
+    torch.testing.assert_close(log_likelihood(adapter, low + width * x), expected)
+    with pytest.raises(ValueError, match=rf"values in \[{low:g}, {high:g}\] for bins=256"):
+        log_likelihood(adapter, low + width * x + 2 * width)
+
+
+def test_bits_per_dimension_of_uniform_bytes_are_eight() -> None:
+    adapter, x = om.LogLikelihood(Cube(), bins=256), bits(5, 1, 4, 4)
+    found = adapter.bits_per_dimension(x)
+    torch.testing.assert_close(found, torch.full((5,), 8.0, dtype=torch.float64))
+    assert not found.requires_grad
+
+
+def test_bits_per_dimension_take_all_terms() -> None:
+    x, adapter = torch.randn(5, 3), om.LogLikelihood(Terms())
+    expected = -log_likelihood(adapter, x) / (3 * math.log(2))
+    torch.testing.assert_close(adapter.bits_per_dimension(x), expected)
+
+
+def test_keywords_come_from_the_batch() -> None:
+    def log_prob(module: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+        return module.log_prob(x - shift)  # type: ignore[operator, no-any-return]
+
+    x, shift = torch.randn(5, 3), torch.randn(5, 3)
+    adapter = om.LogLikelihood(Diagonal(), log_prob, condition=lambda batch: {"shift": batch[1]})
+    torch.testing.assert_close(
+        log_likelihood(adapter, (x, shift)), Diagonal().log_prob(x - shift).detach()
+    )
+
+
+@pytest.mark.parametrize("value_range", [(1.0, 0.0), (0.5, 0.5)])
+def test_a_range_that_is_none_is_refused(value_range: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"range \(low, high\) with low < high, got"):
+        om.LogLikelihood(Diagonal(), bins=256, value_range=value_range)
