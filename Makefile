@@ -11,6 +11,7 @@ help:
 	@echo "make check      lint, format and types"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make benchmark  what the README claims of cost, measured here (a quarter of an hour)"
+	@echo "make benchmark-quality  what it claims of detection (two hours, and data that each says how to get)"
 
 install: $(INSTALLED)
 
