@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from benchmarks.measuring import claim, machine, save
+from benchmarks.trained import unet
 from ood_monitor.densities import Array
 from ood_monitor.features import LogNorms, table
 
@@ -111,21 +112,6 @@ def trained(network: nn.Module, data: Tensor, steps: int, batch: int = 32) -> om
     return om.DenoisingBound(network.eval(), scheduler)
 
 
-def network(size: int, widths: tuple[int, ...]) -> nn.Module:
-    attention = (False,) * (len(widths) - 1) + (True,)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=widths,
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=widths[-1] // 2,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
-    )
-
-
 def fashion(data: Path, model: Path) -> Case:
     """The model that the rule was found on."""
     pipeline = DDPMPipeline.from_pretrained(model)
@@ -141,7 +127,7 @@ def mnist(data: Path) -> Case:
     """A model that had no part in finding the rule."""
     digits = np.load(data / f"{MNIST}.npz")
     return Case(
-        trained(network(32, (32, 64, 64)), images(digits["train"][:9_000]), 700),
+        trained(unet(32, (32, 64, 64)), images(digits["train"][:9_000]), 700),
         taken(data, MNIST, 340, "train", start=9_000),
         taken(data, MNIST, 160),
         {name: taken(data, name, 80) for name in (FASHION, EMNIST, GTSRB, CHARS)},
@@ -153,7 +139,7 @@ def photographs(data: Path) -> Case:
     train = np.load(data / f"{CIFAR_TRAIN}.npz")["train"][:9_000]
     sets = (taken(data, name, 80) for name in (FASHION, MNIST, GTSRB, CHARS))
     return Case(
-        trained(network(16, (16, 32, 32)), halved(images(train)), 800),
+        trained(unet(16, (16, 32, 32)), halved(images(train)), 800),
         halved(taken(data, CIFAR_TRAIN, 340, "train", start=9_000)),
         halved(taken(data, CIFAR_TEST, 160)),
         dict(zip((FASHION, MNIST, GTSRB, CHARS), map(halved, sets), strict=True)),
@@ -170,7 +156,7 @@ def digits() -> Case:
     x = F.interpolate(x, scale_factor=2)[torch.randperm(len(x))]
     test = x[1400:1460]
     return Case(
-        trained(network(16, (8, 16)), x[:1200], 60),
+        trained(unet(16, (8, 16)), x[:1200], 60),
         x[1200:1300],
         test,
         {"negatives": -test, "upside down": test.flip(2), "noise": 2 * torch.rand_like(test) - 1},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 
-__all__ = ["FOREIGN"]
+__all__ = ["FOREIGN", "small_autoencoder"]
 
 
 # Diffusion and flow matching
@@ -26,15 +26,19 @@ def denoiser(family: Family, **options: Any) -> Case:
     return family.adapter(family.network(), levels=[10, 500], **options), family.batch()
 
 
-def latent_diffusion() -> Case:
-    vae = diffusers.AutoencoderKL(
+def small_autoencoder(**options: Any) -> nn.Module:
+    return diffusers.AutoencoderKL(
         block_out_channels=(4, 8),
         layers_per_block=1,
         norm_num_groups=2,
-        latent_channels=3,
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        **options,
     )
+
+
+def latent_diffusion() -> Case:
+    vae = small_autoencoder(latent_channels=3)
     inputs = om.latent_mean(nn.Module.double(vae.eval()))  # the same alone and in a batch
     adapter = om.DenoisingBound(unet(sample_size=4), diffusers.DDPMScheduler(), inputs=inputs)
     return adapter, torch.randn(4, 3, 8, 8)
@@ -44,14 +48,7 @@ def latent_diffusion() -> Case:
 
 
 def autoencoder(**options: Any) -> Case:
-    net = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-    )
-    return om.ELBO(net, **options), torch.randn(4, 3, 8, 8)
+    return om.ELBO(small_autoencoder(), **options), torch.randn(4, 3, 8, 8)
 
 
 class Autoencoder(nn.Module):

@@ -103,11 +103,6 @@ def test_what_breaks_the_contract_is_named(name: str) -> None:
 
 
 def test_a_batch_that_is_written_into_is_named() -> None:
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
-
     x = torch.randn(4, 3)
 
     class Shares(Custom):

@@ -6,21 +6,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from foreign_cases import small_autoencoder
 from torch import Tensor, nn
 
 import ood_monitor as om
-
-
-def autoencoder(**options: Any) -> nn.Module:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        **options,
-    )
 
 
 def images(n: int = 3) -> Tensor:
@@ -33,7 +22,7 @@ def images(n: int = 3) -> Tensor:
     ids=["stable diffusion", "sd3"],
 )
 def test_latents_are_the_mean_shifted_and_scaled(options: Any, shift: float, scale: float) -> None:
-    vae, x = autoencoder(**options).eval(), images()
+    vae, x = small_autoencoder(**options).eval(), images()
     with torch.no_grad():
         expected = (vae.encode(x).latent_dist.mode() - shift) * scale  # type: ignore[operator]
     torch.testing.assert_close(om.latent_mean(vae)(x), expected)
@@ -41,7 +30,7 @@ def test_latents_are_the_mean_shifted_and_scaled(options: Any, shift: float, sca
 
 def test_latents_per_channel() -> None:
     mean, sd = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
-    vae = autoencoder(latents_mean=mean, latents_std=sd, scaling_factor=0.5).eval()
+    vae = small_autoencoder(latents_mean=mean, latents_std=sd, scaling_factor=0.5).eval()
     x = images()
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()  # type: ignore[operator]
@@ -58,7 +47,7 @@ def test_a_deterministic_autoencoder_has_latents() -> None:
 
 
 def test_latents_are_the_same_each_time_and_leave_no_trace() -> None:
-    vae, x = autoencoder().train(), images()
+    vae, x = small_autoencoder().train(), images()
     state, before = torch.get_rng_state(), {k: v.clone() for k, v in vae.state_dict().items()}
     encode = om.latent_mean(vae)
     first, second = encode(x), encode([x, "label"])
@@ -70,12 +59,12 @@ def test_latents_are_the_same_each_time_and_leave_no_trace() -> None:
 
 
 def test_half_precision_autoencoder_takes_and_gives_the_images_precision() -> None:
-    vae = nn.Module.to(autoencoder(), torch.bfloat16)
+    vae = nn.Module.to(small_autoencoder(), torch.bfloat16)
     assert om.latent_mean(vae)(images()).dtype == torch.float32
 
 
 def test_images_are_where_inputs_say() -> None:
-    vae, x = autoencoder(), images()
+    vae, x = small_autoencoder(), images()
     encode = om.latent_mean(vae, inputs=lambda batch: batch["pixel_values"])
     assert torch.equal(encode({"pixel_values": x}), om.latent_mean(vae)(x))
 
