@@ -27,6 +27,7 @@ from ood_monitor.features import LogNorms, layer_of, table
 from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.scoring import dtype_of
 
 __all__ = ["Detector", "Groups", "Scores"]
 
@@ -327,12 +328,12 @@ class Detector:
 
     def _fit(self, measured: _Measured) -> Fitted:
         fit, calibrate = self._split(len(measured.norms))
-        parameters = self.adapter.module.parameters()
-        dtype = next(p.dtype for p in parameters if p.is_floating_point())
+        dtype = dtype_of(self.adapter.module)
         eps = torch.finfo(dtype).eps
+        fit = self._trimmed(measured, fit, eps)
         log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
         features = log_norms(measured.norms[fit])
-        density = self._fitted_density(features)
+        density = copy.deepcopy(self._density).fit(features)
         scores = density.score(log_norms(measured.norms[calibrate]))
         _warn_of_autocorrelation(scores)
         logs = _by_layer(log_norms.live_names, features, np.mean)
@@ -352,13 +353,16 @@ class Detector:
             grouped=self._grouped(scores, measured.groups, calibrate),
         )
 
-    def _fitted_density(self, features: Array) -> Density:
-        density = copy.deepcopy(self._density).fit(features)
+    def _trimmed(self, measured: _Measured, fit: np.ndarray, eps: float) -> np.ndarray:
+        """The mask (N,) of the fit samples without the most anomalous under a fit to all."""
         if not self.trim:
-            return density
-        scores = density.score(features)
-        kept = features[scores <= np.quantile(scores, 1 - self.trim)]
-        return density.fit(kept)
+            return fit
+        log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
+        features = log_norms(measured.norms[fit])
+        scores = copy.deepcopy(self._density).fit(features).score(features)
+        kept = fit.copy()
+        kept[fit] = scores <= np.quantile(scores, 1 - self.trim)
+        return kept
 
     def _grouped(
         self, scores: Array, groups: tuple[str, ...], calibrate: np.ndarray

@@ -37,7 +37,7 @@ from ood_monitor.densities import Array, Density, ShrunkGaussian
 from ood_monitor.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.norms import gradient_norms
-from ood_monitor.gradients.scoring import device_of, leaf_parameters, undisturbed
+from ood_monitor.gradients.scoring import device_of, dtype_of, leaf_parameters, undisturbed
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -94,7 +94,7 @@ def diagnose(
 ) -> Diagnosis:
     """Look for what makes scores of a model worthless: before fitting a detector, or instead.
 
-    Costs about three training passes over the held-out data.
+    Makes a plain backward pass over the held-out data, and two or three of gradient norms.
 
     Args:
         adapter: The model.
@@ -122,7 +122,7 @@ def diagnose(
         raise ValueError(f"Expected at least two held-out batches, got {len(batches)}.")
     shared = _shared_gradient(adapter, batches, layers)
     names, norms = _norms(adapter, batches, layers)
-    log_norms = LogNorms.fit(names, norms, _precision(adapter))
+    log_norms = LogNorms.fit(names, norms, torch.finfo(dtype_of(adapter.module)).eps)
     features = log_norms(norms)
     scores = _scores(density or ShrunkGaussian(), features)
     again = None
@@ -142,12 +142,6 @@ def diagnose(
         noise_correlation=None if again is None else float(spearmanr(scores, again).statistic),
     )
     return replace(found, problems=(*_problems_of_model(found), *_problems_of_fit(found)))
-
-
-def _precision(adapter: Adapter) -> float:
-    """The machine precision of the model."""
-    dtypes = (p.dtype for p in adapter.module.parameters() if p.is_floating_point())
-    return torch.finfo(next(dtypes)).eps
 
 
 class _Total(Adapter):

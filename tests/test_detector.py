@@ -662,6 +662,13 @@ def test_trimming_forgets_foreign_samples() -> None:
     assert sd["trimmed"] == pytest.approx(sd["clean"], rel=0.2)
 
 
+def test_trimming_forgets_foreign_samples_in_z_too() -> None:
+    clean = om.Detector(BRANCHES()).fit([BRANCHES.data(400)], progress=False)
+    trimmed = om.Detector(BRANCHES(), trim=0.08).fit([contaminated()], progress=False)
+    np.testing.assert_allclose(trimmed.fitted.layer_sd, clean.fitted.layer_sd, rtol=0.3)
+    assert trimmed.fitted.fit_count == pytest.approx(184, abs=1)
+
+
 def test_trimming_leaves_all_calibration_samples() -> None:
     trimmed = om.Detector(BRANCHES(), trim=0.2).fit([BRANCHES.data(200)], progress=False)
     assert len(trimmed.fitted.calibration.scores) == 100

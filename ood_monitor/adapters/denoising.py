@@ -48,6 +48,7 @@ from ood_monitor.adapters.base import (
     normal_draws,
 )
 from ood_monitor.adapters.schedules import NoiseSchedule
+from ood_monitor.gradients.scoring import dtype_of
 
 __all__ = ["DenoisingBound", "DenoisingLoss"]
 
@@ -144,6 +145,7 @@ class DenoisingBound(Adapter):
         seed: int = 0,
     ) -> None:
         self.module = network
+        self._by_keyword = _takes_timestep(network)
         self.schedule = NoiseSchedule.of(schedule)
         self.seed = seed
         if loss not in get_args(DenoisingLoss):
@@ -159,16 +161,16 @@ class DenoisingBound(Adapter):
         self.levels = self._checked(levels)
 
     @classmethod
-    def paper(cls, network: nn.Module, schedule: Any, *, seed: int = 0, **options: Any) -> Self:
+    def paper(cls, network: nn.Module, schedule: Any, **options: Any) -> Self:
         """The loss of the paper's diffusion models: L1, at the level of least noise, t = 0.
 
         It takes the mean over pixels and new noise each time; here the sum, which changes no
-        score, and fixed noise.
+        score, and fixed noise. Further options are the class's.
 
         References:
             Dauncey, Holmes, Williams, Falck (2024), https://arxiv.org/abs/2403.01485
         """
-        return cls(network, schedule, levels=(0,), loss="l1", seed=seed, **options)
+        return cls(network, schedule, levels=(0,), loss="l1", **options)
 
     def with_levels(self, levels: Sequence[int], *, seed: int | None = None) -> Self:
         """The same bound at other levels, and with another seed of the noise if one is given."""
@@ -212,12 +214,10 @@ class DenoisingBound(Adapter):
         dtype = torch.promote_types(x_t.dtype, torch.float32) if t.is_floating_point() else t.dtype
         # Made of the samples: to the gradients' engine, a time for each sample is data of its own.
         t = torch.full_like(x_t.flatten(1)[:, 0], t.item(), dtype=dtype)
-        given = x_t.to(_dtype(self.module, x_t))
-        if _takes_timestep(self.module):
-            output = self.module(given, timestep=t, **condition)
-        else:
-            output = self.module(given, t, **condition)
-        return _like(x_t, output)
+        given = x_t.to(dtype_of(self.module, x_t.dtype))
+        if self._by_keyword:
+            return _like(x_t, self.module(given, timestep=t, **condition))
+        return _like(x_t, self.module(given, t, **condition))
 
     def _bound(self, x: Tensor, squared_error: Tensor, level: int) -> Tensor:
         """The level's term of the variational bound; x has shape (B, D)."""
@@ -258,11 +258,6 @@ def _repeated(batch: Batch, copies: int) -> Batch:
 def _stated_prediction(schedule: Any) -> str | None:
     """What a diffusers scheduler says that the network predicts."""
     return dict(getattr(schedule, "config", {})).get("prediction_type")
-
-
-def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
-    """The network's precision."""
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
 
 
 def _takes_timestep(network: nn.Module) -> bool:

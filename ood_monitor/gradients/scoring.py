@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "leaf_parameters", "undisturbed"]
+__all__ = ["device_of", "dtype_of", "leaf_parameters", "undisturbed"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -19,6 +19,12 @@ _locks_guard = threading.Lock()
 def device_of(module: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU for a module without any."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The type of the first floating-point parameter; the default for a module without any."""
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, default)
 
 
 @contextmanager
