@@ -12,6 +12,7 @@ None of them is recommended: models give unseen data *higher* likelihood, and on
 layers.
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -250,7 +251,7 @@ def _inverse_trigamma(value: float) -> float:
     return float(brentq(lambda y: float(polygamma(1, y)) - value, low, high))
 
 
-class _ByScikitLearn:
+class _ByScikitLearn(abc.ABC):
     """-score_samples of a scikit-learn model of standardised columns (N, F)."""
 
     minimum_samples = 2
@@ -265,8 +266,9 @@ class _ByScikitLearn:
         check_fitted(self, "_pipeline")
         return -np.asarray(self._pipeline.score_samples(checked(features, self._mean)))
 
+    @abc.abstractmethod
     def _model(self) -> Any:
-        raise NotImplementedError
+        """The unfitted model."""
 
 
 class OneClassSVM(_ByScikitLearn):

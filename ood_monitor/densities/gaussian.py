@@ -104,8 +104,8 @@ class ShrunkGaussian(_Gaussian):
     """A Gaussian whose covariance is shrunk to a multiple of the identity. The default.
 
     Half-way between independent layers, as in the paper, and what their correlations say: what is
-    best for estimating a covariance is not best for detecting, and on every model so far
-    (``benchmarks/densities.py``) half was near the best there is.
+    best for estimating a covariance is not best for detecting, and on the three models of
+    ``benchmarks/densities.py`` half was near the best there is.
 
     Args:
         shrinkage: A number in (0, 1]; or a rule: ``"ledoit_wolf"`` and ``"oas"`` estimate what is

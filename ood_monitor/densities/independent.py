@@ -18,7 +18,30 @@ from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 __all__ = ["DiagonalGaussian", "FisherCombination", "StudentT"]
 
 
-class DiagonalGaussian:
+class _Standardised:
+    """What is learned of a mean and a standard deviation by layer."""
+
+    minimum_samples = 2
+
+    def fit(self, features: Array) -> Self:
+        features = checked_fit(features, self.minimum_samples)
+        self._mean, self._sd = features.mean(0), features.std(0, ddof=1)
+        return self
+
+    def state(self) -> dict[str, Array]:
+        return {"mean": self._mean, "sd": self._sd}
+
+    def load_state(self, state: dict[str, Array]) -> Self:
+        self._mean, self._sd = state["mean"], state["sd"]
+        return self
+
+    def _z(self, features: Array) -> Array:
+        """Deviations from the mean, in standard deviations, (N, F)."""
+        check_fitted(self, "_mean")
+        return np.asarray((checked(features, self._mean) - self._mean) / self._sd)
+
+
+class DiagonalGaussian(_Standardised):
     """Independent Normals on the log squared norms: the paper's score.
 
     References:
@@ -32,13 +55,6 @@ class DiagonalGaussian:
         array([2.8, 9.9])
     """
 
-    minimum_samples = 2
-
-    def fit(self, features: Array) -> Self:
-        features = checked_fit(features, self.minimum_samples)
-        self._mean, self._sd = features.mean(0), features.std(0, ddof=1)
-        return self
-
     def score(self, features: Array) -> Array:
         return np.asarray(self.contributions(features).sum(1))
 
@@ -48,15 +64,7 @@ class DiagonalGaussian:
 
     def distance_parts(self, features: Array) -> Array:
         """Squared standardised deviations (N, F), whose sum is the squared distance."""
-        check_fitted(self, "_mean")
-        return np.asarray(((checked(features, self._mean) - self._mean) / self._sd) ** 2)
-
-    def state(self) -> dict[str, Array]:
-        return {"mean": self._mean, "sd": self._sd}
-
-    def load_state(self, state: dict[str, Array]) -> Self:
-        self._mean, self._sd = state["mean"], state["sd"]
-        return self
+        return np.asarray(self._z(features) ** 2)
 
 
 class StudentT:
@@ -107,7 +115,7 @@ class StudentT:
         return self
 
 
-class FisherCombination:
+class FisherCombination(_Standardised):
     """Fisher's combination of each layer's two-sided p-value under a Normal, -2 sum log p.
 
     (The paper's comparison sums the p-values themselves, which is another statistic.)
@@ -116,24 +124,8 @@ class FisherCombination:
         Statistical Methods for Research Workers (Fisher, 1925), section 21.1.
     """
 
-    minimum_samples = 2
-
-    def fit(self, features: Array) -> Self:
-        features = checked_fit(features, self.minimum_samples)
-        self._mean, self._sd = features.mean(0), features.std(0, ddof=1)
-        return self
-
     def score(self, features: Array) -> Array:
         return np.asarray(self.contributions(features).sum(1))
 
     def contributions(self, features: Array) -> Array:
-        check_fitted(self, "_mean")
-        z = (checked(features, self._mean) - self._mean) / self._sd
-        return np.asarray(-2 * (math.log(2) + stats.norm.logsf(np.abs(z))))
-
-    def state(self) -> dict[str, Array]:
-        return {"mean": self._mean, "sd": self._sd}
-
-    def load_state(self, state: dict[str, Array]) -> Self:
-        self._mean, self._sd = state["mean"], state["sd"]
-        return self
+        return np.asarray(-2 * (math.log(2) + stats.norm.logsf(np.abs(self._z(features)))))
