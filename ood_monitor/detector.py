@@ -28,6 +28,7 @@ from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.measured import Measured
 
 __all__ = ["Detector", "Groups", "Scores"]
 
@@ -57,17 +58,6 @@ class Scores:
     layers: dict[str, Tensor]
     z: dict[str, Tensor]
     valid: Tensor
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Log-likelihoods (N,) in nats and squared norms (N, F) of samples, and what these were."""
-
-    log_likelihood: Array
-    names: tuple[str, ...]
-    norms: Array
-    samples: tuple[str, ...]
-    groups: tuple[str, ...] = ()
 
 
 class Detector:
@@ -172,7 +162,42 @@ class Detector:
                 "loader."
             )
         bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
-        self._fitted = self._fit(_together([self._measure(batch) for batch in bar]))
+        self._fitted = self._fit(Measured.together(self.measure(batch) for batch in bar))
+        return self
+
+    def measure(self, batch: Batch) -> Measured:
+        """What :meth:`fit` asks of a batch of B held-out samples, to gather before fitting.
+
+        So several processes can each measure a part, and all fit the same detector.
+
+        Raises:
+            ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
+        """
+        result = terms_and_norms(
+            self.adapter,
+            batch,
+            layers=self.layers,
+            granularity=self.granularity,
+            chunk_size=self.chunk_size,
+        )
+        features, norms = table(result.norms)
+        terms, values = table(result.log_likelihood)
+        groups = () if self.groups is None else _named(self.groups(batch), len(norms))
+        return Measured(terms, values, features, norms, _samples(batch), groups)
+
+    def fit_measured(self, measured: Measured) -> Self:
+        """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
+
+        Returns:
+            The detector itself; unchanged if anything is raised.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+
+        Warns:
+            UserWarning: As :meth:`fit`.
+        """
+        self._fitted = self._fit(measured)
         return self
 
     def score(self, batch: Batch) -> Scores:
@@ -192,11 +217,11 @@ class Detector:
         """
         fitted = self.fitted
         self.check(batch)
-        measured = self._measure(batch)
-        if measured.names != fitted.log_norms.names:
+        measured = self.measure(batch)
+        if measured.features != fitted.log_norms.names:
             raise ValueError(
                 f"Expected the terms and layers that the detector was fitted on, from "
-                f"{fitted.log_norms.names[0]!r} on, got {measured.names[0]!r} on."
+                f"{fitted.log_norms.names[0]!r} on, got {measured.features[0]!r} on."
             )
         features = fitted.log_norms(measured.norms)
         parts = fitted.density.contributions(features)
@@ -206,7 +231,7 @@ class Detector:
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(_p_value(fitted, score, measured.groups)),
-            log_likelihood=torch.from_numpy(measured.log_likelihood),
+            log_likelihood=torch.from_numpy(measured.log_likelihood.sum(1)),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(~np.isnan(score)),
@@ -313,25 +338,12 @@ class Detector:
         )
         return {name: getattr(self, name) for name in names}
 
-    def _measure(self, batch: Batch) -> _Measured:
-        result = terms_and_norms(
-            self.adapter,
-            batch,
-            layers=self.layers,
-            granularity=self.granularity,
-            chunk_size=self.chunk_size,
-        )
-        names, norms = table(result.norms)
-        terms = [value.double().cpu().numpy() for value in result.log_likelihood.values()]
-        groups = () if self.groups is None else _named(self.groups(batch), len(norms))
-        return _Measured(np.sum(terms, axis=0), names, norms, _samples(batch), groups)
-
-    def _fit(self, measured: _Measured) -> Fitted:
+    def _fit(self, measured: Measured) -> Fitted:
         fit, calibrate = self._split(len(measured.norms))
         dtype = dtype_of(self.adapter.module)
         eps = torch.finfo(dtype).eps
         fit = self._trimmed(measured, fit, eps)
-        log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
+        log_norms = LogNorms.fit(measured.features, measured.norms[fit], eps)
         features = log_norms(measured.norms[fit])
         density = copy.deepcopy(self._density).fit(features)
         scores = density.score(log_norms(measured.norms[calibrate]))
@@ -341,7 +353,7 @@ class Detector:
             log_norms=log_norms,
             density=density,
             calibration=ConformalPValue.fit(scores),
-            log_likelihood=measured.log_likelihood[calibrate],
+            log_likelihood=measured.log_likelihood[calibrate].sum(1),
             layers=log_norms.live_layers,
             parameters=_parameters(self.adapter, self.layers),
             layer_mean=logs.mean(0),
@@ -353,11 +365,11 @@ class Detector:
             grouped=self._grouped(scores, measured.groups, calibrate),
         )
 
-    def _trimmed(self, measured: _Measured, fit: np.ndarray, eps: float) -> np.ndarray:
+    def _trimmed(self, measured: Measured, fit: np.ndarray, eps: float) -> np.ndarray:
         """The mask (N,) of the fit samples without the most anomalous under a fit to all."""
         if not self.trim:
             return fit
-        log_norms = LogNorms.fit(measured.names, measured.norms[fit], eps)
+        log_norms = LogNorms.fit(measured.features, measured.norms[fit], eps)
         features = log_norms(measured.norms[fit])
         scores = copy.deepcopy(self._density).fit(features).score(features)
         kept = fit.copy()
@@ -385,19 +397,6 @@ class Detector:
         chosen = np.zeros(count, dtype=bool)
         chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
         return chosen, ~chosen
-
-
-def _together(parts: list[_Measured]) -> _Measured:
-    if not parts:
-        raise ValueError("Expected held-out batches, got an empty loader.")
-    kinds = {part.samples for part in parts}
-    return _Measured(
-        np.concatenate([part.log_likelihood for part in parts]),
-        parts[0].names,
-        np.concatenate([part.norms for part in parts]),
-        kinds.pop() if len(kinds) == 1 else (),
-        tuple(group for part in parts for group in part.groups),
-    )
 
 
 def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:

@@ -192,15 +192,32 @@ class Monitor:
             ValueError: An empty batch, or one of other shapes or types than the held-out data; the
                 monitor is then unchanged.
         """
+        return self.observe(self.score(batch))
+
+    def score(self, batch: Batch) -> Scores:
+        """What :meth:`update` would take in of B samples, without taking it in.
+
+        Returns:
+            As :meth:`~ood_monitor.Detector.score`, with nan for a sample that is not finite.
+
+        Raises:
+            ValueError: As :meth:`update`.
+        """
         self.detector.check(batch)
         finite = finite_samples(batch)
         if finite.all():
-            scores = self.detector.score(batch)
-        elif finite.any():
-            kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-            scores = _spread(self.detector.score(kept), finite)
-        else:
-            scores = _unscored(len(finite))
+            return self.detector.score(batch)
+        if not finite.any():
+            return _unscored(len(finite))
+        kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
+        return _spread(self.detector.score(kept), finite)
+
+    def observe(self, scores: Scores) -> list[Alert]:
+        """:meth:`update`, of samples that :meth:`score` has seen, maybe in another process.
+
+        Returns:
+            The alerts raised, which the sinks get too.
+        """
         with self._lock:
             self.last = scores
             alerts = self._advance(scores)

@@ -58,7 +58,8 @@ class TrainingStream:
     """Compares each batch's gradient norms with those of the batches before.
 
     Args:
-        adapter: The model in training; it is left as it was.
+        adapter: The model in training, which :meth:`update` leaves as it was; None if only
+            :meth:`observe` is called.
         layers: Which parameters; all by default. A few, such as those of
             :func:`~ood_monitor.last_layers`, cost less.
         half_life: Batches after which a batch counts half.
@@ -80,7 +81,7 @@ class TrainingStream:
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Adapter | None = None,
         *,
         layers: Layers = None,
         half_life: float = 200.0,
@@ -104,20 +105,29 @@ class TrainingStream:
         """Score one batch, and take it in.
 
         Raises:
-            ValueError: A batch that :func:`~ood_monitor.gradient_norms` refuses; nothing changes.
+            ValueError: No adapter, or a batch that :func:`~ood_monitor.gradient_norms` refuses;
+                nothing changes.
         """
+        if self._adapter is None:
+            raise ValueError("Expected an adapter to take gradients with, got None.")
         names, norms = table(gradient_norms(self._adapter, batch, layers=self._layers))
         # A mean of logs, which one sample of a batch cannot make its own.
-        values = np.log(np.clip(norms, np.finfo(float).tiny, np.finfo(float).max)).mean(0)
-        self._batches, self._names = self._batches + 1, names
-        if self._batches <= self._warm_up:
-            self._warm(values)
-            return TrainingScore(math.nan, False, {}, self._batches)
-        z = (values - self._location) / self._scale
-        score = float(np.sqrt(np.mean(np.square(z))))
-        self._forget(z)
-        named = dict(zip(names, z.tolist(), strict=True))
-        return TrainingScore(score, score > self._threshold, named, self._batches)
+        return self._take(names, _log(norms).mean(0))
+
+    def observe(self, norms: Mapping[str, float]) -> TrainingScore:
+        """Score one batch by the squared norms of its gradient, and take it in.
+
+        Args:
+            norms: Of the mean loss's gradient, ``{layer: squared norm}``, as an optimiser is about
+                to use it.
+
+        Raises:
+            ValueError: Other layers than before, or a norm that is not finite; nothing changes.
+        """
+        values = np.array(list(norms.values()), dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError(f"Expected finite norms, got {int((~np.isfinite(values)).sum())} not.")
+        return self._take(tuple(norms), _log(values))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as primitives that JSON can hold."""
@@ -143,6 +153,21 @@ class TrainingStream:
         self._location, self._scale = np.array(state["location"]), np.array(state["scale"])
         self._first = [np.array(values) for values in state["first"]]
 
+    def _take(self, names: tuple[str, ...], values: Array) -> TrainingScore:
+        if self._batches and names != self._names:
+            raise ValueError(
+                f"Expected the {len(self._names)} layers of the batches before, got {len(names)}."
+            )
+        self._batches, self._names = self._batches + 1, names
+        if self._batches <= self._warm_up:
+            self._warm(values)
+            return TrainingScore(math.nan, False, {}, self._batches)
+        z = (values - self._location) / self._scale
+        score = float(np.sqrt(np.mean(np.square(z))))
+        self._forget(z)
+        named = dict(zip(names, z.tolist(), strict=True))
+        return TrainingScore(score, score > self._threshold, named, self._batches)
+
     def _warm(self, values: Array) -> None:
         self._first.append(values)
         if self._batches == self._warm_up:
@@ -158,3 +183,7 @@ class TrainingStream:
         self._location = self._location + step * clipped
         spread = math.sqrt(math.pi / 2) * np.abs(clipped) - 1
         self._scale = np.maximum(self._scale + step * spread, _SMALLEST_SCALE)
+
+
+def _log(norms: Array) -> Array:
+    return np.log(np.clip(norms, np.finfo(float).tiny, np.finfo(float).max))

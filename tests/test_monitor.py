@@ -836,3 +836,13 @@ def test_a_sound_stream_is_not_warned_of(
 ) -> None:
     feed(monitor(thin=thin, ert=1e9), x, size=10)
     assert not [r for r in caplog.records if "correlated" in r.message]
+
+
+def test_scores_taken_before_are_observed_as_their_batch_would_be() -> None:
+    batch = torch.cat([usual(30), invalid(1), shifted(100)])
+    at_once, later = monitor(), monitor()
+    scores = later.score(batch)
+    assert later.samples_seen == 0
+    assert kinds(later.observe(scores)) == kinds(at_once.update(batch))
+    assert at_once.state_dict() == later.state_dict()
+    assert (later.invalid, later.status) == (1, "ALERT")

@@ -10,7 +10,6 @@ import torch
 from small_cases import SMALL, randn
 from torch import Tensor
 
-import ood_monitor as om
 from ood_monitor.training import TrainingStream
 
 BRANCHES = SMALL["branches"]
@@ -122,9 +121,34 @@ def test_only_chosen_layers_are_compared() -> None:
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive half_life and threshold and a warm_up"):
-        om.TrainingStream(BRANCHES(), **options)
+        TrainingStream(BRANCHES(), **options)
 
 
 def test_a_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state of format 1, got None"):
         stream().load_state_dict({})
+
+
+def test_norms_that_an_optimiser_has_at_hand_are_scored() -> None:
+    watch = TrainingStream(warm_up=20)
+    rng = np.random.default_rng(0)
+    norms = [{"a": float(x), "b": float(y)} for x, y in rng.chisquare(20, (100, 2))]
+    assert sum(watch.observe(norm).flagged for norm in norms) <= 2
+    found = watch.observe({"a": 20.0, "b": 2e4})
+    assert found.flagged
+    assert found.z["b"] > 10 > abs(found.z["a"])
+
+
+def test_norms_that_will_not_do_leave_a_stream_as_it_was() -> None:
+    watch = TrainingStream(warm_up=2)
+    watch.observe({"a": 1.0, "b": 2.0})
+    before = watch.state_dict()
+    for norms, message in (
+        ({"a": math.inf, "b": 1.0}, "finite norms, got 1 not"),
+        ({"a": 1.0}, "the 2 layers of the batches before, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            watch.observe(norms)
+    with pytest.raises(ValueError, match="Expected an adapter"):
+        watch.update(torch.ones(1))
+    assert watch.state_dict() == before
