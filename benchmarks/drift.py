@@ -78,7 +78,8 @@ CHANGES: dict[str, Draw] = {
     "mean + 1 sd": normal(1.0),
     "10 % at + 3 sd": contaminated,
     "variance x 2.25": normal(sd=1.5),
-    "too typical (sd x 0.5)": normal(sd=0.5),
+    "too typical (mean - 1 sd)": normal(-1.0),
+    "less spread (sd x 0.5)": normal(sd=0.5),
 }
 CONTAMINATION = "10 % at + 3 sd"
 

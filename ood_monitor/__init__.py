@@ -13,7 +13,7 @@ from ood_monitor.adapters import (
     observations,
 )
 from ood_monitor.alerts import Alert, LoggingSink
-from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian
+from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian, TermsAndNorms
 from ood_monitor.detector import Detector, Scores
 from ood_monitor.diagnostics import Diagnosis, diagnose
 from ood_monitor.drift import EDetector
@@ -40,6 +40,7 @@ __all__ = [
     "Scores",
     "SequenceLikelihood",
     "ShrunkGaussian",
+    "TermsAndNorms",
     "TrainingStream",
     "diagnose",
     "gradient_norms",

@@ -4,7 +4,8 @@ Each has ``fit(...)`` and ``score(...)`` like a density; higher = more anomalous
 
 - log squared gradient norms by layer (N, F): :class:`TotalNorm`, :class:`LogNormal`,
   :class:`ChiSquare`, :class:`OneClassSVM`, :class:`IsolationForest`;
-- a value a level (N, L), as the losses at each noise level: :class:`LevelMixture`;
+- a value a level (N, L), as the losses at each noise level, or a term: :class:`DensityOfStates`,
+  and :class:`~ood_monitor.densities.GaussianMixture`;
 - log-likelihoods (N,): :class:`LowLikelihood`, :class:`Typicality`, :class:`GroupTypicality`, and
   with the bits of a compressor :class:`ComplexityCorrected`.
 
@@ -20,8 +21,8 @@ from typing import Any, Self
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp, polygamma
-from scipy.stats import loggamma
-from sklearn import ensemble, mixture, svm
+from scipy.stats import gaussian_kde, loggamma
+from sklearn import ensemble, svm
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -31,9 +32,9 @@ from ood_monitor.densities.base import check_fitted, checked, checked_fit
 __all__ = [
     "ChiSquare",
     "ComplexityCorrected",
+    "DensityOfStates",
     "GroupTypicality",
     "IsolationForest",
-    "LevelMixture",
     "LogNormal",
     "LowLikelihood",
     "OneClassSVM",
@@ -251,6 +252,32 @@ def _inverse_trigamma(value: float) -> float:
     return float(brentq(lambda y: float(polygamma(1, y)) - value, low, high))
 
 
+class DensityOfStates:
+    """-sum of the log densities in nats of each statistic, (N, S), under a kernel estimate of it.
+
+    Statistics are what a model gives of a sample, such as its likelihood's terms.
+
+    References:
+        Density of States Estimation for Out-of-Distribution Detection (Morningstar et al., 2021),
+        https://arxiv.org/abs/2006.09273
+    """
+
+    minimum_samples = 2
+
+    def fit(self, features: Array) -> Self:
+        features = checked_fit(features, self.minimum_samples)
+        self._kernels = [gaussian_kde(column) for column in features.T.copy()]
+        self._mean = features.mean(0)
+        return self
+
+    def score(self, features: Array) -> Array:
+        check_fitted(self, "_kernels")
+        columns = checked(features, self._mean).T
+        pairs = zip(self._kernels, columns, strict=True)
+        logs = [kernel.logpdf(column) for kernel, column in pairs]
+        return np.asarray(-np.sum(logs, axis=0))
+
+
 class _ByScikitLearn(abc.ABC):
     """-score_samples of a scikit-learn model of standardised columns (N, F)."""
 
@@ -308,36 +335,6 @@ class IsolationForest(_ByScikitLearn):
 
     def _model(self) -> Any:
         return ensemble.IsolationForest(random_state=self._seed)
-
-
-class LevelMixture(_ByScikitLearn):
-    """-log likelihood in nats under a mixture of Gaussians, of a value a level (N, L).
-
-    Values are a model's losses at each noise level, or its likelihood's terms, standardised.
-
-    Args:
-        components: Gaussians in the mixture.
-        regularisation: Variance that is added to each standardised level.
-        seed: Of the mixture's start.
-
-    Raises:
-        ValueError: No component, or a negative regularisation.
-
-    References:
-        Multiscale Score Matching for Out-of-Distribution Detection (Mahmood, Oliva, Styner, 2021),
-        https://arxiv.org/abs/2010.13132
-    """
-
-    def __init__(self, components: int = 2, regularisation: float = 0.03, seed: int = 0) -> None:
-        if components < 1 or regularisation < 0:
-            given = f"{components} and {regularisation}"
-            raise ValueError(f"Expected components >= 1 and regularisation >= 0, got {given}.")
-        self.minimum_samples = components + 1
-        self._components, self._regularisation, self._seed = components, regularisation, seed
-
-    def _model(self) -> Any:
-        options = {"random_state": self._seed, "max_iter": 1000}
-        return mixture.GaussianMixture(self._components, reg_covar=self._regularisation, **options)
 
 
 def _checked_values(values: Array, minimum: int = 0) -> Array:

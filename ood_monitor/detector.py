@@ -22,8 +22,8 @@ from ood_monitor.calibration import (
     autocorrelation_bound,
     lag1_autocorrelation,
 )
-from ood_monitor.densities import Array, Density, ShrunkGaussian
-from ood_monitor.features import LogNorms, layer_of, table
+from ood_monitor.densities import Array, Density, TermsAndNorms
+from ood_monitor.features import Features, LogNorms, TermValues, layer_of, table
 from ood_monitor.fitted import Fitted, digest
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
@@ -46,9 +46,12 @@ class Scores:
         p_value: (B,), conformal: the chance that an in-distribution sample scores at least this.
         log_likelihood: (B,), nats, the sum of the terms.
         layers: ``{"term/parameter": (B,)}``, each layer's part of the score; they add up to it.
+            With the default density also ``{"term": (B,)}``, the part of the term's value itself,
+            if the model has several terms.
         z: ``{"term/parameter": (B,)}``, the layer's mean log squared norm, over its live rows, in
             standard deviations from that of in-distribution samples: below 0, the gradient is
-            smaller than usual. Like ``layers``, without those that are dead or constant.
+            smaller than usual; of ``"term"`` its value. Like ``layers``, without those that are
+            dead or constant.
         valid: (B,), bool; False where the score is nan, and with it the p-value.
     """
 
@@ -65,7 +68,8 @@ class Detector:
 
     Args:
         adapter: The model.
-        density: Of the log squared norms; :class:`~ood_monitor.ShrunkGaussian` by default.
+        density: Of the log squared norms, and of nothing else but for the default, which is
+            :class:`~ood_monitor.TermsAndNorms`.
         layers: Which parameters are features; all by default.
         granularity: ``"tensor"`` as in the paper, or ``"row"``.
         chunk_size: Samples per pass, to bound memory.
@@ -119,7 +123,7 @@ class Detector:
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self.groups, self.minimum_group = groups, operator.index(minimum_group)
-        self._density = ShrunkGaussian() if density is None else density
+        self._density = TermsAndNorms() if density is None else density
         self._fitted: Fitted | None = None
 
     @property
@@ -218,22 +222,17 @@ class Detector:
         fitted = self.fitted
         self.check(batch)
         measured = self.measure(batch)
-        if measured.features != fitted.log_norms.names:
-            raise ValueError(
-                f"Expected the terms and layers that the detector was fitted on, from "
-                f"{fitted.log_norms.names[0]!r} on, got {measured.features[0]!r} on."
-            )
-        features = fitted.log_norms(measured.norms)
+        features = fitted.features(measured)
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
-        names = fitted.log_norms.live_names
-        logs, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
+        names = fitted.features.names
+        means, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(_p_value(fitted, score, measured.groups)),
             log_likelihood=torch.from_numpy(measured.log_likelihood.sum(1)),
             layers=_columns(fitted.layers, shares),
-            z=_columns(fitted.layers, (logs - fitted.layer_mean) / fitted.layer_sd),
+            z=_columns(fitted.layers, (means - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(~np.isnan(score)),
         )
 
@@ -339,53 +338,52 @@ class Detector:
         return {name: getattr(self, name) for name in names}
 
     def _fit(self, measured: Measured) -> Fitted:
-        fit, calibrate = self._split(len(measured.norms))
+        fit, calibrate = self._split(len(measured))
         dtype = dtype_of(self.adapter.module)
         eps = torch.finfo(dtype).eps
-        fit = self._trimmed(measured, fit, eps)
-        log_norms = LogNorms.fit(measured.features, measured.norms[fit], eps)
-        features = log_norms(measured.norms[fit])
-        density = copy.deepcopy(self._density).fit(features)
-        scores = density.score(log_norms(measured.norms[calibrate]))
+        seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
+        features, density = self._learned(seen, eps)
+        scores = density.score(features(rest))
         _warn_of_autocorrelation(scores)
-        logs = _by_layer(log_norms.live_names, features, np.mean)
+        means = _by_layer(features.names, features(seen), np.mean)
         return Fitted(
-            log_norms=log_norms,
+            features=features,
             density=density,
             calibration=ConformalPValue.fit(scores),
-            log_likelihood=measured.log_likelihood[calibrate].sum(1),
-            layers=log_norms.live_layers,
+            log_likelihood=rest.log_likelihood.sum(1),
             parameters=_parameters(self.adapter, self.layers),
-            layer_mean=logs.mean(0),
-            layer_sd=np.maximum(logs.std(0, ddof=1), eps),
+            layer_mean=means.mean(0),
+            layer_sd=np.maximum(means.std(0, ddof=1), eps),
             samples=measured.samples,
             model=digest(self.adapter.module),
             dtype=str(dtype),
-            fit_count=int(fit.sum()),
-            grouped=self._grouped(scores, measured.groups, calibrate),
+            fit_count=len(seen),
+            grouped=self._grouped(scores, rest.groups),
         )
 
-    def _trimmed(self, measured: Measured, fit: np.ndarray, eps: float) -> np.ndarray:
-        """The mask (N,) of the fit samples without the most anomalous under a fit to all."""
+    def _trimmed(self, samples: Measured, eps: float) -> Measured:
+        """Without the most anomalous samples under a fit to all."""
         if not self.trim:
-            return fit
-        log_norms = LogNorms.fit(measured.features, measured.norms[fit], eps)
-        features = log_norms(measured.norms[fit])
-        scores = copy.deepcopy(self._density).fit(features).score(features)
-        kept = fit.copy()
-        kept[fit] = scores <= np.quantile(scores, 1 - self.trim)
-        return kept
+            return samples
+        features, density = self._learned(samples, eps)
+        scores = density.score(features(samples))
+        return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
 
-    def _grouped(
-        self, scores: Array, groups: tuple[str, ...], calibrate: np.ndarray
-    ) -> GroupedPValue | None:
-        if self.groups is None:
-            return None
-        chosen = tuple(groups[i] for i in np.flatnonzero(calibrate))
-        return GroupedPValue(scores, chosen, self.minimum_group)
+    def _learned(self, samples: Measured, eps: float) -> tuple[Features, Density]:
+        """What is a feature of these samples, and the density fitted to them."""
+        log_norms = LogNorms.fit(samples.features, samples.norms, eps)
+        density = copy.deepcopy(self._density)
+        features = Features(log_norms)
+        if isinstance(density, TermsAndNorms):
+            terms = TermValues.fit(samples.terms, samples.log_likelihood, eps)
+            density, features = density.of(int(terms.live.sum())), Features(log_norms, terms)
+        return features, density.fit(features(samples))
+
+    def _grouped(self, scores: Array, groups: tuple[str, ...]) -> GroupedPValue | None:
+        return None if self.groups is None else GroupedPValue(scores, groups, self.minimum_group)
 
     def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Disjoint masks (N,): a random part to fit on, and the rest, in order, to calibrate."""
+        """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
         calibration = round(count * self.calibration_fraction)
         fit = count - calibration
         if fit < self._density.minimum_samples or calibration < MINIMUM_SCORES:
@@ -396,7 +394,7 @@ class Detector:
             )
         chosen = np.zeros(count, dtype=bool)
         chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
-        return chosen, ~chosen
+        return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
 def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:

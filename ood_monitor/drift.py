@@ -12,7 +12,7 @@ whatever their law and their ties (Vovk et al., 2003). P-values against the cali
 are each valid, but dependent, and bets on them raise too many alarms: so the history grows.
 
 **Bets.** A bettor turns :math:`p_n` into an e-value :math:`e_n \geq 0`, of mean at most 1 given the
-past. There are three:
+past. There are four:
 
 * scores too large, :math:`e_n = \frac{1}{2} p_n^{-1/2}`;
 * scores too small, :math:`e_n = \frac{1}{2} (1 - p_n)^{-1/2}`; these two also see a wider spread,
@@ -20,11 +20,13 @@ past. There are three:
 * the Simple Jumper (Vovk et al., 2021), :math:`e_n = \sum_\epsilon w_\epsilon (1 + \epsilon
   (p_n - \frac{1}{2}))` over :math:`\epsilon \in \{-1, 0, 1\}`: the weights are each account's
   share of the capital, and a fraction :math:`J = 0.01` of it is dealt out anew at each step. It
-  follows a small, lasting shift.
+  follows a small, lasting shift;
+* scores too much alike, :math:`e_n = 6 p_n (1 - p_n)`: a narrower spread, which none of the others
+  sees, as of a generator that repeats itself.
 
 **Sums.** Each bettor :math:`k` has a Shiryaev-Roberts sum :math:`R^k_n = (1 + R^k_{n-1}) e^k_n`,
 :math:`R^k_m = 0`: what it would own had it staked one more unit at each time since. The average
-:math:`R_n` of the three is an e-detector (Shin, Ramdas and Rinaldo, 2022): :math:`R_n - (n - m)` is
+:math:`R_n` of the four is an e-detector (Shin, Ramdas and Rinaldo, 2022): :math:`R_n - (n - m)` is
 a martingale, so that the number of samples :math:`T` to the first :math:`R_n \geq A` has
 :math:`E[T] = E[R_{m+T}] \geq A`. Alarming at :math:`A` = ``ert`` promises, without any bootstrap,
 an expected run time to a false alarm of at least ``ert`` samples.
@@ -70,13 +72,14 @@ from ood_monitor.calibration import check_scores
 JUMP = 0.01
 """The share :math:`J` of the Simple Jumper's capital that is dealt out anew at each step."""
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """The version of :meth:`EDetector.state_dict`."""
 
 Triple = tuple[float, float, float]
+Sums = tuple[float, float, float, float]
 
 _THIRD = 1.0 / 3.0
-_LOG_HALF = math.log(0.5)
+_LOG_HALF, _LOG_6 = math.log(0.5), math.log(6.0)
 _SMALLEST_UNIFORM = 2.0**-53
 # What an infinite score counts as: no other is beyond it, and JSON can hold it.
 _LARGEST = sys.float_info.max
@@ -117,6 +120,19 @@ def log_power_bet(p: float) -> float:
     return _LOG_HALF - 0.5 * math.log(p)
 
 
+def log_middle_bet(p: float, complement: float) -> float:
+    r"""Returns the log e-value of the bet on p-values near a half, :math:`e = 6 p (1 - p)`.
+
+    Args:
+        p: The p-value, above 0.
+        complement: 1 - p, above 0.
+
+    Returns:
+        :math:`\log e`, in nats.
+    """
+    return _LOG_6 + math.log(p) + math.log(complement)
+
+
 def simple_jumper(weights: Triple, p: float) -> tuple[float, Triple]:
     r"""Lets the Simple Jumper bet on one p-value.
 
@@ -140,11 +156,13 @@ def log1p_exp(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def log_mean_exp(x: Triple) -> float:
+def log_mean_exp(x: Sums) -> float:
     """Returns the log of the mean of exp(x) without overflow."""
     top = max(x)
-    total = math.exp(x[0] - top) + math.exp(x[1] - top) + math.exp(x[2] - top)
-    return top + math.log(total * _THIRD)
+    first, second, third, fourth = x
+    total = math.exp(first - top) + math.exp(second - top)
+    total += math.exp(third - top) + math.exp(fourth - top)
+    return top + math.log(0.25 * total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +188,7 @@ class _Episode:
 
     history: list[float]
     stream: list[float] = field(default_factory=list)
-    log1p_sums: Triple = (0.0, 0.0, 0.0)
+    log1p_sums: Sums = (0.0, 0.0, 0.0, 0.0)
     weights: Triple = (_THIRD, _THIRD, _THIRD)
     n: int = 0
 
@@ -179,13 +197,16 @@ class _Episode:
         self.stream.append(score)
 
     def bet(self, p: float, complement: float) -> float:
-        """Moves the three sums on by one sample, and returns the log of their average."""
+        """Moves the four sums on by one sample, and returns the log of their average."""
         log_e, self.weights = simple_jumper(self.weights, p)
-        large, small, mean = self.log1p_sums
-        log_sums = (large + log_power_bet(p), small + log_power_bet(complement), mean + log_e)
-        self.log1p_sums = (log1p_exp(log_sums[0]), log1p_exp(log_sums[1]), log1p_exp(log_sums[2]))
+        large, small, mean, alike = self.log1p_sums
+        large += log_power_bet(p)
+        small += log_power_bet(complement)
+        mean += log_e
+        alike += log_middle_bet(p, complement)
+        self.log1p_sums = (log1p_exp(large), log1p_exp(small), log1p_exp(mean), log1p_exp(alike))
         self.n += 1
-        return log_mean_exp(log_sums)
+        return log_mean_exp((large, small, mean, alike))
 
 
 class EDetector:
@@ -373,7 +394,7 @@ class EDetector:
         return _Episode(
             history=sorted(self._calibration + stream),
             stream=stream,
-            log1p_sums=_triple(state["log1p_sums"]),
+            log1p_sums=_sums(state["log1p_sums"]),
             weights=_triple(state["weights"]),
             n=n,
         )
@@ -400,6 +421,11 @@ def pooled_log_e_value(log_e_values: Iterable[float]) -> float:
     if not len(values) or np.isnan(values).any():
         raise ValueError(f"Expected log e-values of at least one worker, got {values.tolist()}.")
     return float(np.logaddexp.reduce(values) - math.log(len(values)))
+
+
+def _sums(values: Sequence[float]) -> Sums:
+    large, small, mean, alike = check_scores(values, minimum=4).tolist()
+    return large, small, mean, alike
 
 
 def _triple(values: Sequence[float]) -> Triple:

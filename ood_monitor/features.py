@@ -1,4 +1,4 @@
-"""From squared gradient norms to the features that a density sees: logs of the live ones.
+"""From terms and squared gradient norms to the features that a density sees.
 
 A layer can be *constant*, its gradient the same for every sample, or numerically *dead*: zero in
 theory and rounding noise in practice, such as an attention's key bias, which a softmax ignores.
@@ -13,8 +13,12 @@ import numpy as np
 from torch import Tensor
 
 from ood_monitor.densities import Array
+from ood_monitor.measured import Measured
 
-__all__ = ["LogNorms", "layer_of", "table"]
+__all__ = ["Features", "LogNorms", "TermValues", "layer_of", "table"]
+
+#: What an infinite value of a term counts as, in nats.
+_LARGEST_VALUE = 1e100
 
 
 def table(norms: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Array]:
@@ -30,7 +34,7 @@ def table(norms: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Array]:
 
 
 def layer_of(feature: str) -> str:
-    """The layer, "term/parameter", that a feature belongs to."""
+    """The layer, "term/parameter", that a feature belongs to, or its term."""
     return feature.removesuffix("]").rsplit("[", 1)[0] if feature.endswith("]") else feature
 
 
@@ -94,3 +98,73 @@ class LogNorms:
     def live_layers(self) -> tuple[str, ...]:
         """The layers with at least one live feature, in module order within terms."""
         return tuple(dict.fromkeys(map(layer_of, self.live_names)))
+
+
+@dataclass(frozen=True)
+class TermValues:
+    """The values of the terms that vary, told apart on in-distribution samples and then frozen.
+
+    Attributes:
+        names: All terms, T of them.
+        live: Which are kept, (T,), bool.
+    """
+
+    names: tuple[str, ...]
+    live: np.ndarray
+
+    @classmethod
+    def fit(cls, names: tuple[str, ...], values: Array, eps: float) -> Self:
+        """Look at in-distribution values (N, T) in nats, of machine precision ``eps``.
+
+        A term is constant where rounding alone moves it, as the log-determinant of a flow without
+        scales. One alone is none: it is the likelihood itself, whose value is a matter of how the
+        data are represented, and which misleads.
+        """
+        finite = np.isfinite(values).all(0)
+        values = np.where(finite, values, 0.0)
+        live = finite & (np.ptp(values, axis=0) > 8 * eps * np.abs(values).max(0))
+        return cls(names, live & (live.sum() > 1))
+
+    def __call__(self, values: Array) -> Array:
+        """The live terms' values (N, live)."""
+        return values[:, self.live].clip(-_LARGEST_VALUE, _LARGEST_VALUE)
+
+    @property
+    def live_names(self) -> tuple[str, ...]:
+        """Names of the live terms, in order."""
+        return tuple(name for name, live in zip(self.names, self.live, strict=True) if live)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a density sees of samples: the values of live terms, if they count, then log norms."""
+
+    log_norms: LogNorms
+    terms: TermValues | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features, "term" or "term/parameter", in order."""
+        return (*(self.terms.live_names if self.terms else ()), *self.log_norms.live_names)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The live terms, if they count, and the layers with at least one live feature."""
+        return tuple(dict.fromkeys(map(layer_of, self.names)))
+
+    def __call__(self, measured: Measured) -> Array:
+        """Features (N, F).
+
+        Raises:
+            ValueError: Other terms and layers than fitted.
+        """
+        names = self.log_norms.names
+        if measured.features != names or (self.terms and measured.terms != self.terms.names):
+            raise ValueError(
+                f"Expected the terms and layers that the detector was fitted on, from "
+                f"{names[0]!r} on, got {measured.features[0]!r} on."
+            )
+        logs = self.log_norms(measured.norms)
+        if self.terms is None:
+            return logs
+        return np.hstack([self.terms(measured.log_likelihood), logs])

@@ -13,7 +13,7 @@ from torch import nn, uint8
 
 from ood_monitor.calibration import ConformalPValue, GroupedPValue
 from ood_monitor.densities import DENSITIES, Array, Density
-from ood_monitor.features import LogNorms
+from ood_monitor.features import Features, LogNorms, TermValues
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
 
@@ -28,14 +28,13 @@ class Fitted:
     """What fitting learned, and nothing that scoring changes.
 
     Attributes:
-        log_norms: Which features are live, and their floors.
+        features: Which features are live, and their floors.
         density: The density of the live features.
         calibration: Scores of the calibration samples.
         log_likelihood: (n,), nats, of the calibration samples, in the order of their scores' fit.
-        layers: The layers with at least one live feature, in module order within terms.
         parameters: Shapes of the parameters that are features, in module order.
         layer_mean: (L,), mean over the fit samples of the layer's mean log squared norm, over its
-            live features.
+            live features, or of the term's value.
         layer_sd: (L,), its standard deviation.
         samples: Shape and dtype of each tensor of a batch, without B; empty if they varied.
         model: Digest of the weights, persistent buffers included.
@@ -44,11 +43,10 @@ class Fitted:
         grouped: Scores of the calibration samples by group, if these were told apart.
     """
 
-    log_norms: LogNorms
+    features: Features
     density: Density
     calibration: ConformalPValue
     log_likelihood: Array
-    layers: tuple[str, ...]
     parameters: dict[str, tuple[int, ...]]
     layer_mean: Array
     layer_sd: Array
@@ -57,6 +55,11 @@ class Fitted:
     dtype: str
     fit_count: int
     grouped: GroupedPValue | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Those of the features, in module order within terms."""
+        return self.features.layers
 
     @property
     def fingerprint(self) -> str:
@@ -82,8 +85,8 @@ class Fitted:
         config = {
             "format": FORMAT,
             "density": density,
-            "features": list(self.log_norms.names),
-            "dropped": self.log_norms.dropped,
+            "features": list(self.features.log_norms.names),
+            "dropped": self.features.log_norms.dropped,
             "layers": list(self.layers),
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "samples": list(self.samples),
@@ -94,6 +97,9 @@ class Fitted:
             "fingerprint": self.fingerprint,
             "options": options,
         }
+        if self.features.terms is not None:
+            names, live = self.features.terms.names, self.features.terms.live
+            config["terms"] = dict(zip(names, live.tolist(), strict=True))
         if self.grouped is not None:
             config["groups"] = list(self.grouped.groups)
             config["minimum_group"] = self.grouped.minimum
@@ -140,7 +146,7 @@ class Fitted:
         arrays |= {
             "calibration": self.calibration.scores,
             "log_likelihood": self.log_likelihood,
-            "floor": self.log_norms.floor,
+            "floor": self.features.log_norms.floor,
             "layer_mean": self.layer_mean,
             "layer_sd": self.layer_sd,
         }
@@ -155,15 +161,14 @@ class Fitted:
         state = {
             k.removeprefix("density."): v for k, v in arrays.items() if k.startswith("density.")
         }
-        log_norms = LogNorms(names, live, arrays["floor"], dropped)
+        features = Features(LogNorms(names, live, arrays["floor"], dropped), _terms(config))
         # Older files have figures of the layers without a live feature too.
-        kept = np.isin(config["layers"], log_norms.live_layers)
+        kept = np.isin(config["layers"], features.layers)
         return cls(
-            log_norms=log_norms,
+            features=features,
             density=DENSITIES[config["density"]]().load_state(state),
             calibration=ConformalPValue(arrays["calibration"]),
             log_likelihood=arrays["log_likelihood"],
-            layers=log_norms.live_layers,
             parameters={name: tuple(shape) for name, shape in config["parameters"].items()},
             layer_mean=arrays["layer_mean"][kept],
             layer_sd=arrays["layer_sd"][kept],
@@ -173,6 +178,12 @@ class Fitted:
             fit_count=int(config["fit_count"]),
             grouped=_grouped(config, arrays),
         )
+
+
+def _terms(config: dict[str, Any]) -> TermValues | None:
+    if "terms" not in config:
+        return None
+    return TermValues(tuple(config["terms"]), np.array(list(config["terms"].values()), dtype=bool))
 
 
 def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPValue | None:

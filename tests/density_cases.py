@@ -13,6 +13,7 @@ from ood_monitor.densities import (
     PrincipalGaussian,
     ShrunkGaussian,
     StudentT,
+    TermsAndNorms,
 )
 
 #: A density is added to all contract checks by a line here.
@@ -29,6 +30,7 @@ DENSITIES: dict[str, Callable[[], Density]] = {
     "StudentT-light": lambda: StudentT(5.0),
     "Maximum": Maximum,
     "Maximum-3": lambda: Maximum(folds=3),
+    "TermsAndNorms": TermsAndNorms,
 }
 
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from density_cases import FEATURES, correlated, independent
 from scipy.integrate import quad
-from scipy.special import polygamma
-from scipy.stats import chi2, lognorm, multivariate_normal
+from scipy.special import logsumexp, polygamma
+from scipy.stats import chi2, lognorm, multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import OneClassSVM as ScikitLearnsSVM
 
 from ood_monitor.baselines import (
     ChiSquare,
     ComplexityCorrected,
+    DensityOfStates,
     GroupTypicality,
     IsolationForest,
-    LevelMixture,
     LogNormal,
     LowLikelihood,
     OneClassSVM,
@@ -27,7 +27,7 @@ from ood_monitor.baselines import (
     Typicality,
     effective_dof,
 )
-from ood_monitor.densities import Array, DiagonalGaussian
+from ood_monitor.densities import Array, DiagonalGaussian, GaussianMixture
 
 Make = Callable[[], Any]
 Features = Callable[..., Array]
@@ -39,8 +39,9 @@ OF_FEATURES: dict[str, Make] = {
     "OneClassSVM": OneClassSVM,
     "OneClassSVM-half": lambda: OneClassSVM(nu=0.5),
     "IsolationForest": IsolationForest,
-    "LevelMixture": LevelMixture,
-    "LevelMixture-5": lambda: LevelMixture(components=5),
+    "DensityOfStates": DensityOfStates,
+    "GaussianMixture": GaussianMixture,
+    "GaussianMixture-5": lambda: GaussianMixture(components=5),
 }
 
 #: Those that saturate, and so tell far from farther no more.
@@ -243,6 +244,15 @@ def test_isolation_forest_is_of_its_seed() -> None:
     assert not np.array_equal(first, other)
 
 
+def test_density_of_states_is_a_sum_of_kernel_estimates() -> None:
+    fit, new = correlated(50), correlated(20, seed=1)
+    width = fit.std(0, ddof=1) * 50 ** (-1 / 5)  # Scott's rule
+    kernels = norm.logpdf(new[:, None], fit, width)  # (20, 50, 6)
+    expected = -logsumexp(kernels, axis=1, b=1 / 50).sum(1)
+    score = DensityOfStates().fit(fit).score(new)
+    np.testing.assert_allclose(score, expected, rtol=1e-8)
+
+
 def two_kinds(n: int, seed: int = 0) -> Array:
     """Losses at 10 levels, which fall for one half of the samples where the other's rise."""
     generator = np.random.default_rng(seed)
@@ -255,21 +265,22 @@ def test_mixture_of_one_is_a_normal(regularisation: float) -> None:
     fit, new = correlated(50), correlated(20, seed=1)
     mean, sd = fit.mean(0), fit.std(0)
     covariance = np.corrcoef(fit.T) + regularisation * np.eye(6)
-    expected = -multivariate_normal(np.zeros(6), covariance).logpdf((new - mean) / sd)
-    score = LevelMixture(1, regularisation).fit(fit).score(new)
+    expected = -multivariate_normal(mean, covariance * np.outer(sd, sd)).logpdf(new)
+    score = GaussianMixture(1, regularisation).fit(fit).score(new)
     np.testing.assert_allclose(score, expected, rtol=1e-7)
 
 
 def test_mixture_finds_what_lies_between_its_components() -> None:
     fit, new = two_kinds(50), two_kinds(200, seed=1)
     between = np.full((1, 10), 5.0)
-    assert LevelMixture(2).fit(fit).score(between) > LevelMixture(2).fit(fit).score(new).max()
-    assert LevelMixture(1).fit(fit).score(between) < np.median(LevelMixture(1).fit(fit).score(new))
+    one, two = (GaussianMixture(components).fit(fit) for components in (1, 2))
+    assert two.score(between) > two.score(new).max()
+    assert one.score(between) < np.median(one.score(new))
 
 
 @pytest.mark.parametrize("components", [1, 2, 5])
 def test_few_samples_do_not_fool_the_mixture(components: int) -> None:
-    mixture = LevelMixture(components).fit(two_kinds(50))
+    mixture = GaussianMixture(components).fit(two_kinds(50))
     score, held_out = mixture.score(two_kinds(50)), mixture.score(two_kinds(1000, seed=1))
     # Not in the dozens of nats, as of a covariance that is nearly singular.
     assert held_out.mean() - score.mean() < 10
@@ -376,7 +387,7 @@ def test_unfitted_typicality_has_no_threshold() -> None:
 
 @pytest.mark.parametrize("components", [1, 4])
 def test_mixture_needs_more_samples_than_components(components: int) -> None:
-    mixture = LevelMixture(components)
+    mixture = GaussianMixture(components)
     with pytest.raises(ValueError, match=f"at least {components + 1} rows"):
         mixture.fit(independent(components))
     assert np.isfinite(mixture.fit(independent(components + 1)).score(independent(5))).all()
@@ -393,8 +404,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "one row of dof": (lambda: effective_dof(independent(1)), "at least 2 rows"),
     "nu of zero": (lambda: OneClassSVM(nu=0.0), r"nu in \(0, 1\], got 0.0"),
     "nu above one": (lambda: OneClassSVM(nu=1.5), r"nu in \(0, 1\], got 1.5"),
-    "no component": (lambda: LevelMixture(0), "components >= 1 .* got 0 and 0.03"),
-    "negative variance": (lambda: LevelMixture(2, -0.1), "regularisation >= 0, got 2 and -0.1"),
+    "no component": (lambda: GaussianMixture(0), "components >= 1 .* got 0 and 0.03"),
+    "negative variance": (lambda: GaussianMixture(2, -0.1), "regularisation >= 0, got 2 and -0.1"),
     "no group": (lambda: GroupTypicality(0), "at least 1, got 0 and 10000"),
     "no draws": (lambda: GroupTypicality(1, draws=0), "at least 1, got 1 and 0"),
     "less than a group": (

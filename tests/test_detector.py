@@ -73,8 +73,9 @@ every_map = pytest.mark.parametrize("name", MAPS)
 def test_representation_of_the_data_changes_no_score(small: Small, name: str) -> None:
     forward, inverse, log_volume = MAPS[name]
     fit, new = small.data(120), 1.2 * small.data(30, seed=1)
-    plain = om.Detector(small()).fit([fit], progress=False).score(new)
-    composed = om.Detector(Composed(small(), forward, log_volume))
+    norms = om.ShrunkGaussian()
+    plain = om.Detector(small(), density=norms).fit([fit], progress=False).score(new)
+    composed = om.Detector(Composed(small(), forward, log_volume), density=norms)
     other = composed.fit([inverse(fit)], progress=False).score(inverse(new))
     torch.testing.assert_close(other.score, plain.score, rtol=1e-6, atol=1e-6)
     assert torch.equal(other.p_value, plain.p_value)
@@ -325,6 +326,45 @@ def test_z_counts_standard_deviations_from_usual() -> None:
     smaller = detector.score(x).z
     assert smaller["log_likelihood/right.weight"].mean() < -1.5
     assert torch.equal(smaller["log_likelihood/left.weight"], usual[0])
+
+
+def test_terms_are_features_where_a_model_has_several() -> None:
+    glow, x, new = SMALL["glow"], SMALL["glow"].data(400), SMALL["glow"].data(50, seed=1)
+    adapter = glow()
+    detector = om.Detector(adapter).fit([x], progress=False)
+    scores, terms = detector.score(new), dict(adapter.log_likelihood(new))
+    assert [name for name in scores.layers if "/" not in name] == list(terms)
+    torch.testing.assert_close(sum(scores.layers.values()), scores.score)
+    for name, values in terms.items():
+        # Standard deviations of the value from its mean, up to that of another sample.
+        z = torch.stack([values, scores.z[name]])
+        assert torch.corrcoef(z)[0, 1] > 1 - 1e-6
+        assert scores.z[name].mean().abs() < 0.5
+    only_norms = om.Detector(adapter, density=om.ShrunkGaussian()).fit([x], progress=False)
+    assert all("/" in name for name in only_norms.score(new).layers)
+    assert all("/" in name for name in fitted().score(BRANCHES.data(3)).layers)
+
+
+class Shifted(om.LogLikelihood):
+    """Terms whose sum, and whose gradients, are those of the model that it wraps."""
+
+    def log_likelihood(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        moved = torch.where(batch.flatten(1)[:, 0] > 5, 50.0, 0.0)
+        for sign, (name, value) in zip([1, -1, 0], super().log_likelihood(batch), strict=True):
+            yield name, value + sign * moved
+
+
+def test_what_cancels_in_the_likelihood_is_seen_in_its_terms() -> None:
+    glow = SMALL["glow"]
+    detector = om.Detector(Shifted(glow().module)).fit([glow.data(400)], progress=False)
+    usual, odd = glow.data(50, seed=1), glow.data(50, seed=1)
+    odd[:, 0, 0, 0] = 5.0001
+    before = glow.data(50, seed=1)
+    before[:, 0, 0, 0] = 4.9999
+    assert (detector.score(odd).p_value < 0.01).all()
+    close = detector.score(before).log_likelihood - detector.score(odd).log_likelihood
+    assert close.abs().max() < 0.1
+    assert detector.score(usual).p_value.mean() > 0.4
 
 
 class Faint(Branches):

@@ -20,9 +20,11 @@ from ood_monitor.drift import (
     JUMP,
     EDetector,
     Evidence,
+    Sums,
     Triple,
     log1p_exp,
     log_mean_exp,
+    log_middle_bet,
     log_power_bet,
     simple_jumper,
     smoothed_rank,
@@ -148,11 +150,12 @@ def test_seed_decides_tie_breakers() -> None:
     [
         log_power_bet,
         lambda p: log_power_bet(1.0 - p),
+        lambda p: log_middle_bet(p, 1.0 - p),
         lambda p: simple_jumper(EQUAL_WEIGHTS, p)[0],
         lambda p: simple_jumper((0.9, 0.1, 0.0), p)[0],
         lambda p: simple_jumper((0.0, 0.0, 1.0), p)[0],
     ],
-    ids=["large", "small", "jumper", "jumper on small p", "jumper on large p"],
+    ids=["large", "small", "middle", "jumper", "jumper on small p", "jumper on large p"],
 )
 def test_bet_is_an_e_value(log_e: Callable[[float], float]) -> None:
     mean, error = quad(lambda p: math.exp(log_e(p)), 0.0, 1.0, epsabs=1e-10)
@@ -181,21 +184,24 @@ def test_log1p_exp(x: float) -> None:
     assert log1p_exp(x) == pytest.approx(np.logaddexp(0.0, x), rel=1e-15)
 
 
-@pytest.mark.parametrize("x", [(1.0, 2.0, 3.0), (-2000.0, -2001.0, -1999.0), (0.0, 900.0, 2e4)])
-def test_log_mean_exp(x: Triple) -> None:
-    assert log_mean_exp(x) == pytest.approx(np.logaddexp.reduce(x) - math.log(3), rel=1e-14)
+@pytest.mark.parametrize(
+    "x", [(1.0, 2.0, 3.0, 4.0), (-2000.0, -2001.0, -1999.0, -2002.0), (0.0, 900.0, 2e4, -1.0)]
+)
+def test_log_mean_exp(x: Sums) -> None:
+    assert log_mean_exp(x) == pytest.approx(np.logaddexp.reduce(x) - math.log(4), rel=1e-14)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, -1.0])
 def test_sums_equal_recursion_in_linear_space(shift: float) -> None:
     evidence = normal_detector().update_many(normal_stream(100) + shift)
-    sums, capital = np.zeros(3), np.full(3, 1 / 3)
+    sums, capital = np.zeros(4), np.full(3, 1 / 3)
     for t, one in enumerate(evidence, start=1):
         p = one.p_value
         before = capital.sum()
         capital = (1.0 - JUMP) * capital + JUMP / 3 * before
         capital *= 1.0 + np.array([-1.0, 0.0, 1.0]) * (p - 0.5)
-        e = np.array([0.5 / math.sqrt(p), 0.5 / math.sqrt(1.0 - p), capital.sum() / before])
+        powers = [0.5 / math.sqrt(p), 0.5 / math.sqrt(1.0 - p)]
+        e = np.array([*powers, capital.sum() / before, 6.0 * p * (1.0 - p)])
         sums = (1.0 + sums) * e
         assert one.log_e_value == pytest.approx(math.log(sums.mean()), abs=1e-12)
         assert one.n == t
@@ -282,6 +288,24 @@ def test_change_is_found(
     before = detector.update_many(generator.normal(size=300))
     after = detector.update_many(change(generator, generator.normal(size=500)))
     assert not any(one.alarm for one in before)
+    assert any(one.alarm for one in after)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda x: x + 1.0,
+        lambda x: x - 1.0,
+        lambda x: 2.0 * x,
+        lambda x: 0.5 * x,
+        lambda x: np.where(np.arange(len(x)) % 5 == 0, 3.0, x),
+    ],
+    ids=["larger", "smaller", "wider", "narrower", "contaminated"],
+)
+def test_every_kind_of_change_is_seen(changed: Callable[[NDArray], NDArray]) -> None:
+    detector = EDetector(normal_stream(500, seed=1), ert=1000.0)
+    detector.update_many(normal_stream(100, seed=2))
+    after = detector.update_many(changed(normal_stream(200, seed=3)))
     assert any(one.alarm for one in after)
 
 
@@ -405,11 +429,11 @@ def test_refuses_state_of_another(other: EDetector, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "another format: expected 1, got 2"),
-        ({"format": None}, "another format: expected 1, got None"),
+        ({"format": 1}, "another format: expected 2, got 1"),
+        ({"format": None}, "another format: expected 2, got None"),
         ({"weights": [0.5, 0.5]}, "Malformed drift state: .*at least 3 scores"),
         ({"weights": [0.25] * 4}, "Malformed drift state: .*too many"),
-        ({"log1p_sums": [0.0, math.nan, 0.0]}, "Malformed drift state: .*finite"),
+        ({"log1p_sums": [0.0, math.nan, 0.0, 0.0]}, "Malformed drift state: .*finite"),
         ({"log1p_sums": None}, "Malformed drift state"),
         ({"stream": ["x", 0.0]}, "Malformed drift state: .*could not convert"),
         ({"stream": [0.0]}, "Malformed drift state: .*1 scores after 2 samples"),

@@ -28,7 +28,7 @@ P_VALUES = {
     "near 0": np.random.default_rng(2).random(300) ** 40,
     "large": np.random.default_rng(3).beta(3.0, 1.0, 300),
 }
-SMALL = beta(0.5, 1.0)  # its density is that of the power bet
+SMALL, MIDDLE = beta(0.5, 1.0), beta(2.0, 2.0)  # their densities are the bets
 
 
 def power(p: NDArray) -> PluginMartingale:
@@ -70,7 +70,7 @@ def test_the_power_bets_capital_is_the_oracles(p: NDArray) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, -1.0])
-def test_the_average_of_three_sums_is_the_oracles(shift: float) -> None:
+def test_the_average_of_four_sums_is_the_oracles(shift: float) -> None:
     generator = np.random.default_rng(5)
     detector = EDetector(generator.normal(size=100), ert=1000.0)
     found = detector.update_many(generator.normal(shift, size=300))
@@ -78,10 +78,11 @@ def test_the_average_of_three_sums_is_the_oracles(shift: float) -> None:
         ShiryaevRobertsWrapper(PluginMartingale(FixedStrategy(SMALL, check_integration=False))),
         ShiryaevRobertsWrapper(PluginMartingale(FixedStrategy(SMALL, check_integration=False))),
         ShiryaevRobertsWrapper(SimpleJumper(J=JUMP, E=[-1, 0, 1])),
+        ShiryaevRobertsWrapper(PluginMartingale(FixedStrategy(MIDDLE, check_integration=False))),
     ]
     for evidence in found:
         p = evidence.p_value
-        for oracle, value in zip(oracles, (p, 1.0 - p, p), strict=True):
+        for oracle, value in zip(oracles, (p, 1.0 - p, p, p), strict=True):
             oracle.update(value)
-        mean = sum(oracle.R for oracle in oracles) / 3.0
+        mean = sum(oracle.R for oracle in oracles) / 4.0
         assert evidence.log_e_value == pytest.approx(math.log(mean), abs=1e-10)

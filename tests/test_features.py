@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.densities import Array
-from ood_monitor.features import LogNorms, layer_of, table
+from ood_monitor.features import LogNorms, TermValues, layer_of, table
 
 EPS = {"float32": float(np.finfo(np.float32).eps), "float64": float(np.finfo(np.float64).eps)}
 every_precision = pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
@@ -176,3 +176,21 @@ def test_names_are_those_of_the_gradient_norms(granularity: str) -> None:
     names, values = table(found)
     assert list(dict.fromkeys(map(layer_of, names))) == list(found)
     assert values.shape == (3, len(names))
+
+
+@every_precision
+def test_terms_that_vary_are_features(eps: float) -> None:
+    rng = np.random.default_rng(0)
+    constant = 1e4 * (1 + eps * rng.uniform(-1, 1, 40))
+    infinite = np.where(np.arange(40) == 3, -np.inf, 1.0)
+    values = np.stack([rng.normal(size=40), constant, rng.normal(size=40) - 1e4, infinite], 1)
+    terms = TermValues.fit(("a", "b", "c", "d"), values, eps)
+    assert terms.live_names == ("a", "c")
+    assert np.array_equal(terms(values), values[:, [0, 2]])
+    assert np.isfinite(terms(np.array([[-np.inf, 0.0, np.inf, 0.0]]))).all()
+
+
+def test_one_term_is_the_likelihood_and_no_feature() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    assert TermValues.fit(("a",), values[:, :1], 1e-7).live_names == ()
+    assert TermValues.fit(("a", "b"), values * [1, 0], 1e-7).live_names == ()

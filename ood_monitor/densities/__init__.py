@@ -4,8 +4,10 @@ Features are :math:`v_l = \log f_l(x)`, an array (N, F). A score is higher for t
 With mean mu, standard deviations sd and :math:`z_l = (v_l - \mu_l) / sd_l`:
 
 - :class:`DiagonalGaussian`, the paper's: :math:`-\sum_l \log N(v_l; \mu_l, sd_l^2)`;
-- :class:`ShrunkGaussian`, the default: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way
-  between that and the layers' correlations;
+- :class:`ShrunkGaussian`: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way between that
+  and the layers' correlations;
+- :class:`TermsAndNorms`, the default: that, and a :class:`GaussianMixture` of the values of the
+  likelihood's terms, each standardised, added;
 - :class:`Maximum`: the larger of two log distances, under independent layers and under Ledoit and
   Wolf's covariance, each standardised.
 
@@ -18,6 +20,8 @@ from ood_monitor.densities.base import Array, Density
 from ood_monitor.densities.gaussian import PrincipalGaussian, Shrinkage, ShrunkGaussian
 from ood_monitor.densities.independent import DiagonalGaussian, FisherCombination, StudentT
 from ood_monitor.densities.maximum import Maximum
+from ood_monitor.densities.mixture import GaussianMixture
+from ood_monitor.densities.terms import TermsAndNorms
 
 __all__ = [
     "DENSITIES",
@@ -25,11 +29,13 @@ __all__ = [
     "Density",
     "DiagonalGaussian",
     "FisherCombination",
+    "GaussianMixture",
     "Maximum",
     "PrincipalGaussian",
     "Shrinkage",
     "ShrunkGaussian",
     "StudentT",
+    "TermsAndNorms",
 ]
 
 #: The densities by the name that a saved detector carries.
@@ -40,4 +46,5 @@ DENSITIES: dict[str, Callable[[], Density]] = {
     "PrincipalGaussian": PrincipalGaussian,
     "ShrunkGaussian": ShrunkGaussian,
     "StudentT": StudentT,
+    "TermsAndNorms": TermsAndNorms,
 }

@@ -101,7 +101,7 @@ class _Gaussian:
 
 
 class ShrunkGaussian(_Gaussian):
-    """A Gaussian whose covariance is shrunk to a multiple of the identity. The default.
+    """A Gaussian whose covariance is shrunk to a multiple of the identity.
 
     Half-way between independent layers, as in the paper, and what their correlations say: what is
     best for estimating a covariance is not best for detecting, and on the three models of

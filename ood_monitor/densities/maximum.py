@@ -6,6 +6,7 @@ import numpy as np
 
 from ood_monitor.densities.base import Array, check_fitted, checked_fit
 from ood_monitor.densities.gaussian import ShrunkGaussian
+from ood_monitor.densities.held_out import check_folds, held_out
 from ood_monitor.densities.independent import DiagonalGaussian
 
 __all__ = ["Maximum"]
@@ -26,16 +27,16 @@ class Maximum:
     """
 
     def __init__(self, folds: int = 5) -> None:
-        if folds < 2:
-            raise ValueError(f"Expected at least 2 folds, got {folds}.")
+        check_folds(folds)
         self.minimum_samples = 3 * folds
         self._folds = folds
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)
-        held_out = np.stack([self._held_out(part, features) for part in _parts()])
+        distances = np.stack([held_out(p, features, self._folds, _distance) for p in _parts()])
         # All samples may be equally far, in data without noise.
-        self._location, self._scale = held_out.mean(1), np.maximum(held_out.std(1, ddof=1), 1e-6)
+        log = _log(distances)
+        self._location, self._scale = log.mean(1), np.maximum(log.std(1, ddof=1), 1e-6)
         self._fitted = tuple(part.fit(features) for part in _parts())
         return self
 
@@ -73,14 +74,6 @@ class Maximum:
         )
         return self
 
-    def _held_out(self, part: DiagonalGaussian | ShrunkGaussian, features: Array) -> Array:
-        fold = np.arange(len(features)) % self._folds
-        pieces = [
-            _unseen_distances(part, features[fold != k], features[fold == k])
-            for k in range(self._folds)
-        ]
-        return _log(np.concatenate(pieces))
-
     def _standardised(self, distances: Array) -> Array:
         return np.asarray((_log(distances) - self._location[:, None]) / self._scale[:, None])
 
@@ -92,18 +85,11 @@ def _parts() -> tuple[DiagonalGaussian | ShrunkGaussian, ...]:
 def _squared_distances(density: Maximum, features: Array) -> Array:
     """(2, N): under the diagonal and under the full Gaussian."""
     check_fitted(density, "_fitted")
-    return np.stack([part.distance_parts(features).sum(1) for part in density._fitted])
+    return np.stack([_distance(part, features) for part in density._fitted])
 
 
-def _unseen_distances(part: DiagonalGaussian | ShrunkGaussian, seen: Array, unseen: Array) -> Array:
-    """Squared distances of unseen samples, in the features that vary among those seen."""
-    varies = np.ptp(seen, axis=0) > 0
-    if not varies.any():
-        raise ValueError(
-            f"Expected features that vary in every fold, got none among {len(seen)} of "
-            f"{len(seen) + len(unseen)} samples: fit on more samples."
-        )
-    return np.asarray(part.fit(seen[:, varies]).distance_parts(unseen[:, varies]).sum(1))
+def _distance(part: DiagonalGaussian | ShrunkGaussian, features: Array) -> Array:
+    return np.asarray(part.distance_parts(features).sum(1))
 
 
 def _log(distances: Array) -> Array:

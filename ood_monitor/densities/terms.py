@@ -1,0 +1,112 @@
+"""Gradient norms and the likelihood's own terms together: what one misses the other sees."""
+
+from typing import Self
+
+import numpy as np
+
+from ood_monitor.densities.base import Array, Density, check_fitted, checked_fit
+from ood_monitor.densities.gaussian import ShrunkGaussian
+from ood_monitor.densities.held_out import check_folds, held_out
+from ood_monitor.densities.mixture import GaussianMixture
+
+__all__ = ["TermsAndNorms"]
+
+
+class TermsAndNorms:
+    """The sum of two scores: of the log norms, and of the likelihood's terms. The default.
+
+    The norms are scored by :class:`ShrunkGaussian`, the terms' values, in nats, by
+    :class:`GaussianMixture`; each score less its mean, over its standard deviation, over samples
+    that it was not fitted on (cross-fitting in ``folds``), so that both weigh the same. The norms
+    are the same however the data are represented; the terms' values are not. Without terms it is
+    the score of the norms.
+
+    Features are (N, T + F): the values of ``terms`` terms, then the log norms. A detector sets
+    ``terms`` to what the model has.
+
+    Args:
+        terms: T, the leading columns that are values of terms. It may be 0.
+        folds: Number of folds of the cross-fitting.
+
+    Raises:
+        ValueError: A negative number of terms, or fewer than 2 folds.
+    """
+
+    def __init__(self, terms: int = 0, folds: int = 5) -> None:
+        check_folds(folds)
+        if terms < 0:
+            raise ValueError(f"Expected a number of terms, got {terms}.")
+        self.minimum_samples = 3 * folds
+        self._terms, self._folds = terms, folds
+
+    def of(self, terms: int) -> Self:
+        """The same, unfitted, for another number of terms."""
+        return type(self)(terms, self._folds)
+
+    def fit(self, features: Array) -> Self:
+        blocks = self._blocks(checked_fit(features, self.minimum_samples))
+        scores = np.stack(
+            [held_out(_part(kind), block, self._folds, _score) for kind, block in blocks.items()]
+        )
+        # All samples may be equally far, in data without noise.
+        self._location, self._scale = scores.mean(1), np.maximum(scores.std(1, ddof=1), 1e-6)
+        self._fitted = {kind: _part(kind).fit(block) for kind, block in blocks.items()}
+        return self
+
+    def score(self, features: Array) -> Array:
+        return np.asarray(self.contributions(features).sum(1))
+
+    def contributions(self, features: Array) -> Array:
+        check_fitted(self, "_fitted")
+        blocks = self._blocks(features)
+        parts = [self._fitted[kind].contributions(block) for kind, block in blocks.items()]
+        standardised = map(_standardised, parts, self._location, self._scale)
+        return np.hstack(list(standardised))
+
+    def state(self) -> dict[str, Array]:
+        own = {"location": self._location, "scale": self._scale}
+        own["sizes"] = np.array([float(self._terms), float(self._folds)])
+        return own | {
+            f"{kind}.{name}": value
+            for kind, part in self._fitted.items()
+            for name, value in part.state().items()
+        }
+
+    def load_state(self, state: dict[str, Array]) -> Self:
+        self._location, self._scale = state["location"], state["scale"]
+        self._terms, self._folds = map(int, state["sizes"])
+        self.minimum_samples = 3 * self._folds
+        self._fitted = {
+            kind: _part(kind).load_state(
+                {k.removeprefix(f"{kind}."): v for k, v in state.items() if k.startswith(kind)}
+            )
+            for kind in self._kinds
+        }
+        return self
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("terms", "norms") if self._terms else ("norms",)
+
+    def _blocks(self, features: Array) -> dict[str, Array]:
+        features = np.asarray(features, dtype=np.float64)
+        if features.ndim != 2 or features.shape[1] <= self._terms:
+            raise ValueError(
+                f"Expected features (N, T + F) of {self._terms} terms and of norms, got shape "
+                f"{features.shape}."
+            )
+        parts = np.split(features, [self._terms], axis=1)
+        return dict(zip(self._kinds, parts[-len(self._kinds) :], strict=True))
+
+
+def _part(kind: str) -> Density:
+    return GaussianMixture() if kind == "terms" else ShrunkGaussian()
+
+
+def _score(density: Density, features: Array) -> Array:
+    return density.score(features)
+
+
+def _standardised(contributions: Array, location: float, scale: float) -> Array:
+    # The location belongs to no feature: each carries an equal part.
+    return np.asarray((contributions - location / contributions.shape[1]) / scale)
