@@ -49,6 +49,7 @@ DATA ?= ../shared/data
 benchmark-quality: benchmark-peers
 	$(BIN)/python -m benchmarks.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
 	$(BIN)/python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png
+	$(BIN)/python -m benchmarks.drift_history --json benchmarks/results/drift_history.json
 	$(BIN)/python -m benchmarks.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
 		--json benchmarks/results/densities.json
 	$(BIN)/python -m benchmarks.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json

@@ -215,23 +215,19 @@ class EDetector:
     The history :math:`s_1, \dots, s_{n-1}` grows up to ``max_history`` scores and then freezes; it
     holds all calibration scores in any case. Once it is frozen the ranks are no longer independent
     and the promise is no theorem, but it is kept if the history is long. Measured with independent
-    scores and a history frozen from the start, mean samples to a false alarm (± standard error,
-    runs cut off at 6 ``ert`` or later):
+    scores and a history frozen from the start (``benchmarks/drift_history.py``), mean samples to a
+    false alarm, ± standard error:
 
-    ======== ================ =================== ====================
-    history  ``ert`` = 1 000  ``ert`` = 10 000    ``ert`` = 100 000
-    ======== ================ =================== ====================
-    100      880 ± 60
-    500      1 290 ± 60       11 700 ± 1 000
-    1 000                                         92 000 ± 11 000
-    5 000    1 530 ± 70       14 700 ± 900        150 000 ± 15 000
-    ======== ================ =================== ====================
+    ======== ================= ====================
+    history  ``ert`` = 1 000   ``ert`` = 10 000
+    ======== ================= ====================
+    100      735 ± 53
+    500      1 124 ± 57        9 815 ± 819
+    5 000    1 326 ± 60        12 910 ± 894
+    ======== ================= ====================
 
     The price of a growing history is that a change, if not found while it is the smaller part, is
-    taken in. Measured at ``ert`` = 10 000 with a change at sample 300 (60 streams each): a spread
-    times 1.5 took a median of 94 samples to find with 500 calibration scores, and 7 % of the
-    streams had no alarm within 1 500; with 2 000 it took 57, and all were found. A shift of the
-    mean by half a standard deviation took 65 with either.
+    taken in (``benchmarks/drift.py`` tells how often).
 
     One detector serves one stream, one sample after the other. What an alarm means for the stream
     is the caller's to decide: without :meth:`restart` the sums go on, and so may the alarm.
