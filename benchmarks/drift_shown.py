@@ -15,7 +15,7 @@ MISSED = 2000
 
 def figure(rows: list[Row]) -> Figure:
     """Median delay against mean run length, a panel for each change."""
-    drawing = Figure(figsize=(11, 6.2), layout="constrained")
+    drawing = Figure(figsize=(11, 6.8), layout="constrained")
     panels = list(drawing.subplots(2, 3, sharex=True, sharey=True).flat)
     for axes, name in zip(panels, rows[0]["changes"], strict=False):
         axes.set(title=name, xscale="log", yscale="log", ylim=(8, 3 * MISSED), xlim=(50, 2e5))
@@ -23,13 +23,12 @@ def figure(rows: list[Row]) -> Figure:
         axes.plot(lengths, math.log(2) * lengths, ":", color="grey", label="chance")
         for index, row in enumerate(rows):
             point(axes, row, name, index)
-    for axes in panels[:5:3]:
+    for axes in panels[::3]:
         axes.set_ylabel("median delay (samples)")
-    for axes in panels[2:5]:
+    for axes in panels[3:]:
         axes.set_xlabel("mean run length in control (samples)")
-        axes.tick_params(labelbottom=True)
-    panels[5].axis("off")
-    panels[5].legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize=8)
+    handles = panels[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     return drawing
 
 

@@ -455,15 +455,21 @@ def of_two(make: Callable[[], Density], columns: slice, fit: Array, new: Array) 
     return (make().fit(fit).score(new) - unseen.mean()) / unseen.std(ddof=1)
 
 
-def test_terms_and_norms_score_by_the_sum_of_the_two() -> None:
+def test_terms_and_norms_score_by_the_smooth_maximum_of_the_two() -> None:
     fit, new = terms_and_norms(100), terms_and_norms(40, seed=1)
     terms = of_two(GaussianMixture, slice(0, 2), fit, new)
     norms = of_two(ShrunkGaussian, slice(2, None), fit, new)
-    density = TermsAndNorms(2).fit(fit)
-    np.testing.assert_allclose(density.score(new), terms + norms, rtol=1e-10)
-    parts = density.contributions(new)
-    np.testing.assert_allclose(parts[:, :2].sum(1), terms, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(parts[:, 2:].sum(1), norms, rtol=1e-10, atol=1e-10)
+    score = TermsAndNorms(2).fit(fit).score(new)
+    np.testing.assert_allclose(score, np.logaddexp(terms, norms), rtol=1e-10)
+
+
+def test_terms_that_are_all_too_normal_excuse_no_norm() -> None:
+    density = TermsAndNorms(2).fit(terms_and_norms(300))
+    usual = terms_and_norms(300, seed=1)
+    odd = usual.copy()
+    odd[:, :2] = usual[usual[:, 0] > -1e4 + 1.5, :2].mean(0)  # the middle of a component
+    odd[:, 7] += 6 * usual[:, 7].std()
+    assert (density.score(odd) > np.quantile(density.score(usual), 0.99)).all()
 
 
 def test_terms_and_norms_without_terms_rank_as_the_norms_do() -> None:

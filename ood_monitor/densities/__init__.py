@@ -7,7 +7,7 @@ With mean mu, standard deviations sd and :math:`z_l = (v_l - \mu_l) / sd_l`:
 - :class:`ShrunkGaussian`: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way between that
   and the layers' correlations;
 - :class:`TermsAndNorms`, the default: that, and a :class:`GaussianMixture` of the values of the
-  likelihood's terms, each standardised, added;
+  likelihood's terms, each standardised, by a smooth maximum;
 - :class:`Maximum`: the larger of two log distances, under independent layers and under Ledoit and
   Wolf's covariance, each standardised.
 

@@ -3,6 +3,7 @@
 from typing import Self
 
 import numpy as np
+from scipy.special import entr, softmax
 
 from ood_monitor.densities.base import Array, Density, check_fitted, checked_fit
 from ood_monitor.densities.gaussian import ShrunkGaussian
@@ -13,13 +14,16 @@ __all__ = ["TermsAndNorms"]
 
 
 class TermsAndNorms:
-    """The sum of two scores: of the log norms, and of the likelihood's terms. The default.
+    r"""Two scores as one: of the log norms, and of the likelihood's terms. The default.
 
     The norms are scored by :class:`ShrunkGaussian`, the terms' values, in nats, by
-    :class:`GaussianMixture`; each score less its mean, over its standard deviation, over samples
-    that it was not fitted on (cross-fitting in ``folds``), so that both weigh the same. The norms
-    are the same however the data are represented; the terms' values are not. Without terms it is
-    the score of the norms.
+    :class:`GaussianMixture`. Each score less its mean, over its standard deviation, over samples
+    that it was not fitted on (cross-fitting in ``folds``) is :math:`z_k`, and the score is
+    :math:`\log \sum_k e^{z_k}`: a smooth maximum, so that terms which look all too normal, as
+    likelihoods of foreign data do, cannot speak for a sample whose gradients are strange.
+
+    The norms are the same however the data are represented; the terms' values are not. Without
+    terms the score is that of the norms.
 
     Features are (N, T + F): the values of ``terms`` terms, then the log norms. A detector sets
     ``terms`` to what the model has.
@@ -60,8 +64,13 @@ class TermsAndNorms:
         check_fitted(self, "_fitted")
         blocks = self._blocks(features)
         parts = [self._fitted[kind].contributions(block) for kind, block in blocks.items()]
-        standardised = map(_standardised, parts, self._location, self._scale)
-        return np.hstack(list(standardised))
+        parts = list(map(_standardised, parts, self._location, self._scale))
+        z = np.stack([part.sum(1) for part in parts], 1)
+        weights = softmax(z, axis=1)
+        # log sum exp z = sum w z + the entropy of w, which belongs to no feature.
+        entropy = entr(weights).sum(1) / sum(part.shape[1] for part in parts)
+        weighted = [weight[:, None] * part for weight, part in zip(weights.T, parts, strict=True)]
+        return np.asarray(np.hstack(weighted) + entropy[:, None])
 
     def state(self) -> dict[str, Array]:
         own = {"location": self._location, "scale": self._scale}
