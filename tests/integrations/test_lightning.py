@@ -1,193 +1,349 @@
-"""Real Trainers: the callback fits in time, travels in the checkpoint, and changes nothing."""
+"""Real Trainers: the callback watches what a restored model is fed, and tells where people look."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from ood_monitor_integrations.lightning import OODMonitor
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.demos.boring_classes import BoringModel
-from pytorch_lightning.loggers import MLFlowLogger
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
+from torch import Tensor
 
+import ood_monitor as om
 from ood_monitor.alerts import Alert
-from ood_monitor.models import Glow
 
-pytestmark = [
-    # Lightning's advice on workers and intervals, and its own use of a deprecated torch function.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-    # MLflow's own use of SQLAlchemy.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)`:UserWarning"),
-]
-
-
-class Flow(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.flow = Glow(channels=1, size=4, levels=1, steps=1, hidden=4)
-        self.dropout = nn.Dropout(0.5)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
-
-    def training_step(self, x: Tensor, index: int) -> Tensor:
-        return -self.flow.log_prob(self.dropout(x)).mean()
-
-    def validation_step(self, x: Tensor, index: int) -> None:
-        self.log("val/nll", -self.flow.log_prob(x).mean())
-
-    def test_step(self, x: Tensor, index: int) -> None:
-        self.log("test/nll", -self.flow.log_prob(x).mean())
-
-    def predict_step(self, x: Tensor, index: int) -> Tensor:
-        return self.flow.log_prob(x)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-def images(count: int, seed: int = 0) -> Tensor:
-    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def loader(data: Tensor, *, shuffle: bool = False) -> DataLoader[Tensor]:
-    return DataLoader(data, batch_size=32, shuffle=shuffle)  # type: ignore[arg-type]
-
-
-def trainer(*callbacks: pl.Callback, **options: object) -> pl.Trainer:
-    settings = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(settings | options))  # type: ignore[arg-type]
-
-
-def watcher(**options: object) -> OODMonitor:
-    return OODMonitor(**({"progress": False, "fpr": 0.05} | options))  # type: ignore[arg-type]
-
-
-def trained(*callbacks: pl.Callback, **options: object) -> Flow:
-    pl.seed_everything(0, verbose=False)
-    module = Flow()
-    fit = trainer(*callbacks, **options)
-    fit.fit(module, loader(images(64), shuffle=True), loader(images(128, seed=1)))
-    return module
+pytestmark = QUIET
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Flow, OODMonitor, str]:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[OODMonitor, str]:
     folder = tmp_path_factory.mktemp("checkpoints")
     callback = watcher()
-    module = trained(callback, ModelCheckpoint(folder, save_last=True))
-    return module, callback, str(folder / "last.ckpt")
+    trained(callback, ModelCheckpoint(folder, save_last=True))
+    return callback, str(folder / "last.ckpt")
+
+
+def drifting() -> Tensor:
+    return torch.cat([images(64, seed=2), images(64, seed=3) / 4])
+
+
+def run_stage(run: pl.Trainer, stage: str, *args: Any, **options: Any) -> Any:
+    quiet = {} if stage == "predict" else {"verbose": False}
+    return getattr(run, stage)(*args, **options, **quiet)
 
 
 def test_the_last_checkpoint_holds_the_detector_and_loads_as_weights_only(
-    fitted: tuple[Flow, OODMonitor, str],
+    fitted: tuple[OODMonitor, str],
 ) -> None:
-    states = torch.load(fitted[2], weights_only=True)["callbacks"]
-    assert "tensors" in states[fitted[1].state_key]
+    states = torch.load(fitted[1], weights_only=True)["callbacks"]
+    assert "tensors" in states[fitted[0].state_key]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_a_restored_detector_watches_under_inference_mode(
-    fitted: tuple[Flow, OODMonitor, str], stage: str
+def test_a_restored_detector_watches_in_any_grad_mode(
+    fitted: tuple[OODMonitor, str], stage: Any, inference_mode: bool, workers: int
 ) -> None:
-    callback = watcher(watch=[stage], ert=1000)
-    run = trainer(callback)
-    stream = loader(torch.cat([images(64, seed=2), images(64, seed=3) / 4]))
-    options = {} if stage == "predict" else {"verbose": False}
-    getattr(run, stage)(Flow(), stream, ckpt_path=fitted[2], **options)
+    callback = watcher(watch=[stage])
+    run = trainer(callback, inference_mode=inference_mode)
+    stream = loader(drifting(), num_workers=workers)
+    run_stage(run, stage, Flow(), stream, ckpt_path=fitted[1])
     assert callback.failures == 0
     assert [alert.kind for alert in callback.alerts if alert.samples_seen > 64] == ["drift"]
-    assert (run.num_test_batches or run.num_val_batches or run.num_predict_batches) == [4]
+    assert len(callback.scores(stage).score) == 128
 
 
-def test_metrics_of_test_are_those_that_lightning_reports(
-    fitted: tuple[Flow, OODMonitor, str],
+def test_scores_are_those_of_the_detector(fitted: tuple[OODMonitor, str]) -> None:
+    callback = watcher()
+    trainer(callback).predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    assert callback.detector is not None
+    exact, found = callback.detector.score(drifting()), callback.scores("predict")
+    for figure in ("score", "p_value", "log_likelihood"):
+        torch.testing.assert_close(
+            getattr(found, figure), getattr(exact, figure), rtol=1e-4, atol=1e-4
+        )
+    found.score.add_(1)  # no inference tensor, which could not be worked with
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
+def test_scores_know_where_their_samples_stand(fitted: tuple[OODMonitor, str]) -> None:
+    callback = watcher()
+    shuffled = loader(drifting(), shuffle=True)
+    trainer(callback).predict(Flow(), shuffled, ckpt_path=fitted[1])
+    recorded = callback.recorded("predict")
+    assert sorted(recorded.dataset_index) == list(range(128))
+    assert not (recorded.dataset_index == np.arange(128)).all()
+    foreign = torch.from_numpy(recorded.dataset_index >= 64)
+    assert recorded.scores.score[foreign].min() > recorded.scores.score[~foreign].median()
+
+
+def test_several_loaders_are_one_stream_and_told_apart(fitted: tuple[OODMonitor, str]) -> None:
+    callback = watcher(watch=["test"])
+    loaders = [loader(images(40, seed=2)), loader(images(33, seed=3))]
+    run_stage(trainer(callback), "test", Flow(), loaders, ckpt_path=fitted[1])
+    recorded = callback.recorded("test")
+    assert recorded.dataloader_index.tolist() == [0] * 40 + [1] * 33
+    assert recorded.dataset_index.tolist() == [*range(40), *range(33)]
+
+
+def test_scores_are_written_with_their_places(
+    fitted: tuple[OODMonitor, str], tmp_path: Path
 ) -> None:
-    run = trainer(watcher(), max_epochs=1)
-    (metrics,) = run.test(Flow(), loader(images(64, seed=2)), ckpt_path=fitted[2], verbose=False)
-    assert 0 <= metrics["ood/flagged_rate"] <= 0.2
-    assert "ood/score" in metrics
+    callback = watcher(scores_dir=tmp_path / "scores")
+    trainer(callback).predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    with np.load(tmp_path / "scores" / "scores-predict.npz", allow_pickle=False) as file:
+        assert set(file) == {
+            *("dataset_index", "dataloader_index"),
+            *("score", "p_value", "log_likelihood", "valid"),
+        }
+        assert file["score"].tolist() == callback.scores("predict").score.tolist()
 
 
-def test_training_is_bit_identical_with_and_without_the_callback() -> None:
-    plain, watched = trained(), trained(watcher(watch=["validate", "test"]))
-    state = torch.get_rng_state()
-    trained()
-    assert torch.equal(torch.get_rng_state(), state)
-    for name, value in plain.state_dict().items():
-        assert torch.equal(watched.state_dict()[name], value), name
+def test_every_nth_batch_is_scored(fitted: tuple[OODMonitor, str]) -> None:
+    callback = watcher(every_n_batches=2)
+    trainer(callback).predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    assert callback.recorded("predict").dataset_index.tolist() == [*range(32), *range(64, 96)]
 
 
-def test_two_monitors_in_one_trainer_keep_their_own_state(tmp_path: object) -> None:
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_metrics_are_those_that_lightning_reports(
+    fitted: tuple[OODMonitor, str], stage: Any
+) -> None:
+    callback = watcher(watch=[stage])
+    (metrics,) = run_stage(
+        trainer(callback), stage, Flow(), loader(images(64, seed=2)), ckpt_path=fitted[1]
+    )
+    scores = callback.scores(stage)
+    assert metrics["ood/score_mean"] == pytest.approx(float(scores.score.mean()))
+    assert metrics["ood/flagged_rate"] == float((scores.p_value <= 0.05).double().mean())
+    assert metrics["ood/log_e_value"] >= 0
+
+
+def test_a_metric_can_stop_training(fitted: tuple[OODMonitor, str]) -> None:
+    assert fitted[0].detector is not None
+    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate_on=None)
+    stop = EarlyStopping("ood/flagged_rate", stopping_threshold=1.1)
+    run = trainer(callback, stop, max_epochs=5)
+    run.fit(Flow(), loader(images(64)), loader(images(64, seed=1)))
+    assert run.current_epoch == 1
+
+
+def test_the_progress_bar_shows_the_flagged_rate(fitted: tuple[OODMonitor, str]) -> None:
+    run = trainer(watcher())
+    run_stage(run, "test", Flow(), loader(images(64, seed=2)), ckpt_path=fitted[1])
+    assert "ood/flagged_rate" in run.progress_bar_metrics
+
+
+def test_predict_writes_its_figures_to_the_loggers(
+    fitted: tuple[OODMonitor, str], tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(watcher(), logger=logger, log_every_n_steps=2)
+    run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    header, *values = [row.split(",") for row in rows]
+    assert {"step", "ood/score_mean", "ood/flagged_rate", "ood/log_e_value"} == set(header)
+    assert [row[header.index("step")] for row in values] == ["64", "128"]
+
+
+def test_a_calibration_that_goes_stale_in_training_is_warned_of_once(
+    fitted: tuple[OODMonitor, str], recwarn: pytest.WarningsRecorder
+) -> None:
+    module = Flow.load_from_checkpoint(fitted[1])
+    assert fitted[0].detector is not None
+    detector = om.Detector.from_state_dict(
+        fitted[0].detector.state_dict(), om.LogLikelihood(module)
+    )
+    callback = watcher(watch=["val"], detector=detector, calibrate_on=None)
+    trained(callback, module=module, max_epochs=3)
+    told = [str(w.message) for w in recwarn if "stale" in str(w.message)]
+    assert len(told) == 1
+    assert len(callback.scores("val").score) == 128
+
+
+def test_two_monitors_in_one_trainer_keep_their_own_state_and_metrics(tmp_path: Path) -> None:
     first, second = watcher(name="first"), watcher(name="second", layers="*coupling*")
-    trained(first, second, ModelCheckpoint(tmp_path, save_last=True))  # type: ignore[arg-type]
-    assert first.detector is not None
-    assert second.detector is not None
-    assert len(second.detector.fitted.layers) < len(first.detector.fitted.layers)
+    module = trained(first, second, ModelCheckpoint(tmp_path, save_last=True))
+    restored = watcher(name="first"), watcher(name="second")
+    run, last = trainer(*restored), tmp_path / "last.ckpt"
+    run_stage(run, "test", module, loader(images(64, seed=2)), ckpt_path=last)
+    sizes = [len(callback.detector.fitted.layers) for callback in restored if callback.detector]
+    assert sizes[1] < sizes[0]
+    assert {"ood/first/score_mean", "ood/second/score_mean"} <= run.callback_metrics.keys()
 
 
 def test_alerts_stand_on_the_run_of_the_mlflow_logger(
-    fitted: tuple[Flow, OODMonitor, str], tmp_path_factory: pytest.TempPathFactory
+    fitted: tuple[OODMonitor, str], tmp_path: Path
 ) -> None:
-    folder = tmp_path_factory.mktemp("mlflow")
     logger = MLFlowLogger(
         "test",
-        tracking_uri=f"sqlite:///{folder}/mlflow.db",
-        artifact_location=(folder / "artifacts").as_uri(),
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        artifact_location=(tmp_path / "artifacts").as_uri(),
     )
-    run = trainer(watcher(ert=1000), logger=logger)
-    stream = loader(torch.cat([images(64, seed=2), images(64, seed=3) / 4]))
-    run.predict(Flow(), stream, ckpt_path=fitted[2])
+    run = trainer(watcher(), logger=logger)
+    run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
     data = logger.experiment.get_run(logger.run_id).data
     assert data.tags["ood_monitor.status"] == "ALERT"
     assert {"ood/log_e_value", "ood/flagged_rate", "ood/alert"} <= data.metrics.keys()
 
 
+class Unplugged(Logger):
+    """A logger whose server is gone."""
+
+    name, version = "unplugged", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        raise ConnectionError("no route to host")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+
+class NoRun(Unplugged):
+    """One that loses its run once the Trainer is set up."""
+
+    asked = 0
+
+    @property
+    def experiment(self) -> Any:
+        self.asked += 1
+        if self.asked > 2:
+            raise ConnectionError("no route to host")
+        return self
+
+
+@pytest.mark.parametrize("logger", [Unplugged, NoRun])
+def test_a_logger_that_fails_does_not_stop_the_loop(
+    fitted: tuple[OODMonitor, str], logger: type[Logger]
+) -> None:
+    callback = watcher()
+    run = trainer(callback, logger=logger(), log_every_n_steps=1)
+    told = "could not (write its figures|reach MLflow): no route to host"
+    with pytest.warns(UserWarning, match=told):
+        run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    assert len(callback.scores("predict").score) == 128
+
+
+def test_sinks_hear_of_alerts_and_stay_open(fitted: tuple[OODMonitor, str]) -> None:
+    sink = Closable()
+    callback = watcher(sinks=[sink])
+    run = trainer(callback)
+    run_stage(run, "test", Flow(), loader(drifting()), ckpt_path=fitted[1])
+    run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    assert sink.heard == callback.alerts != []
+    assert {alert.stream for alert in sink.heard} == {"OODMonitor/test", "OODMonitor/predict"}
+    assert not sink.closed
+
+
+class Closable:
+    def __init__(self) -> None:
+        self.heard: list[Alert] = []
+        self.closed = False
+
+    def __call__(self, alert: Alert) -> None:
+        self.heard.append(alert)
+
+    def close(self) -> None:
+        self.closed = True
+
+
 def test_a_batch_that_cannot_be_scored_is_counted_and_not_raised(
-    fitted: tuple[Flow, OODMonitor, str],
+    fitted: tuple[OODMonitor, str],
 ) -> None:
     callback = watcher()
 
     class Cropping(Flow):
-        def predict_step(self, x: Tensor, index: int) -> Tensor:
+        def predict_step(self, x: Tensor, index: int, dataloader_idx: int = 0) -> Tensor:
             return x
 
     with pytest.warns(UserWarning, match="could not score a batch: Expected samples"):
-        trainer(callback).predict(Cropping(), loader(images(64)[:, :, :2]), ckpt_path=fitted[2])
+        trainer(callback).predict(Cropping(), loader(images(64)[:, :, :2]), ckpt_path=fitted[1])
     assert callback.failures == 2
+
+
+def test_samples_that_are_not_finite_are_counted_and_spoil_no_other(
+    fitted: tuple[OODMonitor, str],
+) -> None:
+    callback, stream = watcher(), images(64, seed=2)
+    stream[3] = torch.nan
+    stream[32:] = torch.inf  # a whole batch
+    with pytest.warns(UserWarning, match="could not score samples: values that are not finite"):
+        trainer(callback).predict(Flow(), loader(stream), ckpt_path=fitted[1])
+    assert callback.monitor is not None
+    assert callback.monitor.invalid == 33
+    assert int(callback.scores("predict").valid.sum()) == 31
 
 
 def test_too_few_held_out_samples_leave_the_training_alone() -> None:
     callback = watcher(calibrate_on=[images(8)])
-    with pytest.warns(UserWarning, match="was not calibrated.*Expected at least"):
+    with pytest.warns(UserWarning, match=r"was not calibrated.*Expected at least"):
         trained(callback)
     assert callback.detector is None
 
 
-def test_sinks_hear_of_alerts(fitted: tuple[Flow, OODMonitor, str]) -> None:
+def test_a_stage_without_a_detector_is_told_once() -> None:
+    callback = watcher()
+    run = trainer(callback)
+    with pytest.warns(UserWarning, match="will not watch: it is not calibrated"):
+        run.predict(Flow(), loader(images(64)))
+    run.predict(Flow(), loader(images(64)))
+    with pytest.raises(ValueError, match=r"Expected a stage of \[\], got 'predict'"):
+        callback.scores("predict")
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_fast_development_run_watches_in_silence(
+    fitted: tuple[OODMonitor, str], stage: Any
+) -> None:
+    callback = watcher(watch=[stage])
+    run_stage(
+        trainer(callback, fast_dev_run=True, logger=True),
+        stage,
+        Flow(),
+        loader(drifting()),
+        ckpt_path=fitted[1],
+    )
+    assert len(callback.scores(stage).score) == 32
+
+
+def test_what_was_found_before_an_exception_is_delivered(
+    fitted: tuple[OODMonitor, str],
+) -> None:
     heard: list[Alert] = []
-    callback = watcher(sinks=[heard.append], ert=1000)
-    trainer(callback).predict(Flow(), loader(images(128) / 4), ckpt_path=fitted[2])
+
+    class Failing(Flow):
+        def predict_step(self, x: Tensor, index: int, dataloader_idx: int = 0) -> Tensor:
+            if index == 3:
+                raise KeyError("a user's own mistake")
+            return x
+
+    callback = watcher(sinks=[heard.append])
+    with pytest.raises(KeyError, match="a user's own mistake"):
+        trainer(callback).predict(Failing(), loader(drifting()), ckpt_path=fitted[1])
     assert heard == callback.alerts != []
 
 
-def test_a_module_without_likelihood_is_refused_before_training() -> None:
-    with pytest.raises(ValueError, match="Expected a module with `log_prob`"):
-        trainer(watcher()).fit(BoringModel())
+@pytest.fixture
+def detector(fitted: tuple[OODMonitor, str], tmp_path: Path) -> Path:
+    assert fitted[0].detector is not None
+    fitted[0].detector.save_pretrained(tmp_path / "detector")
+    return tmp_path / "detector"
 
 
-def test_an_unknown_stage_is_refused() -> None:
-    with pytest.raises(ValueError, match="got \\['train'\\]"):
-        OODMonitor(watch=["train"])  # type: ignore[list-item]
+def test_a_saved_detector_watches_without_training(
+    fitted: tuple[OODMonitor, str], detector: Path
+) -> None:
+    callback = watcher(detector=str(detector))
+    module = Flow.load_from_checkpoint(fitted[1])
+    trainer(callback).predict(module, loader(drifting()))
+    assert [alert.kind for alert in callback.alerts][-1] == "drift"

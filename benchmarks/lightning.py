@@ -1,0 +1,164 @@
+"""What the Lightning callback adds to a training step and to a validation pass.
+
+The training stream is on in every other step of one run, so that both kinds of step see the same
+machine: the ratio of their medians is what it adds, and the time in its hook is told beside it.
+Validation passes with and without scoring alternate. Networks have random weights.
+"""
+
+import statistics
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+import typer
+from ood_monitor_integrations.lightning import OODMonitor
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import ood_monitor as om
+from benchmarks.measuring import claim, machine, ratios, save
+from benchmarks.models import Case, made, small_unet
+
+#: What a step may cost with the training stream, a validation pass with one batch in ten scored.
+TRAINING, ONE_IN_TEN = 1.02, 1.6
+
+#: Steps before those that count: the first allocate, and the stream warms up.
+WARM_UP = 10
+
+
+class Alternating(OODMonitor):
+    """Looks at every other step, and times itself."""
+
+    def __init__(self) -> None:
+        super().__init__(watch=["train"], training=om.TrainingStream(warm_up=2, threshold=1e9))
+        self.starts: list[float] = []
+        self.spent: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.starts.append(time.perf_counter())
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if len(self.starts) % 2:
+            start = time.perf_counter()
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+            self.spent.append(time.perf_counter() - start)
+
+
+class Module(pl.LightningModule):
+    """A model of the benchmarks, trained on its own likelihood."""
+
+    def __init__(self, case: om.Adapter) -> None:
+        super().__init__()
+        self.model, self._case = case.module, case
+
+    def adapter(self) -> om.Adapter:
+        return self._case
+
+    def _loss(self, x: Tensor) -> Tensor:
+        terms = [value.mean() for _, value in self._case.log_likelihood(x)]
+        return -torch.stack(terms).sum()
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        return self._loss(x)
+
+    def validation_step(self, x: Tensor, index: int) -> None:
+        self.log("val/loss", self._loss(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-6)
+
+
+def measured(case: Case, pairs: int, batches: int, rounds: int) -> dict[str, Any]:
+    adapter, batch = case
+    module = Module(adapter)
+    training = step_times(module, batch, pairs)
+    return training | validation_times(module, batch, batches, rounds)
+
+
+def step_times(module: Module, batch: Tensor, pairs: int) -> dict[str, Any]:
+    callback = Alternating()
+    steps = 2 * pairs + WARM_UP + 1
+    trainer(callback, max_steps=steps).fit(module, loader(batch, steps))
+    times = [b - a for a, b in zip(callback.starts, callback.starts[1:], strict=False)][WARM_UP:]
+    watched, plain = (statistics.median(times[start::2]) for start in (0, 1))
+    spent = statistics.median(callback.spent[WARM_UP // 2 :])
+    return {
+        "parameter tensors": sum(1 for _ in module.parameters()),
+        "plain step, seconds": round(plain, 4),
+        "step with the training stream": round(watched / plain, 4),
+        "its hook, share of a step": round(spent / plain, 4),
+    }
+
+
+def validation_times(module: Module, batch: Tensor, batches: int, rounds: int) -> dict[str, float]:
+    data = loader(batch, batches)
+    detector = om.Detector(module.adapter()).fit(data, progress=False)
+
+    def validated(*callbacks: pl.Callback) -> None:
+        trainer(*callbacks).validate(module, data, verbose=False)
+
+    def scored(every: int) -> None:
+        options: dict[str, Any] = {"fpr": 0.1, "ert": 100, "calibrate_on": None}
+        validated(OODMonitor(watch=["val"], detector=detector, every_n_batches=every, **options))
+
+    runs = {f"validation, one batch in {every} scored": partial(scored, every) for every in (1, 10)}
+    validated()
+    found = ratios(validated, runs, rounds)
+    return {name: round(ratio, 3) for name, ratio in found.items()}
+
+
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet |= {"enable_checkpointing": False}
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet, **options)
+
+
+def loader(batch: Tensor, batches: int) -> DataLoader[Tensor]:
+    noise = [
+        batch + 0.01 * torch.randn(batch.shape, generator=torch.Generator().manual_seed(i))
+        for i in range(batches)
+    ]
+    return DataLoader(torch.cat(noise), batch_size=len(batch))  # type: ignore[arg-type]
+
+
+def claims(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    told = {"step with the training stream": TRAINING}
+    told |= {"validation, one batch in 10 scored": ONE_IN_TEN}
+    return [claim(f"{name}: {what}", row[what], target) for what, target in told.items()]
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="A few steps of a small network only.")] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cases = {"small UNet, B = 8": partial(small_unet, batch=8, size=16)}
+    pairs, batches, rounds = 5, 20, 1
+    if not quick:
+        cases |= {"small UNet, B = 32": small_unet}
+        pairs, batches, rounds = 60, 20, 2
+    rows = {name: measured(made(make), pairs, batches, rounds) for name, make in cases.items()}
+    report = {
+        "machine": machine(),
+        "rows": rows,
+        "claims": [c for name, row in rows.items() for c in claims(name, row)],
+    }
+    for name, row in rows.items():
+        typer.echo(f"{name}: {row}")
+    for c in report["claims"]:
+        typer.echo(
+            f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
+        )
+    save(report, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

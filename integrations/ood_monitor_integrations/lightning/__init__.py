@@ -1,0 +1,14 @@
+"""PyTorch Lightning: a callback that fits a detector and watches what the model is fed.
+
+    trainer = Trainer(callbacks=[OODMonitor()])
+
+The detector is fitted on held-out data at the end of training, in time for the last checkpoint, and
+travels in it; validation, `test`, `predict` and the training batches can then be watched. It works
+with both names of Lightning, `pytorch_lightning` and `lightning.pytorch`.
+"""
+
+from ood_monitor_integrations.lightning.callback import OODMonitor
+from ood_monitor_integrations.lightning.recorded import Recorded
+from ood_monitor_integrations.lightning.training import FlaggedBatch
+
+__all__ = ["FlaggedBatch", "OODMonitor", "Recorded"]

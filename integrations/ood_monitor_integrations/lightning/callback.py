@@ -1,0 +1,373 @@
+"""The callback: Lightning's hooks, and what each of them asks for."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
+from ood_monitor.adapters.base import Batch
+from ood_monitor.alerts import Sink
+from ood_monitor.gradients.layers import Layers
+from ood_monitor_integrations.lightning.calibration import Calibrator
+from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors
+from ood_monitor_integrations.lightning.namespaces import callback_class
+from ood_monitor_integrations.lightning.recorded import Recorded
+from ood_monitor_integrations.lightning.refusals import refuse_sharded
+from ood_monitor_integrations.lightning.reporting import (
+    LeftOpen,
+    write,
+)
+from ood_monitor_integrations.lightning.training import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.lightning.troubles import Troubles
+from ood_monitor_integrations.lightning.watching import FAILED, REFUSED, Settings, Watching
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    Callback = callback_class()
+
+__all__ = ["OODMonitor"]
+
+Stage = Literal["train", "val", "validate", "test", "predict"]
+
+_STAGES = ("train", "val", "test", "predict")
+
+_NAME = "OODMonitor"
+
+
+class OODMonitor(Callback):
+    """Fits a detector at the end of training, and watches what the model is fed.
+
+    The training is not changed: weights, optimiser, random state and logged metrics are those of a
+    run without it. Whatever fails while watching is counted, warned of once, and never raised into
+    the loop.
+
+    Validation, test and predict are each a stream with a :class:`~ood_monitor.Monitor` of its own.
+    Metrics of a stage, logged at its end: ``ood/score_mean``, ``ood/flagged_rate`` and
+    ``ood/log_e_value``, the strongest evidence of a drift; ``ood/<name>/...`` if a name was given.
+    In several processes each scores its own batches, and all decide at the end of the stage on the
+    whole in the order of the dataset: alerts then come at the end, once, and are those of one
+    process.
+
+    The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
+    without a promise: see :class:`~ood_monitor.TrainingStream`. Its metrics of an epoch are
+    ``ood/train_score`` and ``ood/train_flagged_rate``; ``ood/train_step_score`` goes to the loggers
+    every ``Trainer(log_every_n_steps=)``.
+
+    Args:
+        adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(module, x) -> (B,)``
+            giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
+            ``log_prob_terms`` or ``log_prob``.
+        detector: A detector to use, or the folder of a saved one. One that is not fitted yet has
+            the settings for the one to fit.
+        calibrate_on: Held-out batches that the model is not trained on, to go through once or
+            twice; ``"val"`` takes the validation data; None keeps what ``detector`` or a checkpoint
+            brings. Nothing is fitted if only ``"train"`` is watched.
+        watch: Which of ``"train"``, ``"val"``, ``"test"``, ``"predict"``. Validation within `fit`
+            is watched too, once there is a detector.
+        ert: Expected run time to a false drift alarm, in samples.
+        fpr: False-positive rate of single samples.
+        every_n_batches: Score every n-th batch of a stage only.
+        layers: Which parameters are features, by name pattern; all by default.
+        training: Settings of the training stream, as a fresh
+            :class:`~ood_monitor.TrainingStream`.
+        sinks: Told of every alert, from rank 0; they are left open.
+        scores_dir: Where to write ``scores-<stage>.npz`` at the end of a stage, from rank 0: a row
+            per sample, with its index in the dataset.
+        log_to_mlflow: Also tell the run of the Trainer's ``MLFlowLogger``, if it has one.
+        name: The stream's name, and what tells several monitors in one Trainer apart.
+        progress: Show a progress bar where calibration takes a pass of its own.
+        strict: Whether a model or a strategy that cannot be monitored is an error; if not, it is
+            warned of, and left alone.
+
+    Raises:
+        ValueError: ``watch`` names an unknown stage, or ``every_n_batches`` is below 1.
+    """
+
+    def __init__(
+        self,
+        adapter: AdapterLike | None = None,
+        *,
+        detector: str | Path | Detector | None = None,
+        calibrate_on: Literal["val"] | Iterable[Any] | None = "val",
+        watch: Sequence[Stage] = ("test", "predict"),
+        ert: float = 10_000,
+        fpr: float = 0.01,
+        every_n_batches: int = 1,
+        layers: Layers = None,
+        training: TrainingStream | None = None,
+        sinks: Sequence[Sink] = (),
+        scores_dir: str | Path | None = None,
+        log_to_mlflow: bool = True,
+        name: str = _NAME,
+        progress: bool = True,
+        strict: bool = True,
+    ) -> None:
+        self._stages = frozenset("val" if stage == "validate" else stage for stage in watch)
+        if unknown := sorted(self._stages - set(_STAGES)):
+            raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
+        if every_n_batches < 1:
+            raise ValueError(f"Expected every_n_batches of at least 1, got {every_n_batches}.")
+        self._name, self._strict = name, strict
+        self._prefix = "ood" if name == _NAME else f"ood/{name}"
+        self._troubles = Troubles(name)
+        self._detectors = Detectors(adapter, detector, layers)
+        self._needs_detector = bool(self._stages - {"train"})
+        source = calibrate_on if self._needs_detector else None
+        self._calibrator = Calibrator(source, self._detectors, self._troubles, progress=progress)
+        self._training = TrainingWatch(training or TrainingStream(), layers, name)
+        settings = Settings(
+            stages=self._stages,
+            ert=ert,
+            fpr=fpr,
+            every=every_n_batches,
+            sinks=[LeftOpen(sink) for sink in sinks],
+            scores_dir=None if scores_dir is None else Path(scores_dir),
+            log_to_mlflow=log_to_mlflow,
+            name=name,
+            prefix=self._prefix,
+        )
+        self._watching = Watching(settings, self._detectors, self._troubles, self._log)
+        self._batch_idx, self._is_off, self._is_broken = 0, False, False
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor of the latest stage; None before one is watched."""
+        return self._watching.monitor
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts raised so far, the same in all processes."""
+        return self._watching.alerts
+
+    @property
+    def detector(self) -> Detector | None:
+        """The detector; None before calibration."""
+        return self._detectors.current
+
+    @property
+    def failures(self) -> int:
+        """Batches that could not be scored."""
+        return self._troubles.counts[FAILED]
+
+    @property
+    def flagged_batches(self) -> tuple[FlaggedBatch, ...]:
+        """Training batches that were flagged, the oldest first; the latest thousand."""
+        return tuple(self._training.flagged)
+
+    def scores(self, stage: Stage) -> Scores:
+        """Scores of all samples of a stage, when it was last run; without layers.
+
+        In one process in the order of the stream, in several in the order of the dataset.
+
+        Raises:
+            ValueError: The stage was not watched, or not to its end.
+        """
+        return self.recorded(stage).scores
+
+    def recorded(self, stage: Stage) -> Recorded:
+        """As :meth:`scores`, with the place of each sample in the dataset.
+
+        Raises:
+            ValueError: As there.
+        """
+        key = "val" if stage == "validate" else stage
+        found = self._watching.recorded
+        if key not in found:
+            raise ValueError(f"Expected a stage of {sorted(found)}, got {stage!r}.")
+        return found[key]
+
+    def calibrate(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        loader: Iterable[Batch] | None = None,
+    ) -> Detector:
+        """Fit on a finished model, without training; in several processes all must call it.
+
+        Args:
+            trainer: The Trainer, of which `trainer.save_checkpoint` then saves the detector too.
+            pl_module: The model.
+            loader: Held-out batches; by default those that were chosen for the callback.
+
+        Returns:
+            The detector, which the callback watches with from now on.
+
+        Raises:
+            ValueError: The model has no log-likelihood, or what :meth:`Detector.fit` refuses.
+            RuntimeError: Another process failed.
+        """
+        self._calibrator.now(trainer, pl_module, loader)
+        assert self.detector is not None
+        return self.detector
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes several monitors in one checkpoint."""
+        return self._generate_state_key(name=self._name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detector and training stream as primitives: the checkpoint loads as weights only."""
+        state: dict[str, Any] = {}
+        with self._troubles.contained("has a detector that no checkpoint can hold"):
+            state |= self._detectors.state_dict()
+        if streams := self._training.state_dict():
+            state["training"] = streams
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state; the detector is made when the model has its weights."""
+        if "config" in state_dict:
+            self._detectors.load_state_dict(state_dict)
+        with self._troubles.contained("could not resume its training stream"):
+            self._training.load_state_dict(state_dict.get("training", {}))
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Refuse what cannot be monitored, before anything is trained.
+
+        Raises:
+            ValueError: A strategy that shards parameters, or a module without log-likelihood.
+            FileNotFoundError: No saved detector in the folder named.
+        """
+        self._is_broken = False
+        try:
+            refuse_sharded(trainer.strategy)
+            if self._needs_detector:
+                self._detectors.check(pl_module)
+        except (ValueError, FileNotFoundError) as error:
+            if self._strict:
+                raise
+            self._is_off = True
+            self._troubles.tell(REFUSED, error)
+
+    def on_save_checkpoint(
+        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Calibrate for the last checkpoint, whichever callback has ended training."""
+        if self._may_calibrate(trainer) and self._calibrator.at_the_end(trainer, pl_module):
+            checkpoint.get("callbacks", {})[self.state_key] = self.state_dict()
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Nothing is calibrated yet."""
+        self._calibrator.reset()
+        self._training.begin()
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Remember which batch comes."""
+        self._batch_idx = batch_idx
+
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Any
+    ) -> None:
+        """Look at the gradients, which are unscaled here and not yet clipped."""
+        if "train" not in self._stages or self._is_off:
+            return
+        with self._troubles.contained("could not score a training batch"):
+            score = self._training.take(trainer, pl_module, optimizer, self._batch_idx)
+            every = getattr(trainer, "log_every_n_steps", 0)
+            # Not by `self.log`, which takes longer than the score does.
+            if score is not None and every and self._training.scored % every == 0:
+                metrics = {f"{self._prefix}/train_step_score": score.score}
+                write(trainer.loggers, metrics, trainer.global_step, self._troubles)
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Calibrate if training ends and no validation has done it; log of the training stream."""
+        if "train" in self._stages and not (self._is_off or trainer.barebones):
+            found = self._training.summary()
+            metrics = {f"{self._prefix}/{name}": value for name, value in found.items()}
+            self._log(metrics, on_epoch=True, sync_dist=trainer.world_size > 1)
+        if self._may_calibrate(trainer):
+            self._calibrator.at_the_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Calibrate if training was ended after all other hooks."""
+        if self._may_calibrate(trainer):
+            self._calibrator.at_the_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begin to watch, and to measure if it is the last validation in `fit`."""
+        if trainer.sanity_checking or self._is_off:
+            return
+        if self._may_calibrate(trainer):
+            self._calibrator.on_validation_start(trainer, pl_module)
+        self._watching.begin(trainer, pl_module, "val", trainer.val_dataloaders)
+
+    def on_validation_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch, and measure it."""
+        self._watching.take(batch, batch_idx, dataloader_idx)
+        self._calibrator.on_validation_batch_end(
+            trainer, pl_module, batch, batch_idx, dataloader_idx, self._watching.positions
+        )
+
+    def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Decide, and log."""
+        self._calibrator.on_validation_epoch_end(trainer, pl_module)
+        self._watching.finish(trainer, "val")
+
+    def on_test_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begin to watch."""
+        if not self._is_off:
+            self._watching.begin(trainer, pl_module, "test", trainer.test_dataloaders)
+
+    def on_test_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch."""
+        self._watching.take(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Decide, and log."""
+        self._watching.finish(trainer, "test")
+
+    def on_predict_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begin to watch."""
+        if not self._is_off:
+            self._watching.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
+
+    def on_predict_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch; its figures go to the loggers now and then."""
+        self._watching.take(batch, batch_idx, dataloader_idx)
+        self._watching.write_now_and_then(trainer, batch_idx)
+
+    def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Decide; `self.log` is not allowed here, the loggers are."""
+        self._watching.finish(trainer, "predict")
+
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Deliver what was raised before the loop broke."""
+        self._is_broken = True  # no process may wait for another from here on
+        self._watching.abandon()
+
+    def _may_calibrate(self, trainer: "Trainer") -> bool:
+        is_fit = trainer.state.fn == "fit"
+        return is_fit and not (self._is_off or self._is_broken or trainer.sanity_checking)
+
+    def _log(self, metrics: dict[str, float], **options: Any) -> None:
+        # The Trainer attaches `log_dict` to callbacks.
+        self.log_dict(metrics, batch_size=1, **options)  # type: ignore[attr-defined]

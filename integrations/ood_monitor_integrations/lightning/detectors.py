@@ -1,0 +1,97 @@
+"""The detector of a LightningModule: given, read from a file or a checkpoint, or fitted."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ood_monitor import Adapter, Detector, LogLikelihood
+from ood_monitor.fitted import CONFIG
+from ood_monitor.gradients.layers import Layers
+from ood_monitor_integrations.lightning.refusals import refuse_sharded_parameters
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+__all__ = ["AdapterLike", "Detectors"]
+
+#: An adapter, or a function `(module, x) -> (B,)` that gives log-likelihoods in nats.
+AdapterLike: TypeAlias = Adapter | Callable[[nn.Module, Any], Tensor]
+
+
+class Detectors:
+    """Where the detector comes from, and the one in use.
+
+    Args:
+        adapter: The model; None for the LightningModule's own.
+        given: A detector or the folder of a saved one.
+        layers: Of a detector to be made.
+
+    Attributes:
+        current: The fitted detector in use; None before there is one.
+    """
+
+    def __init__(
+        self, adapter: AdapterLike | None, given: str | Path | Detector | None, layers: Layers
+    ) -> None:
+        self._adapter, self._layers = adapter, layers
+        self._template = given if isinstance(given, Detector) else None
+        self._folder = Path(given) if isinstance(given, str | Path) else None
+        self._state: Mapping[str, Any] | None = None
+        is_fitted = self._template is not None and self._template.is_fitted
+        self.current = self._template if is_fitted else None
+
+    def check(self, pl_module: "LightningModule") -> None:
+        """Refuse what could never be monitored.
+
+        Raises:
+            ValueError: The module has no log-likelihood and none was given.
+            FileNotFoundError: No detector was saved in the folder.
+        """
+        self.adapter(pl_module)
+        if self._folder is not None and not (self._folder / CONFIG).is_file():
+            raise FileNotFoundError(
+                f"Expected a saved detector in {self._folder}, got no {CONFIG}."
+            )
+
+    def adapter(self, pl_module: "LightningModule") -> Adapter:
+        """The module as an adapter: the given one, `pl_module.adapter()`, or its `log_prob`."""
+        if self._template is not None:
+            return self._template.adapter
+        if isinstance(self._adapter, Adapter):
+            return self._adapter
+        if self._adapter is None and callable(own := getattr(pl_module, "adapter", None)):
+            return own()  # type: ignore[no-any-return]
+        return LogLikelihood(pl_module, self._adapter)
+
+    def new(self, pl_module: "LightningModule") -> Detector:
+        """A detector to be fitted."""
+        refuse_sharded_parameters(pl_module)
+        if self._template is not None:
+            return copy.copy(self._template)
+        return Detector(self.adapter(pl_module), layers=self._layers)
+
+    def ready(self, pl_module: "LightningModule") -> Detector | None:
+        """The detector in use, with what a checkpoint or a folder holds; None if there is none."""
+        refuse_sharded_parameters(pl_module)
+        groups = None if self._template is None else self._template.groups
+        if self._state is not None:
+            state, self._state = self._state, None
+            adapter = self.adapter(pl_module)
+            self.current = Detector.from_state_dict(state, adapter, groups=groups)
+        elif self.current is None and self._folder is not None:
+            adapter = self.adapter(pl_module)
+            self.current = Detector.from_pretrained(self._folder, adapter, groups=groups)
+        return self.current
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the detector in use, as primitives: the checkpoint still loads as weights only."""
+        if self.current is None:
+            return dict(self._state or {})
+        return dict(self.current.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep a state until the model has its weights."""
+        self._state = state

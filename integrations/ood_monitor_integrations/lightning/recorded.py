@@ -1,0 +1,136 @@
+"""The scores of a stage: kept per sample, gathered over processes, put in order, written."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from ood_monitor import Scores
+from ood_monitor_integrations.lightning.indices import Indices
+
+__all__ = ["Recorded"]
+
+_FIELDS = ("score", "p_value", "log_likelihood", "valid")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Scores of N samples and where each stands.
+
+    Attributes:
+        scores: What was said of them, on the CPU.
+        dataset_index: (N,), int64, the index in the dataset of its dataloader; where a sampler does
+            not tell it, the position in the stream.
+        dataloader_index: (N,), int64, among the dataloaders of the stage.
+    """
+
+    scores: Scores
+    dataset_index: Indices
+    dataloader_index: Indices
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    @classmethod
+    def none(cls) -> Self:
+        """No sample."""
+        figures, nothing = torch.zeros(0, dtype=torch.float64), np.zeros(0, dtype=np.int64)
+        valid = torch.zeros(0, dtype=torch.bool)
+        return cls(Scores(figures, figures, figures, {}, {}, valid), nothing, nothing)
+
+    @classmethod
+    def together(cls, parts: Iterable[Self]) -> Self:
+        """The samples of several, one after the other; layers that a part lacks are nan."""
+        parts = [cls.none(), *parts]
+        scores = [part.scores for part in parts]
+        layers = next((list(s.layers) for s in scores if s.layers), [])
+        figures = {name: torch.cat([getattr(s, name) for s in scores]) for name in _FIELDS}
+        return cls(
+            Scores(
+                **figures,
+                layers={
+                    name: torch.cat([_of(s.layers, name, s) for s in scores]) for name in layers
+                },
+                z={name: torch.cat([_of(s.z, name, s) for s in scores]) for name in layers},
+            ),
+            np.concatenate([part.dataset_index for part in parts]),
+            np.concatenate([part.dataloader_index for part in parts]),
+        )
+
+    def without_layers(self) -> Self:
+        """The figures of each sample alone, which a long stage has room for."""
+        return replace(self, scores=replace(self.scores, layers={}, z={}))
+
+    def take(self, rows: Indices) -> Self:
+        """Some of the samples, in the order of `rows`."""
+        at, scores = torch.from_numpy(rows), self.scores
+        return type(self)(
+            Scores(
+                **{name: getattr(scores, name)[at] for name in _FIELDS},
+                layers={name: values[at] for name, values in scores.layers.items()},
+                z={name: values[at] for name, values in scores.z.items()},
+            ),
+            self.dataset_index[rows],
+            self.dataloader_index[rows],
+        )
+
+    def pieces(self, sizes: Sequence[int | None]) -> Iterator[Self]:
+        """Batches as one process would have loaded them, of `sizes[dataloader_index]` samples."""
+        for dataloader in np.unique(self.dataloader_index):
+            rows = np.flatnonzero(self.dataloader_index == dataloader)
+            size = sizes[dataloader] or len(rows)
+            for start in range(0, len(rows), size):
+                yield self.take(rows[start : start + size])
+
+    def dump(self) -> bytes:
+        """All of it as safetensors."""
+        scores = self.scores
+        arrays = {name: getattr(scores, name).numpy() for name in _FIELDS}
+        arrays |= {f"layers.{name}": values.numpy() for name, values in scores.layers.items()}
+        arrays |= {f"z.{name}": values.numpy() for name, values in scores.z.items()}
+        arrays |= {"dataset": self.dataset_index, "dataloader": self.dataloader_index}
+        return save({name: np.ascontiguousarray(values) for name, values in arrays.items()})
+
+    @classmethod
+    def parse(cls, data: bytes, layers: Sequence[str]) -> Self:
+        """What :meth:`dump` gave; `layers` is the order that the detector has them in."""
+        arrays = load(data)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+        def named(kind: str) -> dict[str, Tensor]:
+            return {n: tensors[f"{kind}.{n}"] for n in layers if f"{kind}.{n}" in tensors}
+
+        figures = {name: tensors[name] for name in _FIELDS}
+        scores = Scores(**figures, layers=named("layers"), z=named("z"))
+        return cls(scores, arrays["dataset"], arrays["dataloader"])
+
+    def write(self, folder: Path, stage: str) -> None:
+        """Write `scores-<stage>.npz`, which `numpy.load` reads without pickle."""
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = {name: getattr(self.scores, name).numpy() for name in _FIELDS}
+        places = {
+            "dataset_index": self.dataset_index,
+            "dataloader_index": self.dataloader_index,
+        }
+        np.savez(folder / f"scores-{stage}.npz", allow_pickle=False, **places, **figures)
+
+
+def dataset_order(dataset: Indices, dataloader: Indices, *, distinct: bool) -> Indices:
+    """Rows (M,) in the order of their dataloader and index, each place once if `distinct`."""
+    order = np.lexsort((dataset, dataloader))
+    if not distinct or not len(order):
+        return order
+    places = np.stack([dataloader[order], dataset[order]], 1)
+    is_first = np.append(True, (places[1:] != places[:-1]).any(1))
+    distinct_rows: Indices = order[is_first]
+    return distinct_rows
+
+
+def _of(values: dict[str, Tensor], name: str, scores: Scores) -> Tensor:
+    return values.get(name, torch.full_like(scores.score, math.nan))

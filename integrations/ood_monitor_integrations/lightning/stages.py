@@ -1,0 +1,76 @@
+"""Watching one stage: scores where batches come, decisions in the order of the dataset."""
+
+from ood_monitor import Alert, Monitor
+from ood_monitor.adapters.base import Batch
+from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.indices import Positions
+from ood_monitor_integrations.lightning.recorded import Recorded, dataset_order
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """A stage that is watched.
+
+    In one process each batch is decided on at once. In several, each scores its own batches, and
+    at the end all decide on the whole, put in the order of the dataset and cut into the batches
+    that one process would have loaded: scores, alerts and status are then those of one process.
+
+    Args:
+        monitor: Has sinks in one process only.
+        positions: Where the samples stand.
+        world: The processes.
+        distinct: Whether a place that comes twice pads a sampler, and counts once.
+
+    Attributes:
+        log_e_value: The strongest evidence of a drift so far, at least 0.
+    """
+
+    def __init__(
+        self, monitor: Monitor, positions: Positions, world: World, *, distinct: bool
+    ) -> None:
+        self.monitor, self.log_e_value = monitor, 0.0
+        self._positions, self._world, self._distinct = positions, world, distinct
+        self._parts: list[Recorded] = []
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it decides with each batch."""
+        return self._world.size == 1
+
+    def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> list[Alert]:
+        """Score a batch; the alerts that it raised."""
+        scores = self.monitor.score(batch)
+        dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
+        part = Recorded(scores, dataset, 0 * dataset + dataloader_idx)
+        self._parts.append(part.without_layers() if self.is_online else part)
+        return self._observe(part) if self.is_online else []
+
+    def finish(self) -> list[Alert]:
+        """Decide on what is left; all processes must call it.
+
+        Raises:
+            RuntimeError: A process failed.
+        """
+        if self.is_online:
+            return []
+        layers = self.monitor.detector.fitted.layers
+        parts = self._world.gathered(Recorded.together(self._parts).dump())
+        whole = Recorded.together(Recorded.parse(part, layers) for part in parts)
+        places = whole.dataset_index, whole.dataloader_index
+        whole = whole.take(dataset_order(*places, distinct=self._distinct))
+        self._parts = [whole.without_layers()]
+        last = int(whole.dataloader_index.max(initial=0))
+        sizes = [self._positions.batch_size(at) for at in range(last + 1)]
+        return [alert for piece in whole.pieces(sizes) for alert in self._observe(piece)]
+
+    @property
+    def recorded(self) -> Recorded:
+        """What was scored so far, without layers; in several processes only after the end."""
+        return Recorded.together(self._parts)
+
+    def _observe(self, part: Recorded) -> list[Alert]:
+        alerts = self.monitor.observe(part.scores)
+        raised = [alert.evidence.log_e_value or 0.0 for alert in alerts]
+        self.log_e_value = max(self.log_e_value, self.monitor.log_e_value, *raised)
+        return alerts

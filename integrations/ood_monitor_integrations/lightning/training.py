@@ -1,0 +1,167 @@
+"""The training stream: the gradients that an optimiser is about to use are already there."""
+
+import copy
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ood_monitor import TrainingStream
+from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.training import TrainingScore
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+__all__ = ["FlaggedBatch", "TrainingWatch"]
+
+_log = logging.getLogger(__name__)
+
+#: Flagged batches that are kept, layers named of each, and log lines written.
+_KEPT, _NAMED_LAYERS, _LINES = 1000, 5, 20
+
+#: What an infinite score counts as in a mean.
+_LARGEST = 1e6
+
+
+@dataclass(frozen=True)
+class FlaggedBatch:
+    """A training batch whose gradient is unlike those of the batches before.
+
+    With gradients accumulated over batches, the last of them; in several processes the gradient is
+    the mean over all.
+
+    Attributes:
+        epoch: Of the batch, from 0.
+        batch_idx: In the epoch, from 0.
+        score: Root mean square of z over the layers; infinite if a gradient was not finite.
+        layers: ``((name, z), ...)`` of the layers furthest from their recent past.
+    """
+
+    epoch: int
+    batch_idx: int
+    score: float
+    layers: tuple[tuple[str, float], ...]
+
+
+class TrainingWatch:
+    """Compares each step's gradient with those of the steps before, one stream per optimiser.
+
+    A heuristic: nothing is promised of how often a batch is flagged.
+
+    Args:
+        template: A fresh stream, of the settings that all streams have.
+        layers: Which parameters; all by default.
+        name: In the log.
+
+    Attributes:
+        flagged: The latest flagged batches, the oldest first.
+        count: How many were flagged.
+        scored: How many were scored since :meth:`summary`.
+    """
+
+    def __init__(self, template: TrainingStream, layers: Layers, name: str) -> None:
+        self.flagged: deque[FlaggedBatch] = deque(maxlen=_KEPT)
+        self.count = 0
+        self._template, self._layers, self._name = template, layers, name
+        self._streams: dict[int, TrainingStream] = {}
+        self._flagged_before, self._total, self.scored = 0, 0.0, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Training begins, maybe of another model."""
+        self._parameters: dict[int, list[tuple[str, nn.Parameter]]] = {}
+
+    def take(
+        self, trainer: "Trainer", pl_module: nn.Module, optimizer: Any, batch_idx: int
+    ) -> TrainingScore | None:
+        """Score the gradient that an optimiser is about to use; None if nothing is said of it."""
+        which = _which(trainer.optimizers, optimizer)
+        if which not in self._parameters:
+            self._parameters[which] = _of(optimizer, pl_module, self._layers)
+        norms = squared_norms(self._parameters[which])
+        if not norms:
+            return None
+        score = self._score(which, norms)
+        if math.isnan(score.score) or _skips_infinite(trainer, score):
+            return None
+        self.scored, self._total = self.scored + 1, self._total + min(score.score, _LARGEST)
+        if score.flagged:
+            self._flag(trainer, batch_idx, score)
+        return score
+
+    def summary(self) -> dict[str, float]:
+        """Mean score and share of flagged steps since this was last asked for; 0 without steps."""
+        flagged, scored = self.count - self._flagged_before, max(self.scored, 1)
+        found = {"train_score": self._total / scored, "train_flagged_rate": flagged / scored}
+        self._flagged_before, self._total, self.scored = self.count, 0.0, 0
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the streams, as primitives."""
+        return {str(which): stream.state_dict() for which, stream in self._streams.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume the streams."""
+        for which, stream in state.items():
+            self._streams[int(which)] = copy.deepcopy(self._template)
+            self._streams[int(which)].load_state_dict(stream)
+
+    def _score(self, which: int, norms: dict[str, float]) -> TrainingScore:
+        if not all(map(math.isfinite, norms.values())):
+            # It must not enter the baseline, nor pass unseen.
+            return TrainingScore(math.inf, True, {}, 0)
+        if which not in self._streams:
+            self._streams[which] = copy.deepcopy(self._template)
+        try:
+            return self._streams[which].observe(norms)
+        except ValueError:  # other parameters are trained now: their past is another
+            self._streams[which] = copy.deepcopy(self._template)
+            return self._streams[which].observe(norms)
+
+    def _flag(self, trainer: "Trainer", batch_idx: int, score: TrainingScore) -> None:
+        furthest = sorted(score.z.items(), key=lambda item: -abs(item[1]))[:_NAMED_LAYERS]
+        batch = FlaggedBatch(trainer.current_epoch, batch_idx, score.score, tuple(furthest))
+        self.flagged.append(batch)
+        self.count += 1
+        if trainer.is_global_zero and self.count <= _LINES:
+            _log.warning(
+                "%s: unusual gradient of training batch %d in epoch %d, score %.1f, most in %s.",
+                *(self._name, batch.batch_idx, batch.epoch, batch.score),
+                ", ".join(name for name, _ in batch.layers) or "values that are not finite",
+            )
+
+
+def squared_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Squared norm of each gradient there is, with one transfer from the device."""
+    found = [(name, p.grad) for name, p in parameters]  # asking for a gradient takes its time
+    named = {name: grad for name, grad in found if grad is not None and not grad.is_sparse}
+    if not named:
+        return {}
+    norms = torch._foreach_norm(list(named.values()), 2, torch.float32)
+    first = norms[0].device
+    together = torch.stack([norm.to(first) for norm in norms]).double().square()
+    return dict(zip(named, together.tolist(), strict=True))
+
+
+def _of(optimizer: Any, module: nn.Module, layers: Layers) -> list[tuple[str, nn.Parameter]]:
+    """The chosen parameters that an optimiser steps."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen = selection(module, layers)
+    return [(name, p) for name, p in module.named_parameters() if id(p) in own and chosen(name)]
+
+
+def _which(optimizers: list[Any], optimizer: Any) -> int:
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it where steps are manual
+    return next((i for i, other in enumerate(optimizers) if other is inner), 0)
+
+
+def _skips_infinite(trainer: "Trainer", score: TrainingScore) -> bool:
+    """Whether it is the gradient scaler of mixed precision that looks for its scale."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and math.isinf(score.score)

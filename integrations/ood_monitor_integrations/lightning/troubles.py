@@ -1,0 +1,34 @@
+"""What goes wrong in a monitor is counted and warned of once, and never raised into a loop."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Troubles"]
+
+
+class Troubles:
+    """Counts what went wrong by kind, and warns of the first of each.
+
+    Args:
+        name: Who has them, in the warnings.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.counts: Counter[str] = Counter()
+        self._name = name
+
+    def tell(self, kind: str, cause: object) -> None:
+        """Count one, and warn if it is the first of its kind."""
+        self.counts[kind] += 1
+        if self.counts[kind] == 1:
+            warnings.warn(f"{self._name} {kind}: {cause}", stacklevel=3)
+
+    @contextmanager
+    def contained(self, kind: str) -> Iterator[None]:
+        """Make an exception a trouble: days of training must not end on a monitor's account."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(kind, error)

@@ -1,0 +1,209 @@
+"""Watching the stages of a Trainer one after the other: begin, score, decide, report."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ood_monitor import Alert, Detector, Monitor
+from ood_monitor.adapters.base import Batch
+from ood_monitor.alerts import Sink
+from ood_monitor.fitted import digest
+from ood_monitor_integrations.lightning.detectors import Detectors
+from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.indices import Positions
+from ood_monitor_integrations.lightning.recorded import Recorded
+from ood_monitor_integrations.lightning.reporting import (
+    LeftOpen,
+    figures,
+    is_mlflow,
+    mlflow_sinks,
+    write,
+)
+from ood_monitor_integrations.lightning.stages import Watch
+from ood_monitor_integrations.lightning.troubles import Troubles
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["FAILED", "REFUSED", "Settings", "Watching"]
+
+#: Kinds of trouble.
+FAILED, REFUSED = "could not score a batch", "will not watch"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose; see :class:`~ood_monitor_integrations.lightning.OODMonitor`.
+
+    Attributes:
+        stages: Those to watch.
+        ert: Expected run time to a false drift alarm, in samples.
+        fpr: False-positive rate of single samples.
+        every: Score every n-th batch.
+        sinks: Told of alerts, and left open.
+        scores_dir: Where to write scores, if anywhere.
+        log_to_mlflow: Whether the run of an `MLFlowLogger` is told too.
+        name: Of the streams.
+        prefix: Of the metrics.
+    """
+
+    stages: frozenset[str]
+    ert: float
+    fpr: float
+    every: int
+    sinks: Sequence[LeftOpen]
+    scores_dir: Path | None
+    log_to_mlflow: bool
+    name: str
+    prefix: str
+
+
+class Watching:
+    """The stages of a Trainer, of which one is watched at a time.
+
+    Args:
+        settings: What the user chose.
+        detectors: Where the detector comes from.
+        troubles: Told of failures.
+        log: Logs metrics by Lightning, with the options of `self.log_dict`.
+
+    Attributes:
+        monitor: That of the latest stage.
+        current: The stage that is watched now, if one is.
+        positions: Where the samples of the current stage stand.
+        alerts: All alerts so far.
+        recorded: What the latest run of each stage has given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        detectors: Detectors,
+        troubles: Troubles,
+        log: Callable[..., None],
+    ) -> None:
+        self.monitor: Monitor | None = None
+        self.current: Watch | None = None
+        self.positions = Positions(None, World())
+        self.alerts: list[Alert] = []
+        self.recorded: dict[str, Recorded] = {}
+        self._settings, self._detectors = settings, detectors
+        self._troubles, self._log = troubles, log
+        self._is_stale, self._written = False, 0
+
+    def write_now_and_then(self, trainer: "Trainer", batch_idx: int) -> None:
+        """Give the figures so far to the loggers, as often as Lightning logs steps."""
+        every = getattr(trainer, "log_every_n_steps", 0)
+        watch = self.current
+        if watch is not None and watch.is_online and every and (batch_idx + 1) % every == 0:
+            self._write(trainer, watch)
+
+    def abandon(self) -> None:
+        """Deliver what was raised so far; the stage ends here."""
+        watch, self.current = self.current, None
+        if watch is not None:
+            watch.monitor.close()
+
+    def begin(
+        self, trainer: "Trainer", pl_module: "LightningModule", stage: str, loaders: object
+    ) -> None:
+        """A stage begins; it is watched if it should be and there is a detector everywhere."""
+        self.current, self._written = None, 0
+        self.positions = Positions(loaders, World.of(trainer))
+        if stage not in self._settings.stages:
+            return
+        world, monitor = World.of(trainer), self._made(trainer, pl_module, stage)
+        # None may be without: they meet again at the end of the stage.
+        everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
+        if monitor is not None and everywhere:
+            self.monitor = monitor
+            self.current = Watch(monitor, self.positions, world, distinct=stage != "predict")
+
+    def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
+        with self._troubles.contained(REFUSED):
+            before, detector = self._detectors.current, self._detectors.ready(pl_module)
+            if detector is not None:
+                # Who loads a stale one is told by the detector itself.
+                self._check_age(trainer, detector, is_told=detector is not before)
+                name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer)
+                ert, fpr = self._settings.ert, self._settings.fpr
+                return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks)
+        if trainer.state.fn != "fit" and not self._troubles.counts[REFUSED]:
+            self._troubles.tell(REFUSED, "it is not calibrated.")
+        return None
+
+    def _sinks_of(self, trainer: "Trainer") -> list[Sink]:
+        sinks: list[Sink] = []
+        if trainer.is_global_zero:
+            sinks += self._settings.sinks
+            with self._troubles.contained("could not reach MLflow"):
+                sinks += mlflow_sinks(trainer.loggers) if self._settings.log_to_mlflow else ()
+        return sinks
+
+    def _check_age(self, trainer: "Trainer", detector: Detector, *, is_told: bool) -> None:
+        """Warn once if a model in training is watched with what was learned of it before."""
+        if trainer.state.fn != "fit" or self._is_stale:
+            return
+        self._is_stale = digest(detector.adapter.module) != detector.fitted.model
+        if self._is_stale and not is_told:
+            told = "the model in training is no longer the one that the detector was fitted on."
+            self._troubles.tell("watches with a stale calibration", told)
+
+    def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        """Score a batch of the stage."""
+        if self.current is None or batch_idx % self._settings.every:
+            return
+        invalid = self.current.monitor.invalid
+        with self._troubles.contained(FAILED):
+            self.alerts += self.current.take(batch, batch_idx, dataloader_idx)
+        self._tell_invalid(self.current.monitor.invalid - invalid)
+
+    def finish(self, trainer: "Trainer", stage: str) -> None:
+        """The stage is over: decide on what is left, log and write."""
+        watch, self.current = self.current, None
+        if watch is None:
+            return
+        with self._troubles.contained("could not finish a stage"), torch.inference_mode(False):
+            self.alerts += watch.finish()
+            self.recorded[stage] = watch.recorded
+            self._report(trainer, watch, stage)
+            if self._settings.scores_dir is not None and trainer.is_global_zero:
+                watch.recorded.write(self._settings.scores_dir, stage)
+        watch.monitor.close()
+
+    def _report(self, trainer: "Trainer", watch: Watch, stage: str) -> None:
+        metrics = self._figures(watch)
+        if not watch.is_online:
+            self._tell_invalid(watch.monitor.invalid)
+        if stage == "predict":
+            self._write(trainer, watch)
+        elif metrics and not trainer.barebones:
+            rate = f"{self._settings.prefix}/flagged_rate"
+            several = not watch.is_online
+            self._log({rate: metrics.pop(rate)}, on_epoch=True, prog_bar=True, sync_dist=several)
+            self._log(metrics, on_epoch=True, sync_dist=several)
+
+    def _write(self, trainer: "Trainer", watch: Watch) -> None:
+        step = watch.monitor.samples_seen
+        if step != self._written:
+            self._written = step
+            # An MLflow run has the figures from its sink.
+            loggers = [logger for logger in trainer.loggers if not self._has_sink(logger)]
+            write(loggers, self._figures(watch), step, self._troubles)
+
+    def _has_sink(self, logger: Any) -> bool:
+        found = True  # one that cannot even be asked takes no figures
+        with self._troubles.contained("could not write its figures"):
+            found = self._settings.log_to_mlflow and is_mlflow(logger)
+        return found
+
+    def _figures(self, watch: Watch) -> dict[str, float]:
+        scores, settings = watch.recorded.scores, self._settings
+        return figures(scores, settings.fpr, watch.log_e_value, settings.prefix)
+
+    def _tell_invalid(self, count: int) -> None:
+        if count:
+            self._troubles.tell("could not score samples", "values that are not finite.")

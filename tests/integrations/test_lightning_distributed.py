@@ -1,0 +1,114 @@
+"""Two real processes under DDP with gloo: they end with one detector, and see what one would."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning_processes
+import numpy as np
+import pytest
+from lightning_cases import QUIET, Flow, trainer, watcher
+from lightning_processes import STREAM, found, stream
+
+pytestmark = QUIET
+
+PROGRAM = Path(lightning_processes.__file__)
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    """As torchrun or a cluster sets it for a process of its own."""
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    places = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    return (
+        os.environ
+        | addresses
+        | places
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(PROGRAM), str(folder)]
+    running = [
+        subprocess.Popen(command, env=environment(rank, port), stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_training_is_bit_identical_with_and_without_the_callback(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        assert rank["watched"] == rank["plain"]
+
+
+def test_both_end_with_one_detector_of_each_sample_once(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["detector"] == ranks[1]["detector"]
+    assert ranks[0]["detector"]["samples"] == 129
+
+
+def test_a_process_without_a_batch_ends_with_the_same_detector(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["one batch"] == ranks[1]["one batch"]
+    assert ranks[0]["one batch"]["samples"] == 128
+
+
+def test_a_failure_in_one_process_is_heard_in_both(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["failure"].startswith("RuntimeError: Expected all processes to succeed, got")
+    assert ranks[1]["failure"] == "OSError: no such disk"
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_two_processes_see_what_one_sees(
+    ranks: list[dict[str, Any]], folder: Path, stage: str
+) -> None:
+    callback = watcher()
+    run = trainer(callback)
+    options = {} if stage == "predict" else {"verbose": False}
+    getattr(run, stage)(Flow(), stream(), ckpt_path=folder / "last.ckpt", **options)
+    alone = found(callback, stage)
+    assert {alert["kind"] for alert in alone["alerts"]} == {"sample", "drift"}
+    for rank in ranks:
+        for figure in ("score", "p_value"):
+            np.testing.assert_allclose(rank[stage][figure], alone[figure], rtol=1e-4)
+        for fact in ("dataset_index", "status", "alerts"):
+            assert rank[stage][fact] == alone[fact], fact
+    if stage == "test":
+        for name in ("ood/score_mean", "ood/flagged_rate", "ood/log_e_value"):
+            one = float(run.callback_metrics[name])
+            assert ranks[0]["test"]["metrics"][name] == pytest.approx(one, rel=1e-3)
+
+
+def test_sinks_hear_once(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["heard"] == ranks[0]["predict"]["alerts"] != []
+    assert ranks[1]["heard"] == []
+
+
+def test_a_process_without_a_batch_to_predict_waits_for_none(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(rank["uneven"]["score"]) == 20
+
+
+def test_one_file_holds_the_samples_of_both(folder: Path) -> None:
+    with np.load(folder / "scores-test.npz", allow_pickle=False) as file:
+        assert file["dataset_index"].tolist() == list(range(STREAM))

@@ -1,0 +1,143 @@
+"""A run with the callback is the run without it, to the bit."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+import ood_monitor as om
+
+pytestmark = QUIET
+
+
+class Normalised(Flow):
+    """Batch norm's statistics move when a model in train mode is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.frozen = nn.Dropout(0.5).eval()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(self.frozen(self.norm(x)))
+
+    def training_step(self, x: Tensor, index: int) -> Any:
+        return -self.log_prob(self.dropout(x)).mean()
+
+
+class Manual(Flow):
+    """Two optimisers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, x: Tensor, index: int) -> Any:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(-self.log_prob(self.dropout(x)).mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [torch.optim.Adam(parameters[:5]), torch.optim.SGD(parameters[5:], lr=0.01)]
+
+
+class Augmented(Flow):
+    """Draws in the hooks that bring a batch to the device."""
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return batch + 1e-3 * torch.rand_like(batch)
+
+
+#: How it is trained: the module, other callbacks, the Trainer's options.
+RUNS: dict[str, tuple[Callable[[], Flow], list[Callable[[], Any]], dict[str, Any]]] = {
+    "dropout": (Flow, [], {}),
+    "batch norm": (Normalised, [], {}),
+    "accumulation": (Flow, [], {"accumulate_grad_batches": 2}),
+    "clipping": (Flow, [], {"gradient_clip_val": 0.1}),
+    "manual optimisation": (Manual, [], {}),
+    "bf16-mixed": (Flow, [], {"precision": "bf16-mixed"}),
+    "averaged weights": (Flow, [lambda: EMAWeightAveraging(decay=0.5)], {}),
+    "augmentation": (Augmented, [], {}),
+    "early stopping": (Flow, [], {"max_steps": 3, "max_epochs": -1}),
+    "sanity check": (Flow, [], {"num_sanity_val_steps": 2}),
+}
+
+
+def outcome(make: Callable[[], Flow], *callbacks: Any, **options: Any) -> dict[str, Any]:
+    """All that training leaves behind."""
+    pl.seed_everything(0, verbose=False)
+    module, run = make(), trainer(*callbacks, **options)
+    run.fit(module, loader(images(64), shuffle=True), loader(images(128, seed=1)))
+    states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
+    metrics = {k: v for k, v in run.callback_metrics.items() if not k.startswith("ood/")}
+    return {
+        "weights": list(module.state_dict().values()),
+        "gradients": [p.grad for p in module.parameters()],
+        "optimisers": [v for s in states for slots in s.values() for v in slots.values()],
+        "metrics": list(metrics.values()),
+        "random state": [torch.get_rng_state()],
+        "modes": [submodule.training for submodule in module.modules()],
+        "trainable": [p.requires_grad for p in module.parameters()],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Stale calibration:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode:UserWarning")
+@pytest.mark.parametrize("name", RUNS)
+def test_training_is_bit_identical_with_and_without_the_callback(name: str) -> None:
+    make, others, options = RUNS[name]
+    detector = om.Detector(om.LogLikelihood(make())).fit([images(100)], progress=False)
+    callback = watcher(watch=["train", "val", "test"])
+    restored = watcher(name="restored", watch=["train", "val"], calibrate_on=[images(64, seed=5)])
+    restored.load_state_dict(detector.state_dict())
+    plain = outcome(make, *(other() for other in others), **options)
+    watched = outcome(make, callback, *(other() for other in others), restored, **options)
+    assert callback.detector is not None
+    assert restored.monitor is not None
+    assert (callback.failures, restored.failures) == (0, 0)
+    for what, values in plain.items():
+        for with_it, without in zip(watched[what], values, strict=True):
+            assert same(with_it, without), what
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_stage_leaves_the_model_as_it_was(stage: str) -> None:
+    module, callback = Normalised(), watcher(watch=[stage])
+    callback.calibrate(run := trainer(callback), module, [images(64)])
+    module.norm.eval()
+    before = copy.deepcopy(module.state_dict())
+    modes = [submodule.training for submodule in module.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    options = {} if stage == "predict" else {"verbose": False}
+    getattr(run, stage)(module, loader(images(64)), **options)
+    assert callback.failures == 0
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert modes == [submodule.training for submodule in module.modules()]
+    plain = trainer()
+    now = torch.get_rng_state()
+    torch.set_rng_state(state)
+    getattr(plain, stage)(module, loader(images(64)), **options)
+    assert torch.equal(torch.get_rng_state(), now)
+
+
+def test_mixed_precision_changes_no_score() -> None:
+    callback, module = watcher(), trained()
+    callback.calibrate(trainer(callback), module, [images(64)])
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer(callback, precision=precision).predict(module, loader(images(32, seed=2)))
+        found.append(callback.scores("predict").score)
+    assert torch.equal(*found)
