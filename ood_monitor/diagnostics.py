@@ -184,7 +184,7 @@ def _with_noise(adapter: Adapter, i: int) -> Adapter:
 def _gradients_of_sum(total: _Total, batch: Batch, layers: Layers) -> dict[str, Tensor]:
     """The gradient of the batch's log-likelihood by parameter, in double precision."""
     selected, device = selection(total.module, layers), device_of(total.module)
-    with undisturbed(total.module), leaf_parameters(total.module) as named:
+    with undisturbed(total.module, total), leaf_parameters(total.module) as named:
         leaves = {name: leaf for name, leaf in named.items() if selected(name)}
         ((_, values),) = total.log_likelihood(map_tensors(lambda t: t.to(device), batch))
         found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)

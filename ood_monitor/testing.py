@@ -65,13 +65,13 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     """
     if batch_size(batch) < 2:
         raise ValueError(f"Expected at least 2 samples, got {batch_size(batch)}.")
-    with undisturbed(adapter.module):
+    with undisturbed(adapter.module, adapter):
         with _no_trace(adapter, batch):
             terms = _terms(adapter, batch)
         _check_values(adapter, batch, terms)
     _check_gradients(gradient_norms(adapter, batch))
     if samples is not None:
-        with undisturbed(adapter.module):
+        with undisturbed(adapter.module, adapter):
             _check_nats(adapter, samples)
 
 

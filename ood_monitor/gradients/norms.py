@@ -119,7 +119,7 @@ def terms_and_norms(
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
     device = device_of(adapter.module)
-    with undisturbed(adapter.module):
+    with undisturbed(adapter.module, adapter):
         batch = map_tensors(lambda t: _usable(t, device), batch)
         facts = facts_of(adapter, batch, group)
         parts = [
@@ -153,7 +153,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
     selected, device = selection(adapter.module, None), device_of(adapter.module)
-    with undisturbed(adapter.module):
+    with undisturbed(adapter.module, adapter):
         probe = map_tensors(lambda t: _usable(t, device), next(iter(pieces(batch, 2))))
         recorder = Recorder(adapter.module, selected, tensors_in(probe), batch_size(probe), False)
         for _ in recorded_terms(recorder, checked_terms(adapter, probe)):

@@ -2,18 +2,24 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["device_of", "dtype_of", "leaf_parameters", "undisturbed"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
+
+#: Whether what uses a model has ever drawn from a global generator.
+_draws: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -28,12 +34,17 @@ def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.d
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module, by: object = None) -> Iterator[None]:
     """Eval mode, gradients on, inference mode and autocast off; all as before afterwards.
 
     Restored on success and on any exception: the train flag of every submodule, buffers (values
     and identity), the random state of the CPU and of the module's device. Scorers of one module in
-    several threads take turns.
+    several threads take turns. What draws nothing on its first use is not looked at again: another
+    thread's draws are its own, and never rolled back.
+
+    Args:
+        module: The model.
+        by: What uses it, if one model is used in several ways; the model itself by default.
     """
     device = device_of(module)
     with ExitStack() as stack:
@@ -42,7 +53,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_random_state(device))
+        stack.enter_context(_random_state(device, module if by is None else by))
         stack.enter_context(_buffers(module))
         stack.enter_context(_usable_parameters(module))
         stack.enter_context(_eval_mode(module))
@@ -123,21 +134,56 @@ def _buffers(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether this thread draws from a global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and _draws_globally(
+            func._schema.arguments, args, kwargs
+        )
+        return func(*args, **kwargs)
+
+
+def _draws_globally(parameters: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
+    values = defaults | given
+    # Attention could draw for its dropout.
+    return values.get("generator") is None and values.get("dropout_p") != 0
+
+
 @contextmanager
-def _random_state(device: torch.device) -> Iterator[None]:
-    get, set_ = torch.get_rng_state, torch.set_rng_state
-    states = [(get, set_, get())]
+def _random_state(device: torch.device, by: object) -> Iterator[None]:
+    known = by in _draws
+    if known and not _draws[by]:
+        yield
+        return
+    states, draws = _states(device), _Draws()
+    try:
+        with draws:
+            yield
+        _draws[by] = known or draws.seen
+    finally:
+        if draws.seen:
+            for set_, state in states:
+                set_(state)
+
+
+def _states(device: torch.device) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """Random states, each with what sets it."""
+    states: list[tuple[Callable[[Tensor], None], Tensor]] = []
+    states.append((torch.set_rng_state, torch.get_rng_state()))
     if device.type not in ("cpu", "meta"):
         backend = torch.get_device_module(device)
-        get, set_ = partial(backend.get_rng_state, device), partial(_set_on, backend, device)
-        states.append((get, set_, get()))
-    try:
-        yield
-    finally:
-        for get, set_, state in states:
-            # Written only when it moved, so that another thread's draws are not rolled back.
-            if not torch.equal(get(), state):
-                set_(state)
+        states.append((partial(_set_on, backend, device), backend.get_rng_state(device)))
+    return states
 
 
 def _set_on(backend: ModuleType, device: torch.device, state: Tensor) -> None:

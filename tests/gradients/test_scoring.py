@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from itertools import count
 from typing import Any
@@ -195,6 +196,33 @@ def test_undisturbed_nests_in_one_thread() -> None:
     with undisturbed(net), undisturbed(net):
         assert not net.training
     assert net.training
+
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_what_another_thread_draws_meanwhile_is_not_rolled_back(uses: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.rand, 1).result()
+        return m.f(x)
+
+    adapter, batch = Gaussian(Function(forward, f=nn.Linear(3, 2))), torch.ones(4, 3)
+    for _ in range(uses):
+        before = torch.get_rng_state()
+        gradient_norms(adapter, batch)
+        assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_what_a_model_draws_itself_is_rolled_back_each_time(uses: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        torch.rand(1)
+        return m.f(x)
+
+    adapter, batch = Gaussian(Function(forward, f=nn.Linear(3, 2))), torch.ones(4, 3)
+    for _ in range(uses):
+        before = torch.get_rng_state()
+        gradient_norms(adapter, batch)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_leaf_parameters_are_the_floating_ones_in_order_and_require_gradients() -> None:

@@ -1,0 +1,384 @@
+"""What watching a pipeline costs its calls, and what it detects through one.
+
+Latency: calls watched in each way, each beside an unwatched call just before it. Weights are
+random, which the cost does not depend on. Detection: a pipeline trained on Fashion-MNIST; images
+are scored as its detector scores what it draws or is given.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from numpy.typing import NDArray
+from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, plan_costs
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import ood_monitor as om
+from benchmarks import trained
+from benchmarks.measuring import claim, machine, save, seconds
+from benchmarks.models import ddpm_cifar10
+from ood_monitor.measured import Measured
+
+Array = NDArray[np.float64]
+Row = dict[str, Any]
+
+OUTPUT = ["conv_norm_out.*", "conv_out.*"]
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A way to watch.
+
+    Attributes:
+        layers: Patterns; None for all.
+        levels: Noise levels.
+        options: Of `monitor_pipeline`.
+        target: The most that it adds to a call, as a share of it; None without a claim.
+        mean: Whether the claim is of the mean of calls, as a share of the samples asks for.
+    """
+
+    layers: list[str] | None = None
+    levels: tuple[int, ...] = (50, 500)
+    options: dict[str, Any] = field(default_factory=dict)
+    target: float | None = None
+    mean: bool = False
+
+
+def ways(last: str) -> dict[str, Watching]:
+    """The ways compared, for a UNet whose last up block has this name."""
+    up, end = ["up_blocks.*", *OUTPUT], [f"{last}.*", *OUTPUT]
+    share = {"sample_rate": 0.1}
+    return {
+        "sync, all layers": Watching(),
+        "sync, up blocks": Watching(up, target=0.12),
+        "sync, last up block": Watching(end, target=0.12),
+        "sync, last up block, one level": Watching(end, (500,)),
+        "sync, last up block, a tenth of samples": Watching(
+            end, options=share, target=0.02, mean=True
+        ),
+        "background, last up block": Watching(
+            end, options={"mode": "background", "queue_size": 4}, target=0.05
+        ),
+    }
+
+
+def pipeline(unet: Any) -> DDPMPipeline:
+    pipe = DDPMPipeline(unet.eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def digits_unet() -> Any:
+    """That of examples/digits_demo.py."""
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def latency(
+    name: str, pipe: DDPMPipeline, last: str, *, steps: int, calls: int, batch: int = 1
+) -> Iterator[Row]:
+    """A row for each way of watching a pipeline."""
+    size = pipe.unet.config.sample_size
+    images = [torch.rand(40, pipe.unet.config.in_channels, size, size)]
+    arguments = {"num_inference_steps": steps, "output_type": "np", "batch_size": batch}
+
+    def call() -> None:
+        pipe(generator=torch.Generator().manual_seed(0), **arguments)
+
+    call()
+    for way, watching in ways(last).items():
+        detector = fit_pipeline(
+            pipe,
+            images,
+            call={"output_type": "np"},
+            levels=watching.levels,
+            layers=watching.layers,
+            chunk_size=8,
+            progress=False,
+        )
+        yield {"pipeline": f"{name}, B = {batch}", "steps": steps, "way": way} | measured(
+            pipe, call, om.Monitor(detector, fpr=0.05), watching, calls
+        )
+
+
+def measured(
+    pipe: DDPMPipeline, call: Callable[[], None], monitor: om.Monitor, way: Watching, calls: int
+) -> Row:
+    """Watched calls in turn with unwatched ones, and what they take more."""
+    plain, watched = [], []
+    rounds = 3 * calls if way.mean else calls
+    monitor_pipeline(pipe, monitor, **way.options)
+    call()  # the first checks the model
+    watcher = pipe.ood_monitor
+    for _ in range(rounds):
+        watcher.flush(60)
+        plain.append(seconds(lambda: unwatched(pipe, call)))
+        watched.append(seconds(call))
+    counts = watcher.counts
+    watcher.detach(60)
+    added = np.array(watched) - np.array(plain)
+    share = added.mean() / np.mean(plain) if way.mean else np.median(added / np.array(plain))
+    return {
+        "call_ms": round(1000 * statistics.median(plain), 2),
+        "added_ms_p50": round(1000 * float(np.quantile(added, 0.5)), 2),
+        "added_ms_p95": round(1000 * float(np.quantile(added, 0.95)), 2),
+        "share": round(float(share), 4),
+        "calls": rounds,
+        "scored": counts.scored,
+        "dropped": counts.dropped,
+        "target": way.target,
+    }
+
+
+def unwatched(pipe: Any, call: Callable[[], None]) -> None:
+    """A call of the pipeline's own class: what it is without a monitor."""
+    watcher, kind = pipe.__dict__.pop("ood_monitor"), pipe.__class__
+    pipe.__class__ = DDPMPipeline
+    try:
+        call()
+    finally:
+        pipe.__class__ = kind
+        pipe.__dict__["ood_monitor"] = watcher
+
+
+def latency_claims(rows: list[Row]) -> list[Row]:
+    found = []
+    for row in rows:
+        if row["target"] is not None and row["steps"] == 50:
+            text = f"{row['pipeline']}, {row['way']}: time added to a call of 50 steps, as a share"
+            found.append(claim(text, row["share"], row["target"]))
+    return found
+
+
+# Detection.
+
+
+def signed(images: Tensor) -> Tensor:
+    """As `fit_pipeline` takes them, in [0, 1]."""
+    return images.float() / 255
+
+
+def measure(detector: om.Detector, images: Tensor, batch: int = 50) -> Measured:
+    """What the detector sees of images (uint8) as samples of the pipeline."""
+    parts = [detector.measure({"sample": 2 * signed(piece) - 1}) for piece in images.split(batch)]
+    return Measured.together(parts)
+
+
+def scores(detector: om.Detector, measured: Measured) -> Array:
+    fitted = detector.fitted
+    found: Array = fitted.density.score(fitted.features(measured))
+    return found
+
+
+def single(
+    pipe: DDPMPipeline, held_out: Tensor, odd: dict[str, Tensor], fit: int, test: int
+) -> tuple[list[Row], om.Detector, dict[str, Array]]:
+    """AUROC of single samples with the default settings; the detector and the scores."""
+    start = time.perf_counter()
+    images = trained.drawn(held_out, fit + test)
+    detector = fit_pipeline(
+        pipe, [signed(piece) for piece in images[:fit].split(50)], samples=fit, progress=False
+    )
+    found = {"test": scores(detector, measure(detector, images[fit:]))}
+    found |= {name: scores(detector, measure(detector, of)) for name, of in odd.items()}
+    rows = [
+        {"detection": "AUROC", "against": name, "auroc": round(auroc(found["test"], of), 4)}
+        for name, of in found.items()
+        if name != "test"
+    ]
+    print(f"  single samples: {time.perf_counter() - start:.0f} s", flush=True)
+    return rows, detector, found
+
+
+def auroc(normal: Array, odd: Array) -> float:
+    labels = np.repeat([0, 1], [len(normal), len(odd)])
+    return float(roc_auc_score(labels, np.concatenate([normal, odd])))
+
+
+def delays(
+    detector: om.Detector, found: dict[str, Array], name: str, *, ert: float, runs: int
+) -> Row:
+    """Samples to the alarm in streams of which a fifth is of another set, from the first on."""
+    calibration, alarms = detector.fitted.calibration.scores, []
+    for run in range(runs):
+        generator = np.random.default_rng(run)
+        normal = generator.permutation(found["test"])
+        odd = generator.permutation(found[name])
+        length = min(len(normal), 300)
+        stream = np.where(generator.random(length) < 0.2, np.resize(odd, length), normal[:length])
+        alarms.append(first_alarm(calibration, stream, ert, run))
+    late = [length + 1 if alarm is None else alarm for alarm in alarms]
+    return {
+        "detection": "delay",
+        "against": f"{name}, 20 % of the stream",
+        "median": float(np.median(late)),
+        "largest": float(np.max(late)),
+        "runs": runs,
+    }
+
+
+def first_alarm(calibration: Array, stream: Array, ert: float, seed: int) -> int | None:
+    drift = om.EDetector(calibration, ert=ert, seed=seed)
+    for i, score in enumerate(stream):
+        if drift.update(float(score)).alarm:
+            return i + 1
+    return None
+
+
+def false_alarms(
+    detector: om.Detector, measured: Measured, *, fit: int, length: int, ert: float, runs: int
+) -> Row:
+    """Streams in control of which fit, calibration and stream are drawn without replacement."""
+    alarmed = 0
+    for run in range(runs):
+        order = np.random.default_rng(run).permutation(len(measured))
+        detector.fit_measured(measured.take(order[:fit]))
+        stream = scores(detector, measured.take(order[fit : fit + length]))
+        alarm = first_alarm(detector.fitted.calibration.scores, stream, ert, run)
+        alarmed += alarm is not None
+    share = alarmed / runs
+    return {
+        "detection": "false alarms",
+        "ert": ert,
+        "length": length,
+        "runs": runs,
+        "share": round(share, 3),
+        "standard_error": round(float(np.sqrt(share * (1 - share) / runs)), 3),
+    }
+
+
+def detection(
+    pipe: DDPMPipeline,
+    held_out: Tensor,
+    odd: dict[str, Tensor],
+    last: str,
+    sizes: dict[str, int],
+    ert: float,
+) -> tuple[list[Row], list[Row]]:
+    """Rows and claims."""
+    rows, detector, found = single(pipe, held_out, odd, sizes["fit"], sizes["test"])
+    claims = [
+        claim(
+            f"1 - AUROC of single samples against {row['against']}",
+            round(1 - row["auroc"], 4),
+            0.02,
+        )
+        for row in rows
+    ]
+    delay = delays(detector, found, next(iter(odd)), ert=ert, runs=sizes["runs"])
+    claims.append(claim(f"median samples to the alarm, {delay['against']}", delay["median"], 100))
+    # All images once, at one level of the last up block: the whole takes five times as long.
+    start = time.perf_counter()
+    cheap = fit_pipeline(
+        pipe,
+        [signed(held_out[:100])],
+        levels=(500,),
+        layers=[f"{last}.*", *OUTPUT],
+        progress=False,
+    )
+    measured = measure(cheap, held_out)
+    print(f"  {len(held_out)} images: {time.perf_counter() - start:.0f} s", flush=True)
+    alarms = false_alarms(
+        cheap, measured, fit=sizes["fit"], length=sizes["length"], ert=ert, runs=sizes["runs"]
+    )
+    bound = 1 - np.exp(-1) + 2 * np.sqrt(0.63 * 0.37 / sizes["runs"])
+    text = f"share of streams of {sizes['length']} with a false alarm at ert {ert:,.0f}"
+    claims.append(claim(text, alarms["share"], round(float(bound), 3)))
+    return [*rows, delay, alarms], claims
+
+
+def fashion(folder: Path, ood: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The 20 000 images that the model never saw, and MNIST and EMNIST letters."""
+    arrays = {
+        name: np.load(folder / trained.SOURCES[name][0])
+        for name in ("Fashion-MNIST", "MNIST", "EMNIST letters")
+    }
+    of = arrays.pop("Fashion-MNIST")
+    held_out = torch.cat([trained.square(of["train"][50_000:]), trained.square(of["test"])])
+    odd = {k: trained.drawn(trained.square(v["test"]), ood) for k, v in arrays.items()}
+    return held_out, odd
+
+
+def digits() -> tuple[DDPMPipeline, Tensor, dict[str, Tensor]]:
+    """A UNet trained for seconds on handwritten digits, digits it has not seen, and shifts."""
+    images = trained.digits()
+    torch.manual_seed(0)
+    unet = trained.unet(8, (8, 16))
+    trained.train(unet, trained.tiny()["UNet"], images.train)
+    sets = dict(images.sets)
+    return pipeline(unet), torch.cat([sets.pop("fit"), sets.pop("test")]), sets
+
+
+def quick_report() -> dict[str, Any]:
+    torch.manual_seed(0)
+    rows = list(latency("digits", pipeline(digits_unet()), "up_blocks.1", steps=50, calls=3))
+    pipe, held_out, odd = digits()
+    sizes = {"fit": 200, "test": 150, "length": 200, "runs": 10}
+    found, claims = detection(pipe, held_out, odd, "up_blocks.1", sizes, ert=1_000)
+    return {"rows": [*rows, *found], "claims": [*latency_claims(rows), *claims]}
+
+
+def latency_report() -> list[Row]:
+    torch.manual_seed(0)
+    rows, unet = list[Row](), digits_unet()
+    for steps, batch in ((25, 1), (50, 1), (50, 16)):
+        digits = pipeline(unet)
+        rows += latency("digits", digits, "up_blocks.1", steps=steps, calls=15, batch=batch)
+    cifar = pipeline(ddpm_cifar10()[0].module)
+    rows += latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=5)
+    for plan in plan_costs(cifar, call={"output_type": "np"}, layers=(None, ["up_blocks.3.*"])):
+        rows.append(
+            {"plan": f"{plan.levels}, {plan.layers or 'all layers'}"}
+            | {"milliseconds": round(plan.milliseconds, 1), "forwards": round(plan.forwards, 2)}
+        )
+    return rows
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Tiny models of 8x8 digits; needs no files.")] = False,
+    data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
+    model: Annotated[
+        Path, typer.Option(help="Folder of a DDPMPipeline trained on Fashion-MNIST.")
+    ] = Path("models/ddpm-fashion-mnist"),
+    part: Annotated[str, typer.Option(help="latency, detection or both.")] = "both",
+    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+) -> None:
+    torch.set_num_threads(1)
+    if quick:
+        found = quick_report()
+    else:
+        rows = latency_report() if part != "detection" else []
+        found = {"rows": rows, "claims": latency_claims(rows)}
+        if part != "latency":
+            if words := trained.missing(data_dir):
+                typer.echo(words, err=True)
+                raise typer.Exit(1)
+            pipe = DDPMPipeline.from_pretrained(model)
+            sizes = {"fit": 1_000, "test": 500, "length": 10_000, "runs": 40}
+            more, claims = detection(pipe, *fashion(data_dir, 300), "up_blocks.2", sizes, 10_000)
+            found = {"rows": [*rows, *more], "claims": [*found["claims"], *claims]}
+    for row in found["rows"]:
+        typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+    for c in found["claims"]:
+        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
+    save({"machine": machine()} | found, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,33 @@
+"""diffusers: an inference hook around any pipeline.
+
+    detector = fit_pipeline(pipe, held_out)
+    with monitor_pipeline(pipe, detector) as pipe:
+        output = pipe(...)
+        output.ood.p_value
+
+What each call generates, or is given, is scored with the conditioning that the pipeline itself
+built: the last call of its denoiser is captured, and the denoising bound replayed from it at the
+detector's noise levels. The call itself is not changed: same images, bit for bit.
+"""
+
+from ood_monitor_integrations.diffusers.capture import DenoiserCall
+from ood_monitor_integrations.diffusers.costs import PlanCost, plan_costs
+from ood_monitor_integrations.diffusers.fitting import fit_pipeline, replayed_bound
+from ood_monitor_integrations.diffusers.modular import OODBlock
+from ood_monitor_integrations.diffusers.pipeline import monitor_pipeline, wrap
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.watching import Counts, PipelineMonitor
+
+__all__ = [
+    "Counts",
+    "DenoiserCall",
+    "OODBlock",
+    "PipelineMonitor",
+    "PlanCost",
+    "ReplayedBound",
+    "fit_pipeline",
+    "monitor_pipeline",
+    "plan_costs",
+    "replayed_bound",
+    "wrap",
+]

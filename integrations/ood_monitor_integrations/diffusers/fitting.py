@@ -1,0 +1,196 @@
+"""Fitting a detector for a pipeline: on held-out images, or on what the pipeline itself makes."""
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ood_monitor import Detector
+from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.gradients.layers import Layers
+from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
+from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
+from ood_monitor_integrations.diffusers.recording import Recorded, recorded
+from ood_monitor_integrations.diffusers.replay import SEED, ReplayedBound
+from ood_monitor_integrations.diffusers.state import check_deployment, scorable
+from ood_monitor_integrations.diffusers.watching import original_class, size_of
+
+__all__ = ["fit_pipeline", "replayed_bound"]
+
+#: Arguments of a pipeline's call.
+Call: TypeAlias = Mapping[str, Any]
+
+#: A recorded call, the images that take the place of its samples, if any do, and its arguments.
+_Recording: TypeAlias = tuple[Recorded, Any, Call]
+
+#: Samples that a pipeline is asked for at once where it can be.
+_AT_ONCE = 16
+
+
+def fit_pipeline(
+    pipe: DiffusionPipeline,
+    data: Iterable[Any] | None = None,
+    *,
+    call: Call | None = None,
+    levels: Sequence[int] = (50, 500),
+    layers: Layers = None,
+    samples: int = 500,
+    seed: int = SEED,
+    progress: bool = True,
+    **options: Any,
+) -> Detector:
+    """Fit a detector on held-out images, with the conditioning that the pipeline itself makes.
+
+    Conditions come from two steps of the pipeline's own call with the given arguments; images take
+    the place of what these steps gave. Neither the pipeline nor any random state changes.
+
+    Args:
+        pipe: The pipeline.
+        data: Held-out batches, none of them trained on: images as the pipeline's image processor
+            takes them, tensors (B, C, H, W) or arrays (B, H, W, C) in [0, 1], or PIL images; or
+            pairs of images and arguments of the call for them: captions by ``prompt``, labels by
+            ``class_labels``, embeddings. Without data the detector is fitted on the pipeline's own
+            samples, from whole calls; it then tells what is unlike them, not what is unlike the
+            training data, and its adapter's ``fitted_on`` says so.
+        call: Arguments of all calls.
+        levels: Noise levels: each costs a pass; see :func:`plan_costs`.
+        layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
+            "conv_norm_out.*", "conv_out.*"]``, costs less than all.
+        samples: The most samples to use.
+        seed: Of the bound's noise, and of the pipeline's own samples.
+        progress: Show a progress bar.
+        **options: Further ones of :class:`~ood_monitor.Detector`.
+
+    Returns:
+        The detector, for :func:`monitor_pipeline`. To load it again, see :func:`replayed_bound`.
+
+    Raises:
+        TypeError: No pipeline with a denoiser and a scheduler.
+        ValueError: A pipeline that cannot be replayed, a call with conditions for other than one or
+            all of its images, or too little data.
+    """
+    recordings: Iterator[_Recording] = (
+        _own_samples(pipe, dict(call or {}), seed)
+        if data is None
+        else _held_out(pipe, data, dict(call or {}), seed)
+    )
+    first = next(recordings, None)
+    if first is None:
+        raise ValueError("Expected held-out batches, got an empty iterable.")
+    adapter = _bound(pipe, first[0], layers, levels, seed)
+    adapter.fitted_on = "own samples" if data is None else "held-out images"
+    recordings = itertools.chain([first], recordings)
+    batches = (_batch(pipe, adapter, *recording) for recording in recordings)
+    detector = Detector(adapter, layers=layers, **options)
+    with scorable(pipe, denoiser_of(pipe)):
+        return detector.fit(_first(batches, samples), progress=progress)
+
+
+def replayed_bound(
+    pipe: DiffusionPipeline,
+    *,
+    call: Call | None = None,
+    levels: Sequence[int] = (50, 500),
+    layers: Layers = None,
+    seed: int = SEED,
+) -> ReplayedBound:
+    """The adapter of a pipeline, as :func:`fit_pipeline` makes it, to load a saved detector with.
+
+    Args:
+        pipe: The pipeline.
+        call: Arguments of a call, for two steps of which the pipeline is run.
+        levels: Those that the detector was fitted at.
+        layers: Those that it was fitted on.
+        seed: That of the fit.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+    """
+    return _bound(pipe, recorded(pipe, dict(call or {}), seed), layers, levels, seed)
+
+
+def _bound(
+    pipe: Any, found: Recorded, layers: Layers, levels: Sequence[int], seed: int
+) -> ReplayedBound:
+    denoiser = denoiser_of(pipe)
+    check_deployment(pipe, denoiser, "sync", partly=layers is not None)
+    return ReplayedBound(
+        denoiser,
+        pipe.scheduler,
+        found.call,
+        found.count,
+        controlnet=getattr(pipe, "controlnet", None),
+        levels=levels,
+        seed=seed,
+    )
+
+
+def _held_out(
+    pipe: Any, data: Iterable[Any], call: dict[str, Any], seed: int
+) -> Iterator[_Recording]:
+    check_pipeline(pipe)
+    common: Recorded | None = None
+    for item in data:
+        images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
+        arguments = _with_images(pipe, call | dict(own or {}), images)
+        # What does not depend on the batch is recorded once.
+        if common is None or own is not None or arguments.keys() != call.keys():
+            common = recorded(pipe, arguments, seed)
+        yield common, images, arguments
+
+
+def _is_pair(item: Sequence[Any]) -> bool:
+    return len(item) == 2 and isinstance(item[1], Mapping)
+
+
+def _with_images(pipe: Any, arguments: dict[str, Any], images: Any) -> dict[str, Any]:
+    """The arguments, with the images where the pipeline asks for the user's."""
+    parameters = inspect.signature(original_class(pipe).__call__).parameters
+    if "image" not in parameters or getattr(pipe, "controlnet", None) is not None:
+        return arguments
+    return {image_argument(parameters): images} | arguments
+
+
+def _own_samples(pipe: Any, call: dict[str, Any], seed: int) -> Iterator[_Recording]:
+    check_pipeline(pipe)
+    parameters = inspect.signature(original_class(pipe).__call__).parameters
+    if "batch_size" in parameters:
+        call = {"batch_size": _AT_ONCE} | call
+    for number in itertools.count():
+        yield recorded(pipe, call, seed + number, whole=True), None, call
+
+
+def _batch(
+    pipe: Any, adapter: ReplayedBound, found: Recorded, images: Any, arguments: Call
+) -> dict[str, Tensor]:
+    batch = adapter.batch(found.call, found.count)
+    if images is None:
+        return batch
+    latents = encoded(pipe, images, batch[SAMPLE][:1], size_of(pipe, arguments))
+    return {SAMPLE: latents} | _expanded(batch, len(latents))
+
+
+def _expanded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The conditions of so many images, or of one for all of them."""
+    given, batch = len(batch[SAMPLE]), {k: t for k, t in batch.items() if k != SAMPLE}
+    if batch and given not in (1, count):
+        raise ValueError(
+            f"Expected a call's conditions for 1 or all {count} images of a batch, got {given}."
+        )
+    return {k: t.expand(count, *t.shape[1:]) if given == 1 else t for k, t in batch.items()}
+
+
+def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches up to so many samples."""
+    left = samples
+    for batch in batches:
+        count = min(left, len(batch[SAMPLE]))
+        yield map_tensors(lambda tensor, count=count: tensor[:count], batch)  # type: ignore[misc]
+        left -= count
+        if not left:
+            return

@@ -1,0 +1,249 @@
+"""Watching a pipeline: each call is scored, and gives what it always did, bit for bit."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Literal, TypeAlias, get_args
+
+from diffusers import DiffusionPipeline
+
+from ood_monitor import Detector, Monitor
+from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of, original_of
+from ood_monitor_integrations.diffusers.inputs import image_argument
+from ood_monitor_integrations.diffusers.queueing import Choice, Worker
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.state import Mode, check_deployment
+from ood_monitor_integrations.diffusers.watching import BatchOf, PipelineMonitor, original_class
+
+__all__ = ["What", "monitor_pipeline", "watcher_of", "wrap"]
+
+#: What of a call is scored: what it generated, the image that it was given, or both.
+What: TypeAlias = Literal["outputs", "inputs", "both"]
+
+#: Arguments of a denoiser's forward that an unconditional bound gives itself.
+_GIVEN = frozenset({"self", "sample", "hidden_states", "timestep"})
+
+
+def monitor_pipeline(
+    pipe: DiffusionPipeline,
+    monitor: Monitor | Detector | Mapping[str, Monitor],
+    *,
+    what: What = "outputs",
+    mode: Mode = "sync",
+    sample_rate: float = 1.0,
+    max_latency_ms: float | None = None,
+    queue_size: int = 16,
+    batch: BatchOf | None = None,
+    seed: int = 0,
+    raise_on_error: bool = False,
+) -> Any:
+    """Watch what a pipeline generates, or is given.
+
+    A call's last denoiser call, and what its scheduler made of it, are scored after the call has
+    its images. Scoring draws from no generator of the user's, and what it raises is logged and
+    counted, never raised. What a sample costs depends on the detector's levels and layers; see
+    :func:`plan_costs`.
+
+    Args:
+        pipe: The pipeline.
+        monitor: A monitor of a detector by :func:`fit_pipeline`, or such a detector, for which one
+            is made; for ``what="both"`` a detector, or monitors by name, ``outputs`` and
+            ``inputs``. A detector of an adapter of your own, or of a plain
+            :class:`~ood_monitor.DenoisingBound`, is given the final sample, if the denoiser needs
+            no conditioning, or what ``batch`` makes of the call.
+        what: ``"outputs"``, the generated samples; ``"inputs"``, the user's image of img2img,
+            inpainting, upscaling or a ControlNet, encoded by the pipeline itself and with the
+            call's conditioning; or ``"both"``, each with a monitor of its own.
+        mode: ``"sync"`` scores before the call returns; ``"background"`` hands copies to a thread
+            of the monitor's own and returns.
+        sample_rate: The share of samples to score, drawn whatever they show, so that p-values and
+            alarms keep their meaning.
+        max_latency_ms: The most milliseconds that scoring adds to a call: by what samples have
+            cost, so many are drawn as fit. The first call scores one.
+        queue_size: Calls that wait in the background. What finds the queue full is dropped and
+            counted.
+        batch: Makes the detector's batch of a captured call and its number of samples.
+        seed: Of the draws of ``sample_rate``.
+        raise_on_error: Raise what scoring raises, for tests.
+
+    Returns:
+        The same pipeline object, now also a context manager. Its outputs carry ``.ood``, the
+        :class:`~ood_monitor.Scores` of the call's samples, nan for those not chosen (of both, also
+        ``.ood_inputs``); with ``return_dict=False``, and in the background, they are the monitor's
+        ``last``. ``pipe.ood_monitor`` is the :class:`PipelineMonitor`; its ``detach()``, or leaving
+        the context, gives everything back.
+
+    Raises:
+        TypeError: No pipeline with a denoiser and a scheduler.
+        ValueError: A pipeline that is watched already, is not the detector's, or cannot be scored
+            as it is; or an option out of its range.
+    """
+    if "ood_monitor" in pipe.__dict__:
+        raise ValueError(
+            f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}."
+        )
+    watcher = watcher_of(
+        pipe,
+        monitor,
+        what=what,
+        mode=mode,
+        choice=Choice(sample_rate, max_latency_ms, seed),
+        queue_size=queue_size,
+        batch=batch,
+        raise_on_error=raise_on_error,
+    )
+    # In __dict__: the pipeline's own __setattr__ would look at it as a component.
+    pipe.__dict__["ood_monitor"] = watcher
+    pipe.__class__ = _watched_class(original_class(pipe))
+    return pipe
+
+
+@contextmanager
+def wrap(
+    pipe: DiffusionPipeline,
+    monitor: Monitor | Mapping[str, Monitor],
+    *,
+    what: What = "outputs",
+    sample_rate: float = 1.0,
+    max_latency_ms: float | None = None,
+    batch: BatchOf | None = None,
+    seed: int | None = None,
+    raise_on_error: bool = False,
+) -> Iterator[PipelineMonitor]:
+    """Watch the calls of a pipeline that lives for a request, as servers make them.
+
+    The pipeline itself is not changed, and the monitor watches on afterwards. To choose samples in
+    a way that lasts, or to score in the background, watch the shared pipeline by
+    :func:`monitor_pipeline` and call ``shared.ood_monitor.call(pipe, args, kwargs)``.
+
+    Args:
+        pipe: The pipeline, such as ``Pipeline.from_pipe(shared, scheduler=...)``.
+        monitor: The monitor, or monitors by name.
+        what: As there.
+        sample_rate: As there.
+        max_latency_ms: As there.
+        batch: As there.
+        seed: Of the draws of ``sample_rate``; by default other ones each time.
+        raise_on_error: As there.
+
+    Yields:
+        What to call in the pipeline's place.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+    """
+    watcher = watcher_of(
+        pipe,
+        monitor,
+        what=what,
+        choice=Choice(sample_rate, max_latency_ms, seed),
+        batch=batch,
+        raise_on_error=raise_on_error,
+    )
+    with watcher:
+        yield watcher
+
+
+def watcher_of(
+    pipe: DiffusionPipeline,
+    monitor: Monitor | Detector | Mapping[str, Monitor],
+    *,
+    what: What = "outputs",
+    mode: Mode = "sync",
+    choice: Choice | None = None,
+    queue_size: int = 1,
+    batch: BatchOf | None = None,
+    raise_on_error: bool = False,
+) -> PipelineMonitor:
+    """What watches a pipeline, which itself is not changed yet; see :func:`monitor_pipeline`."""
+    for name, value, kind in (("what", what, What), ("mode", mode, Mode)):
+        if value not in get_args(kind):
+            raise ValueError(f"Expected {name} of {get_args(kind)}, got {value!r}.")
+    monitors = _monitors(monitor, what)
+    for each in monitors.values():
+        _check(pipe, each.detector, mode, has_batch=batch is not None)
+    if "inputs" in monitors:
+        _check_inputs(pipe, monitors["inputs"].detector)
+    return PipelineMonitor(
+        pipe,
+        monitors,
+        choice=choice or Choice(1.0, None, 0),
+        worker=Worker(queue_size) if mode == "background" else None,
+        batch=batch,
+        raise_on_error=raise_on_error,
+    )
+
+
+def _monitors(
+    monitor: Monitor | Detector | Mapping[str, Monitor], what: What
+) -> dict[str, Monitor]:
+    names = ("outputs", "inputs") if what == "both" else (what,)
+    if isinstance(monitor, Mapping):
+        if monitor.keys() != set(names):
+            raise ValueError(f"Expected monitors of {names}, got {sorted(monitor)}.")
+        return {name: monitor[name] for name in names}
+    if isinstance(monitor, Detector):
+        return {name: Monitor(monitor, name=name) for name in names}
+    if len(names) > 1:
+        raise ValueError("Expected a detector, or a monitor for each of both, got one monitor.")
+    return {names[0]: monitor}
+
+
+def _check(pipe: Any, detector: Detector, mode: Mode, *, has_batch: bool) -> None:
+    denoiser = original_of(denoiser_of(pipe))
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(f"Expected a pipeline with a scheduler, got {type(pipe).__name__}.")
+    if detector.adapter.module is not denoiser:
+        raise ValueError(
+            f"Expected a detector of {type(pipe).__name__}'s {type(denoiser).__name__}, got one of "
+            f"another {type(detector.adapter.module).__name__}."
+        )
+    check_deployment(pipe, denoiser, mode, partly=detector.layers is not None)
+    if isinstance(detector.adapter, ReplayedBound):
+        check_pipeline(pipe)
+    elif not has_batch:
+        _check_unconditional(denoiser)
+
+
+def _check_unconditional(denoiser: Any) -> None:
+    parameters = inspect.signature(type(denoiser).forward).parameters.values()
+    required = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is inspect.Parameter.empty and parameter.name not in _GIVEN
+    ]
+    if required:
+        raise ValueError(
+            f"Expected a detector by `fit_pipeline`, or `batch=`, for {type(denoiser).__name__}, "
+            f"which needs {required}, got a detector of samples alone."
+        )
+
+
+def _check_inputs(pipe: Any, detector: Detector) -> None:
+    image_argument(inspect.signature(original_class(pipe).__call__).parameters)
+    if not isinstance(detector.adapter, ReplayedBound):
+        raise ValueError(
+            "Expected a detector by `fit_pipeline` to score inputs, got one of a "
+            f"{type(detector.adapter).__name__}."
+        )
+
+
+def _watched_class(original: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass under the same name, so that `save_pretrained` writes what it always did."""
+
+    @wraps(original.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watcher = self.__dict__.get("ood_monitor")
+        if watcher is None:  # made by `from_pipe` of a watched one
+            return original.__call__(self, *args, **kwargs)
+        return watcher.call(self, args, kwargs)
+
+    def leave(self: Any, *error: object) -> None:
+        self.ood_monitor.detach()
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    methods = {"__call__": call, "__enter__": lambda self: self, "__exit__": leave}
+    kept = {"_ood_monitor_original": original}
+    return type(original.__name__, (original,), names | methods | kept)

@@ -1,0 +1,157 @@
+"""The denoising bound of whatever a pipeline generates, replayed from one call of its denoiser."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ood_monitor import Adapter, DenoisingBound
+from ood_monitor.adapters.base import Batch, describe
+from ood_monitor_integrations.diffusers.arguments import (
+    BESIDE,
+    SAMPLE,
+    Recipe,
+    filled,
+    taken_apart,
+)
+from ood_monitor_integrations.diffusers.capture import DenoiserCall, sample_argument
+from ood_monitor_integrations.diffusers.families import family_of, original_of
+from ood_monitor_integrations.diffusers.state import settings_of
+
+__all__ = ["SEED", "ReplayedBound"]
+
+#: Of the noise, unless told otherwise. The same seed in a user's hands, with a level added, would
+#: start a pipeline from the very noise that its result is then tested with: none that people use.
+SEED = 2403_01485
+
+
+class ReplayedBound(Adapter):
+    """Negative denoising losses of a pipeline's own denoiser, with the pipeline's own conditioning.
+
+    Made by :func:`replayed_bound`. A batch is a mapping of tensors with one B: ``"sample"``, in the
+    denoiser's layout, and what the denoiser takes of each sample beside it, by the names of its
+    arguments. Terms are those of :class:`~ood_monitor.DenoisingBound`, on a schedule of its own.
+
+    Args:
+        denoiser: The pipeline's, also as `torch.compile` wrapped it; what it wrapped is scored.
+        scheduler: The pipeline's, of which the numbers are copied.
+        call: A call of it.
+        count: B, the samples that the pipeline's call gave.
+        controlnet: The pipeline's, if it has one.
+        levels: Noise levels, a pass each.
+        seed: Of the noise.
+
+    Attributes:
+        module: The denoiser.
+        fitted_on: What a detector was fitted on by :func:`fit_pipeline`.
+        settings: What changes the denoiser beside its weights, when this was made.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        call: DenoiserCall,
+        count: int,
+        *,
+        controlnet: nn.Module | None = None,
+        levels: Sequence[int] = (50, 500),
+        seed: int = SEED,
+    ) -> None:
+        self.module = original_of(denoiser)
+        self.fitted_on = ""
+        self.settings = settings_of(self.module)
+        self._recipe, _ = taken_apart(self.module, call, count)
+        self._bound = DenoisingBound(
+            _Network(self.module, controlnet, self._recipe),
+            scheduler,
+            levels=levels,
+            inputs=lambda batch: batch[SAMPLE],
+            condition=lambda batch: {k: v for k, v in batch.items() if k != SAMPLE},
+            time=partial(_divided, divisor=self._recipe.divisor),
+            seed=seed,
+        )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The noise levels, a term each."""
+        return self._bound.levels
+
+    @property
+    def seed(self) -> int:
+        """Of the noise."""
+        return self._bound.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._bound = self._bound.with_levels(self.levels, seed=seed)
+
+    def with_levels(self, levels: Sequence[int]) -> "ReplayedBound":
+        """The same bound at other noise levels."""
+        other = copy.copy(self)
+        other._bound = self._bound.with_levels(levels)
+        return other
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        """Yield the terms ``t=<level>`` of a batch as :meth:`batch` makes it."""
+        if not isinstance(batch, Mapping) or SAMPLE not in batch:
+            raise ValueError(f"Expected a mapping with a {SAMPLE!r}, got {describe(batch)}.")
+        return self._bound.log_likelihood(batch)
+
+    def batch(self, call: DenoiserCall, count: int) -> dict[str, Tensor]:
+        """The samples and conditions of another call, copied.
+
+        Args:
+            call: The call.
+            count: B, the samples that the pipeline's call gave.
+
+        Raises:
+            ValueError: The call differs in what does not belong to a sample, such as position ids
+                or the scale of an attention processor.
+        """
+        recipe, batch = taken_apart(self.module, call, count)
+        self._recipe.check_same(recipe)
+        return batch
+
+
+class _Network(nn.Module):
+    """The denoiser as a function of the noisy sample, its time and the batch's conditions."""
+
+    def __init__(self, denoiser: nn.Module, controlnet: nn.Module | None, recipe: Recipe) -> None:
+        super().__init__()
+        self.denoiser, self._recipe = denoiser, recipe
+        self._name, self._outputs = sample_argument(denoiser), family_of(denoiser).control
+        # In a tuple, and so no submodule: its parameters are no features.
+        self._controlnet = (controlnet,)
+
+    def forward(self, x: Tensor, timestep: Tensor, **condition: Tensor) -> Any:
+        beside = self._recipe.beside
+        given = x if beside is None else torch.cat([x, condition[BESIDE].to(x)], beside)
+        arguments = filled(self._recipe.arguments, condition, x)
+        arguments |= self._control(x, timestep, condition)
+        output = self.denoiser(
+            **{self._name: given}, timestep=timestep, return_dict=False, **arguments
+        )[0]
+        # Tokens after the sample's are context, for which nothing is predicted.
+        return output[:, : x.shape[1]] if beside == 1 and x.ndim == 3 else output
+
+    def _control(
+        self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What the ControlNet says of this noise, which is not what it said of the call's."""
+        [controlnet] = self._controlnet
+        if controlnet is None or self._recipe.control is None:
+            return {}
+        arguments = filled(self._recipe.control, condition, x)
+        with torch.no_grad():
+            outputs = controlnet(
+                **{self._name: x}, timestep=timestep, return_dict=False, **arguments
+            )
+        return dict(zip(self._outputs, outputs, strict=False))
+
+
+def _divided(t: Tensor, divisor: int) -> Tensor:
+    return t if divisor == 1 else t / divisor

@@ -1,0 +1,400 @@
+"""What watches a pipeline: takes each call apart, chooses samples, has them scored, and counts."""
+
+import inspect
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ood_monitor import Alert, Monitor, Scores
+from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.capture import (
+    Capture,
+    DenoiserCall,
+    capturing,
+    hooked,
+    stepping,
+)
+from ood_monitor_integrations.diffusers.families import denoiser_of, original_of
+from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
+from ood_monitor_integrations.diffusers.queueing import Choice, Worker
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.state import (
+    check_deployment,
+    scorable,
+    settings_of,
+    weights_digest,
+)
+
+__all__ = ["BatchOf", "Counts", "PipelineMonitor", "original_class", "samples_of", "size_of"]
+
+_log = logging.getLogger(__name__)
+
+#: Makes a detector's batch of a captured call and the number of its samples.
+BatchOf: TypeAlias = Callable[[DenoiserCall, int], Batch]
+
+#: Alerts that are remembered.
+_ALERTS = 1000
+
+#: Where a call's output carries the scores of what.
+_ATTRIBUTES = {"outputs": "ood", "inputs": "ood_inputs"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What has become of the samples of all calls so far.
+
+    Attributes:
+        scored: Scored samples.
+        skipped: Samples not chosen, by ``sample_rate`` or for ``max_latency_ms``.
+        dropped: Samples chosen that found the queue full, or closed.
+        failures: Calls that could not be scored; their images were returned all the same.
+    """
+
+    scored: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Samples to score.
+
+    Attributes:
+        pipe: The pipeline that was called.
+        what: What they are of, outputs or inputs.
+        batch: Gives the chosen samples as the detector takes them.
+        rows: Which of the call's samples they are.
+        count: The samples of the call.
+    """
+
+    pipe: Any
+    what: str
+    batch: Callable[[], Batch]
+    rows: list[int]
+    count: int
+
+
+class PipelineMonitor:
+    """What watches one pipeline: reached as ``pipe.ood_monitor``, or made by :func:`wrap`.
+
+    Attributes:
+        monitors: The monitors that take the samples, by what these are of: outputs, inputs.
+        alerts: The latest alerts raised.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        monitors: Mapping[str, Monitor],
+        *,
+        choice: Choice,
+        worker: Worker | None,
+        batch: BatchOf | None,
+        raise_on_error: bool,
+    ) -> None:
+        self.monitors = dict(monitors)
+        self.alerts: deque[Alert] = deque(maxlen=_ALERTS)
+        self._pipe, self._original = pipe, original_class(pipe)
+        self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
+        self._batch = batch or _batch_of(self.monitor)
+        self._counts, self._lock = Counts(), threading.Lock()
+        self._settings = settings_of(original_of(denoiser_of(pipe)))
+        self._told_of_changes = False
+        self._hooks, self._hooked = ExitStack(), list[Any]()
+        self._follow(pipe)
+        self._tell_of_changes(pipe)
+
+    @property
+    def monitor(self) -> Monitor:
+        """The monitor of what is scored; of the outputs if both are."""
+        return next(iter(self.monitors.values()))
+
+    @property
+    def counts(self) -> Counts:
+        """What has become of the samples so far."""
+        with self._lock:
+            return self._counts
+
+    @property
+    def stale(self) -> bool:
+        """Whether the denoiser is not as it was when the detector was fitted.
+
+        P-values and promises are then those of another model: weights were swapped, a LoRA was
+        loaded or fused, FreeU switched on. It is logged once, and scoring goes on.
+        """
+        return self._is_stale(self._pipe)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's call, watched."""
+        return self.call(self._pipe, args, kwargs)
+
+    def call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A watched call of the pipeline, or of a copy of it that shares its denoiser."""
+        output, scores = self.run(
+            pipe,
+            lambda: self._original.__call__(pipe, *args, **kwargs),
+            samples_of,
+            lambda: _arguments(self._original, pipe, args, kwargs),
+        )
+        if scores and not isinstance(output, tuple):
+            # Attributes, not items: `to_tuple()` stays as long as it was.
+            output.__dict__["ood"] = next(iter(scores.values()))
+            output.__dict__ |= {_ATTRIBUTES[what]: found for what, found in scores.items()}
+        return output
+
+    def run(
+        self,
+        pipe: Any,
+        run: Callable[[], Any],
+        count: Callable[[Any, int], int],
+        arguments: Callable[[], Mapping[str, Any]] = dict,
+    ) -> tuple[Any, dict[str, Scores]]:
+        """Watch what uses a pipeline's denoiser and scheduler.
+
+        Args:
+            pipe: What has both.
+            run: What to watch.
+            count: The number of samples, of what ``run`` gave and of the scheduler's last sample.
+            arguments: The user's, by name, where images are looked for.
+
+        Returns:
+            What ``run`` gave, and scores by what they are of; none if they failed or come later.
+        """
+        self._follow(pipe)
+        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None))
+        with stepping(pipe.scheduler), capturing(capture):
+            output = run()
+        scores: dict[str, Scores] = {}
+        with capturing(None), self._never_failing():
+            call = capture.call()
+            samples = count(output, len(call.sample))
+            tasks = [self._task(pipe, what, call, samples, arguments) for what in self.monitors]
+            if any(task.rows for task in tasks):
+                self._check(pipe, capture.denoiser)
+            for task in tasks:
+                found = self._scored(task)
+                scores |= {} if found is None else {task.what: found}
+        return output, scores
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until all that is queued is scored, and told; False if the time is up first."""
+        deadline = time.monotonic() + timeout
+        done = [self._worker is None or self._worker.flush(timeout)]
+        for monitor in self.monitors.values():
+            done.append(monitor.flush(max(0.0, deadline - time.monotonic())))
+        return all(done)
+
+    def detach(self, timeout: float = 5.0) -> None:
+        """Score what is queued within ``timeout`` seconds, and give everything back as it was.
+
+        The monitors deliver the alerts that are left, and are closed.
+        """
+        self.release(timeout)
+        for monitor in self.monitors.values():
+            monitor.close(timeout)
+
+    def release(self, timeout: float = 5.0) -> None:
+        """As :meth:`detach`, for monitors that watch on."""
+        if self._pipe.__dict__.get("ood_monitor") is self:
+            del self._pipe.__dict__["ood_monitor"]
+            self._pipe.__class__ = self._original
+        self._hooks.close()
+        self._hooked = []
+        if self._worker is not None:
+            self._worker.close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _follow(self, pipe: Any) -> None:
+        """Watch the pipeline's modules, which `torch.compile` may have replaced since."""
+        modules = [denoiser_of(pipe), getattr(pipe, "controlnet", None)]
+        with self._lock:
+            if list(map(id, modules)) == list(map(id, self._hooked)):
+                return
+            hooks = ExitStack()
+            for module in modules:
+                if isinstance(module, nn.Module):
+                    hooks.enter_context(hooked(module))
+            old, self._hooks, self._hooked = self._hooks, hooks, modules
+        old.close()
+
+    def _check(self, pipe: Any, denoiser: nn.Module) -> None:
+        """The denoiser may have been changed since the last call."""
+        self._tell_of_changes(pipe)
+        partly = self.monitor.detector.layers is not None
+        check_deployment(
+            pipe, denoiser, "sync" if self._worker is None else "background", partly=partly
+        )
+
+    def _task(
+        self,
+        pipe: Any,
+        what: str,
+        call: DenoiserCall,
+        samples: int,
+        arguments: Callable[[], Mapping[str, Any]],
+    ) -> _Task:
+        """The chosen samples of a call, copied, to be scored now or later."""
+        given = {} if what == "outputs" else arguments()
+        images = given[image_argument(given)] if given else None
+        count = samples if images is None else count_of(images)
+        rows = self._choice.rows(count)
+        if not rows:
+            return _Task(pipe, what, dict, rows, count)
+        # Of several samples that a call makes of an image, the condition of the first.
+        every = max(1, samples // count)
+        batch = map_tensors(lambda tensor: tensor[::every][rows], self._batch(call, samples))
+        if images is None:
+            return _Task(pipe, what, lambda: batch, rows, count)
+        images = images if self._worker is None else copied(images)
+        encode = partial(_with_encoded, pipe, batch, images, size_of(pipe, given), rows)
+        return _Task(pipe, what, encode, rows, count)
+
+    def _scored(self, task: _Task) -> Scores | None:
+        """The scores of a call's samples, nan for those not chosen; None if they come later."""
+        self._count(skipped=task.count - len(task.rows))
+        if self._worker is None:
+            return self._run(task) if task.rows else _spread(None, task)
+        if task.rows and not self._worker.submit(partial(self._run_later, task)):
+            self._count(dropped=len(task.rows))
+        return None
+
+    def _run(self, task: _Task) -> Scores:
+        start, monitor = time.perf_counter(), self.monitors[task.what]
+        with scorable(task.pipe, denoiser_of(task.pipe)):
+            scores = monitor.score(task.batch())
+        self._choice.measured(len(task.rows), 1000 * (time.perf_counter() - start))
+        alerts = monitor.observe(scores)
+        self.alerts.extend(alerts)
+        self._count(scored=len(task.rows))
+        return _spread(scores, task)
+
+    def _run_later(self, task: _Task) -> None:
+        with self._never_failing(may_raise=False):
+            self._run(task)
+
+    def _is_stale(self, pipe: Any) -> bool:
+        denoiser, detector = original_of(denoiser_of(pipe)), self.monitor.detector
+        settings = getattr(detector.adapter, "settings", self._settings)
+        fitted = detector.fitted.model
+        return settings_of(denoiser) != settings or weights_digest(denoiser) != fitted
+
+    def _tell_of_changes(self, pipe: Any) -> None:
+        if not self._told_of_changes and self._is_stale(pipe):
+            self._told_of_changes = True
+            _log.warning(
+                "Stale calibration: %s is not as it was when the detector was fitted. Fit it again "
+                "on held-out data.",
+                type(original_of(denoiser_of(pipe))).__name__,
+            )
+
+    @contextmanager
+    def _never_failing(self, may_raise: bool = True) -> Iterator[None]:
+        """Count and log what is raised: a call's images are returned whatever happens."""
+        try:
+            yield
+        except Exception:
+            first = not self.counts.failures
+            self._count(failures=1)
+            if self._raise_on_error and may_raise:
+                raise
+            level = logging.WARNING if first else logging.DEBUG
+            _log.log(level, "A pipeline's call was not scored.", exc_info=True)
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            counts = {name: getattr(self._counts, name) + by for name, by in more.items()}
+            self._counts = replace(self._counts, **counts)
+
+
+def _with_encoded(
+    pipe: Any,
+    batch: dict[str, Tensor],
+    images: Any,
+    size: tuple[int, int] | None,
+    rows: list[int],
+) -> Batch:
+    """The batch with the user's images in the place of its samples."""
+    return batch | {SAMPLE: encoded(pipe, images, batch[SAMPLE][:1], size)[rows]}
+
+
+def original_class(pipe: Any) -> type[DiffusionPipeline]:
+    """The pipeline's own class, also of one that is watched."""
+    kind = type(pipe)
+    found: type[DiffusionPipeline] = kind.__dict__.get("_ood_monitor_original", kind)
+    return found
+
+
+def _batch_of(monitor: Monitor) -> BatchOf:
+    adapter = monitor.detector.adapter
+    return adapter.batch if isinstance(adapter, ReplayedBound) else lambda call, count: call.sample
+
+
+def _arguments(
+    original: type[DiffusionPipeline], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
+    bound: Mapping[str, Any] = (
+        inspect.signature(original.__call__).bind(pipe, *args, **kwargs).arguments
+    )
+    return bound
+
+
+def samples_of(output: Any, stepped: int) -> int:
+    """B: the samples that a call returned; of two copies for guidance, one is returned."""
+    first = output[0]
+    is_batch = isinstance(first, list) or getattr(first, "ndim", 0) > 2
+    return len(first) if is_batch else stepped
+
+
+def size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of what a call makes, as it was asked to, or by the pipeline's default."""
+    height, width = arguments.get("height"), arguments.get("width")
+    default = getattr(pipe, "default_sample_size", None)
+    if default is not None and hasattr(pipe, "vae_scale_factor"):
+        side = int(default * pipe.vae_scale_factor)
+        height, width = height or side, width or side
+    return None if height is None or width is None else (height, width)
+
+
+def _spread(scores: Scores | None, task: _Task) -> Scores:
+    """The scores of the chosen samples among all of a call's, nan for the others."""
+
+    def spread(values: Tensor) -> Tensor:
+        empty = False if values.dtype == torch.bool else torch.nan
+        whole = values.new_full((task.count,), empty)
+        whole[task.rows] = values
+        return whole
+
+    if scores is None:
+        none = torch.zeros(0, dtype=torch.float64)
+        scores = Scores(none, none, none, {}, {}, torch.zeros(0, dtype=torch.bool))
+    return Scores(
+        score=spread(scores.score),
+        p_value=spread(scores.p_value),
+        log_likelihood=spread(scores.log_likelihood),
+        layers={name: spread(values) for name, values in scores.layers.items()},
+        z={name: spread(values) for name, values in scores.z.items()},
+        valid=spread(scores.valid),
+    )

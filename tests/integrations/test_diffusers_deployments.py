@@ -1,0 +1,339 @@
+"""Pipelines as they are deployed: compiled, cached, offloaded, with adapters; and the refused."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
+from pipeline_cases import case_of, seeded_call, text_unet
+from torch import nn
+
+import ood_monitor as om
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+TEXT, FLUX, PIXELS = case_of("stable-diffusion"), case_of("flux"), case_of("ddpm")
+
+
+def fitted(pipe: Any, case: Any = TEXT, **options: Any) -> om.Detector:
+    settings = {"levels": (500,), "progress": False} | options
+    return fit_pipeline(pipe, [case.images(44)], call=case.call_of_one(), **settings)
+
+
+def watch(pipe: Any, case: Any = TEXT, detector: Any = None, **options: Any) -> Any:
+    monitor = om.Monitor(detector or fitted(pipe, case), fpr=0.05)
+    return monitor_pipeline(pipe, monitor, **({"raise_on_error": True} | options))
+
+
+def call(pipe: Any, case: Any = TEXT, seed: int = 0, **more: Any) -> Any:
+    return pipe(**seeded_call(case.arguments() | more, seed))
+
+
+def check_as_before(pipe: Any, plain: Any, expected: Any, case: Any = TEXT) -> None:
+    """The same images as unwatched, and the scores of the plain denoiser."""
+    output = call(pipe, case)
+    assert np.array_equal(np.asarray(output[0]), np.asarray(plain[0]))
+    torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-4, atol=1e-3)
+
+
+# What is scored as if it were not deployed in its way.
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str) -> None:
+    pipe, original = TEXT(), TEXT()
+    detector = fitted(pipe)
+    expected = call(watch(original)).ood
+    compiled = torch.compile(pipe.unet, backend="eager")
+    if when == "before":
+        pipe.unet = compiled
+    watched = watch(pipe, detector=detector)
+    if when == "after":
+        pipe.unet = compiled
+    check_as_before(watched, call(original), expected)
+    watched.ood_monitor.detach()
+    assert not compiled._forward_pre_hooks
+    assert not detector.adapter.module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("part", ["", "up_blocks.1"])
+def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str) -> None:
+    pipe, original = TEXT(), TEXT()
+    plain, expected = call(original), call(watch(original)).ood
+    detector = fitted(pipe)
+    watched = watch(pipe, detector=detector)
+    pipe.unet.get_submodule(part).compile(backend="eager")
+    check_as_before(watched, plain, expected)
+    check_as_before(watched, plain, expected)
+    watched.ood_monitor.detach()
+    with pytest.raises(ValueError, match="compiled in place"):
+        watch(pipe, detector=detector, mode="background")
+
+
+def test_a_cache_is_suspended_while_scoring() -> None:
+    pipe, original = FLUX(), FLUX()
+    detector = fitted(pipe, FLUX)
+    expected = call(watch(original, FLUX), FLUX).ood
+    config = diffusers.FirstBlockCacheConfig(threshold=0.0)  # so that nothing is left out
+    pipe.transformer.enable_cache(config)
+    watched = watch(pipe, FLUX, detector)
+    check_as_before(watched, call(original, FLUX), expected, FLUX)
+    assert pipe.transformer.is_cache_enabled
+    assert pipe.transformer._cache_config is config
+    check_as_before(watched, call(original, FLUX), expected, FLUX)
+
+
+def test_a_cache_and_the_background_do_not_go_together() -> None:
+    pipe = FLUX()
+    detector = fitted(pipe, FLUX)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    with pytest.raises(ValueError, match="Expected mode='sync' for FluxTransformer2DModel with a"):
+        watch(pipe, FLUX, detector, mode="background")
+
+
+def test_model_offloading_is_undone_for_scoring_and_done_again() -> None:
+    pytest.importorskip("accelerate")
+    pipe, original = TEXT(), TEXT()
+    detector, expected = fitted(pipe), call(watch(original)).ood
+    pipe.enable_model_cpu_offload(device="cpu")
+    watched = watch(pipe, detector=detector)
+    for _ in range(2):
+        check_as_before(watched, call(original), expected)
+    assert hasattr(pipe.unet, "_hf_hook")
+    watched.ood_monitor.detach()
+    with pytest.raises(ValueError, match="Expected mode='sync' with model offloading"):
+        watch(pipe, detector=detector, mode="background")
+
+
+TILED: list[Callable[[Any], None]] = [
+    lambda pipe: pipe.vae.enable_slicing(),
+    lambda pipe: pipe.vae.enable_tiling(),
+    lambda pipe: pipe.enable_attention_slicing(),
+    lambda pipe: pipe.unet.enable_gradient_checkpointing(),
+    lambda pipe: pipe.unet.requires_grad_(False),
+]
+
+
+@pytest.mark.parametrize("change", TILED, ids=range(len(TILED)))
+def test_ways_to_save_memory_change_no_score(change: Callable[[Any], None]) -> None:
+    pipe, original = TEXT(), TEXT()
+    expected = call(watch(original)).ood
+    watched = watch(pipe)
+    change(pipe)
+    change(original)
+    original.ood_monitor.detach()
+    check_as_before(watched, call(original), expected)
+    assert not watched.ood_monitor.stale
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_caller_in_any_gradient_mode_gets_scores(mode: Any) -> None:
+    pipe, original = TEXT(), TEXT()
+    expected = call(watch(original)).ood
+    watched = watch(pipe)
+    with mode():
+        output = call(watched)
+    torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux"])
+def test_a_pipeline_in_sixteen_bits_is_scored(name: str) -> None:
+    case = case_of(name)
+    pipe, precise = case(), case()
+    expected = call(watch(precise, case), case).ood.log_likelihood
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, torch.bfloat16)
+    arguments = {
+        key: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in case.arguments().items()
+    }
+    one = {
+        k: arguments[k][:1] if isinstance(v, torch.Tensor | list) else v
+        for k, v in arguments.items()
+    }
+    detector = fit_pipeline(pipe, [case.images(44)], call=one, levels=(500,), progress=False)
+    found = watch(pipe, case, detector)(**seeded_call(arguments)).ood
+    torch.testing.assert_close(found.log_likelihood, expected, rtol=0.05, atol=0)
+
+
+# What changes the model.
+
+
+def lora(pipe: Any) -> None:
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+def fused_lora(pipe: Any) -> None:
+    lora(pipe)
+    pipe.unet.fuse_lora()
+
+
+def swapped(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(1.1)
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    swapped,
+    lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    lambda pipe: pipe.fuse_qkv_projections(),
+    lora,
+    fused_lora,
+]
+
+
+@pytest.mark.parametrize(
+    "change", CHANGES, ids=["weights", "freeu", "fused-qkv", "lora", "fused-lora"]
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_changed_since_the_fit_is_told_of_once(
+    change: Callable[[Any], None], when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = TEXT()
+    detector = fitted(pipe)
+    if when == "before":
+        change(pipe)
+    watched = watch(pipe, detector=detector, raise_on_error=False)
+    assert watched.ood_monitor.stale == (when == "before")
+    if when == "after":
+        change(pipe)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            call(watched)
+    assert watched.ood_monitor.stale
+    assert caplog.text.count("Stale calibration") == 1
+
+
+def test_a_change_that_is_undone_is_no_change() -> None:
+    pipe = TEXT()
+    watched = watch(pipe)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert watched.ood_monitor.stale
+    pipe.disable_freeu()
+    assert not watched.ood_monitor.stale
+
+
+def test_a_detector_fitted_with_freeu_is_of_the_model_with_freeu() -> None:
+    pipe = TEXT()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert not watch(pipe).ood_monitor.stale
+
+
+# What is refused, by name, before a call.
+
+
+def with_component(name: str) -> Any:
+    pipe = TEXT()
+    pipe.register_modules(**{name: text_unet()})
+    return pipe
+
+
+def with_scheduler(scheduler: Any) -> Any:
+    pipe = PIXELS()
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def grouped(pipe: Any) -> Any:
+    pytest.importorskip("accelerate")
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    return pipe
+
+
+def cast_by_layer(pipe: Any) -> Any:
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+    return pipe
+
+
+def sequential(pipe: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    return pipe
+
+
+def quantised(pipe: Any) -> Any:
+    weight = torch.zeros_like(pipe.unet.conv_in.weight, dtype=torch.uint8)
+    pipe.unet.conv_in.weight = nn.Parameter(weight, requires_grad=False)
+    return pipe
+
+
+def motion() -> Any:
+    class UNetMotionModel(nn.Module):
+        def forward(self, sample: Any, timestep: Any) -> None: ...
+
+    pipe = TEXT()
+    pipe.__dict__["unet"] = UNetMotionModel()
+    return pipe
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "no denoiser": (
+        lambda: diffusers.DDPMPipeline(None, diffusers.DDPMScheduler()),
+        "Expected a pipeline with a denoiser",
+    ),
+    "two stages": (lambda: with_component("prior"), "one denoiser, got .* with prior"),
+    "two transformers": (lambda: with_component("transformer_2"), "one denoiser"),
+    "a video": (motion, "Expected a denoiser of images, got UNetMotionModel"),
+    "tokens": (lambda: with_scheduler(diffusers.AmusedScheduler(0)), "whose noise is discrete"),
+    "EDM": (lambda: with_scheduler(diffusers.EDMEulerScheduler()), "preconditions the denoiser"),
+    "trigflow": (lambda: with_scheduler(diffusers.SCMScheduler()), "prediction_type='trigflow'"),
+    "scores": (
+        lambda: with_scheduler(diffusers.ScoreSdeVeScheduler()),
+        "Expected a schedule as a NoiseSchedule",
+    ),
+}
+
+#: As deployed, after the fit: refused when watched.
+DEPLOYED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "group offloading": (grouped, "group offloading"),
+    "layerwise casting": (cast_by_layer, "layerwise casting"),
+    "sequential offloading": (sequential, "sequential offloading"),
+    "quantised weights": (quantised, "got 'conv_in.weight' of torch.uint8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_pipeline_that_cannot_be_replayed_is_refused_by_name(name: str) -> None:
+    make, message = REFUSED[name]
+    pipe = make()
+    with pytest.raises((TypeError, ValueError), match=message):
+        fit_pipeline(pipe, [torch.rand(44, 3, 8, 8)], progress=False)
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_a_deployment_that_cannot_be_scored_is_refused_by_name(name: str) -> None:
+    change, message = DEPLOYED[name]
+    pipe = TEXT()
+    detector = fitted(pipe)
+    with pytest.raises(ValueError, match=message):
+        watch(change(pipe), detector=detector)
+    assert not pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["group offloading", "layerwise casting"])
+def test_a_deployment_refused_later_breaks_no_call(name: str) -> None:
+    change, _ = DEPLOYED[name]
+    watched = watch(TEXT(), raise_on_error=False)
+    change(watched)
+    assert call(watched).images.shape == (2, 3, 16, 16)
+    assert watched.ood_monitor.counts.failures == 1
+
+
+def test_the_remaining_layers_of_a_quantised_denoiser_are_refused_only_where_they_are_chosen() -> (
+    None
+):
+    pipe = TEXT()
+    detector = fitted(pipe, layers=["conv_out.*"])
+    pipe.unet.register_parameter(
+        "codes", nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    )
+    watched = watch(pipe, detector=detector)
+    assert call(watched).ood.valid.all()
