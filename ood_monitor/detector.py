@@ -82,6 +82,7 @@ class Detector:
             its class, prompt class, tenant. P-values are then within groups; the drift test looks
             at the whole stream. See :class:`~ood_monitor.calibration.GroupedPValue`.
         minimum_group: The fewest calibration samples that make a group of its own.
+        source: Where the held-out samples come from, in words; it is saved with the detector.
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, or ``trim`` not in [0, 0.5).
@@ -110,6 +111,7 @@ class Detector:
         seed: int = 0,
         groups: Groups | None = None,
         minimum_group: int = 100,
+        source: str = "",
     ) -> None:
         if not 0 < calibration_fraction < 1:
             raise ValueError(
@@ -123,6 +125,7 @@ class Detector:
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self.groups, self.minimum_group = groups, operator.index(minimum_group)
+        self.source = source
         self._density = TermsAndNorms() if density is None else density
         self._fitted: Fitted | None = None
 
@@ -333,7 +336,7 @@ class Detector:
             raise ValueError("Expected layers as name patterns to save, got a function.")
         names = (
             *("layers", "granularity", "chunk_size"),
-            *("calibration_fraction", "trim", "seed", "minimum_group"),
+            *("calibration_fraction", "trim", "seed", "minimum_group", "source"),
         )
         return {name: getattr(self, name) for name in names}
 

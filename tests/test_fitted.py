@@ -101,6 +101,7 @@ def test_state_goes_through_a_checkpoint() -> None:
         {"chunk_size": 7},
         {"calibration_fraction": 0.4},
         {"seed": 3},
+        {"source": "images of March"},
     ],
     ids=str,
 )

@@ -88,8 +88,8 @@ def test_images_of_another_size_come_out_in_the_pipelines() -> None:
 def test_without_data_it_is_fitted_on_the_pipelines_own_samples_and_says_so() -> None:
     pipe = PIXELS()
     detector = fitted(pipe, None, PIXELS, samples=44)
-    assert detector.adapter.fitted_on == "own samples"  # type: ignore[attr-defined]
-    assert fitted(pipe, [PIXELS.images(44)], PIXELS).adapter.fitted_on == "held-out images"  # type: ignore[attr-defined]
+    assert detector.source == "the pipeline's own samples"
+    assert fitted(pipe, [PIXELS.images(44)], PIXELS).source == "held-out images"
     # As usual as what it was fitted on; the images of another source are not.
     p_values = torch.cat([scores(pipe, detector, PIXELS).p_value for _ in range(2)])
     assert (p_values > 0.05).all()

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
+from mlflow import MlflowClient
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
@@ -190,6 +192,24 @@ def test_alerts_stand_on_the_run_of_the_mlflow_logger(
     data = logger.experiment.get_run(logger.run_id).data
     assert data.tags["ood_monitor.status"] == "ALERT"
     assert {"ood/log_e_value", "ood/flagged_rate", "ood/alert"} <= data.metrics.keys()
+
+
+def test_autolog_beside_the_logger_takes_no_alert(tmp_path: Path) -> None:
+    uri, before = f"sqlite:///{tmp_path}/mlflow.db", mlflow.get_tracking_uri()
+    logger = MLFlowLogger("test", tracking_uri=uri, artifact_location=tmp_path.as_uri())
+    run, module = trainer(watcher(), logger=logger, max_epochs=1), Flow()
+    mlflow.set_tracking_uri(uri)
+    mlflow.pytorch.autolog(log_models=False, checkpoint=False, silent=True)
+    try:
+        run.fit(module, loader(images(64)), loader(images(128, seed=1)))
+        run.predict(module, loader(drifting()))
+    finally:
+        mlflow.pytorch.autolog(disable=True)
+        mlflow.set_tracking_uri(before)
+    runs = MlflowClient(uri).search_runs(["0", "1"])
+    assert len(runs) == 2
+    alerted = [each.info.run_id for each in runs if "ood_monitor.status" in each.data.tags]
+    assert alerted == [logger.run_id]
 
 
 class Unplugged(Logger):

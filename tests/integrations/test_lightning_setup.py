@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import yaml
 from lightning_cases import QUIET, Flow, images, loader, trainer, watcher
 from ood_monitor_integrations.autoload import VARIABLE, callbacks
@@ -27,6 +28,8 @@ from pytorch_lightning.strategies import (
     SingleDeviceStrategy,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import ood_monitor as om
 
@@ -96,6 +99,19 @@ def test_sharded_parameters_are_told_at_use() -> None:
     callback = watcher(calibrate_on=[images(64)])
     with pytest.raises(ValueError, match="Expected whole parameters, got 'shard', a shard"):
         callback.calibrate(trainer(callback), module, [images(64)])
+
+
+def test_real_dtensors_are_told_at_use(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        module, mesh = Flow(), init_device_mesh("cpu", (1,))
+        module.shard = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        callback = watcher(calibrate_on=[images(64)])
+        with pytest.raises(ValueError, match=r"got 'shard', a shard \(DTensor\)"):
+            callback.calibrate(trainer(callback), module, [images(64)])
+    finally:
+        dist.destroy_process_group()
 
 
 LIGHTNINGS_OWN = (

@@ -55,7 +55,7 @@ def fit_pipeline(
             pairs of images and arguments of the call for them: captions by ``prompt``, labels by
             ``class_labels``, embeddings. Without data the detector is fitted on the pipeline's own
             samples, from whole calls; it then tells what is unlike them, not what is unlike the
-            training data, and its adapter's ``fitted_on`` says so.
+            training data, and its ``source`` says so.
         call: Arguments of all calls.
         levels: Noise levels: each costs a pass; see :func:`plan_costs`.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
@@ -82,10 +82,10 @@ def fit_pipeline(
     if first is None:
         raise ValueError("Expected held-out batches, got an empty iterable.")
     adapter = _bound(pipe, first[0], layers, levels, seed)
-    adapter.fitted_on = "own samples" if data is None else "held-out images"
     recordings = itertools.chain([first], recordings)
     batches = (_batch(pipe, adapter, *recording) for recording in recordings)
-    detector = Detector(adapter, layers=layers, **options)
+    source = "the pipeline's own samples" if data is None else "held-out images"
+    detector = Detector(adapter, layers=layers, **{"source": source, **options})
     with scorable(pipe, denoiser_of(pipe)):
         return detector.fit(_first(batches, samples), progress=progress)
 

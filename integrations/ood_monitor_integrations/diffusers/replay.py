@@ -46,7 +46,6 @@ class ReplayedBound(Adapter):
 
     Attributes:
         module: The denoiser.
-        fitted_on: What a detector was fitted on by :func:`fit_pipeline`.
         settings: What changes the denoiser beside its weights, when this was made.
     """
 
@@ -62,7 +61,6 @@ class ReplayedBound(Adapter):
         seed: int = SEED,
     ) -> None:
         self.module = original_of(denoiser)
-        self.fitted_on = ""
         self.settings = settings_of(self.module)
         self._recipe, _ = taken_apart(self.module, call, count)
         self._bound = DenoisingBound(
