@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/digits_demo.py
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
@@ -40,6 +40,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 benchmark: benchmark-peers
+	$(BIN)/python -m benchmarks.lightning --json benchmarks/results/lightning.json
 	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
