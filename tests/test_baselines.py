@@ -278,6 +278,15 @@ def test_mixture_finds_what_lies_between_its_components() -> None:
     assert one.score(between) < np.median(one.score(new))
 
 
+def test_mixture_says_which_level_is_odd_for_the_component_that_is_near() -> None:
+    fit = independent(400, width=2) + np.where(np.arange(400) % 2, 50.0, -50.0)[:, None]
+    mixture, sd = GaussianMixture(2, regularisation=0.0).fit(fit), fit[::2].std(0)
+    odd = fit[::2].mean(0) + sd * np.array([0.0, 6.0])
+    parts = mixture.contributions(odd[None])[0]
+    # Half a squared deviation of 6; the other component, hundreds away, has no say.
+    assert parts[1] - parts[0] == pytest.approx(18.0, rel=0.05)
+
+
 @pytest.mark.parametrize("components", [1, 2, 5])
 def test_few_samples_do_not_fool_the_mixture(components: int) -> None:
     mixture = GaussianMixture(components).fit(two_kinds(50))
