@@ -1,6 +1,7 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
 import copy
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,6 +62,35 @@ class Scores:
     layers: dict[str, Tensor]
     z: dict[str, Tensor]
     valid: Tensor
+
+    @classmethod
+    def none(cls) -> Self:
+        """Of no sample."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return cls(nothing, nothing, nothing, {}, {}, torch.zeros(0, dtype=torch.bool))
+
+    def among(self, count: int, rows: Tensor | Sequence[int]) -> Self:
+        """These as the scores of some of `count` samples, with nan for the others.
+
+        Args:
+            count: How many there are.
+            rows: Which these are: indices (B,), or a mask (count,) with B of them true.
+        """
+
+        def spread(values: Tensor) -> Tensor:
+            empty = False if values.dtype == torch.bool else math.nan
+            whole = values.new_full((count,), empty)
+            whole[rows] = values
+            return whole
+
+        return type(self)(
+            score=spread(self.score),
+            p_value=spread(self.p_value),
+            log_likelihood=spread(self.log_likelihood),
+            layers={name: spread(values) for name, values in self.layers.items()},
+            z={name: spread(values) for name, values in self.z.items()},
+            valid=spread(self.valid),
+        )
 
 
 class Detector:

@@ -12,7 +12,6 @@ from typing import Any, Self, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.alerts import (
@@ -208,9 +207,9 @@ class Monitor:
         if finite.all():
             return self.detector.score(batch)
         if not finite.any():
-            return _unscored(len(finite))
+            return Scores.none().among(len(finite), [])
         kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-        return _spread(self.detector.score(kept), finite)
+        return self.detector.score(kept).among(len(finite), finite)
 
     def observe(self, scores: Scores) -> list[Alert]:
         """:meth:`update`, of samples that :meth:`score` has seen, maybe in another process.
@@ -439,29 +438,6 @@ def _rows(scores: Scores, names: Sequence[str]) -> list[_Row]:
         scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist(), strict=True
     )
     return [_Row(*sample, layers[i]) for i, sample in enumerate(numbers)]
-
-
-def _spread(scores: Scores, finite: Tensor) -> Scores:
-    """The scores of the finite samples as those of the whole batch, nan for the others."""
-
-    def spread(values: Tensor) -> Tensor:
-        whole = values.new_full((len(finite),), False if values.dtype == torch.bool else math.nan)
-        whole[finite] = values
-        return whole
-
-    return Scores(
-        score=spread(scores.score),
-        p_value=spread(scores.p_value),
-        log_likelihood=spread(scores.log_likelihood),
-        layers={name: spread(values) for name, values in scores.layers.items()},
-        z={name: spread(values) for name, values in scores.z.items()},
-        valid=spread(scores.valid),
-    )
-
-
-def _unscored(count: int) -> Scores:
-    nothing = torch.full((count,), math.nan, dtype=torch.float64)
-    return Scores(nothing, nothing, nothing, {}, {}, torch.zeros(count, dtype=torch.bool))
 
 
 def _top(names: Sequence[str], layers: Array, count: int = 10) -> list[LayerShare]:

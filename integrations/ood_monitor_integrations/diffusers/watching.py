@@ -12,7 +12,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -276,7 +275,7 @@ class PipelineMonitor:
         """The scores of a call's samples, nan for those not chosen; None if they come later."""
         self._count(skipped=task.count - len(task.rows))
         if self._worker is None:
-            return self._run(task) if task.rows else _spread(None, task)
+            return self._run(task) if task.rows else Scores.none().among(task.count, [])
         if task.rows and not self._worker.submit(partial(self._run_later, task)):
             self._count(dropped=len(task.rows))
         return None
@@ -289,7 +288,7 @@ class PipelineMonitor:
         alerts = monitor.observe(scores)
         self.alerts.extend(alerts)
         self._count(scored=len(task.rows))
-        return _spread(scores, task)
+        return scores.among(task.count, task.rows)
 
     def _run_later(self, task: _Task) -> None:
         with self._never_failing(may_raise=False):
@@ -376,25 +375,3 @@ def size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         side = int(default * pipe.vae_scale_factor)
         height, width = height or side, width or side
     return None if height is None or width is None else (height, width)
-
-
-def _spread(scores: Scores | None, task: _Task) -> Scores:
-    """The scores of the chosen samples among all of a call's, nan for the others."""
-
-    def spread(values: Tensor) -> Tensor:
-        empty = False if values.dtype == torch.bool else torch.nan
-        whole = values.new_full((task.count,), empty)
-        whole[task.rows] = values
-        return whole
-
-    if scores is None:
-        none = torch.zeros(0, dtype=torch.float64)
-        scores = Scores(none, none, none, {}, {}, torch.zeros(0, dtype=torch.bool))
-    return Scores(
-        score=spread(scores.score),
-        p_value=spread(scores.p_value),
-        log_likelihood=spread(scores.log_likelihood),
-        layers={name: spread(values) for name, values in scores.layers.items()},
-        z={name: spread(values) for name, values in scores.z.items()},
-        valid=spread(scores.valid),
-    )

@@ -40,9 +40,8 @@ class Recorded:
     @classmethod
     def none(cls) -> Self:
         """No sample."""
-        figures, nothing = torch.zeros(0, dtype=torch.float64), np.zeros(0, dtype=np.int64)
-        valid = torch.zeros(0, dtype=torch.bool)
-        return cls(Scores(figures, figures, figures, {}, {}, valid), nothing, nothing)
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls(Scores.none(), nothing, nothing)
 
     @classmethod
     def together(cls, parts: Iterable[Self]) -> Self:
