@@ -179,6 +179,18 @@ def test_two_monitors_in_one_trainer_keep_their_own_state_and_metrics(tmp_path: 
     assert {"ood/first/score_mean", "ood/second/score_mean"} <= run.callback_metrics.keys()
 
 
+def test_a_detector_is_read_from_a_checkpoint_without_its_trainer(
+    fitted: tuple[OODMonitor, str],
+) -> None:
+    expected, found = watcher(), watcher(detector=fitted[1], calibrate_on=None)
+    trainer(expected).predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
+    trainer(found).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
+    assert torch.equal(found.scores("predict").p_value, expected.scores("predict").p_value)
+    other = watcher(name="other", detector=fitted[1], calibrate_on=None)
+    with pytest.warns(UserWarning, match=r"will not watch: Expected a state of .*other.*, got"):
+        trainer(other).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
+
+
 def test_alerts_stand_on_the_run_of_the_mlflow_logger(
     fitted: tuple[OODMonitor, str], tmp_path: Path
 ) -> None:

@@ -58,8 +58,9 @@ class OODMonitor(Callback):
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(module, x) -> (B,)``
             giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
             ``log_prob_terms`` or ``log_prob``.
-        detector: A detector to use, or the folder of a saved one. One that is not fitted yet has
-            the settings for the one to fit.
+        detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
+            this ``name``, to go with `load_from_checkpoint`. One that is not fitted yet has the
+            settings for the one to fit.
         calibrate_on: Held-out batches that the model is not trained on, to go through once or
             twice; ``"val"`` takes the validation data; None keeps what ``detector`` or a checkpoint
             brings. Nothing is fitted if only ``"train"`` is watched.
@@ -111,7 +112,7 @@ class OODMonitor(Callback):
         self._name, self._strict = name, strict
         self._prefix = "ood" if name == _NAME else f"ood/{name}"
         self._troubles = Troubles(name)
-        self._detectors = Detectors(adapter, detector, layers)
+        self._detectors = Detectors(adapter, detector, layers, self.state_key)
         self._needs_detector = bool(self._stages - {"train"})
         source = calibrate_on if self._needs_detector else None
         self._calibrator = Calibrator(source, self._detectors, self._troubles, progress=progress)

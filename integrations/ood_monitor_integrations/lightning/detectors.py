@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
-from ood_monitor.fitted import CONFIG
+from ood_monitor.fitted import CONFIG, TENSORS
 from ood_monitor.gradients.layers import Layers
 from ood_monitor_integrations.lightning.refusals import refuse_sharded_parameters
 
@@ -26,19 +27,24 @@ class Detectors:
 
     Args:
         adapter: The model; None for the LightningModule's own.
-        given: A detector or the folder of a saved one.
+        given: A detector, the folder of a saved one, or a checkpoint that has one.
         layers: Of a detector to be made.
+        key: Of the callback's state in a checkpoint.
 
     Attributes:
         current: The fitted detector in use; None before there is one.
     """
 
     def __init__(
-        self, adapter: AdapterLike | None, given: str | Path | Detector | None, layers: Layers
+        self,
+        adapter: AdapterLike | None,
+        given: str | Path | Detector | None,
+        layers: Layers,
+        key: str,
     ) -> None:
-        self._adapter, self._layers = adapter, layers
+        self._adapter, self._layers, self._key = adapter, layers, key
         self._template = given if isinstance(given, Detector) else None
-        self._folder = Path(given) if isinstance(given, str | Path) else None
+        self._saved = Path(given) if isinstance(given, str | Path) else None
         self._state: Mapping[str, Any] | None = None
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None
@@ -48,12 +54,13 @@ class Detectors:
 
         Raises:
             ValueError: The module has no log-likelihood and none was given.
-            FileNotFoundError: No detector was saved in the folder.
+            FileNotFoundError: No detector was saved there.
         """
         self.adapter(pl_module)
-        if self._folder is not None and not (self._folder / CONFIG).is_file():
+        saved = self._saved
+        if saved is not None and not (saved.is_file() or (saved / CONFIG).is_file()):
             raise FileNotFoundError(
-                f"Expected a saved detector in {self._folder}, got no {CONFIG}."
+                f"Expected a saved detector in {saved}, or a checkpoint, got no {CONFIG}."
             )
 
     def adapter(self, pl_module: "LightningModule") -> Adapter:
@@ -77,14 +84,23 @@ class Detectors:
         """The detector in use, with what a checkpoint or a folder holds; None if there is none."""
         refuse_sharded_parameters(pl_module)
         groups = None if self._template is None else self._template.groups
+        if self._state is None and self.current is None and self._saved is not None:
+            self._state = self._read(self._saved)
         if self._state is not None:
             state, self._state = self._state, None
             adapter = self.adapter(pl_module)
             self.current = Detector.from_state_dict(state, adapter, groups=groups)
-        elif self.current is None and self._folder is not None:
-            adapter = self.adapter(pl_module)
-            self.current = Detector.from_pretrained(self._folder, adapter, groups=groups)
         return self.current
+
+    def _read(self, path: Path) -> Mapping[str, Any]:
+        if not path.is_file():
+            config, tensors = path / CONFIG, path / TENSORS
+            return {"config": config.read_text(), "tensors": tensors.read_bytes()}
+        states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+        if self._key not in states:
+            raise ValueError(f"Expected a state of {self._key} in {path}, got {sorted(states)}.")
+        state: Mapping[str, Any] = states[self._key]
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Of the detector in use, as primitives: the checkpoint still loads as weights only."""
