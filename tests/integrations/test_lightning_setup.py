@@ -223,11 +223,11 @@ def test_a_variable_that_names_no_detector_is_warned_of(
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry points of this checkout, as an installer would register them."""
+    """The entry points of this checkout, in the place of what is installed under its name."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    info = tmp_path / "site" / "ood_monitor_here-0.dist-info"
+    info = tmp_path / "site" / "ood_monitor-0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ood-monitor-here\nVersion: 0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ood-monitor\nVersion: 0\n")
     lines = [f"[{group}]\n{k} = {v}\n" for group, e in groups.items() for k, v in e.items()]
     (info / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
