@@ -101,7 +101,7 @@ def diagnose(
         held_out: At least two batches of in-distribution samples that it was not trained on, 100
             samples or more in all.
         layers: Which parameters; all by default.
-        density: Of the log norms; the default of :class:`~ood_monitor.Detector` by default.
+        density: Of the log norms; :class:`~ood_monitor.ShrunkGaussian` by default.
 
     Returns:
         What was found.

@@ -31,9 +31,10 @@ from ood_monitor.calibration import (
     lag1_autocorrelation,
 )
 from ood_monitor.densities import Array
-from ood_monitor.detector import Detector, Scores
+from ood_monitor.detector import Detector
 from ood_monitor.drift import EDetector, Evidence
 from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.scores import Scores
 
 __all__ = ["Monitor"]
 

@@ -134,7 +134,8 @@ def sd3() -> nn.Module:
     )
 
 
-def flux() -> nn.Module:
+def flux(text: int = 6, pooled: int = 5) -> nn.Module:
+    """A transformer for embeddings of such widths."""
     return diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -142,8 +143,8 @@ def flux() -> nn.Module:
         num_single_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
+        joint_attention_dim=text,
+        pooled_projection_dim=pooled,
         axes_dims_rope=(2, 2, 4),
         guidance_embeds=True,
     )

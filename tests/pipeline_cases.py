@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import diffusers_cases
 import torch
 from diffusers_cases import unet
 from model_case import perturbed
@@ -272,20 +273,8 @@ def predict_sd3(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
 
 
 def flux(pipeline: Any) -> Any:
-    network = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=6,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
     return pipeline(
-        transformer=network,
+        transformer=diffusers_cases.flux(text=8, pooled=6),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=shifted_vae(1),
         text_encoder=None,

@@ -314,7 +314,7 @@ class PipelineMonitor:
         """Count and log what is raised: a call's images are returned whatever happens."""
         try:
             yield
-        except Exception:
+        except Exception:  # whatever a foreign pipeline or model raises
             first = not self.counts.failures
             self._count(failures=1)
             if self._raise_on_error and may_raise:

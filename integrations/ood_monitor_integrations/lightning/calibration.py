@@ -53,7 +53,7 @@ class Collection:
             self._detector = self._detector or self._make()
             measured = self._detector.measure(batch)
             dataset = positions.of(batch_idx, dataloader_idx, len(measured))
-        except Exception as error:
+        except Exception as error:  # the other processes must hear of it, or they wait
             self._failure = error
             return
         self._parts.append(measured)

@@ -30,5 +30,5 @@ class Troubles:
         """Make an exception a trouble: days of training must not end on a monitor's account."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever a foreign model, logger or file system raises
             self.tell(kind, error)
