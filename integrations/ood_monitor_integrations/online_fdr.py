@@ -21,10 +21,11 @@ __all__ = ["Discoveries"]
 class Discoveries:
     """Names anomalous samples of a stream; of those named, a share of ``fdr`` is normal at most.
 
-    On average over streams. Samples are judged together, a window at a time: a conformal p-value is
-    never below 1 / (n + 1), which judged one by one is evidence enough for nobody, while several in
-    a window are. With n calibration samples, at least about ``window / (fdr (n + 1))`` samples of a
-    window must be beyond all of them to be named: take n well above ``window / fdr``.
+    On average over streams. Samples are judged together, a window at a time: a conformal p-value
+    is never below 1 / (n + 1), which for a sample judged by itself is soon too much, however
+    strange it is, while several in a window are evidence together. With n calibration samples, at
+    least about ``window / (fdr (n + 1))`` samples of a window must be beyond all of them to be
+    named: take n well above ``window / fdr``.
 
     The theorem is for independent p-values. Conformal ones share their calibration samples, which
     makes them positively dependent; simulated with 500, 2 000 and 10 000 of these, the rate was
