@@ -18,6 +18,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from ood_monitor.alerts import Alert, AlertEvidence, LayerShare, Summary
 from ood_monitor.plots import alert_figure
 
+__all__ = ["MLflowSink"]
+
 _STATUS, _SINCE, _DETECTOR = "ood_monitor.status", "ood_monitor.since", "ood_monitor.detector"
 _RANKS = ("OK", "WARN", "ALERT")
 _SEVERITY = {"info": "OK", "warning": "WARN", "critical": "ALERT"}

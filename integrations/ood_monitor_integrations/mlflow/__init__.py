@@ -1,0 +1,5 @@
+"""Alerts and detectors in MLflow."""
+
+from ood_monitor_integrations.mlflow.sink import MLflowSink
+
+__all__ = ["MLflowSink"]
