@@ -134,11 +134,13 @@ def sd3() -> nn.Module:
     )
 
 
-def flux(text: int = 6, pooled: int = 5) -> nn.Module:
-    """A transformer for embeddings of such widths."""
-    return diffusers.FluxTransformer2DModel(
+def flux(
+    text: int = 6, pooled: int = 5, *, channels: int = 4, kind: Any = None, **options: Any
+) -> nn.Module:
+    """A transformer, or a network of another kind, for embeddings of such widths."""
+    return (kind or diffusers.FluxTransformer2DModel)(  # type: ignore[no-any-return]
         patch_size=1,
-        in_channels=4,
+        in_channels=channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
@@ -147,6 +149,7 @@ def flux(text: int = 6, pooled: int = 5) -> nn.Module:
         pooled_projection_dim=pooled,
         axes_dims_rope=(2, 2, 4),
         guidance_embeds=True,
+        **options,
     )
 
 

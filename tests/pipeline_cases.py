@@ -231,8 +231,8 @@ def predict_sdxl(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
     return pipe.unet(x, t, a["prompt_embeds"], added_cond_kwargs=added).sample  # type: ignore[no-any-return]
 
 
-def sd3() -> Any:
-    network = diffusers.SD3Transformer2DModel(
+def sd3_network(kind: Any = diffusers.SD3Transformer2DModel, **options: Any) -> Any:
+    return kind(
         sample_size=8,
         patch_size=1,
         in_channels=4,
@@ -244,9 +244,13 @@ def sd3() -> Any:
         caption_projection_dim=16,
         pooled_projection_dim=6,
         pos_embed_max_size=16,
+        **options,
     )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=network,
+
+
+def sd3(pipeline: Any = diffusers.StableDiffusion3Pipeline, **components: Any) -> Any:
+    return pipeline(
+        transformer=sd3_network(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=shifted_vae(4),
         text_encoder=None,
@@ -255,32 +259,35 @@ def sd3() -> Any:
         tokenizer_2=None,
         text_encoder_3=None,
         tokenizer_3=None,
+        **components,
     )
 
 
-def sd3_arguments() -> Arguments:
+def sd3_arguments(**more: Any) -> Arguments:
     pooled = {"pooled_prompt_embeds": randn(2, 6), "negative_pooled_prompt_embeds": randn(2, 6)}
-    return sized(**pooled)
+    return sized(**pooled, **more)
 
 
-def predict_sd3(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+def predict_sd3(pipe: Any, x: Tensor, t: Tensor, a: Arguments, **more: Any) -> Tensor:
     return pipe.transformer(  # type: ignore[no-any-return]
         hidden_states=x,
         timestep=t,
         encoder_hidden_states=a["prompt_embeds"],
         pooled_projections=a["pooled_prompt_embeds"],
+        **more,
     ).sample
 
 
-def flux(pipeline: Any) -> Any:
+def flux(pipeline: Any, *, transformer: Any = None, **components: Any) -> Any:
     return pipeline(
-        transformer=diffusers_cases.flux(text=8, pooled=6),
+        transformer=transformer or diffusers_cases.flux(text=8, pooled=6),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=shifted_vae(1),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
+        **components,
     )
 
 
@@ -297,18 +304,26 @@ def flux_arguments(count: int = 2, **more: Any) -> Arguments:
     }
 
 
-def predict_flux(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
-    image_ids = torch.zeros(16, 3)  # 8 x 8 latents, in patches of 2 x 2
-    image_ids[:, 1:] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
-    return pipe.transformer(  # type: ignore[no-any-return]
-        hidden_states=x,
-        timestep=t / 1000,
-        guidance=torch.full((len(x),), a["guidance_scale"]),
-        pooled_projections=a["pooled_prompt_embeds"],
-        encoder_hidden_states=a["prompt_embeds"],
-        txt_ids=torch.zeros(7, 3),
-        img_ids=image_ids,
-    ).sample
+def flux_ids() -> Tensor:
+    """Of 8 x 8 latents, in patches of 2 x 2."""
+    ids = torch.zeros(16, 3)
+    ids[:, 1:] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    return ids
+
+
+def predict_flux(pipe: Any, x: Tensor, t: Tensor, a: Arguments, **more: Any) -> Tensor:
+    given = {"hidden_states": x, "img_ids": flux_ids(), **more}
+    return pipe.transformer(**given, **flux_conditions(t, a)).sample  # type: ignore[no-any-return]
+
+
+def flux_conditions(t: Tensor, a: Arguments) -> Arguments:
+    return {
+        "timestep": t / 1000,
+        "guidance": torch.full((len(t),), a["guidance_scale"]),
+        "pooled_projections": a["pooled_prompt_embeds"],
+        "encoder_hidden_states": a["prompt_embeds"],
+        "txt_ids": torch.zeros(7, 3),
+    }
 
 
 def dit() -> Any:
@@ -382,11 +397,20 @@ def ldm() -> Any:
 
 
 def inpainting() -> Any:
-    pipe = stable_diffusion(
-        diffusers.StableDiffusionInpaintPipeline, ddim(), network=lambda: text_unet(in_channels=9)
+    return certain(
+        stable_diffusion(
+            diffusers.StableDiffusionInpaintPipeline,
+            ddim(),
+            network=lambda: text_unet(in_channels=9),
+        )
     )
+
+
+def certain(pipe: Any) -> Any:
+    """The pipeline, its encoder so sure that a draw from the posterior is its mean."""
+    last = pipe.vae.quant_conv or pipe.vae.encoder.conv_out
     with torch.no_grad():
-        pipe.vae.quant_conv.bias[4:] = -100  # so that a draw from the posterior is its mean
+        last.bias[pipe.vae.config.latent_channels :] = -100
     return pipe
 
 
