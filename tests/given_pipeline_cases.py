@@ -1,4 +1,4 @@
-"""Pipelines that are given more than words: upscalers, ControlNets, context, guidance in two calls."""
+"""Pipelines that are given more than words: upscaling, ControlNets, context, two-call guidance."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,6 @@ from pipeline_cases import (
     sd3,
     sd3_arguments,
     sd3_network,
-    stable_diffusion,
     text,
     text_unet,
     user_image,
@@ -58,7 +57,7 @@ def upscale_arguments() -> Arguments:
 
 
 def predict_upscaled(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
-    """The noisy image, of low resolution, is further channels; the first noise of the call is its."""
+    """The noisy image of low resolution is further channels; its noise is the call's first."""
     image, level = 2 * a["image"] - 1, torch.tensor([a["noise_level"]])
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     given = torch.cat([x, pipe.low_res_scheduler.add_noise(image, noise, level)], 1)
@@ -170,7 +169,7 @@ def _given(
 
 
 GIVEN: tuple[PipelineCase, ...] = (
-    _given("upscale", upscaling, upscale_arguments, predict_upscaled),
+    _given("upscale", upscaling, upscale_arguments, predict_upscaled, inputs=True),
     _given("sd3-controlnet", controlled_sd3, controlled_sd3_arguments, predict_controlled_sd3),
     _given("flux-controlnet", controlled_flux, controlled_flux_arguments, predict_controlled_flux),
     _given(
