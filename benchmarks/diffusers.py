@@ -7,7 +7,7 @@ are scored as its detector scores what it draws or is given.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,10 +157,19 @@ def unwatched(pipe: Any, call: Callable[[], None]) -> None:
         pipe.__dict__["ood_monitor"] = watcher
 
 
+def told(rows: Iterable[Row]) -> list[Row]:
+    """The rows, each printed as soon as it is there."""
+    found = []
+    for row in rows:
+        typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+        found.append(row)
+    return found
+
+
 def latency_claims(rows: list[Row]) -> list[Row]:
     found = []
     for row in rows:
-        if row["target"] is not None and row["steps"] == 50:
+        if row.get("target") is not None and row["steps"] == 50:
             text = f"{row['pipeline']}, {row['way']}: time added to a call of 50 steps, as a share"
             found.append(claim(text, row["share"], row["target"]))
     return found
@@ -327,27 +336,27 @@ def digits() -> tuple[DDPMPipeline, Tensor, dict[str, Tensor]]:
 
 def quick_report() -> dict[str, Any]:
     torch.manual_seed(0)
-    rows = list(latency("digits", pipeline(digits_unet()), "up_blocks.1", steps=50, calls=3))
+    rows = told(latency("digits", pipeline(digits_unet()), "up_blocks.1", steps=50, calls=3))
     pipe, held_out, odd = digits()
     sizes = {"fit": 200, "test": 150, "length": 200, "runs": 10}
     found, claims = detection(pipe, held_out, odd, "up_blocks.1", sizes, ert=1_000)
+    told(found)
     return {"rows": [*rows, *found], "claims": [*latency_claims(rows), *claims]}
 
 
-def latency_report() -> list[Row]:
+def latency_report() -> Iterator[Row]:
     torch.manual_seed(0)
-    rows, unet = list[Row](), digits_unet()
+    unet = digits_unet()
     for steps, batch in ((25, 1), (50, 1), (50, 16)):
         digits = pipeline(unet)
-        rows += latency("digits", digits, "up_blocks.1", steps=steps, calls=15, batch=batch)
+        yield from latency("digits", digits, "up_blocks.1", steps=steps, calls=15, batch=batch)
     cifar = pipeline(ddpm_cifar10()[0].module)
-    rows += latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=5)
+    yield from latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=5)
     for plan in plan_costs(cifar, call={"output_type": "np"}, layers=(None, ["up_blocks.3.*"])):
-        rows.append(
-            {"plan": f"{plan.levels}, {plan.layers or 'all layers'}"}
-            | {"milliseconds": round(plan.milliseconds, 1), "forwards": round(plan.forwards, 2)}
-        )
-    return rows
+        yield {"plan": f"{plan.levels}, {plan.layers or 'all layers'}"} | {
+            "milliseconds": round(plan.milliseconds, 1),
+            "forwards": round(plan.forwards, 2),
+        }
 
 
 def main(
@@ -363,7 +372,7 @@ def main(
     if quick:
         found = quick_report()
     else:
-        rows = latency_report() if part != "detection" else []
+        rows = told(latency_report()) if part != "detection" else []
         found = {"rows": rows, "claims": latency_claims(rows)}
         if part != "latency":
             if words := trained.missing(data_dir):
@@ -372,9 +381,8 @@ def main(
             pipe = DDPMPipeline.from_pretrained(model)
             sizes = {"fit": 1_000, "test": 500, "length": 10_000, "runs": 40}
             more, claims = detection(pipe, *fashion(data_dir, 300), "up_blocks.2", sizes, 10_000)
+            told(more)
             found = {"rows": [*rows, *more], "claims": [*found["claims"], *claims]}
-    for row in found["rows"]:
-        typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))
     for c in found["claims"]:
         typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
     save({"machine": machine()} | found, output)
