@@ -18,6 +18,7 @@ import typer
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from numpy.typing import NDArray
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, plan_costs
+from ood_monitor_integrations.diffusers.replay import LEVELS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -57,6 +58,7 @@ def ways(last: str) -> dict[str, Watching]:
     up, end = ["up_blocks.*", *OUTPUT], [f"{last}.*", *OUTPUT]
     share = {"sample_rate": 0.1}
     return {
+        "sync, defaults": Watching(levels=LEVELS),
         "sync, all layers": Watching(),
         "sync, up blocks": Watching(up, target=0.12),
         "sync, last up block": Watching(end, target=0.12),

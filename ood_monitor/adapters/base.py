@@ -8,6 +8,7 @@ log-determinant, the bound at one noise level. Terms can cancel in their sum; ap
 import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "Adapter",
     "Batch",
     "Condition",
+    "OnePass",
     "batch_size",
     "checked_range",
     "checked_terms",
@@ -36,6 +38,21 @@ Batch: TypeAlias = Any
 #: Gives, from a batch, the keywords that a model takes beside the samples. They are made of the
 #: batch's tensors, so that a piece of it has its own, or are the same for all samples.
 Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """The terms of a batch by one forward pass, each in rows of its own.
+
+    Attributes:
+        terms: Names of the K terms.
+        batch: K * B rows: those of the first term, then those of the second.
+        values: Gives of such rows the term of each, shape (K * B,), in nats.
+    """
+
+    terms: tuple[str, ...]
+    batch: Batch
+    values: Callable[[Batch], Tensor]
 
 
 class Adapter(abc.ABC):
@@ -80,6 +97,15 @@ class Adapter(abc.ABC):
             The term's name and its values, shape (B,), in nats; the terms add up to the
             log-likelihood or to its bound.
         """
+
+    def one_pass(self, batch: Batch) -> OnePass | None:
+        """The terms of :meth:`log_likelihood` by a single forward pass, or None if not so.
+
+        For terms that need passes of their own: where samples are few, one pass over K times the
+        rows is quicker than K passes. The engine takes it where the first use of a model shows that
+        it gives the same.
+        """
+        return None
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

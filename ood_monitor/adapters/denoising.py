@@ -41,6 +41,7 @@ from ood_monitor.adapters.base import (
     Adapter,
     Batch,
     Condition,
+    OnePass,
     describe,
     first_tensor,
     map_tensors,
@@ -65,7 +66,7 @@ class _Prediction:
         scale: Of (alpha, sigma): an error of the prediction times this is one of x.
     """
 
-    target: Callable[[Tensor, Tensor, float, float], Tensor]
+    target: Callable[[Tensor, Tensor, Any, Any], Tensor]
     scale: Callable[[float, float], float]
 
 
@@ -181,26 +182,82 @@ class DenoisingBound(Adapter):
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms ``t=<level>``, each of a forward pass of its own."""
-        x = self._inputs(batch)
-        if not x.is_floating_point() or x.ndim < 2:
-            raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
+        x = self._checked_inputs(batch)
         # Copies of a sample are neighbours, so that it still has its own rows of the batch.
-        copies = self._draws * (1 + self._antithetic)
-        condition = self._condition(_repeated(batch, copies))
-        x = _repeated(x, copies)
+        condition = self._condition(_repeated(batch, self._copies))
+        x = _repeated(x, self._copies)
         for level in self.levels:  # nothing here holds a term while the next is computed
-            yield f"t={level}", self._term(x, condition, level).view(-1, copies).mean(1)
+            yield f"t={level}", self._mean(self._term(x, condition, level))
+
+    def one_pass(self, batch: Batch) -> OnePass | None:
+        """All levels at once, but for the variational bound's weights."""
+        if len(self.levels) == 1 or self._loss == "vlb":
+            return None
+        x, count = self._checked_inputs(batch), len(self.levels)
+        schedule, chosen = self.schedule, list(self.levels)
+        by_level = {
+            "noise": torch.stack([self._noise(x, level) for level in chosen]),
+            "alpha": schedule.alpha[chosen].to(x),
+            "sigma": schedule.sigma[chosen].to(x),
+            "t": torch.stack([self._told(x, level) for level in chosen]),
+        }
+        rows = {name: value.repeat_interleave(len(x), 0) for name, value in by_level.items()}
+        rows["x"], rows["batch"] = map_tensors(
+            lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)), (x, batch)
+        )
+        return OnePass(tuple(f"t={level}" for level in chosen), rows, self._rows)
+
+    def _rows(self, rows: Mapping[str, Any]) -> Tensor:
+        """The term of each row of :meth:`one_pass`."""
+        condition = self._condition(_repeated(rows["batch"], self._copies))
+        x, t, alpha, sigma = _repeated(
+            [rows[k] for k in ("x", "t", "alpha", "sigma")], self._copies
+        )
+        alpha, sigma = (value.view(-1, *[1] * (x.ndim - 1)) for value in (alpha, sigma))
+        noise = rows["noise"].flatten(0, 1)
+        return self._mean(-self._loss_of(self._error(x, noise, alpha, sigma, t, condition)))
 
     def _term(self, x: Tensor, condition: Mapping[str, Any], level: int) -> Tensor:
         alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
         noise = self._noise(x, level)
         noise = noise.repeat(len(x) // len(noise), *[1] * (x.ndim - 1))
-        predicted = self._predicted(alpha * x + sigma * noise, level, condition)
-        error = (predicted - self._prediction.target(x, noise, alpha, sigma)).flatten(1)
-        if self._loss == "l1":
-            return -error.abs().sum(1)
-        squared = error.square().sum(1)
-        return -0.5 * squared if self._loss == "l2" else self._bound(x.flatten(1), squared, level)
+        # Made of the samples: to the gradients' engine, a time for each sample is data of its own.
+        told = self._told(x, level)
+        t = torch.full_like(x.flatten(1)[:, 0], told.item(), dtype=told.dtype)
+        error = self._error(x, noise, alpha, sigma, t, condition)
+        if self._loss == "vlb":
+            return self._bound(x.flatten(1), error.square().sum(1), level)
+        return -self._loss_of(error)
+
+    def _error(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        alpha: Any,
+        sigma: Any,
+        t: Tensor,
+        condition: Mapping[str, Any],
+    ) -> Tensor:
+        """Prediction less target, (B, D); alpha and sigma are numbers, or of each row."""
+        predicted = self._predicted(alpha * x + sigma * noise, t, condition)
+        return (predicted - self._prediction.target(x, noise, alpha, sigma)).flatten(1)
+
+    def _loss_of(self, error: Tensor) -> Tensor:
+        return error.abs().sum(1) if self._loss == "l1" else 0.5 * error.square().sum(1)
+
+    @property
+    def _copies(self) -> int:
+        return self._draws * (1 + self._antithetic)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Over the draws of each sample."""
+        return values.view(-1, self._copies).mean(1)
+
+    def _checked_inputs(self, batch: Batch) -> Tensor:
+        x = self._inputs(batch)
+        if not x.is_floating_point() or x.ndim < 2:
+            raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
+        return x
 
     def _noise(self, x: Tensor, level: int) -> Tensor:
         """All draws at a level, shape (draws, C, ...), or twice as many with their negatives."""
@@ -209,11 +266,13 @@ class DenoisingBound(Adapter):
         noise = normal_draws(x.shape[1:], self._draws, seed).to(x)
         return torch.cat([noise, -noise]) if self._antithetic else noise
 
-    def _predicted(self, x_t: Tensor, level: int, condition: Mapping[str, Any]) -> Tensor:
+    def _told(self, x: Tensor, level: int) -> Tensor:
+        """The time that the network is told of a level."""
         t = self._time(self.schedule.t[level])
-        dtype = torch.promote_types(x_t.dtype, torch.float32) if t.is_floating_point() else t.dtype
-        # Made of the samples: to the gradients' engine, a time for each sample is data of its own.
-        t = torch.full_like(x_t.flatten(1)[:, 0], t.item(), dtype=dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32) if t.is_floating_point() else t.dtype
+        return t.to(x.device, dtype)
+
+    def _predicted(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         given = x_t.to(dtype_of(self.module, x_t.dtype))
         if self._by_keyword:
             return _like(x_t, self.module(given, timestep=t, **condition))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, pieces
-from ood_monitor.gradients.fast import recorded_norms
+from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
 
@@ -27,10 +27,12 @@ class Facts:
     Attributes:
         looped: Parameters that only the loop gets right.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
+        at_once: Whether the adapter's one pass for all terms gives what its passes give.
     """
 
     looped: frozenset[str]
     last_of_graph: frozenset[str]
+    at_once: bool = False
 
 
 #: By adapter: found on two gradients, and on one, which does not show what samples do to others.
@@ -67,7 +69,9 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
             "parameters are scored by the loop: exact, but slower.",
             stacklevel=4,
         )
-    facts = Facts(frozenset(wrong | fast.left_over), fast.last_of_graph)
+    looped = frozenset(wrong | fast.left_over)
+    at_once = _gives_the_same(adapter, probe, n, values, exact, dtypes, looped)
+    facts = Facts(looped, fast.last_of_graph, at_once)
     (_known if n > 1 else _known_of_one)[adapter] = facts
     return facts
 
@@ -93,6 +97,29 @@ def _check_independence(
                 f"{alone[term].tolist()} alone and {values.tolist()} together: the model mixes "
                 f"samples or draws random numbers that {type(adapter).__name__} does not fix."
             )
+
+
+def _gives_the_same(
+    adapter: Adapter,
+    probe: Batch,
+    n: int,
+    values: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    looped: frozenset[str],
+) -> bool:
+    """Whether all terms can be had by one pass, for the parameters that the loop does not take."""
+    one = adapter.one_pass(probe)
+    if one is None or one.terms != tuple(values):
+        return False
+    rest = dtypes.keys() - looped
+    found = recorded_rows(adapter.module, one, n, rest.__contains__, by_row=True)
+    try:
+        _check_independence(adapter, found.log_likelihood, values, set(dtypes.values()))
+    except ValueError:  # a network that looks at the time of its first row, say
+        return False
+    exact = {key: rows for key, rows in exact.items() if key.split("/", 1)[1] in rest}
+    return not found.left_over and not _disagreeing(found.norms, exact, dtypes)
 
 
 def _disagreeing(

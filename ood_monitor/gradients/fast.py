@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ood_monitor.adapters.base import Adapter, Batch, checked_terms, tensors_in
+from ood_monitor.adapters.base import Adapter, Batch, OnePass, checked_terms, tensors_in
 from ood_monitor.gradients.factors import full_precision
 from ood_monitor.gradients.recorder import Recorder
 
-__all__ = ["Recorded", "recorded_norms", "recorded_terms"]
+__all__ = ["Recorded", "recorded_norms", "recorded_rows", "recorded_terms"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,48 @@ def recorded_norms(
     norms: dict[str, Tensor] = {}
     for term, value in recorded_terms(recorder, checked_terms(adapter, batch)):
         values[term] = value.detach()
-        found = recorder.squared_norms(value, keep_graph=term not in last_of_graph)
-        for name, leaf in recorder.leaves.items():
-            rows = leaf.shape[0] if leaf.ndim else 1
-            zeros = full_precision(leaf.new_zeros((n, rows) if by_row else (n,)))
-            norms[f"{term}/{name}"] = found.get(name, zeros)
+        found = _squared_norms(recorder, value, n, by_row, keep_graph=term not in last_of_graph)
+        norms |= {f"{term}/{name}": squared for name, squared in found.items()}
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
     return Recorded(values, norms, recorder.left_over, last)
+
+
+def recorded_rows(
+    module: nn.Module, one: OnePass, n: int, selected: Callable[[str], bool], by_row: bool
+) -> Recorded:
+    """As :func:`recorded_norms`, of all terms by one pass.
+
+    Raises:
+        ValueError: The values are not one a row.
+    """
+    count = len(one.terms)
+    recorder = Recorder(module, selected, tensors_in(one.batch), count * n, by_row)
+    with recorder:
+        value = one.values(one.batch)
+    if value.ndim != 1 or len(value) % count:
+        raise ValueError(f"Expected a value a row, got shape {tuple(value.shape)}.")
+    found = _squared_norms(recorder, value, count * n, by_row, keep_graph=False)
+    norms = {
+        f"{term}/{name}": part
+        for name, squared in found.items()
+        for term, part in zip(one.terms, squared.chunk(count), strict=True)
+    }
+    values = dict(zip(one.terms, value.detach().chunk(count), strict=True))
+    return Recorded(values, norms, recorder.left_over, frozenset())
+
+
+def _squared_norms(
+    recorder: Recorder, value: Tensor, n: int, by_row: bool, *, keep_graph: bool
+) -> dict[str, Tensor]:
+    """By parameter, with zeros where no gradient came."""
+    found = recorder.squared_norms(value, keep_graph=keep_graph)
+    norms = {}
+    for name, leaf in recorder.leaves.items():
+        rows = leaf.shape[0] if leaf.ndim else 1
+        zeros = full_precision(leaf.new_zeros((n, rows) if by_row else (n,)))
+        norms[name] = found.get(name, zeros)
+    return norms
 
 
 def recorded_terms(

@@ -24,11 +24,12 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
         ValueError: The model has no floating-point parameter, nothing matches, or a chosen one is
             sharded, quantised or not initialised.
     """
-    names = [name for name, p in module.named_parameters() if p.is_floating_point()]
+    parameters = dict(module.named_parameters())
+    names = [name for name, p in parameters.items() if p.is_floating_point()]
     if not names:
         raise ValueError(
             f"Expected a model with floating-point parameters, got {type(module).__name__} with "
-            f"{sum(1 for _ in module.parameters())} parameters, none of them floating-point."
+            f"{len(parameters)} parameters, none of them floating-point."
         )
     chosen = frozenset(filter(_predicate(layers), names))
     if not chosen:
@@ -38,7 +39,7 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
         )
     if "FullyShardedDataParallel" in {type(submodule).__name__ for submodule in module.modules()}:
         raise ValueError("Expected whole parameters, got a model that FSDP has sharded.")
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         reason = _unsupported(parameter)
         if reason and (name in chosen or layers is None):
             raise ValueError(

@@ -27,7 +27,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
 )
 from ood_monitor.gradients.check import Facts, facts_of
-from ood_monitor.gradients.fast import recorded_norms, recorded_terms
+from ood_monitor.gradients.fast import recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
@@ -45,6 +45,11 @@ __all__ = [
 #: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
 #: first dimension (output channel or unit, element of a bias), whose sum is the tensor's.
 Granularity: TypeAlias = Literal["tensor", "row"]
+
+
+#: Samples up to which all terms are computed at once, where an adapter can. More gain little time,
+#: and take as many times the memory as there are terms.
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,12 @@ def _chunk_norms(
     def by_rule(name: str) -> bool:
         return selected(name) and name not in by_loop
 
-    fast = recorded_norms(adapter, chunk, n, by_rule, by_row, facts.last_of_graph)
+    one = adapter.one_pass(chunk) if facts.at_once and batch_size(chunk) <= _FEW else None
+    fast = (
+        recorded_norms(adapter, chunk, n, by_rule, by_row, facts.last_of_graph)
+        if one is None
+        else recorded_rows(adapter.module, one, n, by_rule, by_row)
+    )
     slow = by_loop | fast.left_over
     norms = fast.norms
     if slow:

@@ -14,7 +14,7 @@ from ood_monitor.gradients.layers import Layers
 from ood_monitor.gradients.scoring import undisturbed
 from ood_monitor_integrations.diffusers.families import denoiser_of
 from ood_monitor_integrations.diffusers.recording import recorded
-from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.replay import LEVELS, ReplayedBound
 from ood_monitor_integrations.diffusers.state import scorable
 
 __all__ = ["PlanCost", "plan_costs"]
@@ -41,7 +41,7 @@ def plan_costs(
     pipe: Any,
     *,
     call: Mapping[str, Any] | None = None,
-    levels: Sequence[Sequence[int]] = ((50, 500), (500,)),
+    levels: Sequence[Sequence[int]] = (LEVELS, (50, 500), (500,)),
     layers: Sequence[Layers] = (None,),
     rounds: int = 5,
 ) -> list[PlanCost]:

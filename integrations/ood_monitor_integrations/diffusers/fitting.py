@@ -15,7 +15,7 @@ from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
 from ood_monitor_integrations.diffusers.recording import Recorded, recorded
-from ood_monitor_integrations.diffusers.replay import SEED, ReplayedBound
+from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 from ood_monitor_integrations.diffusers.state import check_deployment, scorable
 from ood_monitor_integrations.diffusers.watching import original_class, size_of
 
@@ -36,7 +36,7 @@ def fit_pipeline(
     data: Iterable[Any] | None = None,
     *,
     call: Call | None = None,
-    levels: Sequence[int] = (50, 500),
+    levels: Sequence[int] = LEVELS,
     layers: Layers = None,
     samples: int = 500,
     seed: int = SEED,
@@ -57,7 +57,8 @@ def fit_pipeline(
             samples, from whole calls; it then tells what is unlike them, not what is unlike the
             training data, and its ``source`` says so.
         call: Arguments of all calls.
-        levels: Noise levels: each costs a pass; see :func:`plan_costs`.
+        levels: Noise levels: each costs a pass; see :func:`plan_costs`. With fewer, more depends on
+            the seed: ``benchmarks/diffusers``.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
             "conv_norm_out.*", "conv_out.*"]``, costs less than all.
         samples: The most samples to use.
@@ -94,7 +95,7 @@ def replayed_bound(
     pipe: DiffusionPipeline,
     *,
     call: Call | None = None,
-    levels: Sequence[int] = (50, 500),
+    levels: Sequence[int] = LEVELS,
     layers: Layers = None,
     seed: int = SEED,
 ) -> ReplayedBound:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, DenoisingBound
-from ood_monitor.adapters.base import Batch, describe
+from ood_monitor.adapters.base import Batch, OnePass, describe
 from ood_monitor_integrations.diffusers.arguments import (
     BESIDE,
     SAMPLE,
@@ -21,7 +21,11 @@ from ood_monitor_integrations.diffusers.capture import DenoiserCall, sample_argu
 from ood_monitor_integrations.diffusers.families import family_of, original_of
 from ood_monitor_integrations.diffusers.state import settings_of
 
-__all__ = ["SEED", "ReplayedBound"]
+__all__ = ["LEVELS", "SEED", "ReplayedBound"]
+
+#: Noise levels unless told otherwise, little noise to much. All samples share one draw of the noise
+#: a level, and a draw may hide what another shows: four are less at the mercy of luck than two.
+LEVELS = (20, 100, 300, 500)
 
 #: Of the noise, unless told otherwise. The same seed in a user's hands, with a level added, would
 #: start a pipeline from the very noise that its result is then tested with: none that people use.
@@ -57,7 +61,7 @@ class ReplayedBound(Adapter):
         count: int,
         *,
         controlnet: nn.Module | None = None,
-        levels: Sequence[int] = (50, 500),
+        levels: Sequence[int] = LEVELS,
         seed: int = SEED,
     ) -> None:
         self.module = original_of(denoiser)
@@ -98,6 +102,10 @@ class ReplayedBound(Adapter):
         if not isinstance(batch, Mapping) or SAMPLE not in batch:
             raise ValueError(f"Expected a mapping with a {SAMPLE!r}, got {describe(batch)}.")
         return self._bound.log_likelihood(batch)
+
+    def one_pass(self, batch: Batch) -> OnePass | None:
+        """All levels at once."""
+        return self._bound.one_pass(batch)
 
     def batch(self, call: DenoiserCall, count: int) -> dict[str, Tensor]:
         """The samples and conditions of another call, copied.
