@@ -10,7 +10,7 @@ help:
 	@echo "make test       the test suite, README included"
 	@echo "make check      lint, format and types"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make benchmark  what the README claims of cost, measured here (a quarter of an hour)"
+	@echo "make benchmark  what the README claims of cost, measured here (half an hour)"
 	@echo "make benchmark-quality  what it claims of detection (an hour or more, and data that each says how to get)"
 
 install: $(INSTALLED)
@@ -41,6 +41,7 @@ format: $(INSTALLED)
 
 benchmark: benchmark-peers
 	$(BIN)/python -m benchmarks.lightning --json benchmarks/results/lightning.json
+	$(BIN)/python -m benchmarks.diffusers --part latency --json benchmarks/results/diffusers_latency.json
 	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
@@ -53,6 +54,8 @@ benchmark-quality: benchmark-peers
 	$(BIN)/python -m benchmarks.drift_history --json benchmarks/results/drift_history.json
 	$(BIN)/python -m benchmarks.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
 		--json benchmarks/results/densities.json
+	$(BIN)/python -m benchmarks.diffusers --part detection --data-dir $(DATA) \
+		--model $(DATA)/../models/ddpm-fashion-mnist --json benchmarks/results/diffusers_detection.json
 	$(BIN)/python -m benchmarks.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
 
 # Without their dependencies: what they need is here, and some pull torchvision in.
