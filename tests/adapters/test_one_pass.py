@@ -1,5 +1,6 @@
 """All noise levels of a small batch by one pass: the same figures, by fewer calls."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from model_case import perturbed
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.adapters.base import Batch, OnePass, map_tensors
 from ood_monitor.gradients import terms_and_norms
 from ood_monitor.gradients.loop import loop_norms
 
@@ -126,5 +127,22 @@ def test_an_adapter_that_changes_the_terms_keeps_its_own() -> None:
                 yield term, value + 1
 
     adapter = Shifted(Small().double(), TEN, levels=[1, 8])
+    assert passes(adapter, images(3)) == 2
+    check(adapter, images(3), 3)
+
+
+def test_one_pass_of_other_gradients_is_not_taken() -> None:
+    class Doubled(om.DenoisingBound):
+        def one_pass(self, batch: Batch) -> OnePass | None:
+            one = super().one_pass(batch)
+            assert one is not None
+
+            def values(rows: Batch) -> Tensor:
+                value = one.values(rows)
+                return 2 * value - value.detach()
+
+            return dataclasses.replace(one, values=values)
+
+    adapter = Doubled(Small().double(), TEN, levels=[1, 8])
     assert passes(adapter, images(3)) == 2
     check(adapter, images(3), 3)
