@@ -1,34 +1,51 @@
-"""What a monitor tells people: an `Alert`, the sinks that take it, and the thread between them.
+"""What a monitor tells people: an `Alert`, running figures, and what takes them.
 
 An alert holds figures and names, never data: no sample, and nothing that a sample can be rebuilt
-from. Delivery keeps three promises to the code that is being monitored: `Dispatcher.send` returns
-at once, it never raises, and an alert that could not be delivered is kept and counted, so nothing
-is lost silently.
+from. `docs/alert.schema.json` describes its JSON.
 """
 
-import atexit
 import json
 import logging
 import math
 import operator
-import os
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 from uuid import uuid4
+
+__all__ = [
+    "Alert",
+    "AlertEvidence",
+    "AlertKind",
+    "FlaggedSample",
+    "LayerShare",
+    "LoggingSink",
+    "MeterSink",
+    "Reading",
+    "Severity",
+    "Sink",
+    "Status",
+    "Summary",
+    "SummarySink",
+    "TermShare",
+    "severity_of",
+]
 
 AlertKind = Literal["sample", "drift", "recovered", "invalid_input", "stale_calibration"]
 Severity = Literal["info", "warning", "critical"]
 Status = Literal["OK", "WARN", "ALERT"]
 
-_FORMAT = 1
+#: Version of an alert's JSON; 1 had no status, terms or samples.
+_FORMAT = 2
+_READ = (1, _FORMAT)
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
-_BACK_OFF = (0.1, 0.4)  # seconds before the second and the third try
-_ALL_SINKS = "all sinks"
+
+#: Characters of a sample's id that an alert carries.
+_LONGEST_ID = 256
+
+#: Flagged samples, and how many times the promised rate, from which on flags are critical.
+_MANY, _TIMES = 5, 2
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +69,44 @@ class LayerShare:
         _make_plain(self, "share", "z")
 
 
+@dataclass(frozen=True)
+class TermShare:
+    """How much one term of the likelihood speaks for an alert, such as a noise level.
+
+    Attributes:
+        term: The term's name, as the adapter gives it.
+        share: The part of the score that is of its layers and its value, between 0 and 1.
+    """
+
+    term: str
+    share: float | None
+
+    def __post_init__(self) -> None:
+        _make_plain(self, "share")
+
+
+@dataclass(frozen=True)
+class FlaggedSample:
+    """A sample that was flagged: where it stood, and what its owner calls it; never itself.
+
+    Attributes:
+        position: Its place in the stream, from 1.
+        p_value: Its conformal p-value.
+        id: As it was given to the monitor, at most 256 characters of it, or the sample's SHA-256;
+            None if neither was asked for.
+    """
+
+    position: int
+    p_value: float | None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        _make_whole(self, "position")
+        _make_plain(self, "p_value")
+        if self.id is not None:
+            object.__setattr__(self, "id", str(self.id)[:_LONGEST_ID])
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlertEvidence:
     """The figures behind an alert. A figure that is not defined, or not finite, is None.
@@ -68,7 +123,7 @@ class AlertEvidence:
         flagged_rate_high: Its upper end.
         score_mean: Mean anomaly score over the window (higher = more anomalous).
         score_p95: 95th percentile of the anomaly score over the window.
-        p_value: Conformal p-value of the sample that triggered; None for drift.
+        p_value: Conformal p-value of the most anomalous sample that triggered; None for drift.
     """
 
     log_e_value: float | None
@@ -101,13 +156,19 @@ class Alert:
         message: One sentence for people.
         evidence: The figures.
         top_layers: The layers that say the most, the strongest first.
+        top_terms: The terms of the likelihood (noise levels, latent levels) that do, the strongest
+            first; empty if the model has one.
+        samples: Flagged samples, in the order of the stream, at most twenty: those that a sample
+            alert is of, or the latest before a drift alert.
         detector: Fingerprint of the detector.
         model: Fingerprint of the model.
+        status: The stream's, with this alert. By default OK with a recovery, ALERT with a drift,
+            else WARN.
         time: When it happened; any time zone, kept as UTC.
         id: 32 hexadecimal digits, the same through every delivery.
 
     Raises:
-        ValueError: If `kind` or `severity` is unknown, or `time` has no time zone.
+        ValueError: If `kind`, `severity` or `status` is unknown, or `time` has no time zone.
     """
 
     kind: AlertKind
@@ -117,18 +178,24 @@ class Alert:
     message: str
     evidence: AlertEvidence
     top_layers: tuple[LayerShare, ...] = ()
+    top_terms: tuple[TermShare, ...] = ()
+    samples: tuple[FlaggedSample, ...] = ()
     detector: str
     model: str
+    status: Status = None  # type: ignore[assignment]  # never None once made
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
     id: str = field(default_factory=lambda: uuid4().hex)
 
     def __post_init__(self) -> None:
         _check_word("kind", self.kind, get_args(AlertKind))
         _check_word("severity", self.severity, get_args(Severity))
+        object.__setattr__(self, "status", vars(self)["status"] or _usual_status(self.kind))
+        _check_word("status", self.status, get_args(Status))
         if self.time.utcoffset() is None:
             raise ValueError(f"Expected a time with a time zone, got {self.time!r}.")
         object.__setattr__(self, "time", self.time.astimezone(UTC))
-        object.__setattr__(self, "top_layers", tuple(self.top_layers))
+        for name in ("top_layers", "top_terms", "samples"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _make_whole(self, "samples_seen")
 
     def to_json(self, *, indent: int | None = None) -> str:
@@ -138,7 +205,7 @@ class Alert:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The alert that `to_json` wrote.
+        """The alert that `to_json` wrote, in this release or before.
 
         Raises:
             ValueError: If `text` is not such an alert.
@@ -184,10 +251,38 @@ class Summary:
         _make_whole(self, "samples_seen")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one call of a monitor measured, for a sink that keeps meters.
+
+    Attributes:
+        stream: The stream's name.
+        detector: Fingerprint of the detector.
+        model: Fingerprint of the model.
+        scores: (B,), anomaly scores of the valid samples (higher = more anomalous).
+        p_values: (B,), their conformal p-values.
+        flagged: How many of them were flagged.
+        invalid: Samples beside them that could not be scored.
+        seconds: What scoring took, in wall time; None where the call decided only.
+        failed: 1 if the call raised, so that nothing was scored.
+    """
+
+    stream: str
+    detector: str
+    model: str
+    scores: Sequence[float] = ()
+    p_values: Sequence[float] = ()
+    flagged: int = 0
+    invalid: int = 0
+    seconds: float | None = None
+    failed: int = 0
+
+
 class Sink(Protocol):
     """Takes an alert where people look.
 
-    It may block and it may raise. If it has a `close()`, that is called once, after the last alert.
+    It may block and it may raise. If it has a `close()`, that is called once, after the last alert;
+    if it has a `name`, its undelivered alerts are kept under that.
     """
 
     def __call__(self, alert: Alert, /) -> None:
@@ -203,8 +298,11 @@ class SummarySink(Sink, Protocol):
 
 
 @runtime_checkable
-class _Closeable(Protocol):
-    def close(self) -> object: ...
+class MeterSink(Sink, Protocol):
+    """A sink that keeps meters of every sample."""
+
+    def measure(self, reading: Reading, /) -> None:
+        """Take in `reading`. It is not tried again."""
 
 
 class LoggingSink:
@@ -223,271 +321,6 @@ class LoggingSink:
         self._logger.log(level, "%s", " ".join(_line(alert).split()))
 
 
-@dataclass(frozen=True)
-class Undelivered:
-    """An alert that a sink did not get.
-
-    Attributes:
-        alert: The alert.
-        sink: The sink's name, or "all sinks".
-        reason: Why.
-    """
-
-    alert: Alert
-    sink: str
-    reason: str
-
-
-class Dispatcher:
-    """Hands alerts to sinks from a thread of its own, in the order they were sent.
-
-    One sink's failure is nobody else's. A sink that fails is tried three times, within about half a
-    second; its first failure is logged with the traceback, the others are counted. A full queue
-    gives up summaries before alerts. The dispatcher closes itself when the interpreter exits. A
-    forked child starts with an empty queue: the parent delivers what was sent before the fork.
-
-    Args:
-        sinks: Called in this order.
-        capacity: Alerts and summaries that may wait, and undelivered alerts that are kept.
-
-    Attributes:
-        undelivered_count: Deliveries that failed for good, alerts that did not fit included.
-        dropped_summaries: Summaries that were given up for lack of room.
-
-    Raises:
-        ValueError: If `capacity` is not positive.
-        TypeError: If a sink cannot be called.
-    """
-
-    def __init__(self, sinks: Iterable[Sink], *, capacity: int = 1024) -> None:
-        if capacity < 1:
-            raise ValueError(f"Expected a capacity of at least 1, got {capacity}.")
-        self._outlets = [_Outlet(sink) for sink in sinks]
-        self._capacity = capacity
-        self._closed = False
-        self._begin()
-        atexit.register(self.close)
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        # Its lock is re-entrant: a signal handler may send while a send is under way.
-        self._changed = threading.Condition()
-        self._queue: deque[tuple[int, Alert | Summary]] = deque()
-        self._current: tuple[int, Alert | Summary] | None = None
-        self._accepted = 0
-        self._worker: threading.Thread | None = None
-        self._refused = False
-        self._abandoned = False
-        self._undelivered: deque[Undelivered] = deque(maxlen=self._capacity)
-        self.undelivered_count = 0
-        self.dropped_summaries = 0
-
-    @property
-    def undelivered(self) -> tuple[Undelivered, ...]:
-        """What was not delivered, the oldest first; the latest `capacity` of them."""
-        with self._changed:
-            return tuple(self._undelivered)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Calls that raised, by the sink's name, tries that were repeated included."""
-        counts: Counter[str] = Counter()
-        for outlet in self._outlets:
-            counts[outlet.name] += outlet.failures
-        return dict(counts)
-
-    def send(self, alert: Alert) -> None:
-        """Queue `alert` for every sink. Returns at once and does not raise."""
-        self._leave_parent()
-        with self._changed:
-            refusal = self._refusal() or self._enqueue(alert)
-            if refusal:
-                self._keep(Undelivered(alert, _ALL_SINKS, refusal))
-        if refusal and not self._refused:
-            self._refused = True  # one line, however many alerts follow
-            _log.warning("Alert %s will not be delivered: %s.", alert.id, refusal)
-
-    def summarise(self, summary: Summary) -> None:
-        """Queue `summary`, if there is room. Returns at once and does not raise."""
-        self._leave_parent()
-        with self._changed:
-            full = len(self._queue) >= self._capacity
-            if full or self._closed or self._enqueue(summary):
-                self.dropped_summaries += 1
-
-    def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until all that was queued before this call is dealt with.
-
-        Args:
-            timeout: The longest wait, in seconds.
-
-        Returns:
-            Whether it was, in time.
-        """
-        self._leave_parent()
-        with self._changed:
-            last = self._accepted
-            return self._changed.wait_for(lambda: self._dealt_with(last), timeout)
-
-    def close(self, timeout: float = 5.0) -> None:
-        """Deliver what is queued, close the sinks and stop. A second call does nothing.
-
-        Args:
-            timeout: The longest wait, in seconds; what is left then counts as undelivered.
-        """
-        self._leave_parent()
-        with self._changed:
-            again, self._closed = self._closed, True
-            self._changed.notify_all()
-        if again:
-            return
-        atexit.unregister(self.close)
-        self._join(timeout)
-        if self.undelivered_count:
-            text = "Alerts not delivered: %d. Dispatcher.undelivered has the latest of them."
-            _log.warning(text, self.undelivered_count)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _leave_parent(self) -> None:
-        if self._pid != os.getpid():
-            self._begin()
-
-    def _refusal(self) -> str | None:
-        if self._closed:
-            return "it was sent after the dispatcher was closed"
-        if len(self._queue) >= self._capacity and not self._give_up_summary():
-            return "the queue was full"
-        return None
-
-    def _give_up_summary(self) -> bool:
-        for index, (_, item) in enumerate(self._queue):
-            if isinstance(item, Summary):
-                del self._queue[index]
-                self.dropped_summaries += 1
-                return True
-        return False
-
-    def _enqueue(self, item: Alert | Summary) -> str | None:
-        try:
-            self._start()
-        except RuntimeError as error:  # no thread can start while the interpreter shuts down
-            return f"no thread could start: {error}"
-        self._accepted += 1
-        self._queue.append((self._accepted, item))
-        self._changed.notify_all()
-        return None
-
-    def _start(self) -> None:
-        if self._worker is None:
-            worker = threading.Thread(target=self._run, name="ood-monitor-alerts", daemon=True)
-            worker.start()
-            self._worker = worker
-
-    def _dealt_with(self, last: int) -> bool:
-        oldest = self._current or (self._queue[0] if self._queue else None)
-        return oldest is None or oldest[0] > last
-
-    def _keep(self, undelivered: Undelivered) -> None:
-        self.undelivered_count += 1
-        self._undelivered.append(undelivered)
-
-    def _join(self, timeout: float) -> None:
-        if self._worker is None:
-            for outlet in self._outlets:
-                outlet.close()
-        elif self._worker is not threading.current_thread():
-            self._worker.join(timeout)
-            self._abandon()
-
-    def _abandon(self) -> None:
-        with self._changed:
-            self._abandoned = True
-            left = [self._current] if self._current else []
-            for _, item in [*left, *self._queue]:
-                if isinstance(item, Alert):
-                    reason = "it was not delivered by the deadline for closing"
-                    self._keep(Undelivered(item, _ALL_SINKS, reason))
-            self._queue.clear()
-
-    def _run(self) -> None:
-        while item := self._next():
-            if isinstance(item, Alert):
-                self._deliver(item)
-            else:
-                for outlet in self._outlets:
-                    outlet.show(item)
-        for outlet in self._outlets:
-            outlet.close()
-
-    def _next(self) -> Alert | Summary | None:
-        with self._changed:
-            self._current = None
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            self._current = self._queue.popleft() if self._queue else None
-            return self._current[1] if self._current else None
-
-    def _deliver(self, alert: Alert) -> None:
-        left = [outlet for outlet in self._outlets if not outlet.deliver(alert)]
-        for delay in _BACK_OFF:
-            if left:
-                self._pause(delay)
-            left = [outlet for outlet in left if not outlet.deliver(alert)]
-        with self._changed:
-            for outlet in [] if self._abandoned else left:
-                self._keep(Undelivered(alert, outlet.name, outlet.error))
-
-    def _pause(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed, seconds)
-
-
-class _Outlet:
-    """A sink whose failures stay inside; only one thread calls it."""
-
-    def __init__(self, sink: Sink) -> None:
-        if not callable(sink):
-            raise TypeError(f"Expected a sink that can be called with an alert, got {sink!r}.")
-        self._sink = sink
-        self.name: str = getattr(sink, "__qualname__", type(sink).__qualname__)
-        self.failures = 0
-        self.error = ""
-
-    def deliver(self, alert: Alert) -> bool:
-        return self._attempt(lambda: self._sink(alert))
-
-    def show(self, summary: Summary) -> None:
-        if isinstance(self._sink, SummarySink):
-            sink = self._sink
-            self._attempt(lambda: sink.summarise(summary))
-
-    def close(self) -> None:
-        if isinstance(self._sink, _Closeable):
-            self._attempt(self._sink.close)
-
-    def _attempt(self, call: Callable[[], object]) -> bool:
-        try:
-            call()
-        except (Exception, SystemExit) as error:  # a sink that exits must not end the thread
-            self.failures += 1
-            self.error = f"{type(error).__name__}: {error}"
-            if self.failures == 1:
-                text = "The sink %s failed; its further failures are counted, not logged."
-                _log.warning(text, self.name, exc_info=True)
-            return False
-        return True
-
-
 def _make_plain(record: object, *names: str) -> None:
     """Make numbers of any library Python's own, and None of what JSON cannot carry."""
     for name in names:
@@ -502,6 +335,25 @@ def _make_whole(record: object, *names: str) -> None:
         object.__setattr__(record, name, operator.index(getattr(record, name)))
 
 
+def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
+    """How much an alert matters, from its evidence alone.
+
+    A drift is *critical*: its e-value has reached the promised run time. A flagged sample is a
+    *warning*, and *critical* if flags come more often than promised and not by chance: at least
+    five in the window, and the lower end of their rate's interval above twice `fpr`. Invalid input
+    and a stale calibration are a *warning*, a recovery is *info*.
+    """
+    if kind == "recovered":
+        return "info"
+    rate, fpr = evidence.flagged_rate_low, evidence.fpr
+    is_many = evidence.flagged >= _MANY and rate is not None and rate > _TIMES * (fpr or 0.0)
+    return "critical" if kind == "drift" or (kind == "sample" and is_many) else "warning"
+
+
+def _usual_status(kind: AlertKind) -> Status:
+    return {"recovered": "OK", "drift": "ALERT"}.get(kind, "WARN")  # type: ignore[return-value]
+
+
 def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
         raise ValueError(f"Expected {name} to be one of {', '.join(words)}, got {word!r}.")
@@ -509,12 +361,13 @@ def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
 
 def _parsed(record: dict[str, Any]) -> dict[str, Any]:
     version = record.pop("format")
-    if version != _FORMAT:
-        raise ValueError(f"its format is {version!r}, and this release reads {_FORMAT}")
+    if version not in _READ:
+        raise ValueError(f"its format is {version!r}, and this release reads {_READ}")
+    parts = {"top_layers": LayerShare, "top_terms": TermShare, "samples": FlaggedSample}
     return record | {
         "time": datetime.fromisoformat(record["time"]),
         "evidence": AlertEvidence(**record["evidence"]),
-        "top_layers": tuple(LayerShare(**layer) for layer in record["top_layers"]),
+        **{name: tuple(of(**part) for part in record.get(name, ())) for name, of in parts.items()},
     }
 
 
@@ -527,5 +380,7 @@ def _line(alert: Alert) -> str:
         parts.append(f"p-value {evidence.p_value:.2g}")
     if alert.top_layers:
         parts.append(f"top layer {alert.top_layers[0].layer}")
+    if alert.top_terms:
+        parts.append(f"top term {alert.top_terms[0].term}")
     where = f"stream {alert.stream}, sample {alert.samples_seen}"
     return f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] id {alert.id}"

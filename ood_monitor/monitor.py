@@ -1,86 +1,50 @@
 """The monitor: a detector on a stream. It decides, remembers, and tells the sinks."""
 
 import copy
-import logging
 import math
 import threading
-from collections import deque
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from os import PathLike
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
-import torch
 
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.alerts import (
     Alert,
     AlertEvidence,
     AlertKind,
-    Dispatcher,
-    LayerShare,
-    Severity,
+    FlaggedSample,
+    Reading,
     Sink,
     Status,
     Summary,
+    severity_of,
 )
-from ood_monitor.calibration import (
-    autocorrelation_bound,
-    binomial_interval,
-    lag1_autocorrelation,
-)
-from ood_monitor.densities import Array
 from ood_monitor.detector import Detector
+from ood_monitor.dispatcher import Dispatcher
 from ood_monitor.drift import EDetector, Evidence
+from ood_monitor.episode import (
+    Episode,
+    Memory,
+    Row,
+    rows_of,
+    top_layers,
+    top_terms,
+)
 from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.hashes import hashes_where
+from ood_monitor.neighbours import Neighbours
 from ood_monitor.scores import Scores
+from ood_monitor.staleness import Weights
 
 __all__ = ["Monitor"]
 
-_log = logging.getLogger(__name__)
-
-#: Version of :meth:`Monitor.state_dict`.
-_STATE_FORMAT = 1
-
-#: Scores of the episode that the running figures cover, and samples that the layers' means do.
-_RECENT_SCORES, _RECENT_LAYERS = 1000, 50
-
-#: Scores that neighbours are compared in, and how sure a warning of them is: it is looked at often.
-_SCORES_TO_CORRELATE, _CONFIDENCE = 200, 1 - 1e-6
-
-#: What an infinite part of a score counts as, so that means and shares of layers stay finite.
-_LARGEST_PART = 1e100
-
-
-@dataclass
-class _Episode:
-    """Running figures since the last (re)start of the drift test."""
-
-    seen: int = 0
-    scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
-    flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
-    layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
-
-    def add(self, score: float, flagged: bool, layers: Array) -> None:
-        self.seen += 1
-        self.scores.append(score)
-        self.flags.append(flagged)
-        before = self.layers if self.layers.size else np.zeros_like(layers)
-        self.layers = before + (layers - before) / min(self.seen, _RECENT_LAYERS)
-
-
-@dataclass
-class _State:
-    """All that a monitor remembers, but for the drift test."""
-
-    episode: _Episode = field(default_factory=_Episode)
-    status: Status = "OK"
-    samples_seen: int = 0
-    invalid: int = 0
-    log_e_value: float = -math.inf
-    quiet: int = 0  # samples since the last alarm or flag
-    valid_run: int | None = None  # samples since the last invalid one; None before the first
+#: Version of :meth:`Monitor.state_dict`; 1 knew no flagged samples, cool-down or stale weights.
+_STATE_FORMAT = 2
 
 
 class Monitor:
@@ -89,11 +53,14 @@ class Monitor:
     A *sample* alert says that a p-value is at most ``fpr``: a share ``fpr`` of in-distribution
     samples is flagged. A *drift* alert says that the stream as a whole has left the calibration
     data: while it has not, one comes at most every ``ert`` samples on average. Alerts are
-    transitions: none of a sample while a drift alert stands; after ``recovery`` samples without an
-    alarm a *recovered* alert ends it. How a stream is cut into batches changes nothing, except that
-    the sample alerts of an update become one at its end, of its most anomalous sample, and none if
-    a drift alert follows in it. The condition of both promises: samples are exchangeable with the
-    calibration data while nothing is wrong.
+    transitions: none of a sample while a drift alert stands, nor within ``cooldown`` samples of the
+    one before, which then names what was flagged meanwhile; after ``recovery`` samples without an
+    alarm a *recovered* alert ends a drift. How a stream is cut into batches changes nothing, except
+    that the sample alerts of an update become one at its end, of its most anomalous sample, and
+    none if a drift alert follows in it. The condition of both promises: samples are exchangeable
+    with the calibration data while nothing is wrong, and the model has the weights that the
+    detector was fitted on; a *stale_calibration* alert says that it has not, and a *recovered* one
+    that it has again.
 
     Args:
         detector: Fitted.
@@ -102,15 +69,24 @@ class Monitor:
         sinks: Told of every alert from a thread of the monitor's own; never waited for.
         name: The stream's name in alerts.
         recovery: Samples without an alarm after which the stream counts as recovered.
+        cooldown: Samples after a sample alert without another.
         summary_every: Samples between running figures for sinks that show them.
         thin: Every how many samples one goes into the drift test, for streams whose neighbours are
             alike; ``ert`` then counts these. A stream in control that shows such neighbours is
             warned of in the log, once.
         seed: Of the drift test's tie-breakers.
+        identify: ``"hash"`` names each flagged sample of :meth:`update` by its SHA-256, unless it
+            is given an id.
+        weights_every: The weights are compared with the detector's before the first sample, which
+            takes about a second per gigabyte, and then every so many samples, which takes as long
+            if they were written to and no time otherwise; 0 for never.
+        spool: A folder of this monitor's own, where alerts are kept until every sink has them, also
+            through a crash; see :class:`~ood_monitor.dispatcher.Dispatcher`.
 
     Raises:
         RuntimeError: The detector is not fitted.
         ValueError: ``fpr`` or ``ert`` is out of range, or too small for the calibration data.
+        OSError: The spool cannot be used, or another process has it.
 
     Example:
         >>> import ood_monitor as om
@@ -133,9 +109,13 @@ class Monitor:
         sinks: Iterable[Sink] = (),
         name: str = "stream",
         recovery: int = 500,
+        cooldown: int = 100,
         summary_every: int = 100,
         thin: int = 1,
         seed: int = 0,
+        identify: Literal["hash"] | None = None,
+        weights_every: int = 1000,
+        spool: str | PathLike[str] | None = None,
     ) -> None:
         fitted = detector.fitted
         (fitted.grouped or fitted.calibration).check_fpr(fpr)
@@ -144,22 +124,33 @@ class Monitor:
                 "Expected recovery, summary_every and thin of at least 1, got "
                 f"{recovery}, {summary_every} and {thin}."
             )
+        if min(cooldown, weights_every) < 0 or identify not in (None, "hash"):
+            raise ValueError(
+                "Expected cooldown and weights_every of at least 0 and identify None or 'hash', "
+                f"got {cooldown}, {weights_every} and {identify!r}."
+            )
         # A copy, so that the baseline stays what it is if the detector is fitted again.
         self.detector = copy.copy(detector)
         self.fpr, self.ert, self.name = fpr, float(ert), name
         self._recovery, self._summary_every, self._thin = recovery, summary_every, thin
-        self._warned = False
+        self._cooldown, self._identify = cooldown, identify
+        self._neighbours = Neighbours(name, thin)
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
-        self._state = _State()
-        self._dispatcher = Dispatcher(sinks)
+        self._state = Memory()
         self._lock = threading.RLock()
         self._fingerprint, self._layers = fitted.fingerprint, fitted.layers
+        self._weights = Weights(detector.adapter.module, fitted.model)
+        self._weights_every, self._next_look = weights_every, 0
+        if weights_every:
+            self._weights.are_stale()  # the costly look, before the stream waits for it
+        self._dispatcher = Dispatcher(sinks, spool=spool)
         self.last: Scores | None = None
 
     @property
     def status(self) -> Status:
-        """OK, WARN (a sample was flagged lately) or ALERT (the stream has drifted)."""
-        return self._state.status
+        """OK, WARN (a sample was flagged lately, or stale weights) or ALERT (a drift)."""
+        status = self._state.status
+        return "WARN" if status == "OK" and self._state.stale else status
 
     @property
     def samples_seen(self) -> int:
@@ -176,7 +167,12 @@ class Monitor:
         """Natural logarithm of the drift test's e-value; an alarm is raised at log(ert)."""
         return self._state.log_e_value
 
-    def update(self, batch: Batch) -> list[Alert]:
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """What delivers the alerts; it counts what it could not."""
+        return self._dispatcher
+
+    def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> list[Alert]:
         """Score B samples, in the order in which they came, and decide.
 
         A sample with a value that is not finite is counted, gets score and p-value nan in
@@ -184,15 +180,19 @@ class Monitor:
 
         Args:
             batch: As the detector's held-out batches were.
+            ids: What B samples are called in alerts, as text; None for one that has no name.
 
         Returns:
             The alerts raised, which the sinks get too.
 
         Raises:
-            ValueError: An empty batch, or one of other shapes or types than the held-out data; the
-                monitor is then unchanged.
+            ValueError: An empty batch, one of other shapes or types than the held-out data, or ids
+                of another number; the monitor is then unchanged.
         """
-        return self.observe(self.score(batch))
+        scores = self.score(batch)
+        if ids is None and self._identify == "hash":
+            ids = hashes_where(scores.p_value <= self.fpr, batch)  # those that an alert could name
+        return self.observe(scores, ids)
 
     def score(self, batch: Batch) -> Scores:
         """What :meth:`update` would take in of B samples, without taking it in.
@@ -203,6 +203,16 @@ class Monitor:
         Raises:
             ValueError: As :meth:`update`.
         """
+        start = time.perf_counter()
+        try:
+            scores = self._scored(batch)
+        except Exception:
+            self._measure(failed=1)
+            raise
+        self._measure(seconds=time.perf_counter() - start)
+        return scores
+
+    def _scored(self, batch: Batch) -> Scores:
         self.detector.check(batch)
         finite = finite_samples(batch)
         if finite.all():
@@ -212,37 +222,32 @@ class Monitor:
         kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
         return self.detector.score(kept).among(len(finite), finite)
 
-    def observe(self, scores: Scores) -> list[Alert]:
+    def observe(self, scores: Scores, ids: Sequence[Any] | None = None) -> list[Alert]:
         """:meth:`update`, of samples that :meth:`score` has seen, maybe in another process.
 
         Returns:
             The alerts raised, which the sinks get too.
+
+        Raises:
+            ValueError: Ids of another number than the samples; the monitor is then unchanged.
         """
+        if ids is not None and len(ids) != len(scores.score):
+            raise ValueError(
+                f"Expected an id for each of {len(scores.score)} samples, got {len(ids)}."
+            )
         with self._lock:
             self.last = scores
-            alerts = self._advance(scores)
+            alerts = self._advance(scores, ids)
         for alert in alerts:
             self._dispatcher.send(alert)
+        self._measure(scores)
         return alerts
 
     def state_dict(self) -> dict[str, Any]:
         """All that the monitor remembers, as primitives that JSON can hold."""
         with self._lock:
-            state, episode = self._state, self._state.episode
-            return {
-                "format": _STATE_FORMAT,
-                "drift": self._drift.state_dict(),
-                "status": state.status,
-                "samples_seen": state.samples_seen,
-                "invalid": state.invalid,
-                "log_e_value": state.log_e_value if math.isfinite(state.log_e_value) else None,
-                "quiet": state.quiet,
-                "valid_run": state.valid_run,
-                "seen": episode.seen,
-                "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
-                "flags": list(episode.flags),
-                "layers": episode.layers.tolist(),
-            }
+            drift = {"format": _STATE_FORMAT, "drift": self._drift.state_dict()}
+            return drift | self._state.dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume, to the bit, where :meth:`state_dict` was called.
@@ -254,13 +259,13 @@ class Monitor:
         if found != _STATE_FORMAT:
             raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
         try:
-            restored = _restored(state, len(self._layers))
+            restored = Memory.parse(state, len(self._layers))
             drift = dict(state["drift"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
         with self._lock:
             self._drift.load_state_dict(drift)
-            self._state = restored
+            self._state, self._next_look = restored, 0
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
@@ -281,24 +286,56 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _advance(self, scores: Scores) -> list[Alert]:
-        alerts: list[Alert] = []
-        flagged: list[_Row] = []
-        for row in _rows(scores, self._layers):
-            self._state.samples_seen += 1
-            alerts += self._take(row) if row.valid else self._count_invalid()
-            if self._state.status == "ALERT":
-                flagged.clear()  # the drift alert speaks for them
-            elif row.valid and row.p_value <= self.fpr:
-                self._state.status, self._state.quiet = "WARN", 0
+    def _advance(self, scores: Scores, ids: Sequence[Any] | None) -> list[Alert]:
+        alerts, flagged, is_due = self._look_at_weights(), list[Row](), False
+        state = self._state
+        for row in rows_of(scores, self._layers, ids):
+            state.samples_seen += 1
+            state.since_told = None if state.since_told is None else state.since_told + 1
+            sample = self._flagged(row)
+            alerts += self._take(row, sample) if row.valid else self._count_invalid()
+            if state.status == "ALERT":
+                is_due = False  # the drift alert speaks for them
+                flagged.clear()
+                state.untold.clear()
+            elif sample is not None:
                 flagged.append(row)
+                is_due = self._warn_of(sample) or is_due
             self._maybe_summarise()
-        return [*alerts, self._sample_alert(flagged)] if flagged else alerts
+        return [*alerts, self._sample_alert(flagged)] if is_due else alerts
 
-    def _take(self, row: "_Row") -> list[Alert]:
+    def _look_at_weights(self) -> list[Alert]:
+        state = self._state
+        if not self._weights_every or 0 < state.samples_seen < self._next_look:
+            return []
+        self._next_look = state.samples_seen + self._weights_every
+        before, state.stale = state.stale, self._weights.are_stale()
+        if before == state.stale:
+            return []
+        if state.stale:
+            message = "Stale calibration: the model has not the weights that the detector knows."
+            return [self._alert("stale_calibration", message)]
+        return [self._alert("recovered", "Recovered: the model has the detector's weights again.")]
+
+    def _flagged(self, row: Row) -> FlaggedSample | None:
+        if not row.valid or row.p_value > self.fpr:
+            return None
+        return FlaggedSample(self._state.samples_seen, row.p_value, row.id)
+
+    def _warn_of(self, sample: FlaggedSample) -> bool:
+        """Whether an alert of it is due."""
+        state = self._state
+        state.status, state.quiet = "WARN", 0
+        state.untold.append(sample)
+        if state.since_told is not None and state.since_told < self._cooldown:
+            return False
+        state.since_told = 0
+        return True
+
+    def _take(self, row: Row, sample: FlaggedSample | None) -> list[Alert]:
         """One valid sample: the drift test, the figures, and what follows from them."""
         state = self._state
-        state.episode.add(row.score, row.p_value <= self.fpr, row.layers)
+        state.episode.add(row, sample)
         state.quiet += 1
         state.valid_run = None if state.valid_run is None else state.valid_run + 1
         if (state.samples_seen - state.invalid - 1) % self._thin == 0:
@@ -316,11 +353,12 @@ class Monitor:
             f"Drift: evidence e^{evidence.log_e_value:.1f} against the calibration data reached "
             f"the promised run time {self.ert:,.0f} after {evidence.n:,} samples."
         )
-        alert = self._alert("drift", "critical", message, _top(self._layers, state.episode.layers))
+        layers, samples = state.episode.layers, state.episode.flagged
         state.status, state.quiet = "ALERT", 0
+        alert = self._alert("drift", message, layers, samples)
         # The history now holds samples from after the change; see EDetector.restart.
         self._drift.restart()
-        state.episode, state.log_e_value = _Episode(), -math.inf
+        state.episode, state.log_e_value = Episode(), -math.inf
         return [] if stands else [alert]
 
     def _recover(self) -> list[Alert]:
@@ -328,13 +366,15 @@ class Monitor:
         if was != "ALERT":
             return []
         message = f"Recovered: {self._recovery:,} samples without a new alarm."
-        return [self._alert("recovered", "info", message, ())]
+        return [self._alert("recovered", message)]
 
-    def _sample_alert(self, flagged: Sequence["_Row"]) -> Alert:
-        row = min(flagged, key=lambda row: row.p_value)
+    def _sample_alert(self, flagged: Sequence[Row]) -> Alert:
+        row, untold = min(flagged, key=lambda row: row.p_value), self._state.untold
         message = f"Anomalous sample: p-value {row.p_value:.3g}, at most fpr {self.fpr:g}."
-        top = _top(self._layers, row.layers)
-        alert = self._alert("sample", "warning", message, top)
+        if len(untold) > 1:
+            message += f" {len(untold)} flagged since the last alert."
+        alert = self._alert("sample", message, row.layers, untold)
+        untold.clear()
         return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
 
     def _count_invalid(self) -> list[Alert]:
@@ -342,51 +382,58 @@ class Monitor:
         is_news = state.valid_run is None or state.valid_run >= self._recovery
         state.invalid, state.valid_run = state.invalid + 1, 0
         message = f"Invalid input: sample {state.samples_seen:,} could not be scored."
-        return [self._alert("invalid_input", "warning", message, ())] if is_news else []
+        return [self._alert("invalid_input", message)] if is_news else []
 
     def _alert(
-        self, kind: AlertKind, severity: Severity, message: str, top: Sequence[LayerShare]
+        self,
+        kind: AlertKind,
+        message: str,
+        layers: np.ndarray | None = None,
+        samples: Iterable[FlaggedSample] = (),
     ) -> Alert:
+        evidence = self._evidence()
         return Alert(
             kind=kind,
-            severity=severity,
+            severity=severity_of(kind, evidence),
             stream=self.name,
             samples_seen=self._state.samples_seen,
             message=message,
-            evidence=self._evidence(),
-            top_layers=tuple(top),
+            evidence=evidence,
+            top_layers=() if layers is None else top_layers(self._layers, layers),
+            top_terms=() if layers is None else top_terms(self._layers, layers),
+            samples=tuple(samples),
             detector=self._fingerprint,
             model=self.detector.fitted.model,
+            status=self.status,
         )
 
     def _evidence(self) -> AlertEvidence:
-        state, episode = self._state, self._state.episode
-        window, flagged = len(episode.scores), sum(episode.flags)
-        low, high = binomial_interval(flagged, window) if window else (math.nan, math.nan)
-        mean, p95 = _mean_and_p95(episode.scores) if window else (None, None)
-        return AlertEvidence(
-            log_e_value=state.log_e_value,
-            ert=self.ert,
-            fpr=self.fpr,
-            flagged=flagged,
-            window=window,
-            flagged_rate=flagged / window if window else None,
-            flagged_rate_low=low,
-            flagged_rate_high=high,
-            score_mean=mean,
-            score_p95=p95,
-        )
+        state = self._state
+        return state.episode.evidence(log_e_value=state.log_e_value, ert=self.ert, fpr=self.fpr)
+
+    def _measure(self, scores: Scores | None = None, **measured: Any) -> None:
+        if not self._dispatcher.has_meters:
+            return
+        names = {"detector": self._fingerprint, "model": self.detector.fitted.model}
+        if scores is not None:
+            valid = scores.valid
+            measured["scores"] = scores.score[valid].tolist()
+            measured["p_values"] = scores.p_value[valid].tolist()
+            measured["flagged"] = int((scores.p_value[valid] <= self.fpr).sum())
+            measured["invalid"] = int((~valid).sum())
+        self._dispatcher.measure(Reading(stream=self.name, **(names | measured)))
 
     def _maybe_summarise(self) -> None:
         if self._state.samples_seen % self._summary_every:
             return
-        self._maybe_warn_of_neighbours()
+        if self._state.status != "ALERT":  # a drift, too, makes neighbours alike
+            self._neighbours.look(self._state.episode.scores)
         evidence = self._evidence()
         self._dispatcher.summarise(
             Summary(
                 stream=self.name,
                 samples_seen=self._state.samples_seen,
-                status=self._state.status,
+                status=self.status,
                 score_mean=evidence.score_mean,
                 score_p95=evidence.score_p95,
                 flagged_rate=evidence.flagged_rate,
@@ -394,88 +441,3 @@ class Monitor:
                 invalid={"not scored": self._state.invalid},
             )
         )
-
-    def _maybe_warn_of_neighbours(self) -> None:
-        # A drift, too, makes neighbours alike: only a stream in control tells.
-        tested = list(self._state.episode.scores)[:: self._thin]
-        if self._warned or self._state.status == "ALERT" or len(tested) < _SCORES_TO_CORRELATE:
-            return
-        finite = np.clip(tested, -_LARGEST_PART, _LARGEST_PART)
-        found, bound = lag1_autocorrelation(finite), autocorrelation_bound(len(tested), _CONFIDENCE)
-        if found > bound:
-            self._warned = True
-            _log.warning(
-                "Neighbouring scores of stream %r are correlated (%.2f, expected at most %.2f): "
-                "drift alarms come more often than promised. Pass `thin=`, or one sample of each "
-                "independent unit (a request, a user).",
-                self.name,
-                found,
-                bound,
-            )
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One sample's part of :class:`Scores`; ``layers`` is z and parts of the score, (2, L)."""
-
-    score: float
-    p_value: float
-    valid: bool
-    layers: Array
-
-
-def _mean_and_p95(scores: Sequence[float]) -> tuple[float, float]:
-    with np.errstate(invalid="ignore"):  # infinite scores make them infinite, or nan
-        return float(np.mean(scores)), float(np.quantile(scores, 0.95))
-
-
-def _rows(scores: Scores, names: Sequence[str]) -> list[_Row]:
-    nothing = torch.full_like(scores.score, math.nan)
-    z = torch.stack([scores.z.get(name, nothing) for name in names], 1)
-    parts = torch.stack([scores.layers.get(name, nothing) for name in names], 1)
-    parts = parts.clamp(-_LARGEST_PART, _LARGEST_PART)
-    layers = torch.stack([z, parts], 1).numpy()
-    numbers = zip(
-        scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist(), strict=True
-    )
-    return [_Row(*sample, layers[i]) for i, sample in enumerate(numbers)]
-
-
-def _top(names: Sequence[str], layers: Array, count: int = 10) -> list[LayerShare]:
-    """The layers furthest from what is usual, with their share of a positive score."""
-    z, parts = layers
-    # Under a full covariance a layer's part may be negative: it speaks for the sample.
-    against = np.maximum(parts, 0)
-    total = against.sum()
-    share = against / total if total > 0 else np.full_like(parts, math.nan)
-    order = np.argsort(-np.abs(z), kind="stable")[:count]
-    return [LayerShare(names[i], float(share[i]), float(z[i])) for i in order]
-
-
-def _restored(state: Mapping[str, Any], layers: int) -> _State:
-    log_e_value = -math.inf if state["log_e_value"] is None else float(state["log_e_value"])
-    valid_run = None if state["valid_run"] is None else int(state["valid_run"])
-    counts = [int(state[name]) for name in ("seen", "samples_seen", "invalid", "quiet")]
-    episode = _Episode(counts[0])
-    episode.scores.extend(map(float, state["scores"]))
-    episode.flags.extend(map(bool, state["flags"]))
-    episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
-    sound = (
-        state["status"] in get_args(Status)
-        and min(counts) >= 0
-        and not math.isnan(log_e_value)
-        and not np.isnan(episode.scores).any()
-        and len(episode.flags) == len(episode.scores) == min(counts[0], _RECENT_SCORES)
-        and episode.layers.shape[1] == (layers if counts[0] else 0)
-    )
-    if not sound:
-        raise ValueError("a state that no monitor of this detector has")
-    return _State(
-        episode=episode,
-        status=state["status"],
-        samples_seen=counts[1],
-        invalid=counts[2],
-        log_e_value=log_e_value,
-        quiet=counts[3],
-        valid_run=valid_run,
-    )

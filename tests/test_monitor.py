@@ -192,7 +192,7 @@ def test_stream_may_drift_again() -> None:
 def test_one_sample_alert_an_update() -> None:
     x = usual(20)
     x[[3, 8, 15]] = far(3)
-    batch, singles = monitor().update(x), feed(monitor(), x)
+    batch, singles = monitor(cooldown=0).update(x), feed(monitor(cooldown=0), x)
     assert kinds(batch) == ["sample"]
     assert moments(singles, "sample") == [("sample", 4), ("sample", 9), ("sample", 16)]
 
@@ -499,7 +499,8 @@ def test_state_without_a_part_is_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", 2),
+        ("format", 1),
+        ("format", 3),
         ("status", "FINE"),
         ("samples_seen", "many"),
         ("samples_seen", -1),
@@ -724,7 +725,7 @@ def test_evidence_of_a_drift_alert_is_of_the_episode() -> None:
 
 
 def test_next_episode_begins_after_a_drift_alert() -> None:
-    watch = drifted(recovery=20)
+    watch = drifted(recovery=20, cooldown=0)
     at = watch.samples_seen
     x = torch.cat([usual(60, seed=2), far(1)])
     alert = feed(watch, x, 61)[-1]

@@ -1,0 +1,236 @@
+"""Between a monitor and its sinks: never waited for, never raising, losing nothing silently."""
+
+import atexit
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from os import PathLike
+from types import TracebackType
+from typing import Self
+
+from ood_monitor.alerts import Alert, Reading, Sink, Summary
+from ood_monitor.outlet import Figures, Outlet, Undelivered
+from ood_monitor.spool import Spool
+
+__all__ = ["Dispatcher", "Undelivered"]
+
+_ALL_SINKS = "all sinks"
+_CLOSED = "it was sent after the dispatcher was closed"
+
+_log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Hands alerts to sinks, to each from a thread of its own, in the order they were sent.
+
+    One sink's failure, or its silence, is nobody else's. An alert that a sink refuses is tried
+    again, within about a minute and a half by default, then steps aside for those after it until
+    the sink works again; a sink's first failure is logged with the traceback, the others are
+    counted. A full queue gives up figures before alerts. The dispatcher closes itself when the
+    interpreter exits. A forked child starts with empty queues: the parent delivers what was sent
+    before the fork.
+
+    With a ``spool``, an alert is on disk before :meth:`send` returns, until every sink has it, and
+    what a crash leaves is delivered on the next start: to each sink at least once, with the same
+    id. :meth:`send` then takes as long as the disk takes to synchronise, milliseconds as a rule and
+    at most a second.
+
+    Args:
+        sinks: Called in this order. A sink is known by its ``name`` or its class's name.
+        capacity: Per sink, alerts and figures that may wait, and undelivered alerts that are kept;
+            and alerts in the spool.
+        tries: Of an alert, before it steps aside.
+        spool: A folder of this dispatcher's own.
+
+    Attributes:
+        spool: The spool, if there is one.
+
+    Raises:
+        ValueError: If `capacity` or `tries` is not positive, or the spool is not one.
+        TypeError: If a sink cannot be called.
+        OSError: If the spool cannot be used, or another process has it.
+    """
+
+    def __init__(
+        self,
+        sinks: Iterable[Sink],
+        *,
+        capacity: int = 1024,
+        tries: int = 8,
+        spool: str | PathLike[str] | None = None,
+    ) -> None:
+        if min(capacity, tries) < 1:
+            raise ValueError(
+                f"Expected capacity and tries of at least 1, got a capacity of {capacity} and "
+                f"{tries} tries."
+            )
+        named, self._capacity = list(_named(sinks)), capacity
+        self._new_outlets = partial(_outlets, named, capacity, tries, self._delivered)
+        names = [name for name, _ in named]
+        self.spool = None if spool is None else Spool(spool, names, capacity=capacity)
+        self._begin()
+        self._replay()
+        atexit.register(self.close)
+
+    def _begin(self) -> None:
+        self._pid, self._closed, self._is_told = os.getpid(), False, False
+        self._late: deque[Undelivered] = deque(maxlen=self._capacity)
+        self._late_count = 0
+        self._outlets = self._new_outlets()
+
+    @property
+    def undelivered(self) -> tuple[Undelivered, ...]:
+        """What was not delivered, the oldest of each sink first; the latest `capacity` of them."""
+        return (*(left for o in self._outlets for left in o.undelivered), *self._late)
+
+    @property
+    def undelivered_count(self) -> int:
+        """Deliveries that failed so far, alerts that did not fit included."""
+        return sum(outlet.undelivered_count for outlet in self._outlets) + self._late_count
+
+    @property
+    def dropped_summaries(self) -> int:
+        """Figures that were given up for lack of room."""
+        return sum(outlet.dropped for outlet in self._outlets)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Calls that raised, by the sink's name, tries that were repeated included."""
+        return {outlet.name: outlet.failures for outlet in self._outlets}
+
+    @property
+    def has_meters(self) -> bool:
+        """Whether a sink takes readings."""
+        return any(outlet.shows(Reading) for outlet in self._outlets)
+
+    def send(self, alert: Alert) -> None:
+        """Queue `alert` for every sink. Does not wait for any, and does not raise."""
+        self._leave_parent()
+        if self._closed:
+            self._refuse(alert)
+            return
+        if self.spool is not None:
+            self.spool.add(alert)
+        refusals = [refusal for outlet in self._outlets if (refusal := outlet.put(alert))]
+        if refusals:
+            self._tell(alert, refusals[0])
+
+    def summarise(self, summary: Summary) -> None:
+        """Queue `summary`, where there is room. Returns at once and does not raise."""
+        self._show(summary)
+
+    def measure(self, reading: Reading) -> None:
+        """Queue `reading`, where there is room. Returns at once and does not raise."""
+        self._show(reading)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until all that was queued before this call is dealt with.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            Whether it was, in time.
+        """
+        self._leave_parent()
+        deadline = time.monotonic() + timeout
+        marks = [outlet.mark() for outlet in self._outlets]
+        waits = zip(self._outlets, marks, strict=True)
+        return all([outlet.wait(mark, deadline - time.monotonic()) for outlet, mark in waits])
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Deliver what is queued, close the sinks and stop. A second call does nothing.
+
+        Args:
+            timeout: The longest wait, in seconds; what is left then counts as undelivered.
+        """
+        self._leave_parent()
+        again, self._closed = self._closed, True
+        if again:
+            return
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + timeout
+        for outlet in self._outlets:
+            outlet.begin_to_close()
+        for outlet in self._outlets:
+            outlet.finish(deadline - time.monotonic())
+        if self.spool is not None:
+            self.spool.close(max(0.1, deadline - time.monotonic()))
+        self._tell_of_undelivered()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _leave_parent(self) -> None:
+        if self._pid != os.getpid():
+            self._begin()
+
+    def _replay(self) -> None:
+        """Deliver what an earlier process left in the spool."""
+        if self.spool is not None:
+            for outlet in self._outlets:
+                for alert in self.spool.owed(outlet.name):
+                    outlet.put(alert)
+
+    def _show(self, figures: Figures) -> None:
+        self._leave_parent()
+        for outlet in self._outlets:
+            if outlet.shows(figures):
+                outlet.put(figures)
+
+    def _delivered(self, alert: Alert, sink: str) -> None:
+        if self.spool is not None:
+            self.spool.done(alert, sink)
+
+    def _refuse(self, alert: Alert) -> None:
+        self._late_count += 1
+        self._late.append(Undelivered(alert, _ALL_SINKS, _CLOSED))
+        self._tell(alert, _CLOSED)
+
+    def _tell(self, alert: Alert, why: str) -> None:
+        if not self._is_told:
+            self._is_told = True  # one line, however many alerts follow
+            _log.warning("Alert %s will not be delivered: %s.", alert.id, why)
+
+    def _tell_of_undelivered(self) -> None:
+        if not self.undelivered_count:
+            return
+        where = "Dispatcher.undelivered has the latest of them"
+        if self.spool is not None:
+            where = f"the next monitor with the spool {self.spool.folder} delivers them"
+        _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
+
+
+def _named(sinks: Iterable[Sink]) -> Iterator[tuple[str, Sink]]:
+    """Sinks with names that tell them apart, and stay the same through a restart."""
+    seen: dict[str, int] = {}
+    for sink in sinks:
+        if not callable(sink):
+            raise TypeError(f"Expected a sink that can be called with an alert, got {sink!r}.")
+        default = getattr(sink, "__qualname__", type(sink).__qualname__)
+        name = str(getattr(sink, "name", default))
+        seen[name] = seen.get(name, 0) + 1
+        yield (name if seen[name] == 1 else f"{name} {seen[name]}"), sink
+
+
+def _outlets(
+    named: Sequence[tuple[str, Sink]],
+    capacity: int,
+    tries: int,
+    delivered: Callable[[Alert, str], None],
+) -> list[Outlet]:
+    return [
+        Outlet(sink, name, capacity=capacity, tries=tries, delivered=delivered)
+        for name, sink in named
+    ]

@@ -1,0 +1,224 @@
+"""What a monitor remembers of its stream: running figures, flagged samples, and where it stands."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, get_args
+
+import numpy as np
+import torch
+
+from ood_monitor.alerts import AlertEvidence, FlaggedSample, LayerShare, Status, TermShare
+from ood_monitor.calibration import binomial_interval
+from ood_monitor.densities import Array
+from ood_monitor.scores import Scores
+
+__all__ = ["LARGEST_PART", "Episode", "Memory", "Row", "rows_of", "top_layers", "top_terms"]
+
+#: Scores of the episode that the running figures cover, and samples that the layers' means do.
+_RECENT_SCORES, _RECENT_LAYERS = 1000, 50
+
+#: Flagged samples that an alert names, and layers.
+_SAMPLES, _LAYERS = 20, 10
+
+#: What an infinite part of a score counts as, so that means and shares of layers stay finite.
+LARGEST_PART = 1e100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample's part of :class:`Scores`; ``layers`` is z and parts of the score, (2, L)."""
+
+    score: float
+    p_value: float
+    valid: bool
+    layers: Array
+    id: str | None
+
+
+def rows_of(scores: Scores, names: Sequence[str], ids: Sequence[Any] | None) -> Iterator[Row]:
+    """The samples of scores, one by one, with layers in the order of ``names``."""
+    nothing = torch.full_like(scores.score, math.nan)
+    z = torch.stack([scores.z.get(name, nothing) for name in names], 1)
+    parts = torch.stack([scores.layers.get(name, nothing) for name in names], 1)
+    layers = torch.stack([z, parts.clamp(-LARGEST_PART, LARGEST_PART)], 1).numpy()
+    called = [None] * len(layers) if ids is None else [i if i is None else str(i) for i in ids]
+    columns = scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist()
+    for score, p_value, valid, of_layers, name in zip(*columns, layers, called, strict=True):
+        yield Row(score, p_value, valid, of_layers, name)
+
+
+@dataclass
+class Episode:
+    """Running figures since the last (re)start of the drift test."""
+
+    seen: int = 0
+    scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
+    flagged: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+
+    def add(self, row: Row, flagged: FlaggedSample | None) -> None:
+        """Take in a valid sample."""
+        self.seen += 1
+        self.scores.append(row.score)
+        self.flags.append(flagged is not None)
+        if flagged is not None:
+            self.flagged.append(flagged)
+        before = self.layers if self.layers.size else np.zeros_like(row.layers)
+        self.layers = before + (row.layers - before) / min(self.seen, _RECENT_LAYERS)
+
+    def evidence(self, *, log_e_value: float, ert: float, fpr: float) -> AlertEvidence:
+        """The figures of the latest thousand samples, with what else an alert says."""
+        window, flagged = len(self.scores), sum(self.flags)
+        low, high = binomial_interval(flagged, window) if window else (math.nan, math.nan)
+        mean, p95 = _mean_and_p95(self.scores) if window else (None, None)
+        return AlertEvidence(
+            log_e_value=log_e_value,
+            ert=ert,
+            fpr=fpr,
+            flagged=flagged,
+            window=window,
+            flagged_rate=flagged / window if window else None,
+            flagged_rate_low=low,
+            flagged_rate_high=high,
+            score_mean=mean,
+            score_p95=p95,
+        )
+
+
+@dataclass
+class Memory:
+    """All that a monitor remembers, but for the drift test.
+
+    Attributes:
+        episode: The running figures.
+        status: OK, WARN or ALERT, of the samples alone.
+        samples_seen: Samples so far, the invalid ones included.
+        invalid: Those.
+        log_e_value: Of the drift test.
+        quiet: Samples since the last alarm or flag.
+        valid_run: Samples since the last invalid one; None before the first.
+        since_told: Samples since the last sample alert; None before the first.
+        untold: Flagged samples of which no alert has told.
+        stale: Whether the model has other weights than the detector knows.
+    """
+
+    episode: Episode = field(default_factory=Episode)
+    status: Status = "OK"
+    samples_seen: int = 0
+    invalid: int = 0
+    log_e_value: float = -math.inf
+    quiet: int = 0
+    valid_run: int | None = None
+    since_told: int | None = None
+    untold: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    stale: bool = False
+
+    def dump(self) -> dict[str, Any]:
+        """All of it, as primitives that JSON can hold."""
+        episode = self.episode
+        return {
+            "status": self.status,
+            "samples_seen": self.samples_seen,
+            "invalid": self.invalid,
+            "log_e_value": self.log_e_value if math.isfinite(self.log_e_value) else None,
+            "quiet": self.quiet,
+            "valid_run": self.valid_run,
+            "since_told": self.since_told,
+            "untold": _plain(self.untold),
+            "stale": self.stale,
+            "seen": episode.seen,
+            "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
+            "flags": list(episode.flags),
+            "layers": episode.layers.tolist(),
+            "flagged": _plain(episode.flagged),
+        }
+
+    @classmethod
+    def parse(cls, state: Mapping[str, Any], layers: int) -> Self:
+        """What :meth:`dump` wrote, of a detector with so many layers.
+
+        Raises:
+            KeyError: A part is missing.
+            TypeError: A part is of another type.
+            ValueError: A state that no monitor of this detector has.
+        """
+        memory = cls(
+            episode=_episode(state),
+            status=state["status"],
+            samples_seen=int(state["samples_seen"]),
+            invalid=int(state["invalid"]),
+            log_e_value=-math.inf if state["log_e_value"] is None else float(state["log_e_value"]),
+            quiet=int(state["quiet"]),
+            valid_run=_count_or_none(state["valid_run"]),
+            since_told=_count_or_none(state["since_told"]),
+            stale=bool(state["stale"]),
+        )
+        memory.untold.extend(_flagged(state["untold"]))
+        if not memory._is_sound(layers):
+            raise ValueError("a state that no monitor of this detector has")
+        return memory
+
+    def _is_sound(self, layers: int) -> bool:
+        episode = self.episode
+        recent = min(episode.seen, _RECENT_SCORES)
+        return (
+            self.status in get_args(Status)
+            and min(episode.seen, self.samples_seen, self.invalid, self.quiet) >= 0
+            and not math.isnan(self.log_e_value)
+            and not np.isnan(episode.scores).any()
+            and len(episode.flags) == len(episode.scores) == recent
+            and episode.layers.shape[1] == (layers if episode.seen else 0)
+        )
+
+
+def top_layers(names: Sequence[str], layers: Array) -> tuple[LayerShare, ...]:
+    """The layers furthest from what is usual, with their share of a positive score."""
+    share, z = _shares(layers), layers[0]
+    order = np.argsort(-np.abs(z), kind="stable")[:_LAYERS]
+    return tuple(LayerShare(names[i], float(share[i]), float(z[i])) for i in order)
+
+
+def top_terms(names: Sequence[str], layers: Array) -> tuple[TermShare, ...]:
+    """The terms by their share of a positive score; none if there is one term only."""
+    shares: dict[str, float] = {}
+    for name, share in zip(names, _shares(layers), strict=True):
+        term = name.split("/", 1)[0]
+        shares[term] = shares.get(term, 0.0) + float(share)
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:_LAYERS]
+    return tuple(TermShare(*item) for item in largest) if len(shares) > 1 else ()
+
+
+def _shares(layers: Array) -> Array:
+    # Under a full covariance a layer's part may be negative: it speaks for the sample.
+    against = np.maximum(layers[1], 0)
+    total = against.sum()
+    return against / total if total > 0 else np.full_like(against, math.nan)
+
+
+def _mean_and_p95(scores: Sequence[float]) -> tuple[float, float]:
+    with np.errstate(invalid="ignore"):  # infinite scores make them infinite, or nan
+        return float(np.mean(scores)), float(np.quantile(scores, 0.95))
+
+
+def _plain(samples: Sequence[FlaggedSample]) -> list[list[Any]]:
+    return [[sample.position, sample.p_value, sample.id] for sample in samples]
+
+
+def _flagged(rows: Sequence[Sequence[Any]]) -> Iterator[FlaggedSample]:
+    return (FlaggedSample(*row) for row in rows)
+
+
+def _count_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _episode(state: Mapping[str, Any]) -> Episode:
+    episode = Episode(int(state["seen"]))
+    episode.scores.extend(map(float, state["scores"]))
+    episode.flags.extend(map(bool, state["flags"]))
+    episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
+    episode.flagged.extend(_flagged(state["flagged"]))
+    return episode
