@@ -135,14 +135,16 @@ class Journal:
     def _recover(self) -> None:
         if not self._path.exists():
             return
-        whole, _, torn = self._path.read_bytes().rpartition(b"\n")
-        head, *lines = whole.split(b"\n")
-        if head + b"\n" != _HEAD and not _HEAD.startswith(head + torn):
-            raise ValueError(
-                f"Expected a spool of format {_FORMAT} in {self._path}, got {head[:60]!r}."
-            )
+        content = self._path.read_bytes()
+        if not content.startswith(_HEAD):
+            if not _HEAD.startswith(content):
+                raise ValueError(
+                    f"Expected a spool of format {_FORMAT} in {self._path}, got {content[:60]!r}."
+                )
+            return
+        *lines, torn = content[len(_HEAD) :].split(b"\n")
         damaged = [line for line in lines if not self._take(line)]
-        if torn and lines:
+        if torn:
             _log.warning("The last line of %s was torn by a crash, and is left out.", self._path)
         if damaged:
             self._keep(damaged)

@@ -13,6 +13,7 @@ from tenacity import (
     Retrying,
     retry_if_result,
     stop_after_attempt,
+    stop_any,
     wait_exponential,
 )
 
@@ -96,7 +97,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._retrying = Retrying(
-            stop=stop_after_attempt(tries) | self._has_tried_enough_to_close,
+            stop=stop_any(stop_after_attempt(tries), self._has_tried_enough_to_close),
             wait=_BACK_OFF,
             sleep=self._pause,
             retry=retry_if_result(lambda taken: not taken),
