@@ -12,8 +12,6 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_result,
-    stop_after_attempt,
-    stop_any,
     wait_exponential,
 )
 
@@ -88,6 +86,7 @@ class Outlet:
         self.name, self.failures, self.dropped, self.lost_count = name, 0, 0, 0
         self.lost: deque[Undelivered] = deque(maxlen=capacity)
         self._sink, self._capacity, self._delivered = sink, capacity, delivered
+        self._tries = tries
         # Its lock is re-entrant: a signal handler may send while a send is under way.
         self._changed = threading.Condition()
         self._queue: deque[tuple[int, Alert | Figures]] = deque()
@@ -97,7 +96,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._retrying = Retrying(
-            stop=stop_any(stop_after_attempt(tries), self._has_tried_enough_to_close),
+            stop=self._has_tried_enough,
             wait=_BACK_OFF,
             sleep=self._pause,
             retry=retry_if_result(lambda taken: not taken),
@@ -239,8 +238,9 @@ class Outlet:
                 oldest = self._refused.pop(next(iter(self._refused)))
                 self._lose(oldest.alert, oldest.reason)
 
-    def _has_tried_enough_to_close(self, state: RetryCallState) -> bool:
-        return self._closing.is_set() and state.attempt_number >= _LAST_TRIES
+    def _has_tried_enough(self, state: RetryCallState) -> bool:
+        enough = min(self._tries, _LAST_TRIES) if self._closing.is_set() else self._tries
+        return state.attempt_number >= enough
 
     def _pause(self, seconds: float) -> None:
         if self._closing.is_set():

@@ -1,0 +1,190 @@
+"""Alerts to a webhook: signed as the Standard Webhooks say, so that a receiver knows the sender.
+
+A request has the headers ``webhook-id`` (the alert's id, the same through every try),
+``webhook-timestamp`` (seconds since 1970, of this try) and, with a secret, ``webhook-signature``:
+``v1,`` and the Base64 of HMAC-SHA256 over ``id.timestamp.body``. :func:`verify` checks it.
+
+References:
+    Standard Webhooks, https://www.standardwebhooks.com
+"""
+
+import base64
+import hashlib
+import hmac
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from email.message import Message
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from ood_monitor.alerts import Alert
+
+__all__ = ["WebhookError", "WebhookSink", "verify"]
+
+_ID, _TIMESTAMP, _SIGNATURE = "webhook-id", "webhook-timestamp", "webhook-signature"
+_PREFIX = "whsec_"
+_SHORTEST_KEY = 24  # bytes, as the standard has it
+
+
+class WebhookError(Exception):
+    """A receiver did not take an alert; names the host, not the address, which may be secret."""
+
+
+class WebhookSink:
+    """Posts each alert as JSON, and raises unless the answer is a 2xx.
+
+    The body is ``{"type": "ood_monitor.drift", "timestamp": ..., "data": ALERT}``, or what
+    ``payload`` makes of the alert: ``lambda alert: {"text": alert.message}`` is what Slack takes.
+    A redirect is refused, since it would carry the alert to an address that nobody chose. Proxies
+    are those of the environment.
+
+    Args:
+        url: ``https://...``, or ``http://...`` where nobody listens in between.
+        secret: ``whsec_`` and the Base64 of 24 bytes or more, which the receiver has too. None for
+            a receiver that knows the sender by the address alone.
+        timeout: Seconds for each wait on the network, the connection's included.
+        payload: Makes the body, which JSON can hold, of an alert.
+        headers: More headers, such as ``Authorization``; they do not show in ``repr``.
+
+    Raises:
+        ValueError: The URL or the secret is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        secret: str | None = None,
+        timeout: float = 10.0,
+        payload: Callable[[Alert], Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._host = _checked_host(url)
+        if timeout <= 0:
+            raise ValueError(f"Expected a timeout above 0 seconds, got {timeout}.")
+        self._url, self._timeout = url, timeout
+        self._key = None if secret is None else _key(secret)
+        self._payload = payload or _event
+        self._headers = {"Content-Type": "application/json", "User-Agent": "ood-monitor"}
+        self._headers |= dict(headers or {})
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def __repr__(self) -> str:
+        return f"WebhookSink({self._host!r}, signed={self._key is not None})"
+
+    def __call__(self, alert: Alert, /) -> None:
+        """Post `alert`.
+
+        Raises:
+            WebhookError: The receiver cannot be reached, or does not answer with a 2xx.
+        """
+        body = json.dumps(self._payload(alert), allow_nan=False).encode()
+        headers = self._headers | self._signed(alert.id, body)
+        request = urllib.request.Request(self._url, body, headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self._timeout):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+            why = f"status {error.code}"
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # urllib's URLError, too, with the network's own as its reason
+            why = str(getattr(error, "reason", error))
+        # Not from the error, whose text or request may hold the address.
+        raise WebhookError(f"Expected a 2xx of {self._host}, got {why}.") from None
+
+    def _signed(self, alert_id: str, body: bytes) -> dict[str, str]:
+        timestamp = str(int(time.time()))
+        headers = {_ID: alert_id, _TIMESTAMP: timestamp}
+        if self._key is not None:
+            headers[_SIGNATURE] = _signature(self._key, alert_id, timestamp, body)
+        return headers
+
+
+def verify(
+    body: bytes, headers: Mapping[str, str], secret: str, *, tolerance: float = 300.0
+) -> None:
+    """Check, at a receiver, that a request is from who has the secret, unchanged and new.
+
+    A repeated ``webhook-id`` within the tolerance is for the receiver to notice.
+
+    Args:
+        body: The request's body, as it came.
+        headers: Its headers, in any case.
+        secret: As the sink has it.
+        tolerance: Seconds between the sender's clock and this one, and on the way, at most.
+
+    Raises:
+        ValueError: A header is missing, or the signature or the time is not right.
+    """
+    found = {name.lower(): value for name, value in headers.items()}
+    if missing := [name for name in (_ID, _TIMESTAMP, _SIGNATURE) if name not in found]:
+        raise ValueError(f"Expected a signed request, got one without {', '.join(missing)}.")
+    expected = _signature(_key(secret), found[_ID], found[_TIMESTAMP], body)
+    # Several while a secret is changed, with spaces between.
+    given = [signature.encode() for signature in found[_SIGNATURE].split(" ")]
+    if not any([hmac.compare_digest(signature, expected.encode()) for signature in given]):
+        raise ValueError("Expected a request signed with the secret, got another signature.")
+    age = time.time() - float(found[_TIMESTAMP])
+    if not abs(age) <= tolerance:
+        raise ValueError(f"Expected a request of the last {tolerance:g} s, got one of {age:.0f} s.")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: Message,
+        newurl: str,
+    ) -> None:
+        return None  # urllib then raises the redirect as an error
+
+
+def _event(alert: Alert) -> dict[str, Any]:
+    return {
+        "type": f"ood_monitor.{alert.kind}",
+        "timestamp": alert.time.isoformat(),
+        "data": json.loads(alert.to_json()),
+    }
+
+
+def _checked_host(url: str) -> str:
+    """The host of an address that can be posted to; the address itself is told to nobody."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    if not host or parts.scheme not in ("http", "https") or not is_plain:
+        raise ValueError("Expected a URL as https://host/path, got another text (not shown).")
+    if parts.username is not None:
+        raise ValueError(f"Expected no user in the URL of {host}: pass `headers` instead.")
+    return host
+
+
+def _key(secret: str) -> bytes:
+    try:
+        key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
+    except ValueError:
+        key = b""
+    if not secret.startswith(_PREFIX) or len(key) < _SHORTEST_KEY:
+        raise ValueError(
+            f"Expected a secret of {_PREFIX} and the Base64 of at least {_SHORTEST_KEY} bytes, got "
+            "another text (not shown)."
+        )
+    return key
+
+
+def _signature(key: bytes, message_id: str, timestamp: str, body: bytes) -> str:
+    content = f"{message_id}.{timestamp}.".encode() + body
+    return "v1," + base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode()
