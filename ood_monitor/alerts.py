@@ -234,6 +234,7 @@ class Summary:
         flagged_rate: Running share of flagged samples, between 0 and 1.
         log_e_value: Natural logarithm of the drift test's e-value.
         invalid: Samples that could not be scored so far, by cause.
+        time: When these were the figures, as UTC.
     """
 
     stream: str
@@ -244,6 +245,7 @@ class Summary:
     flagged_rate: float | None
     log_e_value: float | None
     invalid: Mapping[str, int] = field(default_factory=dict)
+    time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
         _check_word("status", self.status, get_args(Status))

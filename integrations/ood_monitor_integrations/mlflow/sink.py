@@ -4,7 +4,6 @@ MLflow records and shows, it does not notify; ``tags.`ood_monitor.status` = 'ALE
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
@@ -15,21 +14,14 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from ood_monitor.alerts import Alert, AlertEvidence, LayerShare, Summary
+from ood_monitor.alerts import Alert, AlertEvidence, Status, Summary
 from ood_monitor.plots import alert_figure
+from ood_monitor_integrations.mlflow.note import note_with
 
 __all__ = ["MLflowSink"]
 
 _STATUS, _SINCE, _DETECTOR = "ood_monitor.status", "ood_monitor.since", "ood_monitor.detector"
-_RANKS = ("OK", "WARN", "ALERT")
-_SEVERITY = {"info": "OK", "warning": "WARN", "critical": "ALERT"}
 _RAISED = {"sample": 1.0, "drift": 1.0, "recovered": 0.0}  # other kinds leave `ood/alert` alone
-
-_BEGIN, _END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
-# No begin mark inside: if a user deleted an end mark, the text after it is the user's.
-_BLOCK = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
-_NOTE_LIMIT = 8000  # MLflow cuts longer tag values, which would cut the user's text
-_NAMED_LAYERS = 5
 
 _FILE_STORE = (
     "MLflow no longer writes to the file store {uri!r}; it chooses ./mlruns by itself where that "
@@ -54,31 +46,46 @@ class MLflowSink:
     nor changes the active run. A repeated alert overwrites what the first try left. One run shows
     one stream: a second stream needs a run of its own.
 
+    A server that is down costs the watched program nothing. MLflow's client itself tries again for
+    minutes; `MLFLOW_HTTP_REQUEST_MAX_RETRIES` and `MLFLOW_HTTP_REQUEST_TIMEOUT` shorten that.
+
     Args:
-        run_id: The run; by default the run that is active in the thread that makes the sink.
+        run_id: The run; by default the logger's, or else the run that is active in the thread that
+            makes the sink.
+        logger: A Lightning `MLFlowLogger`, for its client and its run.
+        model_version: Name and version of a registered model that shows the status too, as the tag
+            `ood_monitor.status`. It is set when the status changes and only then, so that MLflow's
+            own webhook for `model_version_tag.set` tells a channel or a pager of each change once.
         tracking_uri: The store; by default MLflow's own.
         client: A client to use instead of one for `tracking_uri`.
 
     Raises:
-        ValueError: If no run is given and none is active, both `tracking_uri` and `client` are
-            given, or the store is a file store, which MLflow refuses.
-        mlflow.exceptions.MlflowException: If the run does not exist.
+        ValueError: If no run is given and none is active, two of `logger`, `tracking_uri` and
+            `client` are given, or the store is a file store, which MLflow refuses.
+        TypeError: If `logger` is another kind of logger.
+        mlflow.exceptions.MlflowException: If the run or the model version does not exist.
     """
 
     def __init__(
         self,
         run_id: str | None = None,
         *,
+        logger: _Logger | None = None,
+        model_version: tuple[str, str | int] | None = None,
         tracking_uri: str | None = None,
         client: MlflowClient | None = None,
     ) -> None:
-        if client and tracking_uri:
-            raise ValueError("Expected a client or a tracking URI, got both.")
+        if sum(given is not None for given in (logger, tracking_uri, client)) > 1:
+            raise ValueError("Expected one of logger, tracking_uri and client, got more.")
+        if logger is not None:
+            client, run_id = _of_logger(logger, run_id)
         self.run_id = run_id or _active_run_id()
         self._client = client or _client(tracking_uri)
         # Across restarts a run keeps its status until this sink is told otherwise.
-        status = self._client.get_run(self.run_id).data.tags.get(_STATUS)
-        self._status: str | None = status if status in _RANKS else None
+        tags = self._client.get_run(self.run_id).data.tags
+        self._status, self._latest = tags.get(_STATUS), _time(tags.get(_SINCE))
+        self._version = model_version and (model_version[0], str(model_version[1]))
+        self._version_status = self._shown_by_version()
 
     @classmethod
     def from_logger(cls, logger: _Logger) -> Self:
@@ -88,38 +95,48 @@ class MLflowSink:
             TypeError: If it is another kind of logger.
             ValueError: If it has no run, as on every rank but 0.
         """
-        client = getattr(logger, "experiment", None)
-        if not hasattr(logger, "run_id") or not hasattr(client, "log_batch"):
-            raise TypeError(f"Expected Lightning's MLFlowLogger, got {type(logger).__qualname__}.")
-        if logger.run_id is None:
-            raise ValueError("Expected a logger with a run; Lightning opens it on rank 0 only.")
-        return cls(logger.run_id, client=client)
+        return cls(logger=logger)
 
     def __call__(self, alert: Alert, /) -> None:
         """Record `alert`. It may take long and may raise: leave it to a `Dispatcher`."""
-        status = self._status_after(alert)
         values = _figures(alert.evidence) | {"ood/alert": _RAISED.get(alert.kind)}
-        tags = {_DETECTOR: alert.detector} | self._transition(status, alert.time)
+        # One that comes late, after an outage, is recorded, and changes no later status.
+        is_news = alert.time >= self._latest
+        tags = self._transition(alert.status, alert.time) if is_news else {}
+        tags |= {_DETECTOR: alert.detector}
         self._log_batch(values, tags, alert.samples_seen, alert.time)
-        self._status = status
         folder = f"ood/alerts/{alert.id}"
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{folder}.json")
         self._client.log_figure(self.run_id, alert_figure(alert), f"{folder}.png")
-        self._note(_block(alert, status))
+        if is_news:
+            self._note(alert)
+            self._show(alert.status, alert.time)
 
     def summarise(self, summary: Summary, /) -> None:
         """Record the running figures; `ood/alert` is 1 while the status is ALERT."""
-        now = datetime.now(UTC)
         values = _figures(summary) | {"ood/alert": float(summary.status == "ALERT")}
-        self._log_batch(values, self._transition(summary.status, now), summary.samples_seen, now)
-        self._status = summary.status
+        is_news = summary.time >= self._latest
+        tags = self._transition(summary.status, summary.time) if is_news else {}
+        self._log_batch(values, tags, summary.samples_seen, summary.time)
+        if is_news:
+            self._show(summary.status, summary.time)
 
-    def _status_after(self, alert: Alert) -> str:
-        """No alert but a recovery lowers the status: a flagged sample does not end a drift."""
-        if alert.kind == "recovered":
-            return "OK"
-        new = "ALERT" if alert.kind == "drift" else _SEVERITY[alert.severity]
-        return max(new, self._status or "OK", key=_RANKS.index)
+    def _show(self, status: Status, time: datetime) -> None:
+        """The run shows it; the model version is to follow.
+
+        MLflow's webhooks fire with every tag that is set, so none is set to what it is.
+        """
+        self._status, self._latest = status, time
+        if self._version is not None and status != self._version_status:
+            if self._shown_by_version() != status:
+                self._client.set_model_version_tag(*self._version, _STATUS, status)
+            self._version_status = status
+
+    def _shown_by_version(self) -> str | None:
+        if self._version is None:
+            return None
+        status: str | None = self._client.get_model_version(*self._version).tags.get(_STATUS)
+        return status
 
     def _transition(self, status: str, time: datetime) -> dict[str, str]:
         return {} if status == self._status else {_STATUS: status, _SINCE: time.isoformat()}
@@ -137,15 +154,31 @@ class MLflowSink:
         # Synchronous whatever the environment says: only then does a failure show, to be repeated.
         self._client.log_batch(self.run_id, metrics, tags=marks, synchronous=True)
 
-    def _note(self, block: str) -> None:
+    def _note(self, alert: Alert) -> None:
         note = self._client.get_run(self.run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
-        changed, found = _BLOCK.subn(lambda _: block, note, count=1)
-        if not found:
-            changed = f"{note}\n\n{block}" if note else block
-        if len(changed) > _NOTE_LIMIT:
+        changed = note_with(note, alert)
+        if changed is None:
             _log.warning("The note of run %s has no room for the alert.", self.run_id)
             return
         self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, changed, synchronous=True)
+
+
+def _of_logger(logger: _Logger, run_id: str | None) -> tuple[MlflowClient, str]:
+    client = getattr(logger, "experiment", None)
+    if not hasattr(logger, "run_id") or not hasattr(client, "log_batch"):
+        raise TypeError(f"Expected Lightning's MLFlowLogger, got {type(logger).__qualname__}.")
+    run_id = run_id or logger.run_id
+    if run_id is None:
+        raise ValueError("Expected a logger with a run; Lightning opens it on rank 0 only.")
+    return logger.experiment, run_id
+
+
+def _time(since: str | None) -> datetime:
+    """When a status that is found on a run began; long ago if it does not say."""
+    try:
+        return datetime.fromisoformat(since or "").astimezone(UTC)
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _active_run_id() -> str:
@@ -172,20 +205,3 @@ def _figures(source: AlertEvidence | Summary) -> dict[str, float | None]:
         "ood/flagged_rate": source.flagged_rate,
         "ood/log_e_value": source.log_e_value,
     }
-
-
-def _block(alert: Alert, status: str) -> str:
-    """What the note says of `alert`, in Markdown, between our marks."""
-    time = alert.time.isoformat(" ", "seconds")
-    text = (
-        f"**ood-monitor: {status}** ({alert.kind}, stream {alert.stream}, "
-        f"{alert.samples_seen:,} samples seen, {time})\n\n{alert.message}\n\n"
-        f"{_layers(alert.top_layers)}Evidence: `ood/alerts/{alert.id}.json`"
-    )
-    # A name must not end the comment, or our block would no longer be found.
-    return f"{_BEGIN}\n{text.replace('<!--', '').replace('-->', '')}\n{_END}"
-
-
-def _layers(layers: tuple[LayerShare, ...]) -> str:
-    named = [f"`{layer.layer}`" for layer in layers[:_NAMED_LAYERS]]
-    return f"Layers: {', '.join(named)}\n\n" if named else ""

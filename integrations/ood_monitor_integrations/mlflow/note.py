@@ -1,0 +1,53 @@
+"""The paragraph that an alert leaves in a run's note, between marks of its own."""
+
+import re
+
+from ood_monitor.alerts import Alert, FlaggedSample, LayerShare, TermShare
+
+__all__ = ["note_with"]
+
+_BEGIN, _END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
+# No begin mark inside: if a user deleted an end mark, the text after it is the user's.
+_BLOCK = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+_NOTE_LIMIT = 8000  # MLflow cuts longer tag values, which would cut the user's text
+_NAMED = 5  # layers, terms and samples that are named, of each
+
+
+def note_with(note: str, alert: Alert) -> str | None:
+    """A note with what it says of `alert` in the place of what it said of the one before.
+
+    What a user wrote stays as it is. None if there is no room.
+    """
+    block = _block(alert)
+    changed, found = _BLOCK.subn(lambda _: block, note, count=1)
+    if not found:
+        changed = f"{note}\n\n{block}" if note else block
+    return None if len(changed) > _NOTE_LIMIT else changed
+
+
+def _block(alert: Alert) -> str:
+    """What the note says of `alert`, in Markdown, between our marks."""
+    time = alert.time.isoformat(" ", "seconds")
+    text = (
+        f"**ood-monitor: {alert.status}** ({alert.kind}, stream {alert.stream}, "
+        f"{alert.samples_seen:,} samples seen, {time})\n\n{alert.message}\n\n"
+        f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
+        f"Evidence: `ood/alerts/{alert.id}.json`"
+    )
+    # A name must not end the comment, or our block would no longer be found.
+    return f"{_BEGIN}\n{text.replace('<!--', '').replace('-->', '')}\n{_END}"
+
+
+def _layers(layers: tuple[LayerShare, ...]) -> str:
+    named = [f"`{layer.layer}`" for layer in layers[:_NAMED]]
+    return f"Layers: {', '.join(named)}\n\n" if named else ""
+
+
+def _terms(terms: tuple[TermShare, ...]) -> str:
+    named = [f"`{term.term}` {term.share or 0:.0%}" for term in terms[:_NAMED]]
+    return f"Terms: {', '.join(named)}\n\n" if named else ""
+
+
+def _samples(samples: tuple[FlaggedSample, ...]) -> str:
+    named = [f"`{sample.id}`" for sample in samples if sample.id is not None][-_NAMED:]
+    return f"Samples: {', '.join(named)}\n\n" if named else ""
