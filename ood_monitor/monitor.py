@@ -190,9 +190,7 @@ class Monitor:
                 of another number; the monitor is then unchanged.
         """
         scores = self.score(batch)
-        if ids is None and self._identify == "hash":
-            ids = hashes_where(scores.p_value <= self.fpr, batch)  # those that an alert could name
-        return self.observe(scores, ids)
+        return self.observe(scores, self.identify(batch, scores) if ids is None else ids)
 
     def score(self, batch: Batch) -> Scores:
         """What :meth:`update` would take in of B samples, without taking it in.
@@ -242,6 +240,10 @@ class Monitor:
             self._dispatcher.send(alert)
         self._measure(scores)
         return alerts
+
+    def identify(self, batch: Batch, scores: Scores) -> list[str | None] | None:
+        """Hashes of those of B samples that an alert could name, if the monitor was asked to."""
+        return hashes_where(scores.p_value <= self.fpr, batch) if self._identify else None
 
     def state_dict(self) -> dict[str, Any]:
         """All that the monitor remembers, as primitives that JSON can hold."""

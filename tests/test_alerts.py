@@ -1,13 +1,25 @@
 import json
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from alert_cases import ALERT, EVIDENCE, Recorder, summary
 
-from ood_monitor.alerts import Alert, LayerShare, LoggingSink, SummarySink
+from ood_monitor.alerts import (
+    Alert,
+    AlertEvidence,
+    AlertKind,
+    FlaggedSample,
+    LayerShare,
+    LoggingSink,
+    Severity,
+    Status,
+    SummarySink,
+)
 
 # The records
 
@@ -79,7 +91,11 @@ def test_each_alert_has_an_id_and_a_time() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"kind": "panic"}, "Expected kind to be one of sample"), ({"severity": "bad"}, "severity")],
+    [
+        ({"kind": "panic"}, "Expected kind to be one of sample"),
+        ({"severity": "bad"}, "Expected severity"),
+        ({"status": "FINE"}, "Expected status"),
+    ],
 )
 def test_unknown_words_are_refused(change: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -102,6 +118,124 @@ def test_unknown_words_are_refused(change: dict[str, str], message: str) -> None
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Expected the JSON of an alert, got"):
         Alert.from_json(text)
+
+
+# The schema
+
+
+def assert_follows(schema: dict[str, Any], value: Any, where: str = "alert") -> None:
+    """The few words of JSON Schema that ours uses, and no others."""
+    known = {"$schema", "title", "description", "format", "type", "enum", "const"}
+    known |= {"required", "properties", "additionalProperties", "items"}
+    known |= {"minimum", "maximum", "minLength", "maxLength", "maxItems"}
+    assert schema.keys() <= known, where
+    if "const" in schema:
+        assert value == schema["const"], where
+    if "enum" in schema:
+        assert value in schema["enum"], where
+    assert_has_type(schema, value, where)
+    if isinstance(value, dict):
+        assert schema["additionalProperties"] is False, where
+        assert set(schema["required"]) <= value.keys() <= schema["properties"].keys(), where
+        for name, part in value.items():
+            assert_follows(schema["properties"][name], part, f"{where}.{name}")
+    if isinstance(value, list):
+        for part in value:
+            assert_follows(schema["items"], part, f"{where}[]")
+
+
+def assert_has_type(schema: dict[str, Any], value: Any, where: str) -> None:
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float}
+    names = schema.get("type", [])
+    names = [names] if isinstance(names, str) else names
+    allowed = [None if name == "null" else kinds[name] for name in names]
+    if value is None:
+        assert None in allowed, where
+    elif allowed:
+        assert isinstance(value, tuple(kind for kind in allowed if kind)), where
+    if isinstance(value, int | float):
+        assert schema.get("minimum", value) <= value <= schema.get("maximum", value), where
+    if isinstance(value, str | list):
+        limits = schema.get("minLength", 0), schema.get("maxLength", schema.get("maxItems", 1e9))
+        assert limits[0] <= len(value) <= limits[1], where
+
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "alert.schema.json").read_text())
+EMPTY = replace(
+    ALERT,
+    kind="stale_calibration",
+    evidence=AlertEvidence(
+        **{f.name: None for f in fields(AlertEvidence)} | {"flagged": 0, "window": 0}
+    ),
+    top_layers=(LayerShare("w", None, None),),
+    top_terms=(),
+    samples=(FlaggedSample(1, None, None),),
+)
+
+
+@pytest.mark.parametrize("alert", [ALERT, EMPTY], ids=["full", "empty"])
+def test_json_follows_the_schema_in_the_docs(alert: Alert) -> None:
+    assert_follows(SCHEMA, json.loads(alert.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("part", "record"),
+    [
+        ("top", ALERT),
+        ("evidence", ALERT.evidence),
+        ("top_layers", ALERT.top_layers[0]),
+        ("top_terms", ALERT.top_terms[0]),
+        ("samples", ALERT.samples[0]),
+    ],
+)
+def test_the_schema_has_every_field_and_no_other(part: str, record: Any) -> None:
+    schema = SCHEMA if part == "top" else SCHEMA["properties"][part]
+    properties = schema.get("items", schema)["properties"]
+    assert properties.keys() - {"format"} == {field.name for field in fields(record)}
+
+
+def test_the_schema_has_the_words_of_the_class() -> None:
+    for name, words in (("kind", AlertKind), ("severity", Severity), ("status", Status)):
+        assert SCHEMA["properties"][name]["enum"] == list(get_args(words))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"kind": "panic"}, "alert.kind"),
+        ({"samples_seen": -1}, "alert.samples_seen"),
+        ({"top_terms": [{"term": "t"}]}, r"alert.top_terms\[\]"),
+        ({"image": [1, 2]}, "alert"),
+        ({"evidence": None}, "alert.evidence"),
+    ],
+)
+def test_what_does_not_follow_would_be_noticed(change: dict[str, Any], where: str) -> None:
+    with pytest.raises(AssertionError, match=where):
+        assert_follows(SCHEMA, json.loads(ALERT.to_json()) | change)
+
+
+# Older and newer ones
+
+
+def test_the_json_of_the_format_before_is_read() -> None:
+    record = json.loads(ALERT.to_json()) | {"format": 1}
+    for name in ("status", "top_terms", "samples"):
+        del record[name]
+    assert Alert.from_json(json.dumps(record)) == replace(ALERT, top_terms=(), samples=())
+
+
+def test_a_newer_format_is_refused_by_its_number() -> None:
+    text = ALERT.to_json().replace('"format": 2', '"format": 3')
+    with pytest.raises(ValueError, match="its format is 3, and this release reads"):
+        Alert.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("recovered", "OK"), ("drift", "ALERT"), ("invalid_input", "WARN")]
+)
+def test_an_alert_without_a_status_has_that_of_its_kind(kind: Any, status: str) -> None:
+    given = {name: value for name, value in vars(ALERT).items() if name not in {"status", "kind"}}
+    assert Alert(kind=kind, **given).status == status
 
 
 def test_summary_sink_is_recognised() -> None:

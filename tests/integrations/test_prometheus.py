@@ -1,0 +1,180 @@
+"""What Prometheus scrapes of a watched stream."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from alert_cases import ALERT, LONG, summary
+from ood_monitor_integrations.prometheus import PrometheusSink, score_buckets
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.parser import text_string_to_metric_families as parsed
+from small_cases import SMALL
+
+import ood_monitor as om
+from ood_monitor.alerts import Reading
+from ood_monitor.dispatcher import Dispatcher
+
+BRANCHES = SMALL["branches"]
+LABELS = {"model": "m7", "detector": "d5"}
+READING = Reading(
+    stream="production",
+    **LABELS,
+    scores=[0.5, 2.0, 50.0],
+    p_values=[0.6, 0.2, 0.002],
+    flagged=1,
+    invalid=2,
+)
+
+
+@pytest.fixture(scope="module")
+def detector() -> om.Detector:
+    return om.Detector(BRANCHES()).fit([BRANCHES.data(1000, seed=100)], progress=False)
+
+
+def value(sink: PrometheusSink, name: str, **labels: str) -> float | None:
+    return sink.registry.get_sample_value(f"ood_monitor_{name}", LABELS | labels)
+
+
+def test_a_monitor_feeds_all_meters(detector: om.Detector) -> None:
+    sink = PrometheusSink(model="flow", detector="prod", buckets=score_buckets(detector))
+    x = BRANCHES.data(200, seed=1)
+    x[:3] = float("nan")
+    with om.Monitor(detector, sinks=[sink], ert=1000) as monitor:
+        for batch in x.split(20):
+            monitor.update(batch)
+        with pytest.raises(ValueError, match="Expected samples"):
+            monitor.update(x[:, :2])
+        flagged = int((detector.score(x[3:]).p_value <= monitor.fpr).sum())
+    labels = {"model": "flow", "detector": "prod"}
+    verdicts = {"usual": 197 - flagged, "flagged": flagged, "invalid": 3}
+    for verdict, count in verdicts.items():
+        assert value(sink, "samples_total", **labels, verdict=verdict) == count
+    assert value(sink, "score_count", **labels) == 197
+    assert value(sink, "p_value_count", **labels) == 197
+    assert value(sink, "p_value_sum", **labels) == pytest.approx(98.5, rel=0.2)
+    assert value(sink, "scoring_seconds_count", **labels) == 10
+    assert value(sink, "errors_total", **labels) == 1
+    assert value(sink, "alerts_total", **labels, kind="invalid_input") == 1
+
+
+def test_a_drift_raises_the_alert_until_it_recovers(detector: om.Detector) -> None:
+    sink = PrometheusSink()
+    with om.Monitor(detector, sinks=[sink], ert=1000, recovery=30, summary_every=10) as monitor:
+        labels = {"model": detector.fitted.model, "detector": detector.fitted.fingerprint}
+        shown = []
+        for x in (BRANCHES.data(50, seed=1), 2 + BRANCHES.data(50, seed=2)):
+            monitor.update(x)
+            assert monitor.flush(LONG)
+            shown.append(value(sink, "alert", **labels))
+        monitor.update(BRANCHES.data(60, seed=3))
+        assert monitor.flush(LONG)
+    assert [*shown, value(sink, "alert", **labels)] == [0, 1, 0]
+    assert value(sink, "alerts_total", **labels, kind="drift") == 1
+    assert value(sink, "alerts_total", **labels, kind="recovered") == 1
+
+
+def test_scores_fall_into_their_buckets() -> None:
+    sink = PrometheusSink(buckets=(1, 10))
+    sink.measure(READING)
+    found = [value(sink, "score_bucket", le=le) for le in ("1.0", "10.0", "+Inf")]
+    assert found == [1, 2, 3]
+    assert value(sink, "score_sum") == 52.5
+    assert value(sink, "p_value_bucket", le="0.01") == 1
+
+
+def test_an_alert_that_comes_again_is_counted_once() -> None:
+    sink = PrometheusSink()
+    sink(ALERT)
+    sink(ALERT)
+    sink(replace(ALERT, id="0" * 32))
+    assert value(sink, "alerts_total", kind="drift") == 2
+
+
+def test_a_restart_shows_the_status_with_the_next_figures() -> None:
+    sink = PrometheusSink()
+    sink.measure(READING)
+    sink.summarise(replace(summary(100), status="ALERT"))
+    assert value(sink, "alert") == 1
+
+
+def test_samples_that_others_dropped_are_counted() -> None:
+    sink = PrometheusSink()
+    sink.measure(READING)
+    sink.dropped(4)
+    assert value(sink, "dropped_total") == 4
+
+
+def test_labels_are_the_model_and_the_detector_only() -> None:
+    sink = PrometheusSink()
+    with Dispatcher([sink]) as dispatcher:
+        for number in range(20):
+            dispatcher.send(replace(ALERT, stream=f"user-{number}", id=f"{number:032x}"))
+            dispatcher.measure(replace(READING, stream=f"user-{number}", seconds=0.1))
+    for family in parsed(generate_latest(sink.registry).decode()):
+        for sample in family.samples:
+            assert set(sample.labels) <= {"model", "detector", "verdict", "kind", "le"}
+            assert sample.labels["model"] == "m7"
+
+
+def test_registries_are_apart_by_default() -> None:
+    first, second = PrometheusSink(), PrometheusSink()
+    first.measure(READING)
+    assert value(second, "samples_total", verdict="flagged") is None
+
+
+def test_two_sinks_may_share_a_registry() -> None:
+    registry = CollectorRegistry()
+    for _ in range(2):
+        sink = PrometheusSink(registry=registry)
+        sink.measure(READING)
+    assert value(sink, "samples_total", verdict="flagged") == 2
+
+
+def test_foreign_meters_of_the_name_are_an_error_that_leaves_none_of_ours() -> None:
+    registry = CollectorRegistry()
+    Counter("ood_monitor_errors", "Somebody else's.", registry=registry)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Expected a registry without other meters named"):
+            PrometheusSink(registry=registry)
+    names = {family.name for family in registry.collect()}
+    assert names == {"ood_monitor_errors"}
+
+
+def test_buckets_of_a_detector_hold_its_scores(detector: om.Detector) -> None:
+    buckets = score_buckets(detector)
+    assert buckets == sorted(buckets)
+    scores = detector.fitted.calibration.scores
+    assert ((scores > buckets[0]) & (scores <= buckets[-1])).mean() > 0.95
+
+
+def test_processes_of_a_service_add_up(tmp_path: Path) -> None:
+    script = """
+import sys
+from dataclasses import replace
+from ood_monitor_integrations.prometheus import PrometheusSink
+from ood_monitor.alerts import Alert, Reading
+sink = PrometheusSink(model="m", detector="d")
+sink.measure(Reading(stream="s", detector="", model="", scores=[1.0], p_values=[0.5]))
+if len(sys.argv) > 1:
+    sink(Alert.from_json(sys.argv[1]))
+"""
+    scrape = """
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+    env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    text = ""
+    for command in ([script], [script, ALERT.to_json()], [scrape]):
+        ended = subprocess.run(
+            [sys.executable, "-c", *command], env=env, capture_output=True, text=True, check=True
+        )
+        text = ended.stdout
+    assert re.search(r"ood_monitor_samples_total\{.*usual.*\} 2.0", text)
+    assert re.search(r"ood_monitor_alert\{.*\} 1.0", text)
