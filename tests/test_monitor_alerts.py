@@ -425,7 +425,7 @@ def said(alerts: list[Alert]) -> list[dict[str, Any]]:
         }
     ),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_a_crash_between_any_two_updates_changes_nothing(
     cuts: list[int], crash: int, options: dict[str, Any]
 ) -> None:
