@@ -50,8 +50,7 @@ def traced_update(monitor: Monitor, batch: Batch, ids: Sequence[Any] | None = No
         ids = monitor.identify(batch, scores) if ids is None else ids
         alerts = monitor.observe(scores, ids)
         with _contained():
-            _describe(span, scores, monitor.fpr)
-            span.set_attributes({"stream": monitor.name, "status": monitor.status})
+            _describe(span, scores, monitor.fpr, stream=monitor.name, status=monitor.status)
     return alerts
 
 
@@ -76,18 +75,22 @@ def _span() -> Iterator[Any]:
         yield span
     except Exception:
         with _contained():
-            span and span.set_status("ERROR")
+            if span is not None:
+                span.set_status("ERROR")
         raise
     finally:
         with _contained():
             stack.close()
 
 
-def _describe(span: Any, scores: Scores, fpr: float) -> None:
+def _describe(span: Any, scores: Scores, fpr: float, **attributes: str) -> None:
     """Figures, no data; the feedback joins the trace while it is in memory."""
+    if span is None:
+        return
     p_values = sorted(scores.p_value[scores.valid].tolist())
     flagged = sum(p_value <= fpr for p_value in p_values)
     invalid = int((~scores.valid).sum())
+    span.set_attributes(attributes)
     span.set_inputs({"samples": len(scores.valid)})
     span.set_outputs({"flagged": flagged, "invalid": invalid, "p_values": p_values[:_SHOWN]})
     why = f"{flagged} of {len(p_values)} samples with a p-value of at most {fpr:g}"
