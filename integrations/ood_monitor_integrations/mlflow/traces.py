@@ -13,6 +13,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import mlflow
@@ -30,6 +31,7 @@ _SOURCE = AssessmentSource("CODE", _NAME)
 _SHOWN = 100
 
 _log = logging.getLogger(__name__)
+_failures = count()
 
 
 def traced_update(monitor: Monitor, batch: Batch, ids: Sequence[Any] | None = None) -> list[Alert]:
@@ -106,4 +108,5 @@ def _contained() -> Iterator[None]:
     try:
         yield
     except Exception:  # whatever a tracing backend raises must not reach who is watched
-        _log.warning("A scored call was not traced.", exc_info=True)
+        level = logging.DEBUG if next(_failures) else logging.WARNING
+        _log.log(level, "A scored call was not traced.", exc_info=True)
