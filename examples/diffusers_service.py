@@ -33,7 +33,8 @@ from diffusers import (
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from ood_monitor_integrations.diffusers import fit_pipeline, wrap
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from ood_monitor_integrations.prometheus import PrometheusSink, score_buckets
+from prometheus_client import Histogram, generate_latest
 from sklearn.datasets import load_digits, load_sample_images
 
 import ood_monitor as om
@@ -42,25 +43,11 @@ PORT, THREADS, SIZE = 8765, 8, 16
 Image = PIL.Image.Image
 
 
-class Metrics:
-    """What Prometheus scrapes."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.images = Counter("images", "Images served.", registry=self.registry)
-        self.failures = Counter("ood_failures", "Requests not scored.", registry=self.registry)
-        self.alert = Gauge("ood_alert", "1 while the inputs have drifted.", registry=self.registry)
-        self.p_value = Histogram(
-            "ood_p_value",
-            "Of the user's image.",
-            buckets=(0.01, 0.05, 0.1, 0.5, 1.0),
-            registry=self.registry,
-        )
-        self.seconds = Histogram("request_seconds", "Of a request.", registry=self.registry)
-
-
-def service(shared: StableDiffusionImg2ImgPipeline, monitor: om.Monitor) -> FastAPI:
-    app, metrics = FastAPI(), Metrics()
+def service(
+    shared: StableDiffusionImg2ImgPipeline, monitor: om.Monitor, meters: PrometheusSink
+) -> FastAPI:
+    app = FastAPI()
+    seconds = Histogram("request_seconds", "Of a request.", registry=meters.registry)
 
     def changed(image: Image) -> tuple[Image, float]:
         """In a thread of its own, with a scheduler of its own."""
@@ -69,7 +56,7 @@ def service(shared: StableDiffusionImg2ImgPipeline, monitor: om.Monitor) -> Fast
         pipe.set_progress_bar_config(disable=True)
         with wrap(pipe, monitor, what="inputs") as watched:
             output = watched(image=image, **ARGUMENTS)
-            metrics.failures.inc(watched.counts.failures)
+            meters.dropped(watched.counts.failures)
         scores = getattr(output, "ood", None)
         return output.images[0], float(scores.p_value[0]) if scores else float("nan")
 
@@ -78,15 +65,12 @@ def service(shared: StableDiffusionImg2ImgPipeline, monitor: om.Monitor) -> Fast
         start, body = time.perf_counter(), await request.body()
         image = PIL.Image.open(io.BytesIO(body)).convert("RGB")
         made, p_value = await run_in_threadpool(changed, image)
-        metrics.images.inc()
-        metrics.p_value.observe(p_value)
-        metrics.alert.set(monitor.status == "ALERT")
-        metrics.seconds.observe(time.perf_counter() - start)
+        seconds.observe(time.perf_counter() - start)
         return Response(png(made), media_type="image/png", headers={"X-OOD-P-Value": str(p_value)})
 
     @app.get("/metrics")
     def read() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain")
+        return Response(generate_latest(meters.registry), media_type="text/plain")
 
     return app
 
@@ -185,14 +169,20 @@ def main() -> int:
     traffic = [images[i] for i in order[400:480]]
     batches = [held_out[i : i + 40] for i in range(0, 400, 40)]
     detector = fit_pipeline(shared, batches, call=ARGUMENTS | {"image": held_out[:1]})
-    monitor = om.Monitor(detector, ert=1_000, fpr=0.01, sinks=[om.LoggingSink()], name="inputs")
-    with serving(service(shared, monitor)), ThreadPoolExecutor(THREADS) as load, monitor:
+    meters = PrometheusSink(model="img2img", detector="v1", buckets=score_buckets(detector))
+    sinks = [om.LoggingSink(), meters]
+    monitor = om.Monitor(detector, ert=1_000, fpr=0.01, sinks=sinks, name="inputs")
+    with serving(service(shared, monitor, meters)), ThreadPoolExecutor(THREADS) as load, monitor:
         for name, sent in (("digits", traffic), ("photographs", photographs(40))):
             p_values = list(load.map(post, sent))
             print(f"{len(sent)} {name}: median p-value {np.median(p_values):.3f}")
+        monitor.flush()  # the meters have all that was scored
         seen = metrics()
-    print("\n".join(line for line in seen.splitlines() if line.startswith(("ood_", "images_"))))
-    return 0 if "images_total 120.0" in seen and "ood_failures_total 0.0" in seen else 1
+    meters_of = ("ood_monitor_samples", "ood_monitor_alert", "ood_monitor_scoring", "request")
+    lines = [line for line in seen.splitlines() if line.startswith(meters_of)]
+    print("\n".join(line for line in lines if "_bucket" not in line and "_created" not in line))
+    scored = sum(float(line.split()[-1]) for line in lines if "_samples_total" in line)
+    return 0 if scored == 120 and "request_seconds_count 120.0" in lines else 1
 
 
 if __name__ == "__main__":
