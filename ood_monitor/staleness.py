@@ -17,7 +17,7 @@ class Weights:
 
     All bytes are hashed the first time, at about a second per gigabyte on a CPU, and again only
     when a tensor was replaced, moved or written to since, which a glance at every tensor's address
-    and version tells in a millisecond per thousand. What is written past autograd, through
+    and version tells in milliseconds. What is written past autograd, through
     ``tensor.data`` or a NumPy view, is not seen.
 
     Args:
