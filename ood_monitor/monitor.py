@@ -89,6 +89,7 @@ class Monitor:
         OSError: The spool cannot be used, or another process has it.
 
     Example:
+        >>> import torch
         >>> import ood_monitor as om
         >>> flow = om.models.Glow(channels=1, size=8, levels=1, steps=1, hidden=4)
         >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
