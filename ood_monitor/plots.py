@@ -1,4 +1,4 @@
-"""The figures: scores by stream, layers against their fitted normal, an alert, a drift test.
+"""The figures: scores by stream, layers against their fitted normal, alerts, a drift test.
 
 Each function returns a `matplotlib.figure.Figure` of its own, made without pyplot: no display, no
 global state, any thread. Save it with `figure.savefig(path)`.
@@ -12,6 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
 
 from ood_monitor.alerts import Alert
 
@@ -20,6 +21,7 @@ _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", _BLACK)
 _BINS = 40
 _COLUMNS = 3  # panels beside each other
+_NAMED = 20  # layers that a heat map has room to name
 
 
 def score_histogram(
@@ -69,16 +71,11 @@ def layer_histograms(
     """
     if missing := sorted(set(features) - set(fitted)) or (not features and ["any"]):
         raise ValueError(f"Expected a fitted mean and deviation for each layer, not for {missing}.")
-    columns = min(_COLUMNS, len(features))
-    rows = math.ceil(len(features) / columns)
-    figure = _figure(max(6.0, 3.0 * columns), max(4.0, 2.2 * rows + 0.8))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (layer, values) in zip(panels, features.items(), strict=False):
+    figure, panels = _panels(len(features))
+    for axes, (layer, values) in zip(panels, features.items(), strict=True):
         groups = {"in-distribution": values} | _of_layer(other or {}, layer)
         _layer_panel(axes, layer, groups, fitted[layer])
-    for axes in panels[len(features) :]:
-        axes.set_axis_off()
-    _share_legend(figure, panels[: len(features)])
+    _share_legend(figure, panels)
     figure.supxlabel("log squared gradient norm (natural logarithm of nats²)", fontsize="medium")
     figure.supylabel("density (per unit of the logarithm)", fontsize="medium")
     return figure
@@ -136,6 +133,111 @@ def evidence_figure(log_e_values: ArrayLike, *, ert: float, alarms: Sequence[int
     return figure
 
 
+def quantile_figure(z: Mapping[str, ArrayLike]) -> Figure:
+    """A panel per layer: the quantiles of its deviations against those of a standard normal.
+
+    Args:
+        z: Deviations from the fitted mean in fitted standard deviations, by layer, each of shape
+            (N,); values that are not finite are left out.
+
+    Raises:
+        ValueError: If there is no layer, or one has no finite value.
+    """
+    if not z:
+        raise ValueError("Expected the deviations of at least one layer, got none.")
+    figure, panels = _panels(len(z))
+    for axes, (layer, values) in zip(panels, z.items(), strict=True):
+        finite = np.sort(_finite(layer, values)[0])
+        theory = norm.ppf((np.arange(len(finite)) + 0.5) / len(finite))
+        ends = [min(theory[0], finite[0]), max(theory[-1], finite[-1])]
+        axes.plot(ends, ends, color=_BLACK, linewidth=0.8, label="as fitted")
+        axes.plot(theory, finite, ".", color=_BLUE, markersize=3, label="held-out samples")
+        _tidy(axes, layer)
+    _share_legend(figure, panels)
+    figure.supxlabel("quantile of a standard normal (standard deviations)", fontsize="medium")
+    figure.supylabel("quantile of the layer (z, standard deviations)", fontsize="medium")
+    return figure
+
+
+def misfit_figure(distances: Mapping[str, float], *, limit: float) -> Figure:
+    """Each layer's distance from what was fitted to it, in module order.
+
+    Args:
+        distances: Kolmogorov-Smirnov distance by layer, between 0 and 1.
+        limit: Above which a layer counts as badly fitted.
+
+    Raises:
+        ValueError: If there is no layer.
+    """
+    if not distances:
+        raise ValueError("Expected the distance of at least one layer, got none.")
+    figure, axes = _one_panel("Layers against the normal fitted to them")
+    values = np.array(list(distances.values()))
+    at, poor = np.arange(1, len(values) + 1), values > limit
+    axes.plot(at[~poor], values[~poor], "o", color=_BLUE, markersize=4, label="layer")
+    axes.plot(at[poor], values[poor], "^", color=_ORANGE, markersize=6, label="badly fitted")
+    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:g}")
+    axes.set_ylim(0, max(0.3, 1.1 * float(values.max()), 1.2 * limit))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer (number, in module order; no unit)")
+    axes.set_ylabel("Kolmogorov-Smirnov distance (no unit)")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def correlation_figure(names: Sequence[str], correlation: ArrayLike) -> Figure:
+    """A heat map of the correlation between layers.
+
+    Args:
+        names: Layers, L of them.
+        correlation: Of shape (L, L), between -1 and 1.
+
+    Raises:
+        ValueError: If the shape is another.
+    """
+    matrix = np.asarray(correlation, dtype=np.float64)
+    if not names or matrix.shape != (len(names), len(names)):
+        raise ValueError(f"Expected ({len(names)}, {len(names)}) correlations, got {matrix.shape}.")
+    figure, axes = _one_panel("Correlation between layers")
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="correlation (no unit)")
+    if len(names) <= _NAMED:
+        ticks = range(len(names))
+        axes.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize="x-small")
+        axes.set_yticks(
+            ticks,
+            [f"{_short(name)} {i}" for i, name in enumerate(names, 1)],
+            fontsize="x-small",
+        )
+    else:
+        axes.set_ylabel("layer (number, in module order; no unit)")
+    axes.set_xlabel("layer (number, in module order; no unit)")
+    return figure
+
+
+def top_layer_figure(counts: Mapping[str, int]) -> Figure:
+    """How many flagged samples are furthest from what is usual in each layer, the most on top.
+
+    Args:
+        counts: Flagged samples by the layer that deviates most.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not counts:
+        raise ValueError("Expected the top layer of at least one flagged sample, got none.")
+    figure, axes = _one_panel("Layers that deviate most in flagged samples")
+    names, values = zip(*sorted(counts.items(), key=lambda item: item[1]), strict=True)
+    bars = axes.barh(range(len(values)), values, color=_ORANGE)
+    axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize="small")
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("flagged samples")
+    axes.margins(x=0.15)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of the given size, in inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -177,6 +279,21 @@ def _layer_panel(
     at = np.linspace(mean - 4 * deviation, mean + 4 * deviation, 200)
     height = np.exp(-0.5 * ((at - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
     axes.plot(at, height, color=_BLACK, linewidth=1.2, label="fitted normal")
+    _tidy(axes, layer)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """So many panels, in rows."""
+    columns = min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
+    figure = _figure(max(6.0, 3.0 * columns), max(4.0, 2.2 * rows + 0.8))
+    panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _tidy(axes: Axes, layer: str) -> None:
     axes.set_title(_short(layer), fontsize="small")
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)

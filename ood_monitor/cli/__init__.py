@@ -1,0 +1,22 @@
+"""The command line: `ood-monitor --help`.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error, 2 a wrong use; and
+of `watch` 3 for WARN and 4 for ALERT.
+"""
+
+from ood_monitor.cli import fitting, hub, reporting, scoring, showing, watching
+from ood_monitor.cli.application import app
+
+__all__ = ["app"]
+
+for _command in (
+    fitting.fit,
+    scoring.score,
+    watching.watch,
+    reporting.report,
+    hub.push,
+    hub.pull,
+    showing.show,
+    showing.version,
+):
+    app.command()(_command)

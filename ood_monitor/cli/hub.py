@@ -1,0 +1,120 @@
+"""`ood-monitor push` and `ood-monitor pull`: a detector's files and the Hugging Face Hub."""
+
+import glob
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub import HfApi
+
+from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
+from ood_monitor.cli.options import Directory
+from ood_monitor.cli.recipe import RECIPE, Recipe
+from ood_monitor.fitted import CONFIG, Fitted
+
+__all__ = ["pull", "push"]
+
+#: What travels: numbers, text and figures, and nothing that could be run.
+_SUFFIXES = (".safetensors", ".json", ".md", ".png")
+
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit.")]
+
+
+@checked
+def push(
+    directory: Directory,
+    repo: Repo,
+    private: Annotated[
+        bool, typer.Option("--private", help="Of a repository that is made now.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch; main by default.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a detector",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    r"""Upload a detector to the Hugging Face Hub; the model itself is not needed.
+
+    Only .safetensors, .json, .md and .png files are sent. Where your model lies, and the arguments
+    of a function that makes it, stay here. You are known by `hf auth login`, or HF_TOKEN.
+
+    \b
+    Example:
+        ood-monitor push runs/detector user/my-detector --private
+    """
+    Fitted.load(directory)  # nothing broken is sent
+    api = HfApi()
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name)
+        _copy(directory, staged)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=staged,
+            revision=revision,
+            commit_message=message,
+        )
+    facts = {"repository": repo, "commit": commit.oid, "url": str(commit.commit_url)}
+    print_facts(facts, as_json=as_json)
+
+
+@checked
+def pull(
+    repo: Repo,
+    directory: Annotated[Path, typer.Argument(metavar="DETECTOR", help="The folder to write.")],
+    revision: Revision = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a detector that is there.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    r"""Fetch a detector from the Hugging Face Hub, checked before it is written.
+
+    Only .safetensors, .json, .md and .png files are taken. The other commands then ask for the
+    model by --model: no file from elsewhere says what is run here.
+
+    \b
+    Example:
+        ood-monitor pull user/my-detector runs/detector --revision 1f2e3d
+        ood-monitor score runs/detector data/new --model runs/pipeline
+    """
+    if (directory / CONFIG).exists() and not overwrite:
+        raise FileExistsError(
+            f"Expected a new folder, got a detector in {directory}: `--overwrite` replaces it."
+        )
+    with tempfile.TemporaryDirectory() as name:
+        fetched = _fetched(repo, revision, Path(name))
+        fitted, _ = Fitted.load(fetched)
+        directory.mkdir(parents=True, exist_ok=True)
+        _copy(fetched, directory)
+    facts: dict[str, Any] = {"detector": str(directory), "fingerprint": fitted.fingerprint}
+    print_facts(facts, as_json=as_json)
+
+
+def _fetched(repo: str, revision: str | None, target: Path) -> Path:
+    """The files that may travel, at one commit."""
+    api = HfApi()
+    found = api.repo_info(repo, revision=revision)
+    names = [file.rfilename for file in found.siblings or ()]
+    wanted = [glob.escape(n) for n in names if "/" not in n and n.endswith(_SUFFIXES)]
+    if not wanted:
+        raise ValueError(f"Expected a detector in {repo}, got a repository with {names}.")
+    return Path(
+        api.snapshot_download(repo, revision=found.sha, local_dir=target, allow_patterns=wanted)
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    """What may travel of a folder, itself and not the folders in it."""
+    for file in sorted(source.iterdir()):
+        if file.suffix not in _SUFFIXES or not file.is_file():
+            continue
+        if file.name == RECIPE:
+            (target / RECIPE).write_text(Recipe.load(source).shareable().to_json())
+        else:
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,136 @@
+"""Images from files, as a model takes them: colours and size are fixed when a detector is fitted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = ["MODES", "ImageFormat", "is_image"]
+
+#: PIL's names of grey and colour images, with their channels.
+MODES = {"L": 1, "RGB": 3}
+
+_LARGEST = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0}
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How images become tensors (C, H, W) in [0, 1].
+
+    Attributes:
+        mode: ``"L"`` for grey, ``"RGB"`` for colour; None as the first image is.
+        size: Height and width in pixels; None as those of the first image.
+        resize: Whether images of another size are resized, or refused.
+    """
+
+    mode: str | None = None
+    size: tuple[int, int] | None = None
+    resize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"Expected mode {' or '.join(MODES)}, got {self.mode!r}.")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"Expected a height and a width of at least 1, got {self.size}.")
+
+    @classmethod
+    def parse(cls, settings: dict[str, Any]) -> Self:
+        """What :meth:`settings` gave."""
+        size = settings.get("size")
+        whole = None if size is None else tuple(int(side) for side in size)
+        return cls(settings.get("mode"), whole, bool(settings.get("resize", False)))  # type: ignore[arg-type]
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        size = None if self.size is None else list(self.size)
+        return {"mode": self.mode, "size": size, "resize": self.resize}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image's tensor.
+
+        Raises:
+            ValueError: Colours or size are not known yet.
+        """
+        if self.mode is None or self.size is None:
+            raise ValueError("Expected the images' mode and size, got a format without.")
+        return MODES[self.mode], *self.size
+
+    def settled(self, image: Image.Image) -> Self:
+        """This format, with what is open as in an image."""
+        grey = image.mode in ("1", "L", "LA", *_LARGEST)
+        size = self.size or (image.height, image.width)
+        return replace(self, mode=self.mode or ("L" if grey else "RGB"), size=size)
+
+    def read(self, path: str | PathLike[str]) -> Tensor:
+        """The image in a file, (C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: No image, a damaged one, or one of another size.
+        """
+        with opened(path) as image:
+            try:
+                image.load()
+                return self.tensor(image)
+            # PIL's decoders raise many things of damaged files.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{path}: {error}") from error
+
+    def tensor(self, image: Image.Image) -> Tensor:
+        """An image as (C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: Its pixels have no known range, or its size is another.
+        """
+        channels, height, width = self.shape
+        if (image.height, image.width) != (height, width) and not self.resize:
+            raise ValueError(
+                f"Expected an image of {height} x {width} pixels, got {image.height} x "
+                f"{image.width}: `--size {height}x{width}` when fitting resizes."
+            )
+        values = _values(image, str(self.mode), (width, height))
+        return torch.from_numpy(values).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def opened(path: str | PathLike[str]) -> Image.Image:
+    """The image in a file, not yet decoded.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Expected an image in {path}, got something else.") from error
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
+    return name.lower().endswith(_suffixes()) and not name.startswith(".")
+
+
+def _suffixes() -> tuple[str, ...]:
+    readable: Sequence[str] = [
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    ]
+    return tuple(readable)
+
+
+def _values(image: Image.Image, mode: str, size: tuple[int, int]) -> np.ndarray:
+    largest = _LARGEST.get(image.mode)
+    if largest is None and image.mode in ("I", "F"):
+        raise ValueError(f"Expected 8 or 16 bits a channel, got an image of mode {image.mode!r}.")
+    if largest is not None:  # which PIL would clip at 255
+        pixels = np.asarray(image, dtype=np.float32) / largest
+        image = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    image = image.convert(mode)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32) / 255

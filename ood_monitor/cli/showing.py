@@ -1,0 +1,46 @@
+"""`ood-monitor show` and `ood-monitor version`."""
+
+from collections.abc import Mapping
+
+import typer
+
+import ood_monitor
+from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
+from ood_monitor.cli.options import Directory
+from ood_monitor.fitted import Fitted
+
+__all__ = ["facts_of", "show", "version"]
+
+
+@checked
+def version() -> None:
+    """Print the version."""
+    typer.echo(ood_monitor.__version__)
+
+
+@checked
+def show(directory: Directory, as_json: AsJson = False, debug: Debug = False) -> None:
+    r"""Print what a saved detector was fitted on, and with how much data.
+
+    \b
+    Example:
+        ood-monitor show runs/detector
+    """
+    print_facts(facts_of(Fitted.load(directory)[0]), as_json=as_json)
+
+
+def facts_of(fitted: Fitted) -> Mapping[str, str | int | float]:
+    """What a detector is, by name."""
+    return {
+        "fingerprint": fitted.fingerprint,
+        "model weights": fitted.model,
+        "dtype": fitted.dtype,
+        "density": type(fitted.density).__name__,
+        "samples": ", ".join(fitted.samples) or "of several shapes",
+        "layers": len(fitted.layers),
+        "features": len(fitted.features.names),
+        "dropped features": len(fitted.features.log_norms.dropped),
+        "fit samples": fitted.fit_count,
+        "calibration samples": len(fitted.calibration.scores),
+        "smallest p-value": fitted.calibration.smallest,
+    }

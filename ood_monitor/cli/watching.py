@@ -1,0 +1,243 @@
+"""`ood-monitor watch`: a stream of images, alerts as lines, and a status to exit with."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ood_monitor.alerts import Status
+from ood_monitor.cli.console import AsJson, Debug, checked, say
+from ood_monitor.cli.images import ImageFormat
+from ood_monitor.cli.models import Model
+from ood_monitor.cli.options import (
+    Argument,
+    BatchSize,
+    Device,
+    Directory,
+    Ert,
+    Fpr,
+    ModelOverride,
+    load_detector,
+)
+from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
+from ood_monitor.monitor import Monitor
+
+__all__ = ["EXIT_CODES", "watch"]
+
+#: What `watch` exits with, by the stream's status.
+EXIT_CODES: Mapping[Status, int] = {"OK": 0, "WARN": 3, "ALERT": 4}
+
+_STATE_FORMAT = 1
+
+#: Seconds between two writings of the state while nothing is alerted.
+_SAVE_EVERY = 1.0
+
+
+@checked
+def watch(
+    directory: Directory,
+    where: Annotated[
+        str, typer.Argument(metavar="FOLDER|-", help="A folder, or - for paths on stdin.")
+    ],
+    ert: Ert = 10_000,
+    fpr: Fpr = 0.01,
+    state: Annotated[
+        Path | None, typer.Option(help="A file to resume from, and to keep the state in.")
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Stop when all that is there is processed.")
+    ] = False,
+    idle: Annotated[
+        float | None, typer.Option(min=0, help="Stop when nothing came for so many seconds.")
+    ] = None,
+    poll: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks.")] = 1.0,
+    batch_size: BatchSize = 32,
+    name: Annotated[str, typer.Option(help="The stream's name in alerts.")] = "stream",
+    model: ModelOverride = None,
+    argument: Argument = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    r"""Watch a folder that fills with images, or paths on stdin, and print alerts.
+
+    Each alert is a line of JSON on stdout. A file that cannot be read is said on stderr and counts
+    as an invalid sample; nothing stops the watch but the end of stdin, --once, --idle, Ctrl-C or a
+    TERM signal. With --json the last line is a summary, {"summary": ...}.
+
+    With --state a watch goes on where it ended, also after a crash: alerts are printed before the
+    state is written, so that none is lost, and the last batch's may come twice.
+
+    \b
+    Exit codes:
+        0  OK       nothing, or recovered
+        1  an error
+        2  a wrong use
+        3  WARN     a sample was flagged lately
+        4  ALERT    the stream has drifted
+
+    \b
+    Examples:
+        ood-monitor watch runs/detector inbox --state watch.json
+        find inbox -name '*.png' | ood-monitor watch runs/detector - >> alerts.jsonl
+    """
+    source: Source = (
+        ListedFiles(sys.stdin.fileno())
+        if where == "-"
+        else FolderFiles(Path(where), poll, once=once)
+    )
+    detector, loaded, recipe = load_detector(
+        directory, model=model, arguments=argument, device=device
+    )
+    with Monitor(detector, ert=ert, fpr=fpr, name=name) as monitor, _stopped_by_signals() as stop:
+        watched = _Watch(monitor, loaded, recipe.images, source, state)
+        watched.run(stop, batch_size, Quiet(idle))
+    watched.summarise(as_json=as_json)
+    raise typer.Exit(EXIT_CODES[monitor.status])
+
+
+class _Watch:
+    """A monitor on files, and what is kept of it."""
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        model: Model,
+        images: ImageFormat,
+        source: Source,
+        state: Path | None,
+    ) -> None:
+        self._monitor, self._model, self._images = monitor, model, images
+        self._source, self._path = source, state
+        self._saved = time.monotonic()
+        self._alerts = self._unreadable = 0
+        if state is not None and state.exists():
+            self._resume(state)
+        if state is not None:
+            self._save()  # a place that cannot be written to is told of at once
+
+    def run(self, stop: Event, batch_size: int, quiet: Quiet) -> None:
+        while not stop.is_set():
+            files = self._source.next(batch_size, stop)
+            if files is None:
+                break
+            if files:
+                self._take(files)
+            if quiet.is_over(came=bool(files)):
+                break
+        self._save()
+
+    def summarise(self, *, as_json: bool) -> None:
+        monitor = self._monitor
+        facts = {
+            "status": monitor.status,
+            "samples_seen": monitor.samples_seen,
+            "invalid": monitor.invalid,
+            "unreadable": self._unreadable,
+            "alerts": self._alerts,
+        }
+        if as_json:
+            typer.echo(json.dumps({"summary": facts}))
+        say(
+            f"{monitor.status}: {monitor.samples_seen:,} samples, {monitor.invalid:,} of them "
+            f"invalid, {self._alerts:,} alerts in this run."
+        )
+
+    def _take(self, files: Sequence[Path]) -> None:
+        alerts = self._monitor.update(self._model.batch(self._read(files)))
+        for alert in alerts:
+            typer.echo(alert.to_json())
+        sys.stdout.flush()
+        self._tell_flagged(files)
+        self._alerts += len(alerts)
+        if alerts or time.monotonic() - self._saved >= _SAVE_EVERY:
+            self._save()
+
+    def _read(self, files: Sequence[Path]) -> Tensor:
+        """(B, C, H, W); nan for a file that cannot be read, which the monitor counts."""
+        images = []
+        for file in files:
+            try:
+                images.append(self._images.read(file))
+            except (OSError, ValueError) as error:
+                self._unreadable += 1
+                say(f"unreadable: {error}")
+                images.append(torch.full(self._images.shape, torch.nan))
+        return torch.stack(images)
+
+    def _tell_flagged(self, files: Sequence[Path]) -> None:
+        scores = self._monitor.last
+        if scores is None:
+            return
+        for file, p_value in zip(files, scores.p_value.tolist(), strict=True):
+            if p_value <= self._monitor.fpr:
+                say(f"flagged: {file} (p-value {p_value:.3g})")
+
+    def _resume(self, path: Path) -> None:
+        try:
+            record = json.loads(path.read_bytes())
+            if record["format"] != _STATE_FORMAT:
+                raise ValueError(f"format {record['format']!r}")
+            self._monitor.load_state_dict(record["monitor"])
+            self._source.load_state(record["files"])
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected the state of a watch with this detector and --ert in {path}, got "
+                f"{error}"
+            ) from error
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        record = {
+            "format": _STATE_FORMAT,
+            "monitor": self._monitor.state_dict(),
+            "files": self._source.state(),
+        }
+        _write_whole(self._path, json.dumps(record))
+        self._saved = time.monotonic()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader, or a crash, sees the old contents or the new."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[Event]:
+    """An event that Ctrl-C or TERM sets, once: a second Ctrl-C does not wait for the batch."""
+    stop = Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
