@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
@@ -178,7 +179,7 @@ def misfit_figure(distances: Mapping[str, float], *, limit: float) -> Figure:
     axes.plot(at[poor], values[poor], "^", color=_ORANGE, markersize=6, label="badly fitted")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:g}")
     axes.set_ylim(0, max(0.3, 1.1 * float(values.max()), 1.2 * limit))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer (number, in module order; no unit)")
     axes.set_ylabel("Kolmogorov-Smirnov distance (no unit)")
     axes.legend(fontsize="small")
@@ -207,7 +208,7 @@ def correlation_figure(names: Sequence[str], correlation: ArrayLike) -> Figure:
         axes.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize="x-small")
         axes.set_yticks(
             ticks,
-            [f"{_short(name)} {i}" for i, name in enumerate(names, 1)],
+            [f"{_short(name, length=24)} {i}" for i, name in enumerate(names, 1)],
             fontsize="x-small",
         )
     else:
@@ -229,10 +230,10 @@ def top_layer_figure(counts: Mapping[str, int]) -> Figure:
         raise ValueError("Expected the top layer of at least one flagged sample, got none.")
     figure, axes = _one_panel("Layers that deviate most in flagged samples")
     names, values = zip(*sorted(counts.items(), key=lambda item: item[1]), strict=True)
-    bars = axes.barh(range(len(values)), values, color=_ORANGE)
+    bars = axes.barh(range(len(values)), values, color=_ORANGE, height=0.6)
     axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize="small")
     axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize="small")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("flagged samples")
     axes.margins(x=0.15)
     return figure

@@ -5,7 +5,7 @@ of `watch` 3 for WARN and 4 for ALERT.
 """
 
 from ood_monitor.cli import fitting, hub, reporting, scoring, showing, watching
-from ood_monitor.cli.application import app
+from ood_monitor.cli.application import app, help_of
 
 __all__ = ["app"]
 
@@ -19,4 +19,4 @@ for _command in (
     showing.show,
     showing.version,
 ):
-    app.command()(_command)
+    app.command(help=help_of(_command))(_command)

@@ -1,8 +1,11 @@
 """The application that the commands are registered with."""
 
+import inspect
+from collections.abc import Callable
+
 import typer
 
-__all__ = ["app"]
+__all__ = ["app", "help_of"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,7 +15,11 @@ app = typer.Typer(
 )
 
 
-@app.callback()
+def help_of(command: Callable[..., None]) -> str:
+    r"""A command's docstring; after a line with \b, lines stay as they are."""
+    return inspect.cleandoc(command.__doc__ or "").replace("\\b", "\b")
+
+
 def main() -> None:
     r"""Tells when a generative model is fed, or produces, something it never learned.
 
@@ -27,3 +34,6 @@ def main() -> None:
 
     Each command has an example of its own: `ood-monitor fit --help`.
     """
+
+
+app.callback(help=help_of(main))(main)

@@ -82,4 +82,4 @@ def _show_warnings_plainly() -> None:
     def show(message: Warning | str, *_: Any) -> None:
         say(f"warning: {message}")
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """Samples to fit on or to score: a folder of images, an npz, a Hugging Face dataset on disk."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +45,7 @@ class ImageFolder:
         if not files:
             raise ValueError(f"Expected images in {root}, got a folder without any.")
         self._files = files
-        self.ids = [file.relative_to(root).as_posix() for file in files]
+        self.ids: Sequence[str] = [file.relative_to(root).as_posix() for file in files]
         self.images = images if _is_settled(images) else _settled(images, files[0])
 
     def read(self, index: int) -> Tensor:
@@ -59,7 +60,7 @@ class Arrays:
         self._rows, self.images = _array(path, key), images
         if self._rows.ndim == 0 or not len(self._rows):
             raise ValueError(f"Expected samples in {path}, got shape {self._rows.shape}.")
-        self.ids = [str(i) for i in range(len(self._rows))]
+        self.ids: Sequence[str] = [str(i) for i in range(len(self._rows))]
 
     def read(self, index: int) -> Tensor:
         """One row; of bytes (C, H, W) in [0, 1]."""
@@ -74,7 +75,7 @@ class StoredDataset:
         self._key = _column(self._rows.column_names, key)
         if not len(self._rows):
             raise ValueError(f"Expected samples in {path}, got a dataset without any.")
-        self.ids = [str(i) for i in range(len(self._rows))]
+        self.ids: Sequence[str] = [str(i) for i in range(len(self._rows))]
         first = self._rows[0][self._key]
         pictures = isinstance(first, Image.Image) and not _is_settled(images)
         self.images = images.settled(first) if pictures else images
@@ -182,7 +183,7 @@ def _row(row: np.ndarray) -> Tensor:
 
 def _dataset(path: Path, split: str | None) -> Any:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")  # which mypy cannot see
     except ModuleNotFoundError as error:
         raise ImportError(
             f"Expected the package `datasets` to read {path}: pip install datasets."

@@ -99,7 +99,7 @@ def pull(
 def _fetched(repo: str, revision: str | None, target: Path) -> Path:
     """The files that may travel, at one commit."""
     api = HfApi()
-    found = api.repo_info(repo, revision=revision)
+    found = api.model_info(repo, revision=revision)
     names = [file.rfilename for file in found.siblings or ()]
     wanted = [glob.escape(n) for n in names if "/" not in n and n.endswith(_SUFFIXES)]
     if not wanted:

@@ -1,4 +1,4 @@
-"""Images from files, as a model takes them: colours and size are fixed when a detector is fitted."""
+"""Images from files, as a model takes them: colours and size are settled by the fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
@@ -26,14 +25,16 @@ class Pipeline:
     """A pipeline, its bound, and the conditions of its call."""
 
     def __init__(self, recipe: Recipe, device: str) -> None:
+        from diffusers import DiffusionPipeline
+
         # Safetensors alone: other weights are pickles.
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
             recipe.model, local_files_only=True, use_safetensors=True
         )
         pipe.set_progress_bar_config(disable=True)
         self._pipe, self._recipe = pipe.to(device), recipe
         self._seed = SEED + recipe.seed  # never one that a user's own samples begin with
-        self._options = {
+        self._options: dict[str, Any] = {
             "call": recipe.arguments,
             "levels": recipe.levels or _LEVELS,
             "layers": None if recipe.layers is None else list(recipe.layers),

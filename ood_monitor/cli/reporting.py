@@ -1,4 +1,212 @@
-from ood_monitor.cli.console import checked
+"""`ood-monitor report`: one HTML file."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from ood_monitor.cli.console import (
+    AsJson,
+    Debug,
+    Progress,
+    checked,
+    print_facts,
+    say,
+    wants_progress,
+)
+from ood_monitor.cli.data import Samples, batches, open_samples
+from ood_monitor.cli.models import Model
+from ood_monitor.cli.options import (
+    Argument,
+    BatchSize,
+    Device,
+    Directory,
+    Ert,
+    Fpr,
+    Key,
+    ModelOverride,
+    Split,
+    load_detector,
+)
+from ood_monitor.cli.recipe import RECIPE, Recipe
+from ood_monitor.cli.scoring import scored
+from ood_monitor.cli.showing import facts_of
+from ood_monitor.cli.tables import Row, read_rows, rows_of
+from ood_monitor.detector import Detector
+from ood_monitor.diagnostics import Diagnosis, diagnose
+from ood_monitor.fitted import Fitted
+from ood_monitor.scores import Scores
+
+__all__ = ["report"]
+
+#: Samples that a diagnosis looks at: it makes several passes, and more would say little more.
+_DIAGNOSED = 400
+
+
 @checked
-def report() -> None:
-    """x"""
+def report(
+    directory: Directory,
+    output: Annotated[Path, typer.Argument(metavar="HTML", help="The file to write.")],
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Data as for `fit`, to see the layers' fit and diagnose the model on."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="What `score` wrote of a stream, in its order.")
+    ] = None,
+    stream: Annotated[
+        Path | None, typer.Option(help="Data to score now, in their order, in place of --scores.")
+    ] = None,
+    fpr: Fpr = 0.01,
+    ert: Ert = 10_000,
+    title: Annotated[str, typer.Option(help="The heading.")] = "Out-of-distribution report",
+    batch_size: BatchSize = 32,
+    key: Key = None,
+    split: Split = None,
+    model: ModelOverride = None,
+    argument: Argument = None,
+    device: Device = None,
+    progress: Progress = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    r"""Write one HTML file that says what a detector is, how well it fits, and what it found.
+
+    The file needs no network and runs no script. Without data it shows the calibration; with
+    --scores (or --stream) the scores, the evidence of drift over time and the layers that alerts
+    come from; with --held-out the fit of each layer, their correlation and a diagnosis of the
+    model. The model is needed for --held-out and --stream alone.
+
+    \b
+    Examples:
+        ood-monitor report runs/detector report.html --scores scores.csv
+        ood-monitor report runs/detector report.html --held-out data/held_out --stream data/new
+    """
+    if scores is not None and stream is not None:
+        raise ValueError("Expected one of `--scores` and `--stream`, got both.")
+    _check_place(output)
+    page = _page()
+    fitted, _ = Fitted.load(directory)
+    rows = None if scores is None else read_rows(scores)
+    seen = None
+    if held_out is not None or stream is not None:
+        parts = load_detector(directory, model=model, arguments=argument, device=device)
+        scorer = _Scorer(*parts, batch_size, wants_progress(progress))
+        if stream is not None:
+            rows = rows_of(*scorer.scores(scorer.open(stream, key, split)), fpr)
+        if held_out is not None:
+            source = scorer.open(held_out, key, split)
+            seen = page.HeldOut.of(scorer.scores(source)[1], scorer.diagnosis(source))
+    text = page.html_report(
+        fitted,
+        facts=facts_of(fitted) | _origin(directory),
+        held_out=seen,
+        stream=None if rows is None else _stream(page, str(scores or stream), rows),
+        fpr=fpr,
+        ert=ert,
+        title=title,
+    )
+    output.write_text(text, encoding="utf-8")
+    if as_json:
+        print_facts({"report": str(output), "bytes": len(text.encode())}, as_json=True)
+    else:
+        say(f"written to {output}.")
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """A detector with its model, and how data are scored for the page."""
+
+    detector: Detector
+    model: Model
+    recipe: Recipe
+    batch_size: int
+    progress: bool
+
+    def open(self, path: Path, key: str | None, split: str | None) -> Samples:
+        return open_samples(path, self.recipe.images, key=key, split=split)
+
+    def scores(self, source: Samples) -> tuple[list[str], Scores]:
+        """Names and scores of all samples."""
+        found = scored(self.detector, self.model, source, self.batch_size, progress=self.progress)
+        ids, parts = zip(*found, strict=True)
+        return [name for names in ids for name in names], _joined(parts)
+
+    def diagnosis(self, source: Samples) -> Diagnosis | None:
+        """Of some of the samples; None, and why, if there are too few."""
+        order = np.random.default_rng(0).permutation(len(source.ids))[:_DIAGNOSED].tolist()
+        size = max(1, min(self.batch_size, len(order) // 4))
+        try:
+            held_out = [self.model.batch(batch) for batch in batches(source, order, size)]
+            return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)
+        except ValueError as error:
+            say(f"no diagnosis of the model: {error}")
+            return None
+
+
+def _page() -> ModuleType:
+    try:
+        from ood_monitor import report as page
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Expected matplotlib and jinja2 for a report: pip install 'ood-monitor[plots]' "
+            f"({error})."
+        ) from error
+    return page
+
+
+def _check_place(output: Path) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        raise FileNotFoundError(f"Expected a file in a folder that is there, got {output}.")
+
+
+def _origin(directory: Path) -> dict[str, str]:
+    """How the model is made, as far as the detector's folder says."""
+    if not (directory / RECIPE).exists():
+        return {}
+    recipe = Recipe.load(directory)
+    return {
+        "model": f"{recipe.kind} {recipe.model or '(not said)'}",
+        "noise levels": ", ".join(map(str, recipe.levels or ())) or "the adapter's own",
+        "layers chosen": ", ".join(recipe.layers or ()) or "all",
+    }
+
+
+def _stream(page: ModuleType, name: str, rows: Sequence[Row]) -> Any:
+    def column(values: Iterable[float | None]) -> np.ndarray:
+        return np.array([np.nan if value is None else value for value in values])
+
+    return page.Stream(
+        name=name,
+        ids=[row.id for row in rows],
+        score=column(row.score for row in rows),
+        p_value=column(row.p_value for row in rows),
+        top_layers=[row.top_layer for row in rows],
+    )
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of all batches; of one without a valid sample no layer is known."""
+    names = next((part.z for part in parts if part.z), {})
+
+    def by_layer(which: str) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.cat(
+                [getattr(p, which).get(name, torch.full_like(p.score, torch.nan)) for p in parts]
+            )
+            for name in names
+        }
+
+    return Scores(
+        score=torch.cat([p.score for p in parts]),
+        p_value=torch.cat([p.p_value for p in parts]),
+        log_likelihood=torch.cat([p.log_likelihood for p in parts]),
+        layers=by_layer("layers"),
+        z=by_layer("z"),
+        valid=torch.cat([p.valid for p in parts]),
+    )

@@ -1,7 +1,5 @@
 """`ood-monitor show` and `ood-monitor version`."""
 
-from collections.abc import Mapping
-
 import typer
 
 import ood_monitor
@@ -29,7 +27,7 @@ def show(directory: Directory, as_json: AsJson = False, debug: Debug = False) ->
     print_facts(facts_of(Fitted.load(directory)[0]), as_json=as_json)
 
 
-def facts_of(fitted: Fitted) -> Mapping[str, str | int | float]:
+def facts_of(fitted: Fitted) -> dict[str, str | int | float]:
     """What a detector is, by name."""
     return {
         "fingerprint": fitted.fingerprint,

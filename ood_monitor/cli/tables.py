@@ -1,6 +1,7 @@
 """Scores as rows of a table: csv, JSON lines, parquet."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -131,15 +132,9 @@ def _write_lines(file: IO[str], rows: Sequence[Row]) -> None:
 
 def _parquet_writer(path: Path, stack: ExitStack) -> Write:
     arrow, parquet = _pyarrow()
-    kinds = {str: arrow.string(), bool: arrow.bool_()}
-    number = arrow.float64()
-    texts = {"id", "top_layer"}
-    schema = arrow.schema(
-        [
-            (f.name, kinds[str] if f.name in texts else kinds.get(f.type, number))
-            for f in fields(Row)
-        ]
-    )
+    text, truth, number = arrow.string(), arrow.bool_(), arrow.float64()
+    kinds = {"id": text, "top_layer": text, "flagged": truth, "valid": truth}
+    schema = arrow.schema([(field.name, kinds.get(field.name, number)) for field in fields(Row)])
     file = stack.enter_context(parquet.ParquetWriter(path, schema))
 
     def write(rows: Sequence[Row]) -> None:
@@ -150,14 +145,12 @@ def _parquet_writer(path: Path, stack: ExitStack) -> Write:
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         raise ImportError(
             "Expected pyarrow for .parquet: pip install 'ood-monitor[mlflow]', or use .csv or "
             ".jsonl."
         ) from error
-    return pyarrow, pyarrow.parquet
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -194,8 +194,7 @@ class _Watch:
             self._source.load_state(record["files"])
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Expected the state of a watch with this detector and --ert in {path}, got "
-                f"{error}"
+                f"Expected the state of a watch with this detector and --ert in {path}, got {error}"
             ) from error
 
     def _save(self) -> None:

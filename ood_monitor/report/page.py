@@ -1,0 +1,182 @@
+"""The page itself: figures as text of the file, and a template that escapes every name."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+import ood_monitor
+from ood_monitor import plots
+from ood_monitor.fitted import Fitted
+from ood_monitor.report.findings import POOR, findings_of
+from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
+
+__all__ = ["html_report"]
+
+#: Panels, bars and rows that a page has room for.
+_PANELS, _BARS, _ROWS = 6, 10, 10
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A figure for the page: what it looks like, what it says to who cannot see it, and more."""
+
+    source: str
+    alt: str
+    caption: str
+    wide: bool
+
+
+def html_report(
+    fitted: Fitted,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    held_out: HeldOut | None = None,
+    stream: Stream | None = None,
+    fpr: float = 0.01,
+    ert: float = 10_000,
+    title: str = "Out-of-distribution report",
+) -> str:
+    """The report of a detector as one HTML document.
+
+    Args:
+        fitted: What the detector learned.
+        facts: What it is, by name.
+        held_out: Samples to see the layers' fit on.
+        stream: Scored samples, to look for drift in.
+        fpr: Share of normal samples that may be flagged.
+        ert: Mean number of normal samples between two false drift alarms.
+        title: The heading.
+
+    Returns:
+        The document, which needs nothing but itself.
+
+    Raises:
+        ValueError: ``ert`` below 2, or ``fpr`` not in (0, 1).
+    """
+    if not 0 < fpr < 1:
+        raise ValueError(f"Expected a false-positive rate in (0, 1), got {fpr}.")
+    has_valid = stream is not None and bool(stream.valid.any())
+    drift = drift_of(fitted, stream, ert) if stream is not None and has_valid else None
+    template = _environment().from_string(
+        (files("ood_monitor.report") / "template.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=title,
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=ood_monitor.__version__,
+        facts=dict(facts or {}),
+        dropped=fitted.features.log_norms.dropped,
+        findings=findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert),
+        scores=_shown_scores(fitted, stream if has_valid else None),
+        fit=[] if held_out is None else _shown_fit(held_out),
+        drift=None if drift is None else _shown_drift(drift, ert),
+        layers=None if stream is None else _shown_layers(stream, fpr),
+        stream=stream,
+        flagged=[] if stream is None else stream.flagged(fpr)[:_ROWS],
+        fpr=fpr,
+    )
+
+
+def _environment() -> Environment:
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def _shown_scores(fitted: Fitted, stream: Stream | None) -> _Shown:
+    groups = {"calibration": fitted.calibration.scores}
+    text = f"{len(fitted.calibration.scores):,} calibration samples"
+    if stream is not None:
+        groups[stream.name] = stream.score
+        text += f" and {len(stream.ids):,} samples of {stream.name}"
+    figure = plots.score_histogram(groups, title="Anomaly scores")
+    return _shown(
+        figure,
+        f"Histogram of the anomaly scores of {text}.",
+        "Higher is more anomalous. A sample's p-value is the share of calibration samples that "
+        "score at least as high.",
+    )
+
+
+def _shown_fit(held_out: HeldOut) -> list[_Shown]:
+    distances = held_out.distances()
+    if not distances:
+        return []
+    worst = sorted(distances, key=lambda name: -distances[name])[:_PANELS]
+    shown = [
+        _shown(
+            plots.misfit_figure(distances, limit=POOR),
+            f"Kolmogorov-Smirnov distance of {len(distances):,} layers; the largest is "
+            f"{distances[worst[0]]:.2f}, of {worst[0]}.",
+            "How far the log gradient norms of held-out samples are from the normal that was "
+            "fitted to them, layer by layer. 0 is a perfect fit.",
+        ),
+        _shown(
+            plots.quantile_figure({name: held_out.z[name] for name in worst}),
+            f"Quantile plots of the {len(worst)} layers that are fitted worst: "
+            + ", ".join(f"{name} (distance {distances[name]:.2f})" for name in worst)
+            + ".",
+            f"The {len(worst)} layers that are fitted worst. Points on the line are as fitted; "
+            "points that bend away at the ends are heavier or lighter tails.",
+        ),
+    ]
+    return [*shown, *_shown_correlation(held_out)]
+
+
+def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
+    if len(held_out.z) < 2 or held_out.count < 2:
+        return []
+    figure = plots.correlation_figure(list(held_out.z), held_out.correlation())
+    return [
+        _shown(
+            figure,
+            f"Heat map of the correlation between {len(held_out.z):,} layers.",
+            "Layers that say the same. The paper's density takes them as independent; the default "
+            "density of this library does not.",
+        )
+    ]
+
+
+def _shown_drift(drift: Drift, ert: float) -> _Shown:
+    figure = plots.evidence_figure(drift.log_e_values, ert=ert, alarms=drift.alarms)
+    said = (
+        f"It first crosses the threshold at sample {drift.alarms[0]:,}."
+        if drift.alarms
+        else "It stays below the threshold."
+    )
+    return _shown(
+        figure,
+        f"Evidence of drift over {len(drift.log_e_values):,} samples. {said}",
+        "Evidence against the calibration data, sample by sample. It starts anew after an alarm.",
+    )
+
+
+def _shown_layers(stream: Stream, fpr: float) -> _Shown | None:
+    counts = stream.counted_layers(fpr, _BARS)
+    if not counts:
+        return None
+    first, most = next(iter(counts.items()))
+    return _shown(
+        plots.top_layer_figure(counts),
+        f"Layers that deviate most in flagged samples; the first is {first}, in {most:,}.",
+        "Where in the model the flagged samples are unlike the held-out ones.",
+    )
+
+
+def _shown(figure: Figure, alt: str, caption: str) -> _Shown:
+    wide = figure.get_figwidth() > 6.0  # inches, that of one panel
+    return _Shown(_source(figure), alt, caption, wide)
+
+
+def _source(figure: Figure) -> str:
+    """The figure as an address that holds it; the same each time it is drawn."""
+    file = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "ood-monitor", "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
