@@ -109,7 +109,7 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
     if not distances:
         return []
     worst = sorted(distances, key=lambda name: -distances[name])[:_PANELS]
-    shown = [
+    return [
         _shown(
             plots.misfit_figure(distances, limit=POOR),
             f"Kolmogorov-Smirnov distance of {len(distances):,} layers; the largest is "
@@ -117,6 +117,7 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
             "How far the log gradient norms of held-out samples are from the normal that was "
             "fitted to them, layer by layer. 0 is a perfect fit.",
         ),
+        *_shown_correlation(held_out),
         _shown(
             plots.quantile_figure({name: held_out.z[name] for name in worst}),
             f"Quantile plots of the {len(worst)} layers that are fitted worst: "
@@ -126,7 +127,6 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
             "points that bend away at the ends are heavier or lighter tails.",
         ),
     ]
-    return [*shown, *_shown_correlation(held_out)]
 
 
 def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
