@@ -177,7 +177,7 @@ def misfit_figure(distances: Mapping[str, float], *, limit: float) -> Figure:
     at, poor = np.arange(1, len(values) + 1), values > limit
     axes.plot(at[~poor], values[~poor], "o", color=_BLUE, markersize=4, label="layer")
     axes.plot(at[poor], values[poor], "^", color=_ORANGE, markersize=6, label="badly fitted")
-    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:g}")
+    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:.2g}")
     axes.set_ylim(0, max(0.3, 1.1 * float(values.max()), 1.2 * limit))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer (number, in module order; no unit)")

@@ -1,5 +1,6 @@
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from threading import Thread
@@ -12,7 +13,16 @@ from numpy.typing import NDArray
 
 from ood_monitor import plots
 from ood_monitor.alerts import Alert, AlertEvidence, LayerShare
-from ood_monitor.plots import alert_figure, evidence_figure, layer_histograms, score_histogram
+from ood_monitor.plots import (
+    alert_figure,
+    correlation_figure,
+    evidence_figure,
+    layer_histograms,
+    misfit_figure,
+    quantile_figure,
+    score_histogram,
+    top_layer_figure,
+)
 
 LAYERS = (LayerShare("up.0.weight", 0.2, 3.0), LayerShare("mid.bias", 0.7, -8.0))
 ALERT = Alert(
@@ -37,6 +47,9 @@ ALERT = Alert(
     detector="d5",
     model="m7",
 )
+
+
+LONG = "latent_1/up_blocks.3.resnets.0.time_emb_proj.parametrizations.weight.original0"
 
 
 def normal(mean: float, n: int = 400) -> NDArray[np.float64]:
@@ -69,6 +82,10 @@ FIGURES = {
     "layers": lambda: layer_histograms({"w": normal(0)}, {"w": (0.0, 1.0)}),
     "alert": lambda: alert_figure(ALERT),
     "evidence": lambda: evidence_figure(normal(0), ert=1000, alarms=[3]),
+    "quantiles": lambda: quantile_figure({"w": normal(0)}),
+    "misfit": lambda: misfit_figure({"w": 0.1, "b": 0.4}, limit=0.2),
+    "correlation": lambda: correlation_figure([LONG, "b"], [[1, -0.5], [-0.5, 1]]),
+    "top layers": lambda: top_layer_figure({LONG: 3, "b": 7}),
 }
 
 
@@ -212,6 +229,9 @@ def test_long_names_keep_both_ends() -> None:
 def test_dollars_are_no_formulas() -> None:
     """Matplotlib would refuse, or set as a formula, what stands between two of them."""
     odd = r"$\frac$"
+    png(quantile_figure({odd: normal(0)}))
+    png(correlation_figure([odd], [[1.0]]))
+    png(top_layer_figure({odd: 1}))
     layer = LayerShare(odd, 0.5, 1.0)
     png(alert_figure(replace(ALERT, stream=odd, top_layers=(layer,))))
     png(score_histogram({odd: normal(0)}, title=odd))
@@ -239,3 +259,58 @@ def test_evidence_figure_needs_a_threshold(ert: float) -> None:
 def test_evidence_figure_needs_one_stream() -> None:
     with pytest.raises(ValueError, match=r"shape \(N,\), got \(2, 3\)"):
         evidence_figure(np.zeros((2, 3)), ert=10)
+
+
+def test_quantile_figure_is_on_the_line_for_a_normal_and_off_it_for_another() -> None:
+    values = normal(0, 2000)
+    values[0] = np.nan
+    figure = quantile_figure({"w": values, "b": 2 * values})
+    for axes, slope in zip(figure.axes, (1, 2), strict=True):
+        line, points = axes.lines
+        assert line.get_xdata().tolist() == line.get_ydata().tolist()
+        x, y = points.get_data()
+        assert len(x) == 1999
+        assert np.polyfit(x, y, 1)[0] == pytest.approx(slope, rel=0.05)
+
+
+def test_misfit_figure_tells_the_layers_beyond_the_limit_apart() -> None:
+    (axes,) = misfit_figure({"a": 0.1, "b": 0.5, "c": 0.2}, limit=0.2).axes
+    fitted, poor, limit = axes.lines
+    assert fitted.get_xdata().tolist() == [1, 3]
+    assert (poor.get_xdata().tolist(), poor.get_ydata().tolist()) == ([2], [0.5])
+    assert set(limit.get_ydata()) == {0.2}
+
+
+def test_correlation_figure_shows_every_pair_with_its_sign() -> None:
+    matrix = [[1.0, -0.5], [-0.5, 1.0]]
+    axes = correlation_figure(["a", "b"], matrix).axes[0]
+    (image,) = axes.images
+    assert image.get_array().tolist() == matrix
+    assert image.get_clim() == (-1, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a 1", "b 2"]
+    many = correlation_figure([f"layer {i}" for i in range(40)], np.eye(40)).axes[0]
+    assert not any(label.get_text().startswith("layer") for label in many.get_yticklabels())
+
+
+def test_top_layer_figure_has_the_most_on_top() -> None:
+    (axes,) = top_layer_figure({"a": 3, "b": 7, "c": 1}).axes
+    assert [bar.get_width() for bar in axes.patches] == [1, 3, 7]  # the last is on top
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: quantile_figure({}), "at least one layer"),
+        (lambda: quantile_figure({"w": [np.nan]}), "finite value of 'w'"),
+        (lambda: misfit_figure({}, limit=0.2), "at least one layer"),
+        (lambda: correlation_figure([], []), r"\(0, 0\) correlations"),
+        (lambda: correlation_figure(["a"], np.eye(2)), r"\(1, 1\) correlations, got \(2, 2\)"),
+        (lambda: top_layer_figure({}), "at least one flagged sample"),
+    ],
+)
+def test_figures_of_a_report_need_something_to_show(
+    draw: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -69,7 +69,9 @@ def checked(command: Callable[_P, None]) -> Callable[_P, None]:
 def _told(error: Exception) -> str:
     """What the error says, with its type unless it is one that is written for people."""
     text = str(error)
-    known = isinstance(error, ValueError | OSError | ImportError) and text
+    known = text.startswith("Expected") or (
+        isinstance(error, ValueError | OSError | ImportError) and text
+    )
     return text if known else f"{type(error).__name__}: {text}"
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub import HfApi
 
-from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
+from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.options import Directory
 from ood_monitor.cli.recipe import RECIPE, Recipe
 from ood_monitor.fitted import CONFIG, Fitted
@@ -18,6 +18,8 @@ __all__ = ["pull", "push"]
 
 #: What travels: numbers, text and figures, and nothing that could be run.
 _SUFFIXES = (".safetensors", ".json", ".md", ".png")
+
+_CARD = "README.md"
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hub.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit.")]
@@ -30,8 +32,13 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="Of a repository that is made now.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch; main by default.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch that is there; main by default.")
+    ] = None,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a detector",
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace the README.md that is there.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -47,11 +54,11 @@ def push(
     Fitted.load(directory)  # nothing broken is sent
     api = HfApi()
     api.create_repo(repo, private=private or None, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name)
         _copy(directory, staged)
+        if (staged / _CARD).exists() and not overwrite_card:
+            _keep_card(api, repo, revision, staged)
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=staged,
@@ -94,6 +101,13 @@ def pull(
         _copy(fetched, directory)
     facts: dict[str, Any] = {"detector": str(directory), "fingerprint": fitted.fingerprint}
     print_facts(facts, as_json=as_json)
+
+
+def _keep_card(api: HfApi, repo: str, revision: str | None, staged: Path) -> None:
+    """Do not send a card where there is one: somebody may have written in it."""
+    if api.file_exists(repo, _CARD, revision=revision):
+        (staged / _CARD).unlink()
+        say(f"the {_CARD} of {repo} is kept: `--overwrite-card` replaces it.")
 
 
 def _fetched(repo: str, revision: str | None, target: Path) -> Path:

@@ -58,7 +58,10 @@ class ImageFormat:
             ValueError: Colours or size are not known yet.
         """
         if self.mode is None or self.size is None:
-            raise ValueError("Expected the images' mode and size, got a format without.")
+            raise ValueError(
+                "Expected the images' mode and size, as model.json has them, got none: no image "
+                "could be read, or the detector came without that file."
+            )
         return MODES[self.mode], *self.size
 
     def settled(self, image: Image.Image) -> Self:

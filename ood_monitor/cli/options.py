@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ood_monitor.cli.models import Model, load_model
-from ood_monitor.cli.recipe import Recipe
+from ood_monitor.cli.recipe import RECIPE, Recipe, recipe_without_file
 from ood_monitor.detector import Detector
 
 __all__ = [
@@ -97,7 +97,9 @@ def load_detector(
         OSError: A file is missing.
         ValueError: A damaged file, or another model than the detector's.
     """
-    recipe = Recipe.load(directory).overridden(model, arguments_of(arguments))
+    own = model is not None and not (directory / RECIPE).exists()
+    recipe = recipe_without_file(directory, str(model)) if own else Recipe.load(directory)
+    recipe = recipe.overridden(model, arguments_of(arguments))
     loaded = load_model(recipe, device)
     return Detector.from_pretrained(directory, loaded.adapter), loaded, recipe
 

@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ood_monitor.cli.images import ImageFormat
+from ood_monitor.cli.images import MODES, ImageFormat
+from ood_monitor.fitted import Fitted
 
-__all__ = ["RECIPE", "Kind", "Recipe"]
+__all__ = ["RECIPE", "Kind", "Recipe", "kind_of", "recipe_without_file"]
 
 RECIPE = "model.json"
 
 Kind = Literal["adapter", "pipeline"]
 
 _FORMAT = 1
+
+#: The term of a noise level, and a sample (C, H, W).
+_LEVEL, _SHAPE = re.compile(r"t=\d+"), re.compile(r"\((\d+), (\d+), (\d+)\) ")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Recipe:
         path = directory / RECIPE
         if not path.exists():
             raise FileNotFoundError(
-                f"Expected {RECIPE} in {directory}, as `ood-monitor fit` writes it, got none."
+                f"Expected {RECIPE} in {directory}, as `ood-monitor fit` writes it, or `--model`, "
+                "got none."
             )
         return cls.parse(path.read_bytes(), str(path))
 
@@ -125,6 +131,28 @@ class Recipe:
         return replace(self, model=model or self.model, arguments=self.arguments | arguments)
 
 
+def recipe_without_file(directory: Path, model: str) -> Recipe:
+    """What a detector's own files say of a model, for one that `fit` did not write.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: A file is damaged, or the model is none.
+    """
+    fitted, options = Fitted.load(directory)
+    kind, terms = kind_of(model), dict.fromkeys(name.partition("/")[0] for name in fitted.layers)
+    levels = tuple(int(term[2:]) for term in terms if _LEVEL.fullmatch(term))
+    layers = options.get("layers")
+    return Recipe(
+        kind=kind,
+        model=model,
+        arguments={},
+        levels=levels or None if kind == "pipeline" else None,
+        layers=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
+        seed=0,
+        images=_images(fitted.samples) if kind == "adapter" else ImageFormat(),
+    )
+
+
 def kind_of(model: str) -> Kind:
     """What a text on the command line means.
 
@@ -140,6 +168,15 @@ def kind_of(model: str) -> Kind:
         "Expected a diffusers pipeline's folder (with model_index.json) or an importable "
         f"package.module:function that returns an adapter, got {model!r}."
     )
+
+
+def _images(samples: Sequence[str]) -> ImageFormat:
+    """Those of so many channels, and of that size, if samples are images."""
+    shape = _SHAPE.match(samples[0]) if len(samples) == 1 else None
+    modes = {str(channels): mode for mode, channels in MODES.items()}
+    if shape is None or shape[1] not in modes:
+        return ImageFormat()
+    return ImageFormat(modes[shape[1]], (int(shape[2]), int(shape[3])))
 
 
 def _whole(values: Sequence[Any] | None) -> tuple[int, ...] | None:

@@ -44,8 +44,8 @@ from ood_monitor.scores import Scores
 
 __all__ = ["report"]
 
-#: Samples that a diagnosis looks at: it makes several passes, and more would say little more.
-_DIAGNOSED = 400
+#: Samples that a diagnosis looks at, at least and at most: it makes several passes.
+_FEWEST, _DIAGNOSED = 100, 400
 
 
 @checked
@@ -138,7 +138,13 @@ class _Scorer:
         return [name for names in ids for name in names], _joined(parts)
 
     def diagnosis(self, source: Samples) -> Diagnosis | None:
-        """Of some of the samples; None, and why, if there are too few."""
+        """Of some of the samples; None if there are too few, or one cannot be read, and why."""
+        if len(source.ids) < _FEWEST:
+            say(
+                f"no diagnosis of the model: expected at least {_FEWEST} samples, got "
+                f"{len(source.ids)}."
+            )
+            return None
         order = np.random.default_rng(0).permutation(len(source.ids))[:_DIAGNOSED].tolist()
         size = max(1, min(self.batch_size, len(order) // 4))
         try:

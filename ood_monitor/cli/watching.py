@@ -121,6 +121,7 @@ class _Watch:
     ) -> None:
         self._monitor, self._model, self._images = monitor, model, images
         self._source, self._path = source, state
+        self._shape = images.shape
         self._saved = time.monotonic()
         self._alerts = self._unreadable = 0
         if state is not None and state.exists():
@@ -174,7 +175,7 @@ class _Watch:
             except (OSError, ValueError) as error:
                 self._unreadable += 1
                 say(f"unreadable: {error}")
-                images.append(torch.full(self._images.shape, torch.nan))
+                images.append(torch.full(self._shape, torch.nan))
         return torch.stack(images)
 
     def _tell_flagged(self, files: Sequence[Path]) -> None:

@@ -11,10 +11,10 @@ from ood_monitor.calibration import binomial_interval
 from ood_monitor.fitted import Fitted
 from ood_monitor.report.samples import Drift, HeldOut, Stream
 
-__all__ = ["POOR", "Finding", "findings_of"]
+__all__ = ["Finding", "findings_of"]
 
-#: Kolmogorov-Smirnov distance above which a layer counts as badly fitted, and what share may be.
-POOR, _POOR_SHARE = 0.2, 0.2
+#: Share of layers that may be badly fitted.
+_POOR_SHARE = 0.2
 
 #: Share of features that may be left out.
 _DROPPED = 0.5
@@ -79,16 +79,16 @@ def _of_features(fitted: Fitted) -> Iterator[Finding]:
 
 def _of_held_out(held_out: HeldOut) -> Iterator[Finding]:
     distances = held_out.distances()
-    poor = [name for name, distance in distances.items() if distance > POOR]
+    poor = [name for name, distance in distances.items() if distance > held_out.limit]
     text = (
         f"{len(poor):,} of {len(distances):,} layers are badly fitted (Kolmogorov-Smirnov distance "
-        f"above {POOR:g} on {held_out.count:,} held-out samples)"
+        f"above {held_out.limit:.2g} on {held_out.count:,} held-out samples)"
     )
     if len(poor) > _POOR_SHARE * len(distances):
         yield Finding("problem", f"{text}: are these samples like those that it was fitted on?")
     else:
         yield Finding("good", f"{text}.")
-    if len(distances) > 1:
+    if len(distances) > 1 and held_out.count > 2:
         off = held_out.correlation()[~np.eye(len(distances), dtype=bool)]
         mean = float(np.abs(off).mean())
         yield Finding("note", f"The mean absolute correlation between layers is {mean:.2f}.")

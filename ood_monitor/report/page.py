@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import ood_monitor
 from ood_monitor import plots
 from ood_monitor.fitted import Fitted
-from ood_monitor.report.findings import POOR, findings_of
+from ood_monitor.report.findings import findings_of
 from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
 
 __all__ = ["html_report"]
@@ -111,7 +111,7 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
     worst = sorted(distances, key=lambda name: -distances[name])[:_PANELS]
     return [
         _shown(
-            plots.misfit_figure(distances, limit=POOR),
+            plots.misfit_figure(distances, limit=held_out.limit),
             f"Kolmogorov-Smirnov distance of {len(distances):,} layers; the largest is "
             f"{distances[worst[0]]:.2f}, of {worst[0]}.",
             "How far the log gradient norms of held-out samples are from the normal that was "
@@ -130,7 +130,7 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
 
 
 def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
-    if len(held_out.z) < 2 or held_out.count < 2:
+    if len(held_out.z) < 2 or held_out.count < 3:
         return []
     figure = plots.correlation_figure(list(held_out.z), held_out.correlation())
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from scipy.stats import kstest
+from scipy.stats import kstest, kstwo
 
 from ood_monitor.densities import Array
 from ood_monitor.diagnostics import Diagnosis
@@ -19,6 +19,9 @@ __all__ = ["Drift", "HeldOut", "Stream", "drift_of"]
 
 #: Samples without an alarm after which the next one is news, as a monitor's `recovery`.
 _RECOVERY = 500
+
+#: What :func:`~ood_monitor.diagnose` takes for a bad fit, too.
+_POOR = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class HeldOut:
     def count(self) -> int:
         """Samples."""
         return min((len(z) for z in self.z.values()), default=0)
+
+    @property
+    def limit(self) -> float:
+        """Kolmogorov-Smirnov distance above which a layer counts as badly fitted.
+
+        With few samples, what one of a hundred well fitted layers exceeds by chance.
+        """
+        return max(_POOR, float(kstwo.isf(0.01, max(self.count, 1))))
 
     def distances(self) -> dict[str, float]:
         """Kolmogorov-Smirnov distance of each layer's z from a standard normal."""
