@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -275,7 +276,6 @@ FIT_ERRORS: dict[str, tuple[list[str], str]] = {
     "levels of a flow": ([FLOW, "DATA", "--level", "3"], "noise levels"),
     "an unknown layer": ([FLOW, "DATA", "--layer", "up.*"], "up.*"),
     "colours of a grey model": ([FLOW, "DATA", "--mode", "RGB"], ""),
-    "no datasets library": ([FLOW, "DATASET"], "pip install datasets"),
 }
 
 
@@ -284,14 +284,65 @@ def test_a_wrong_fit_is_one_line_and_writes_nothing(
     name: str, held_out: Path, tmp_path: Path
 ) -> None:
     arguments, message = FIT_ERRORS[name]
-    if "DATASET" in arguments:
-        (tmp_path / "dataset").mkdir()
-        (tmp_path / "dataset" / "dataset_info.json").write_text("{}")
-    places = {"DATASET": str(tmp_path / "dataset"), "DATA": str(held_out)}
-    for place, path in places.items():
-        arguments = [text.replace(place, path) for text in arguments]
+    arguments = [text.replace("DATA", str(held_out)) for text in arguments]
     assert message in failed("fit", *arguments[:2], tmp_path / "d", *arguments[2:])
     assert not (tmp_path / "d").exists()
+
+
+MISSING = {
+    "datasets": ("fit", [FLOW, "DATASET", "NEW"], "pip install datasets"),
+    "pyarrow": ("score", ["DETECTOR", "DATA", "-o", "s.parquet"], "'ood-monitor[mlflow]'"),
+    "matplotlib": ("report", ["DETECTOR", "r.html"], "'ood-monitor[plots]'"),
+    "diffusers": ("score", ["PIPELINE", "DATA"], "'ood-monitor[diffusers]'"),
+}
+
+
+@pytest.mark.parametrize("library", MISSING)
+def test_a_library_that_is_missing_is_named_with_what_installs_it(
+    library: str, detector: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, arguments, message = MISSING[library]
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "dataset_info.json").write_text("{}")
+    (tmp_path / "pipeline").mkdir()
+    recipe = json.loads((detector / "model.json").read_text())
+    (tmp_path / "pipeline" / "model.json").write_text(json.dumps(recipe | {"kind": "pipeline"}))
+    places = {
+        "DATASET": tmp_path / "dataset",
+        "DATA": new,
+        "DETECTOR": detector,
+        "NEW": tmp_path / "d",
+        "PIPELINE": tmp_path / "pipeline",
+    }
+    with monkeypatch.context() as patch:
+        ours = ("ood_monitor.cli.pipelines", "ood_monitor.plots", "ood_monitor.report")
+        for name in [name for name in sys.modules if _is_of(name, library, *ours)]:
+            patch.delitem(sys.modules, name)
+        patch.setitem(sys.modules, library, None)  # whoever imports it fails
+        patch.chdir(tmp_path)
+        assert message in failed(command, *(places.get(text, text) for text in arguments))
+
+
+def _is_of(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_a_stored_dataset_is_fitted_on_and_scored(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.fromarray(image) for image in grey_images(240)]
+    rows = {"image": pictures, "label": list(range(240))}
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)}
+    )
+    splits.save_to_disk(tmp_path / "data")
+    succeeded("fit", FLOW, tmp_path / "data", tmp_path / "d", "--split", "test")
+    folder = write_images(tmp_path / "images", grey_images(240))
+    expected = [row["score"] for row in lines(succeeded("score", tmp_path / "d", folder))]
+    found = lines(succeeded("score", tmp_path / "d", tmp_path / "data", "--split", "train"))
+    assert [row["score"] for row in found] == expected
+    assert "--split" in failed("score", tmp_path / "d", tmp_path / "data")
+    error = failed("score", tmp_path / "d", tmp_path / "data", "--split", "test", "--key", "x")
+    assert "['image', 'label']" in error
 
 
 def test_a_broken_image_stops_a_fit_by_its_name(held_out: Path, tmp_path: Path) -> None:

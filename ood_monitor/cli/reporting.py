@@ -1,5 +1,6 @@
 """`ood-monitor report`: one HTML file."""
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,13 +158,12 @@ class _Scorer:
 
 def _page() -> ModuleType:
     try:
-        from ood_monitor import report as page
+        return importlib.import_module("ood_monitor.report")
     except ModuleNotFoundError as error:
         raise ImportError(
             f"Expected matplotlib and jinja2 for a report: pip install 'ood-monitor[plots]' "
             f"({error})."
         ) from error
-    return page
 
 
 def _check_place(output: Path) -> None:
