@@ -124,6 +124,17 @@ def test_fit_on_arrays_of_floats_takes_them_as_they_are(tmp_path: Path) -> None:
     assert all(row["valid"] for row in rows)
 
 
+@pytest.mark.parametrize("images", [grey_images(240), grey_images(240)[:, None] / 255])
+def test_a_detector_that_was_fitted_on_arrays_watches_a_folder(
+    images: np.ndarray, new: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", images)
+    succeeded("fit", FLOW, tmp_path / "data.npz", tmp_path / "d")
+    result = run("watch", tmp_path / "d", new, "--once", "--json")
+    summary = json.loads(result.stdout.splitlines()[-1])["summary"]
+    assert (summary["samples_seen"], summary["unreadable"]) == (6, 1)
+
+
 def test_images_of_other_colours_and_sizes_are_brought_to_those_of_the_fit(
     held_out: Path, tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_only_what_may_travel_does(run: Run, hub: Hub, detector: Path) -> None:
     (detector / "deeper").mkdir()
     (detector / "deeper" / "more.json").write_text("{}")
     succeeded(run("push", detector, "me/some", "--json"))
-    assert files_of(hub, "me/some").keys() - {".gitattributes"} == {
+    assert files_of(hub, "me/some").keys() - {".gitattributes", "calibration.png"} == {
         "README.md",
         "config.json",
         "detector.safetensors",

@@ -57,10 +57,11 @@ class Arrays:
     """Rows of an array; those of bytes are images (N, H, W) or (N, H, W, 1 or 3)."""
 
     def __init__(self, path: Path, key: str | None, images: ImageFormat) -> None:
-        self._rows, self.images = _array(path, key), images
+        self._rows = _array(path, key)
         if self._rows.ndim == 0 or not len(self._rows):
             raise ValueError(f"Expected samples in {path}, got shape {self._rows.shape}.")
         self.ids: Sequence[str] = [str(i) for i in range(len(self._rows))]
+        self.images = images.like(self.read(0).shape)
 
     def read(self, index: int) -> Tensor:
         """One row; of bytes (C, H, W) in [0, 1]."""

@@ -70,6 +70,14 @@ class ImageFormat:
         size = self.size or (image.height, image.width)
         return replace(self, mode=self.mode or ("L" if grey else "RGB"), size=size)
 
+    def like(self, shape: Sequence[int]) -> Self:
+        """This format, with what is open as in a sample (C, H, W), if that is an image's shape."""
+        modes = {channels: mode for mode, channels in MODES.items()}
+        if len(shape) != 3 or shape[0] not in modes:
+            return self
+        size = self.size or (int(shape[1]), int(shape[2]))
+        return replace(self, mode=self.mode or modes[shape[0]], size=size)
+
     def read(self, path: str | PathLike[str]) -> Tensor:
         """The image in a file, (C, H, W) in [0, 1].
 

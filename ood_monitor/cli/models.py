@@ -79,6 +79,7 @@ class Imported:
 
 def _pipeline(recipe: Recipe, device: str | None) -> Model:
     try:
+        importlib.import_module("diffusers")
         from ood_monitor.cli.pipelines import Pipeline
     except ModuleNotFoundError as error:
         raise ImportError(

@@ -1,7 +1,9 @@
 """diffusers pipelines by their folder. Imported when one is asked for."""
 
 import inspect
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
@@ -25,13 +27,7 @@ class Pipeline:
     """A pipeline, its bound, and the conditions of its call."""
 
     def __init__(self, recipe: Recipe, device: str) -> None:
-        from diffusers import DiffusionPipeline
-
-        # Safetensors alone: other weights are pickles.
-        pipe = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-            recipe.model, local_files_only=True, use_safetensors=True
-        )
-        pipe.set_progress_bar_config(disable=True)
+        pipe = _loaded(str(recipe.model))
         self._pipe, self._recipe = pipe.to(device), recipe
         self._seed = SEED + recipe.seed  # never one that a user's own samples begin with
         self._options: dict[str, Any] = {
@@ -76,6 +72,22 @@ class Pipeline:
         if "image" not in parameters or getattr(self._pipe, "controlnet", None) is not None:
             return self._recipe.arguments
         return {image_argument(parameters): images} | self._recipe.arguments
+
+
+def _loaded(folder: str) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    with ExitStack() as stack:
+        if logging.is_progress_bar_enabled() and not sys.stderr.isatty():
+            logging.disable_progress_bar()
+            stack.callback(logging.enable_progress_bar)
+        # Safetensors alone: other weights are pickles.
+        pipe = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, use_safetensors=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _expanded(condition: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ood_monitor.cli.images import MODES, ImageFormat
+from ood_monitor.cli.images import ImageFormat
 from ood_monitor.fitted import Fitted
 
 __all__ = ["RECIPE", "Kind", "Recipe", "kind_of", "recipe_without_file"]
@@ -173,10 +173,7 @@ def kind_of(model: str) -> Kind:
 def _images(samples: Sequence[str]) -> ImageFormat:
     """Those of so many channels, and of that size, if samples are images."""
     shape = _SHAPE.match(samples[0]) if len(samples) == 1 else None
-    modes = {str(channels): mode for mode, channels in MODES.items()}
-    if shape is None or shape[1] not in modes:
-        return ImageFormat()
-    return ImageFormat(modes[shape[1]], (int(shape[2]), int(shape[3])))
+    return ImageFormat().like([int(side) for side in shape.groups()] if shape else [])
 
 
 def _whole(values: Sequence[Any] | None) -> tuple[int, ...] | None:
