@@ -1,8 +1,6 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
-import copy
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,20 +11,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe, tensors_in
-from ood_monitor.calibration import (
-    MINIMUM_SCORES,
-    ConformalPValue,
-    GroupedPValue,
-    autocorrelation_bound,
-    lag1_autocorrelation,
-)
+from ood_monitor import hub
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe
+from ood_monitor.card import save_card
 from ood_monitor.densities import Array, Density, TermsAndNorms
-from ood_monitor.features import Features, LogNorms, TermValues, layer_of, table
-from ood_monitor.fitted import Fitted, digest
+from ood_monitor.diagnostics import Diagnosis
+from ood_monitor.digests import digest
+from ood_monitor.expected import (
+    check_layers,
+    check_samples,
+    parameters_of,
+    samples_of,
+    warn_of_other_model,
+)
+from ood_monitor.features import table
+from ood_monitor.fitted import Fitted
+from ood_monitor.fitting import Fitting, by_layer
 from ood_monitor.gradients import Granularity, terms_and_norms
-from ood_monitor.gradients.layers import Layers, selection
-from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.gradients.layers import Layers
 from ood_monitor.measured import Measured
 from ood_monitor.scores import Scores
 
@@ -142,7 +144,8 @@ class Detector:
                 "loader."
             )
         bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
-        self._fitted = self._fit(Measured.together(self.measure(batch) for batch in bar))
+        measured = Measured.together(self.measure(batch) for batch in bar)
+        self._fitted = self._fitting()(self.adapter, measured)
         return self
 
     def measure(self, batch: Batch) -> Measured:
@@ -163,7 +166,7 @@ class Detector:
         features, norms = table(result.norms)
         terms, values = table(result.log_likelihood)
         groups = () if self.groups is None else _named(self.groups(batch), len(norms))
-        return Measured(terms, values, features, norms, _samples(batch), groups)
+        return Measured(terms, values, features, norms, samples_of(batch), groups)
 
     def fit_measured(self, measured: Measured) -> Self:
         """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
@@ -177,7 +180,7 @@ class Detector:
         Warns:
             UserWarning: As :meth:`fit`.
         """
-        self._fitted = self._fit(measured)
+        self._fitted = self._fitting()(self.adapter, measured)
         return self
 
     def score(self, batch: Batch) -> Scores:
@@ -202,7 +205,7 @@ class Detector:
         parts = fitted.density.contributions(features)
         score = parts.sum(1)
         names = fitted.features.names
-        means, shares = _by_layer(names, features, np.mean), _by_layer(names, parts, np.sum)
+        means, shares = by_layer(names, features, np.mean), by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(_p_value(fitted, score, measured.groups)),
@@ -221,42 +224,130 @@ class Detector:
         """
         if batch_size(batch) == 0:
             raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
-        _check_samples(batch, self.fitted.samples)
+        check_samples(batch, self.fitted.samples)
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+    @property
+    def is_stale(self) -> bool:
+        """Whether the model's weights are now other than those that it was fitted on.
+
+        Reads all weights; on a GPU they are copied.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+        """
+        return digest(self.adapter.module) != self.fitted.model
+
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        diagnosis: Diagnosis | None = None,
+        card: bool = True,
+    ) -> None:
         """Write ``detector.safetensors`` and ``config.json``; the model itself is not saved.
+
+        A model card, ``README.md``, comes beside them with a figure, ``calibration.png``, where
+        matplotlib is installed. A README that you wrote or changed is left alone.
+
+        Args:
+            directory: The folder, made if need be.
+            base_model: Name on the Hub of the model that is watched, if it does not say it itself.
+            base_model_revision: Its commit.
+            diagnosis: Of :func:`~ood_monitor.diagnose`, for the card.
+            card: Whether there is a card.
 
         Raises:
             RuntimeError: The detector is not fitted.
             ValueError: ``layers`` is a function, which no file can hold; give name patterns.
         """
-        self.fitted.save(Path(directory), self._options())
+        fitted = self.fitted.based_on(base_model, base_model_revision)
+        fitted.save(Path(directory), self._options())
+        if card:
+            save_card(Path(directory), fitted, self._options(), diagnosis=diagnosis)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        diagnosis: Diagnosis | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload detector",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, in one commit; the repository is made.
+
+        Args:
+            repo_id: Name of the repository, ``"owner/name"``.
+            base_model: As there.
+            base_model_revision: As there.
+            diagnosis: As there.
+            private: Whether a new repository is private; what the owner's default says if None.
+            revision: The branch, which must exist; ``main`` by default.
+            token: For the Hub; the one that you are logged in with by default.
+            commit_message: Of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: As :meth:`save_pretrained`.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        """
+        fitted = self.fitted.based_on(base_model, base_model_revision)
+        options = self._options()
+
+        def write(directory: Path, readme: str | None) -> None:
+            fitted.save(directory, options)
+            save_card(directory, fitted, options, name=repo_id, diagnosis=diagnosis, there=readme)
+
+        repository = hub.Repository(repo_id, revision, token)
+        return repository.push(write, private=private, message=commit_message)
 
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | PathLike[str],
+        name_or_path: str | PathLike[str],
         adapter: Adapter,
         *,
         groups: Groups | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
     ) -> Self:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read what :meth:`save_pretrained` wrote, from a folder or from the Hub.
 
         Args:
-            directory: The folder.
+            name_or_path: The folder, or the repository, ``"owner/name"``, where no such folder is.
             adapter: The model that the detector was fitted on.
             groups: What gave the groups, if it was fitted with any.
+            revision: A branch, tag or commit of the repository.
+            token: For the Hub; the one that you are logged in with by default.
+            local_files_only: Whether to look only at what was downloaded before.
+            cache_dir: Where downloads are kept.
 
         Raises:
-            FileNotFoundError: A file is missing.
+            FileNotFoundError: A file or the repository is missing, or not yours to read.
             ValueError: A damaged file, a newer format, a model with other layers, or groups where
                 there were none, or none where there were.
 
         Warns:
-            UserWarning: The model's weights are not those that the detector was fitted on, so the
-                calibration is stale.
+            UserWarning: The model's weights are not those that the detector was fitted on, or of
+                another precision, so that the calibration is stale; or the adapter has another
+                seed, other noise levels or the like.
         """
-        return cls._restored(*Fitted.load(Path(directory)), adapter, groups)
+        if Path(name_or_path).is_dir() or not hub.is_repository(name_or_path):
+            directory = Path(name_or_path)
+        else:
+            repository = hub.Repository(str(name_or_path), revision, token)
+            directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)
+        return cls._restored(*Fitted.load(directory), adapter, groups)
 
     def state_dict(self) -> dict[str, str | bytes]:
         """What :meth:`save_pretrained` writes, as primitives for a checkpoint.
@@ -293,16 +384,22 @@ class Detector:
             raise ValueError(
                 f"Expected `groups` as the detector was fitted, {was} groups, got it {given}."
             )
-        _check_layers(fitted.parameters, _parameters(adapter, options.get("layers")))
-        if digest(adapter.module) != fitted.model:
-            warnings.warn(
-                f"Stale calibration: the detector was fitted on weights {fitted.model}, the model "
-                f"has {digest(adapter.module)}. Fit it again on held-out data.",
-                stacklevel=3,
-            )
+        check_layers(fitted.parameters, parameters_of(adapter, options.get("layers")))
+        warn_of_other_model(fitted, adapter, stacklevel=3)
         detector = cls(adapter, density=fitted.density, groups=groups, **options)
         detector._fitted = fitted
         return detector
+
+    def _fitting(self) -> Fitting:
+        return Fitting(
+            density=self._density,
+            layers=self.layers,
+            calibration_fraction=self.calibration_fraction,
+            trim=self.trim,
+            seed=self.seed,
+            grouped=self.groups is not None,
+            minimum_group=self.minimum_group,
+        )
 
     def _options(self) -> dict[str, Any]:
         if callable(self.layers):
@@ -312,65 +409,6 @@ class Detector:
             *("calibration_fraction", "trim", "seed", "minimum_group", "source"),
         )
         return {name: getattr(self, name) for name in names}
-
-    def _fit(self, measured: Measured) -> Fitted:
-        fit, calibrate = self._split(len(measured))
-        dtype = dtype_of(self.adapter.module)
-        eps = torch.finfo(dtype).eps
-        seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
-        features, density = self._learned(seen, eps)
-        scores = density.score(features(rest))
-        _warn_of_autocorrelation(scores)
-        means = _by_layer(features.names, features(seen), np.mean)
-        return Fitted(
-            features=features,
-            density=density,
-            calibration=ConformalPValue.fit(scores),
-            log_likelihood=rest.log_likelihood.sum(1),
-            parameters=_parameters(self.adapter, self.layers),
-            layer_mean=means.mean(0),
-            layer_sd=np.maximum(means.std(0, ddof=1), eps),
-            samples=measured.samples,
-            model=digest(self.adapter.module),
-            dtype=str(dtype),
-            fit_count=len(seen),
-            grouped=self._grouped(scores, rest.groups),
-        )
-
-    def _trimmed(self, samples: Measured, eps: float) -> Measured:
-        """Without the most anomalous samples under a fit to all."""
-        if not self.trim:
-            return samples
-        features, density = self._learned(samples, eps)
-        scores = density.score(features(samples))
-        return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
-
-    def _learned(self, samples: Measured, eps: float) -> tuple[Features, Density]:
-        """What is a feature of these samples, and the density fitted to them."""
-        log_norms = LogNorms.fit(samples.features, samples.norms, eps)
-        density = copy.deepcopy(self._density)
-        features = Features(log_norms)
-        if isinstance(density, TermsAndNorms):
-            terms = TermValues.fit(samples.terms, samples.log_likelihood, eps)
-            density, features = density.of(int(terms.live.sum())), Features(log_norms, terms)
-        return features, density.fit(features(samples))
-
-    def _grouped(self, scores: Array, groups: tuple[str, ...]) -> GroupedPValue | None:
-        return None if self.groups is None else GroupedPValue(scores, groups, self.minimum_group)
-
-    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
-        calibration = round(count * self.calibration_fraction)
-        fit = count - calibration
-        if fit < self._density.minimum_samples or calibration < MINIMUM_SCORES:
-            raise ValueError(
-                f"Expected at least {self._density.minimum_samples} samples to fit on and "
-                f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
-                f"samples at calibration_fraction={self.calibration_fraction}."
-            )
-        chosen = np.zeros(count, dtype=bool)
-        chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
-        return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
 def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:
@@ -387,56 +425,5 @@ def _p_value(fitted: Fitted, score: Array, groups: tuple[str, ...]) -> Array:
     return fitted.grouped.p_value(score, groups)
 
 
-def _samples(batch: Batch) -> tuple[str, ...]:
-    """Shape and type of each tensor of a batch, without B."""
-    return tuple(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors_in(batch))
-
-
-def _check_samples(batch: Batch, expected: tuple[str, ...]) -> None:
-    found = _samples(batch)
-    # What only one of them has, such as labels, is for the adapter to take or to miss.
-    if any(a != b for a, b in zip(found, expected, strict=False)):
-        raise ValueError(
-            f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
-            f"{', '.join(found)}."
-        )
-
-
-def _parameters(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:
-    """Shapes of the chosen parameters, in module order."""
-    chosen = selection(adapter.module, layers)
-    named = adapter.module.named_parameters()
-    return {name: tuple(p.shape) for name, p in named if chosen(name)}
-
-
-def _check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"Expected a model with the detector's layers, got {name!r} of shape "
-                f"{found.get(name, 'missing')} where the detector has "
-                f"{expected.get(name, 'none')}."
-            )
-
-
-def _by_layer(names: tuple[str, ...], columns: Array, how: Any) -> Array:
-    """Columns (N, F) brought together by layer, (N, L)."""
-    positions: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        positions.setdefault(layer_of(name), []).append(i)
-    return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
-
-
 def _columns(names: tuple[str, ...], values: Array) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values[:, i].copy()) for i, name in enumerate(names)}
-
-
-def _warn_of_autocorrelation(scores: Array) -> None:
-    found, bound = lag1_autocorrelation(scores), autocorrelation_bound(len(scores))
-    if found > bound:
-        warnings.warn(
-            f"Neighbouring calibration scores are correlated ({found:.2f}, expected at most "
-            f"{bound:.2f}): p-values and drift alarms assume exchangeable samples. Shuffle the "
-            "held-out data, or calibrate on independent units.",
-            stacklevel=4,
-        )

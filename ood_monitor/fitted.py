@@ -2,24 +2,31 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from itertools import chain
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn, uint8
 
 from ood_monitor.calibration import ConformalPValue, GroupedPValue
+from ood_monitor.contents import check_arrays, check_settings, strict_json
 from ood_monitor.densities import DENSITIES, Array, Density
+from ood_monitor.digests import digest
 from ood_monitor.features import Features, LogNorms, TermValues
+from ood_monitor.provenance import Provenance
 
-__all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
+__all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
 
 CONFIG, TENSORS = "config.json", "detector.safetensors"
 
-#: Version of the two files together; a newer one is refused.
+#: Version of the two files together; a newer one is refused. It grows when an older reader would
+#: misread what a newer one wrote, not when there is more to read.
 FORMAT = 1
 
 
@@ -41,6 +48,7 @@ class Fitted:
         dtype: Floating-point type of the weights.
         fit_count: Samples that the density was fitted on.
         grouped: Scores of the calibration samples by group, if these were told apart.
+        provenance: How it was made.
     """
 
     features: Features
@@ -55,6 +63,7 @@ class Fitted:
     dtype: str
     fit_count: int
     grouped: GroupedPValue | None = None
+    provenance: Provenance = field(default_factory=Provenance)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -66,12 +75,26 @@ class Fitted:
         """Twelve hexadecimal digits that identify what was learned."""
         return hashlib.sha256(save(self._arrays())).hexdigest()[:12]
 
+    def based_on(self, base_model: str | None, revision: str | None) -> Self:
+        """The same with the name of the model that is watched, where one is given."""
+        if base_model is None and revision is None:
+            return self
+        if base_model is None:
+            base_model = self.provenance.base_model
+        elif revision is None and base_model == self.provenance.base_model:
+            revision = self.provenance.base_model_revision
+        provenance = replace(self.provenance, base_model=base_model, base_model_revision=revision)
+        return replace(self, provenance=provenance)
+
     def save(self, directory: Path, options: dict[str, Any]) -> None:
-        """Write the two files; ``options`` are the detector's own settings, JSON-able."""
+        """Write the two files; ``options`` are the detector's own settings, JSON-able.
+
+        Each is whole or as it was, whenever the process dies; of one new and one old the checksum
+        says that they do not belong together.
+        """
         config, tensors = self.dump(options)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / TENSORS).write_bytes(tensors)
-        (directory / CONFIG).write_text(config)
+        replace_files({directory / TENSORS: tensors, directory / CONFIG: config.encode()})
 
     def dump(self, options: dict[str, Any]) -> tuple[str, bytes]:
         """The contents of the two files: JSON, and safetensors.
@@ -103,6 +126,7 @@ class Fitted:
         if self.grouped is not None:
             config["groups"] = list(self.grouped.groups)
             config["minimum_group"] = self.grouped.minimum
+        config |= self.provenance.dump()
         tensors = save(self._arrays())
         config["checksum"] = _checksum(config, tensors)
         return json.dumps(config, indent=2) + "\n", tensors
@@ -136,9 +160,15 @@ class Fitted:
                 f"Expected {CONFIG} and {TENSORS} with checksum {expected}, got another: they were "
                 "changed, or do not belong together."
             )
+        with _of_file(CONFIG):
+            check_settings(settings)
+        with _of_file(TENSORS):
+            arrays = _read(tensors)
+            features = _features(settings, arrays)
+            check_arrays(arrays, settings, features.layers)
         try:
-            return cls._from_parts(settings, load(tensors)), dict(settings["options"])
-        except Exception as error:  # whatever a damaged file makes the parsers raise
+            return cls._from_parts(settings, arrays, features), dict(settings["options"])
+        except (ArithmeticError, LookupError, TypeError) as error:  # of a density's own reading
             raise ValueError(f"Expected the files of a detector, got {error!r}.") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -155,13 +185,12 @@ class Fitted:
         return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
     @classmethod
-    def _from_parts(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
-        names, dropped = tuple(config["features"]), dict(config["dropped"])
-        live = np.array([name not in dropped for name in names])
+    def _from_parts(
+        cls, config: dict[str, Any], arrays: dict[str, np.ndarray], features: Features
+    ) -> Self:
         state = {
             k.removeprefix("density."): v for k, v in arrays.items() if k.startswith("density.")
         }
-        features = Features(LogNorms(names, live, arrays["floor"], dropped), _terms(config))
         # Older files have figures of the layers without a live feature too.
         kept = np.isin(config["layers"], features.layers)
         return cls(
@@ -177,7 +206,32 @@ class Fitted:
             dtype=str(config["dtype"]),
             fit_count=int(config["fit_count"]),
             grouped=_grouped(config, arrays),
+            provenance=Provenance.parse(config),
         )
+
+
+@contextmanager
+def _of_file(name: str) -> Iterator[None]:
+    """Say which file an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _read(tensors: bytes) -> dict[str, np.ndarray]:
+    try:
+        return load(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # or a type numpy has not
+        raise ValueError(f"Expected safetensors, got {error!r}.") from error
+
+
+def _features(config: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Features:
+    names, dropped = tuple(config["features"]), dict(config["dropped"])
+    live = np.array([name not in dropped for name in names])
+    if "floor" not in arrays:
+        raise ValueError(f"Expected an array 'floor', got {sorted(arrays)}.")
+    return Features(LogNorms(names, live, arrays["floor"], dropped), _terms(config))
 
 
 def _terms(config: dict[str, Any]) -> TermValues | None:
@@ -193,21 +247,6 @@ def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPV
     return GroupedPValue(arrays["grouped"], groups, int(config["minimum_group"]))
 
 
-def digest(module: nn.Module) -> str:
-    """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
-
-    Persistent buffers are weights too: a batch norm's statistics change what a model says.
-    """
-    state = hashlib.sha256()
-    saved = module.state_dict().keys()
-    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
-    for name, tensor in chain(module.named_parameters(), buffers):
-        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
-        state.update(raw.numpy().tobytes())
-    return state.hexdigest()[:12]
-
-
 def _checksum(settings: dict[str, Any], tensors: bytes) -> str:
     """Of both files' contents, so that one edited or swapped is found out."""
     text = json.dumps(settings, sort_keys=True).encode()
@@ -216,10 +255,30 @@ def _checksum(settings: dict[str, Any], tensors: bytes) -> str:
 
 def _settings(config: str | bytes) -> dict[str, Any]:
     try:
-        settings = json.loads(config)
-    except (ValueError, RecursionError) as error:
+        settings = strict_json(config)
+    except ValueError as error:
         raise ValueError(f"Expected JSON in {CONFIG}, got {error}.") from error
     found = settings.get("format") if isinstance(settings, dict) else None
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise ValueError(f"Expected a detector of format {FORMAT} in {CONFIG}, got {found!r}.")
     return dict(settings)
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files so that each is, at any moment, what it was or all that it will be.
+
+    All are written before the first takes its place, and they do so in the order given.
+    """
+    written: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            written[path] = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            with written[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, new in written.items():
+            new.replace(path)
+    finally:
+        for new in written.values():
+            new.unlink(missing_ok=True)

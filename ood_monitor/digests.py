@@ -1,0 +1,29 @@
+"""Short names of what numbers are: twelve hexadecimal digits of SHA-256."""
+
+import hashlib
+from collections.abc import Iterable
+from itertools import chain
+
+from torch import Tensor, nn, uint8
+
+__all__ = ["digest", "digest_of_tensors"]
+
+
+def digest(module: nn.Module) -> str:
+    """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
+
+    Persistent buffers are weights too: a batch norm's statistics change what a model says.
+    """
+    saved = module.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+    return digest_of_tensors(chain(module.named_parameters(), buffers))
+
+
+def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Twelve hexadecimal digits of tensors' names, shapes, types and bytes, in their order."""
+    state = hashlib.sha256()
+    for name, tensor in named:
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
+        state.update(raw.numpy().tobytes())
+    return state.hexdigest()[:12]

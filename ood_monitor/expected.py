@@ -1,0 +1,74 @@
+"""What a detector expects of a batch and of a model: those that it was fitted on."""
+
+import warnings
+
+from ood_monitor.adapters.base import Adapter, Batch, tensors_in
+from ood_monitor.digests import digest
+from ood_monitor.fitted import Fitted
+from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.provenance import differences, recipe
+
+__all__ = ["check_layers", "check_samples", "parameters_of", "samples_of", "warn_of_other_model"]
+
+
+def samples_of(batch: Batch) -> tuple[str, ...]:
+    """Shape and type of each tensor of a batch, without B."""
+    return tuple(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors_in(batch))
+
+
+def check_samples(batch: Batch, expected: tuple[str, ...]) -> None:
+    """Refuse a batch of other shapes or types than :func:`samples_of` gave.
+
+    Raises:
+        ValueError: It is one.
+    """
+    found = samples_of(batch)
+    # What only one of them has, such as labels, is for the adapter to take or to miss.
+    if any(a != b for a, b in zip(found, expected, strict=False)):
+        raise ValueError(
+            f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
+            f"{', '.join(found)}."
+        )
+
+
+def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:
+    """Shapes of the chosen parameters, in module order."""
+    chosen = selection(adapter.module, layers)
+    named = adapter.module.named_parameters()
+    return {name: tuple(p.shape) for name, p in named if chosen(name)}
+
+
+def check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a model of other parameters, by name and shape; the first that differs is named.
+
+    Raises:
+        ValueError: It is one.
+    """
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"Expected a model with the detector's layers, got {name!r} of shape "
+                f"{found.get(name, 'missing')} where the detector has "
+                f"{expected.get(name, 'none')}."
+            )
+
+
+def warn_of_other_model(fitted: Fitted, adapter: Adapter, *, stacklevel: int) -> None:
+    """Tell of weights, a precision or an adapter's arguments other than fitted."""
+    found, dtype = digest(adapter.module), str(dtype_of(adapter.module))
+    if found != fitted.model:
+        other = "" if dtype == fitted.dtype else f", in {fitted.dtype}"
+        warnings.warn(
+            f"Stale calibration: the detector was fitted on weights {fitted.model}{other}, the "
+            f"model has {found}{other and f', in {dtype}'}. Fit it again on held-out data.",
+            stacklevel=stacklevel + 1,
+        )
+    changed = differences(fitted.provenance.adapter, recipe(adapter))
+    if changed:
+        told = [f"{name}={a!r}, got {b!r}" for name, (a, b) in changed.items()]
+        warnings.warn(
+            f"Another adapter: the detector was fitted with {'; '.join(told)}. Its scores mean "
+            "something else now: build the adapter as it was.",
+            stacklevel=stacklevel + 1,
+        )

@@ -1,0 +1,139 @@
+"""From what was measured of held-out samples to what a detector learned."""
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ood_monitor.adapters.base import Adapter
+from ood_monitor.calibration import (
+    MINIMUM_SCORES,
+    ConformalPValue,
+    GroupedPValue,
+    autocorrelation_bound,
+    lag1_autocorrelation,
+)
+from ood_monitor.densities import Array, Density, TermsAndNorms
+from ood_monitor.digests import digest
+from ood_monitor.expected import parameters_of
+from ood_monitor.features import Features, LogNorms, TermValues, layer_of
+from ood_monitor.fitted import Fitted
+from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.measured import Measured
+from ood_monitor.provenance import Provenance
+
+__all__ = ["Fitting", "by_layer"]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a detector learns; attributes are the arguments of :class:`~ood_monitor.Detector`.
+
+    Attributes:
+        density: Unfitted; a copy is fitted.
+        layers: Which parameters are features.
+        calibration_fraction: Share of the samples that calibrates.
+        trim: Share of the fit samples that is left out.
+        seed: Of the split.
+        grouped: Whether samples have groups.
+        minimum_group: The fewest calibration samples that make a group of its own.
+    """
+
+    density: Density
+    layers: Layers
+    calibration_fraction: float
+    trim: float
+    seed: int
+    grouped: bool
+    minimum_group: int
+
+    def __call__(self, adapter: Adapter, measured: Measured) -> Fitted:
+        """The detector's part that is learned.
+
+        Raises:
+            ValueError: Too few samples, or no feature that varies.
+
+        Warns:
+            UserWarning: Neighbouring calibration scores are positively correlated.
+        """
+        fit, calibrate = self._split(len(measured))
+        dtype = dtype_of(adapter.module)
+        eps = torch.finfo(dtype).eps
+        seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
+        features, density = self._learned(seen, eps)
+        scores = density.score(features(rest))
+        _warn_of_autocorrelation(scores)
+        means = by_layer(features.names, features(seen), np.mean)
+        return Fitted(
+            features=features,
+            density=density,
+            calibration=ConformalPValue.fit(scores),
+            log_likelihood=rest.log_likelihood.sum(1),
+            parameters=parameters_of(adapter, self.layers),
+            layer_mean=means.mean(0),
+            layer_sd=np.maximum(means.std(0, ddof=1), eps),
+            samples=measured.samples,
+            model=digest(adapter.module),
+            dtype=str(dtype),
+            fit_count=len(seen),
+            grouped=self._groups_of(scores, rest.groups),
+            provenance=Provenance.of(adapter, measured.terms),
+        )
+
+    def _trimmed(self, samples: Measured, eps: float) -> Measured:
+        """Without the most anomalous samples under a fit to all."""
+        if not self.trim:
+            return samples
+        features, density = self._learned(samples, eps)
+        scores = density.score(features(samples))
+        return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
+
+    def _learned(self, samples: Measured, eps: float) -> tuple[Features, Density]:
+        """What is a feature of these samples, and the density fitted to them."""
+        log_norms = LogNorms.fit(samples.features, samples.norms, eps)
+        density = copy.deepcopy(self.density)
+        features = Features(log_norms)
+        if isinstance(density, TermsAndNorms):
+            terms = TermValues.fit(samples.terms, samples.log_likelihood, eps)
+            density, features = density.of(int(terms.live.sum())), Features(log_norms, terms)
+        return features, density.fit(features(samples))
+
+    def _groups_of(self, scores: Array, groups: tuple[str, ...]) -> GroupedPValue | None:
+        return None if not self.grouped else GroupedPValue(scores, groups, self.minimum_group)
+
+    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
+        calibration = round(count * self.calibration_fraction)
+        fit = count - calibration
+        if fit < self.density.minimum_samples or calibration < MINIMUM_SCORES:
+            raise ValueError(
+                f"Expected at least {self.density.minimum_samples} samples to fit on and "
+                f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
+                f"samples at calibration_fraction={self.calibration_fraction}."
+            )
+        chosen = np.zeros(count, dtype=bool)
+        chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
+        return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def by_layer(names: tuple[str, ...], columns: Array, how: Any) -> Array:
+    """Columns (N, F) brought together by layer, (N, L)."""
+    positions: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        positions.setdefault(layer_of(name), []).append(i)
+    return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+
+
+def _warn_of_autocorrelation(scores: Array) -> None:
+    found, bound = lag1_autocorrelation(scores), autocorrelation_bound(len(scores))
+    if found > bound:
+        warnings.warn(
+            f"Neighbouring calibration scores are correlated ({found:.2f}, expected at most "
+            f"{bound:.2f}): p-values and drift alarms assume exchangeable samples. Shuffle the "
+            "held-out data, or calibrate on independent units.",
+            stacklevel=4,
+        )

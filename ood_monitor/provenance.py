@@ -1,0 +1,151 @@
+"""Where a detector comes from: what its adapter says of itself, the base model, the software."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ood_monitor.adapters.base import Adapter
+from ood_monitor.adapters.schedules import NoiseSchedule
+from ood_monitor.digests import digest_of_tensors
+
+__all__ = ["Provenance", "differences", "recipe"]
+
+_KEYS = ("adapter", "base_model", "base_model_revision", "libraries")
+
+#: Where the Hub's cache keeps a repository at a commit.
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+#: What a recipe has no word for.
+_UNSAID: Any = object()
+
+_LIBRARIES = ("ood-monitor", "torch", "numpy", "scikit-learn", "scipy")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Facts of how a detector was made; nothing is computed from them.
+
+    Attributes:
+        adapter: As :func:`recipe` gives it.
+        base_model: Name on the Hub of the model that is watched, or of what it was trained from.
+        base_model_revision: Its commit.
+        libraries: Versions by distribution, when the detector was fitted.
+    """
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapter: Adapter, terms: tuple[str, ...]) -> Self:
+        """Of an adapter in this environment.
+
+        Args:
+            adapter: The model.
+            terms: Names of its terms, in order.
+        """
+        name, revision = _base_model(adapter.module)
+        return cls(recipe(adapter) | {"terms": list(terms)}, name, revision, _libraries(adapter))
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> Self:
+        """From the settings of a file, which may be older than these."""
+        return cls(**{name: settings[name] for name in _KEYS if name in settings})
+
+    def dump(self) -> dict[str, Any]:
+        """What is known, as settings of a file."""
+        return {name: value for name in _KEYS if (value := getattr(self, name))}
+
+
+def recipe(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter says of itself, JSON-able: its class, and its arguments.
+
+    An argument is what the adapter keeps under its name, or under its name after ``_``. A function
+    or another object is given by its name and public attributes, unless it is the default; modules
+    and tensors are left out.
+    """
+    kind, kept = type(adapter), vars(adapter)
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = kept.get(name, kept.get(f"_{name}", _UNSAID))
+        plain = _plain(value)
+        is_default_object = value is parameter.default and isinstance(plain, dict)
+        if plain is not _UNSAID and not is_default_object:
+            arguments[name] = plain
+    return {"class": _name(kind), "arguments": arguments}
+
+
+def differences(fitted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Arguments of two recipes of one class that are not the same, as (fitted, found).
+
+    Functions and objects are left out: their names may change. So is what only one of them has: it
+    is of another version.
+    """
+    if not fitted or fitted.get("class") != found.get("class"):
+        return {}
+    a, b = dict(fitted.get("arguments", {})), found["arguments"]
+    pairs = {name: (a[name], b[name]) for name in a if name in b and a[name] != b[name]}
+    return {
+        name: pair
+        for name, pair in pairs.items()
+        if not any(isinstance(value, dict) and "object" in value for value in pair)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON, or ``_UNSAID``."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return _UNSAID if any(item is _UNSAID for item in items) else items
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, NoiseSchedule):
+        tensors = {name: getattr(value, name) for name in ("alpha", "sigma", "t")}
+        return {"levels": len(value), "digest": digest_of_tensors(tensors.items())}
+    if value is _UNSAID or isinstance(value, Tensor | nn.Module | type):
+        return _UNSAID
+    attributes = {} if hasattr(value, "__qualname__") else getattr(value, "__dict__", {})
+    public = {name: _plain(it) for name, it in attributes.items() if not name.startswith("_")}
+    return {"object": _name(value)} | {k: it for k, it in public.items() if it is not _UNSAID}
+
+
+def _name(value: Any) -> str:
+    """Of a class or a function, or of an object's class."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _base_model(module: nn.Module) -> tuple[str | None, str | None]:
+    """Name and commit on the Hub, where a model of diffusers or transformers says them."""
+    config = getattr(module, "config", None)
+    said = [getattr(it, "_name_or_path", None) for it in (config, module)]
+    path = next((str(name) for name in said if name), "")
+    if found := _SNAPSHOT.search(path):
+        return f"{found[1]}/{found[2]}", found[3]
+    if not _REPOSITORY.fullmatch(path) or Path(path).exists():
+        return None, None  # a folder of this machine, which says nothing elsewhere
+    commit = getattr(config, "_commit_hash", None)
+    return path, commit if isinstance(commit, str) else None
+
+
+def _libraries(adapter: Adapter) -> dict[str, str]:
+    package = type(adapter.module).__module__.split(".", 1)[0]
+    return {name: found for name in (*_LIBRARIES, package) if (found := _version(name))}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # a script, or a checkout on the path
+        return None

@@ -1,0 +1,391 @@
+"""Damaged files of a detector: each is refused by a clear error, and none is loaded in part."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from density_cases import DENSITIES
+from safetensors.numpy import load, load_file, save
+from small_cases import SMALL
+
+import ood_monitor as om
+from ood_monitor.fitted import CONFIG, FORMAT, TENSORS, Fitted, _checksum
+
+BRANCHES = SMALL["branches"]
+OLD = Path(__file__).parent / "data" / "format-1"
+
+
+def two_terms() -> om.Adapter:
+    """Its density has a part for the terms' values, so that every kind of array is in the files."""
+    return SMALL["glow"]()
+
+
+def groups_of(batch: Any) -> list[str]:
+    return [str(int(v > 0)) for v in batch[1]]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("detector")
+    x = SMALL["glow"].data(120)
+    detector = om.Detector(two_terms(), groups=groups_of, minimum_group=20)
+    detector.fit([(x, x[:, 0, 0, 0])], progress=False).save_pretrained(directory, card=False)
+    return directory
+
+
+@pytest.fixture
+def saved(original: Path, tmp_path: Path) -> Path:
+    for name in (CONFIG, TENSORS):
+        (tmp_path / name).write_bytes((original / name).read_bytes())
+    return tmp_path
+
+
+def load_from(directory: Path) -> om.Detector:
+    return om.Detector.from_pretrained(directory, two_terms(), groups=groups_of)
+
+
+# What a machine or a careless hand does
+
+
+def positions(size: int, count: int = 40) -> list[int]:
+    return sorted({0, size - 1, *np.random.default_rng(0).integers(size, size=count).tolist()})
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_truncated_file_is_refused(name: str, saved: Path) -> None:
+    content = (saved / name).read_bytes()
+    for length in positions(len(content.rstrip())):
+        (saved / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=str(saved)):
+            load_from(saved)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+@pytest.mark.parametrize("mask", [0x01, 0x80], ids=hex)
+def test_file_with_a_flipped_bit_is_refused(name: str, mask: int, saved: Path) -> None:
+    content = (saved / name).read_bytes()
+    for at in positions(len(content.rstrip())):
+        damaged = bytearray(content)
+        damaged[at] ^= mask
+        (saved / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(saved)):
+            load_from(saved)
+
+
+@pytest.mark.parametrize("key", ["model", "fit_count", "samples", "dropped", "features", "options"])
+def test_edited_config_is_refused(key: str, saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    edits = {
+        "model": "0123456789ab",
+        "fit_count": 61,
+        "samples": [],
+        "dropped": {config["features"][0]: "dead"},
+        "features": config["features"][::-1],
+        "options": config["options"] | {"seed": 1},
+    }
+    (saved / CONFIG).write_text(json.dumps(config | {key: edits[key]}))
+    with pytest.raises(ValueError, match=str(saved)):
+        load_from(saved)
+
+
+@pytest.mark.parametrize("swapped", [CONFIG, TENSORS])
+def test_files_of_two_detectors_are_refused(swapped: str, saved: Path, tmp_path: Path) -> None:
+    other = om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=False)
+    other.save_pretrained(tmp_path / "other", card=False)
+    (tmp_path / "other" / swapped).replace(saved / swapped)
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_from(saved)
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, 0, None, "1"], ids=repr)
+def test_another_format_is_refused(found: Any, saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text()) | {"format": found}
+    (saved / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"Expected a detector of format {FORMAT} in .*, got"):
+        load_from(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'"format"', b'{"format": 1}', b"[" * 100_000],
+    ids=["empty", "cut", "list", "null", "object", "binary", "string", "format alone", "deep"],
+)
+def test_config_that_is_none_is_refused(content: bytes, saved: Path) -> None:
+    (saved / CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=str(saved)):
+        load_from(saved)
+
+
+@pytest.mark.parametrize("missing", [CONFIG, TENSORS])
+def test_missing_file_is_named(missing: str, saved: Path) -> None:
+    (saved / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        load_from(saved)
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_from(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("key", ["config", "tensors"])
+def test_state_without_a_part_is_refused(key: str) -> None:
+    state = om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=False).state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match=key):
+        om.Detector.from_state_dict(state, BRANCHES())
+
+
+# What somebody does who can make a new checksum
+
+Change = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
+
+
+def forge(directory: Path, change: Change) -> None:
+    """Change settings and arrays in place, and make the files belong together again."""
+    settings, arrays = json.loads((directory / CONFIG).read_text()), load_file(directory / TENSORS)
+    change(settings, arrays)
+    settings.pop("checksum")
+    tensors = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    settings["checksum"] = _checksum(settings, tensors)
+    (directory / TENSORS).write_bytes(tensors)
+    (directory / CONFIG).write_text(json.dumps(settings))
+
+
+def setting(key: str, value: Any) -> Change:
+    return lambda settings, arrays: settings.__setitem__(key, value)
+
+
+def option(key: str, value: Any) -> Change:
+    return lambda settings, arrays: settings["options"].__setitem__(key, value)
+
+
+def array(name: str, change: Callable[[np.ndarray], Any]) -> Change:
+    return lambda settings, arrays: arrays.__setitem__(name, np.array(change(arrays[name])))
+
+
+def value(name: str, number: float) -> Change:
+    return array(name, lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, number, a))
+
+
+def swap(a: str, b: str) -> Change:
+    return lambda settings, arrays: arrays.update({a: arrays[b], b: arrays[a]})
+
+
+def rename_feature(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    settings["features"][0] = "latent_1/nowhere.weight"
+
+
+FORGED: dict[str, Change] = {
+    "a nan among the calibration scores": value("calibration", np.nan),
+    "calibration scores out of order": array("calibration", lambda a: a[::-1]),
+    "too few calibration scores": array("calibration", lambda a: a[:5]),
+    "no calibration score": array("calibration", lambda a: a[:0]),
+    "one calibration score less": array("calibration", lambda a: a[1:]),
+    "other scores by group": array("grouped", lambda a: a + 1),
+    "an infinite floor": value("floor", np.inf),
+    "a negative floor": value("floor", -1.0),
+    "a floor of another length": array("floor", lambda a: a[1:]),
+    "a nan in the density": value("density.norms.mean", np.nan),
+    "a standard deviation of zero": value("density.norms.sd", 0.0),
+    "a mean that would be broadcast": array("density.norms.mean", lambda a: a[:1]),
+    "axes of another width": array("density.norms.axes", lambda a: a[:, 1:]),
+    "fewer variances than axes": array("density.norms.variances", lambda a: a[1:]),
+    "an unknown rule of shrinkage": value("density.norms.shrinkage", 9.0),
+    "weights that do not add up to one": array("density.terms.weights", lambda a: 2 * a),
+    "terms that the density has not": value("density.sizes", 1.0),
+    "single precision": array("layer_mean", lambda a: a.astype(np.float32)),
+    "text in the place of numbers": array("layer_sd", lambda a: np.zeros(len(a), np.uint8)),
+    "a scalar in the place of an array": array("layer_sd", lambda a: 1.0),
+    "swapped arrays": swap("density.norms.axes", "density.terms.centres"),
+    "an array too few": lambda settings, arrays: arrays.pop("layer_sd"),
+    "an array too many": lambda settings, arrays: arrays.update(more=np.zeros(3)),
+    "the arrays of another density": setting("density", "Maximum"),
+    "an unknown density": setting("density", "os.system"),
+    "a density that is no name": setting("density", ["Maximum"]),
+    "no feature": setting("features", []),
+    "a feature twice": lambda settings, arrays: settings["features"].append(
+        settings["features"][0]
+    ),
+    "a feature of no layer": rename_feature,
+    "every feature dropped": lambda s, arrays: s.update(
+        dropped=dict.fromkeys(s["features"], "dead")
+    ),
+    "a dropped feature that is none": setting("dropped", {"nowhere": "dead"}),
+    "layers in another order": lambda settings, arrays: settings["layers"].reverse(),
+    "a negative shape": lambda settings, arrays: settings["parameters"].update(a=[3, -1]),
+    "a shape of fractions": lambda settings, arrays: settings["parameters"].update(a=[2.5]),
+    "no shape at all": setting("parameters", {}),
+    "samples that are no shapes": setting("samples", ["__import__('os')"]),
+    "weights that are no digest": setting("model", "../../etc"),
+    "weights that are whole numbers": setting("dtype", "torch.int64"),
+    "a count that is text": setting("fit_count", "many"),
+    "a count that is true": setting("fit_count", True),
+    "a format that is true": setting("format", True),
+    "no options": setting("options", None),
+    "an unknown option": option("adapter", "mine"),
+    "an option of another type": option("calibration_fraction", "half"),
+    "an option out of range": option("trim", 0.9),
+    "a seed below zero": option("seed", -1),
+    "patterns that are none": option("layers", [1, 2]),
+    "groups of other samples": setting("groups", ["a", "b"]),
+    "groups without their size": lambda settings, arrays: settings.pop("minimum_group"),
+    "terms that are no flags": setting("terms", {"latent_1": "yes"}),
+    "no layers": lambda settings, arrays: settings.pop("layers"),
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_forged_files_are_refused(change: Change, saved: Path) -> None:
+    forge(saved, change)
+    with pytest.raises(ValueError, match=f"{saved}: .*(Expected|format)"):
+        load_from(saved)
+
+
+def test_files_forged_without_a_change_are_loaded(saved: Path) -> None:
+    forge(saved, lambda settings, arrays: None)
+    assert load_from(saved).is_fitted
+
+
+@pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
+def test_every_array_of_every_density_is_looked_at(make: Callable[[], Any], tmp_path: Path) -> None:
+    detector = om.Detector(BRANCHES(), density=make())
+    detector.fit([BRANCHES.data(100)], progress=False).save_pretrained(tmp_path, card=False)
+    kept = {name: (tmp_path / name).read_bytes() for name in (CONFIG, TENSORS)}
+    for name in set(load(kept[TENSORS])) - {"log_likelihood"}:
+        for bad in (
+            value(name, np.nan),
+            array(name, lambda a: a[None]),
+            array(name, lambda a: a[1:]),
+        ):
+            for file, content in kept.items():
+                (tmp_path / file).write_bytes(content)
+            forge(tmp_path, bad)
+            with pytest.raises(ValueError, match=str(tmp_path)):
+                om.Detector.from_pretrained(tmp_path, BRANCHES())
+
+
+TEXTS: dict[str, Callable[[str], str]] = {
+    "a key twice": lambda text: text.replace("{", '{"format": 1,', 1),
+    "not a number": lambda text: text.replace('"fit_count": 60', '"fit_count": NaN'),
+    "nested too deeply": lambda text: text.replace(
+        "{", '{"a": ' + "[" * 10**5 + "]" * 10**5 + ",", 1
+    ),
+    "a number too long to read": lambda text: text.replace(
+        '"fit_count": 60', '"fit_count": ' + "6" * 5000
+    ),
+    "half of it": lambda text: text[: len(text) // 2],
+    "something after it": lambda text: text + "{}",
+}
+
+
+@pytest.mark.parametrize("change", TEXTS.values(), ids=TEXTS)
+def test_text_that_is_no_plain_json_is_refused(change: Callable[[str], str], saved: Path) -> None:
+    text = (saved / CONFIG).read_text()
+    (saved / CONFIG).write_text(change(text))
+    assert change(text) != text
+    with pytest.raises(ValueError, match=f"{saved}: Expected JSON in {CONFIG}"):
+        load_from(saved)
+
+
+HEADERS: dict[str, bytes] = {
+    "a header beyond any file": (2**63).to_bytes(8, "little"),
+    "a header longer than the file": (10**6).to_bytes(8, "little"),
+    "a header of a gigabyte": (2**30).to_bytes(8, "little") + b"{" * 100,
+    "an empty header": bytes(8),
+    "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtin\x94.",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
+def test_tensors_that_are_none_are_refused(content: bytes, saved: Path) -> None:
+    settings = json.loads((saved / CONFIG).read_text())
+    del settings["checksum"]
+    settings["checksum"] = _checksum(settings, content)
+    (saved / CONFIG).write_text(json.dumps(settings))
+    (saved / TENSORS).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{saved}: {TENSORS}: Expected safetensors"):
+        load_from(saved)
+
+
+# Files of older versions
+
+
+def test_a_file_of_the_first_format_is_read() -> None:
+    fitted, options = Fitted.load(OLD / "plain")
+    assert (fitted.fingerprint, fitted.fit_count) == ("a2212d67aa0e", 50)
+    assert options["source"] == "images of March"
+    assert fitted.provenance.adapter == {}
+
+
+@pytest.mark.filterwarnings("ignore:Stale calibration")  # torch may draw other weights
+def test_a_detector_of_the_first_format_scores() -> None:
+    x = BRANCHES.data(9)
+    detector = om.Detector.from_pretrained(
+        OLD / "groups", BRANCHES(), groups=lambda batch: groups_of((None, batch[1]))
+    )
+    assert detector.score((x, x[:, 0])).valid.all()
+    assert detector.fitted.grouped is not None
+
+
+# A process that dies
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from small_cases import SMALL
+import ood_monitor as om
+
+replace, calls = Path.replace, 0
+
+def dying(self, target):
+    global calls
+    calls += 1
+    if calls == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+detector = om.Detector(SMALL["branches"](), seed=1)
+detector.fit([SMALL["branches"].data(100)], progress=False)
+Path.replace = dying
+detector.save_pretrained({directory!r}, card=False)
+"""
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_while_saving_never_mixes_two_detectors(at: int, tmp_path: Path) -> None:
+    first = om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=False)
+    first.save_pretrained(tmp_path, card=False)
+    program = DIES.format(tests=str(Path(__file__).parent), at=at, directory=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    if at == 1:
+        found = om.Detector.from_pretrained(tmp_path, BRANCHES())
+        assert found.fitted.fingerprint == first.fitted.fingerprint
+    else:
+        with pytest.raises(ValueError, match="do not belong together"):
+            om.Detector.from_pretrained(tmp_path, BRANCHES())
+
+
+def test_a_save_that_fails_leaves_the_old_files(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_from(saved).save_pretrained(saved, card=False)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
