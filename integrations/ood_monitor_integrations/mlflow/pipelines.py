@@ -1,0 +1,78 @@
+"""Adapters of diffusers pipelines, as functions for :func:`flavour.log_model` to name.
+
+A pipeline is a folder that is copied into the model, or a name on the Hub with its revision::
+
+    flavour.log_model(
+        detector,
+        "detector",
+        factory="ood_monitor_integrations.mlflow.pipelines:denoising_bound",
+        files={"folder": "pipelines/ddpm"},  # or arguments={"name": ..., "revision": ...}
+        arguments={"levels": [50, 500]},
+        weights=False,
+    )
+
+Weights are read from safetensors alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from diffusers import DiffusionPipeline
+
+from ood_monitor import DenoisingBound
+from ood_monitor_integrations.diffusers import replayed_bound
+from ood_monitor_integrations.diffusers.families import denoiser_of
+from ood_monitor_integrations.diffusers.replay import SEED, ReplayedBound
+
+__all__ = ["denoising_bound", "replayed"]
+
+
+def denoising_bound(
+    folder: str | None = None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> DenoisingBound:
+    """The bound of a pipeline's denoiser without conditions, on its own schedule.
+
+    Args:
+        folder: Of the pipeline; or its name.
+        name: On the Hub.
+        revision: Its commit.
+        **options: Of :class:`~ood_monitor.DenoisingBound`: ``levels``, ``loss``, ``seed``, ...
+    """
+    pipe = _pipeline(folder, name, revision)
+    return DenoisingBound(denoiser_of(pipe), pipe.scheduler, **options)
+
+
+def replayed(
+    folder: str | None = None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    levels: Sequence[int] = (50, 500),
+    layers: str | Sequence[str] | None = None,
+    seed: int = SEED,
+) -> ReplayedBound:
+    """What :func:`~ood_monitor_integrations.diffusers.fit_pipeline` made; arguments as there.
+
+    Args:
+        folder: Of the pipeline; or its name.
+        name: On the Hub.
+        revision: Its commit.
+        call: Arguments of a call, JSON-able.
+        levels: Those that the detector was fitted at.
+        layers: Those that it was fitted on.
+        seed: That of the fit.
+    """
+    pipe = _pipeline(folder, name, revision)
+    return replayed_bound(pipe, call=call, levels=levels, layers=layers, seed=seed)
+
+
+def _pipeline(folder: str | None, name: str | None, revision: str | None) -> Any:
+    if (folder is None) == (name is None):
+        raise ValueError(f"Expected a folder or a name, got {folder!r} and {name!r}.")
+    load = cast(Any, DiffusionPipeline).from_pretrained
+    return load(folder or name, revision=revision, use_safetensors=True, low_cpu_mem_usage=False)
