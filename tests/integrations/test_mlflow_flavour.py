@@ -1,7 +1,9 @@
 """Detectors as MLflow models: logged, registered, served and evaluated, on a SQLite store."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -367,34 +369,47 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.slow
-def test_a_server_answers_a_batch(saved: Path, detector: om.Detector) -> None:
+@pytest.fixture
+def server(saved: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of `mlflow models serve`, a process of its own."""
+    script = tmp_path / "uvicorn"  # which MLflow looks for on the path, and not in this environment
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m uvicorn "$@"\n')
+    script.chmod(0o755)
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(saved)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--env-manager", "local"]
-    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": paths}
-    address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=os.environ | paths, start_new_session=True)
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/ping", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.5)
-        request = urllib.request.Request(
-            f"{address}/invocations",
-            json.dumps({"inputs": X.tolist()}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            found = pd.DataFrame(json.load(answer)["predictions"])[COLUMNS]
-        assert_same(found, expected(detector, X))
+        wait_for(f"http://127.0.0.1:{port}/ping", process)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(server.pid, 9)
-        server.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+@pytest.mark.slow
+def test_a_server_answers_a_batch(server: str, detector: om.Detector) -> None:
+    request = urllib.request.Request(
+        f"{server}/invocations",
+        json.dumps({"inputs": X.tolist()}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found = pd.DataFrame(json.load(answer)["predictions"])[COLUMNS]
+    assert_same(found, expected(detector, X))
 
 
 # Evaluation

@@ -61,8 +61,8 @@ __all__ = ["FLAVOR_NAME", "load_model", "log_model", "save_model"]
 
 _CONDA, _PYTHON, _REQUIREMENTS = "conda.yaml", "python_env.yaml", "requirements.txt"
 
-#: What ``model_config=`` may set when a model is loaded: where it computes, and how many samples are
-#: scored at once.
+#: What ``model_config=`` may set when a model is loaded: where it computes, and how many samples
+#: are scored at once.
 _OPTIONS: dict[str, Any] = {"device": None, "batch_size": 256}
 
 
