@@ -243,7 +243,9 @@ def _arguments(kind: type, recorded: Mapping[str, Any]) -> tuple[list[str], list
         if required or _is_given(value):
             given.append(name if required or parameter.default is not None else f"{name}=None")
             call.append(name if required else f"{name}={name}")
-        elif name in recorded and (name in _TOLD or value != _listed(parameter.default)):
+        elif isinstance(value, dict) or name not in recorded:
+            continue  # what the library chooses itself
+        elif name in _TOLD or value != _listed(parameter.default):
             call.append(f"{name}={_literal(value)}")
     return given, call
 
