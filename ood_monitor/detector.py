@@ -208,7 +208,7 @@ class Detector:
         means, shares = by_layer(names, features, np.mean), by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
-            p_value=torch.from_numpy(_p_value(fitted, score, measured.groups)),
+            p_value=torch.from_numpy(fitted.p_value(score, measured.groups)),
             log_likelihood=torch.from_numpy(measured.log_likelihood.sum(1)),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (means - fitted.layer_mean) / fitted.layer_sd),
@@ -417,12 +417,6 @@ def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise ValueError(f"Expected one group for each of {count} samples, got {values!r}.")
     return tuple(map(str, values))
-
-
-def _p_value(fitted: Fitted, score: Array, groups: tuple[str, ...]) -> Array:
-    if fitted.grouped is None:
-        return fitted.calibration.p_value(score)
-    return fitted.grouped.p_value(score, groups)
 
 
 def _columns(names: tuple[str, ...], values: Array) -> dict[str, Tensor]:

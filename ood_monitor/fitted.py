@@ -75,6 +75,12 @@ class Fitted:
         """Twelve hexadecimal digits that identify what was learned."""
         return hashlib.sha256(save(self._arrays())).hexdigest()[:12]
 
+    def p_value(self, scores: Array, groups: tuple[str, ...]) -> Array:
+        """Of scores (B,), each within its group if the calibration samples have any."""
+        if self.grouped is None:
+            return self.calibration.p_value(scores)
+        return self.grouped.p_value(scores, groups)
+
     def based_on(self, base_model: str | None, revision: str | None) -> Self:
         """The same with the name of the model that is watched, where one is given."""
         if base_model is None and revision is None:

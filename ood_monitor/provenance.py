@@ -3,8 +3,9 @@
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,10 +22,15 @@ _KEYS = ("adapter", "base_model", "base_model_revision", "libraries")
 
 #: Where the Hub's cache keeps a repository at a commit.
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 #: What a recipe has no word for.
 _UNSAID: Any = object()
+
+_NUMBERS = bool | int | float
+
+#: Of a list that is told.
+_LONGEST = 1000
 
 _LIBRARIES = ("ood-monitor", "torch", "numpy", "scikit-learn", "scipy")
 
@@ -69,17 +75,20 @@ class Provenance:
 def recipe(adapter: Adapter) -> dict[str, Any]:
     """What an adapter says of itself, JSON-able: its class, and its arguments.
 
-    An argument is what the adapter keeps under its name, or under its name after ``_``. A function
-    or another object is given by its name and public attributes, unless it is the default; modules
-    and tensors are left out.
+    An argument is what the adapter keeps under its name, or under its name after ``_``: numbers,
+    flags, lists of them, and text, which for a class of one's own may be a secret and is left out.
+    A function or another object is given by its name, unless it is the default, and a small data
+    class by its numbers too.
     """
-    kind, kept = type(adapter), vars(adapter)
+    kind, kept = type(adapter), getattr(adapter, "__dict__", {})
+    is_ours = kind.__module__.split(".", 1)[0] in ("ood_monitor", "ood_monitor_integrations")
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(kind).parameters.items():
         value = kept.get(name, kept.get(f"_{name}", _UNSAID))
         plain = _plain(value)
+        is_secret = isinstance(value, str) and not is_ours
         is_default_object = value is parameter.default and isinstance(plain, dict)
-        if plain is not _UNSAID and not is_default_object:
+        if plain is not _UNSAID and not is_secret and not is_default_object:
             arguments[name] = plain
     return {"class": _name(kind), "arguments": arguments}
 
@@ -103,21 +112,25 @@ def differences(fitted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
 
 def _plain(value: Any) -> Any:
     """A value as JSON, or ``_UNSAID``."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
-        return _UNSAID if any(item is _UNSAID for item in items) else items
-    if isinstance(value, torch.dtype):
-        return str(value)
     if isinstance(value, NoiseSchedule):
         tensors = {name: getattr(value, name) for name in ("alpha", "sigma", "t")}
         return {"levels": len(value), "digest": digest_of_tensors(tensors.items())}
+    if isinstance(value, list | tuple):
+        short = len(value) <= _LONGEST and all(isinstance(item, _NUMBERS) for item in value)
+        return [_scalar(item) for item in value] if short else _UNSAID
     if value is _UNSAID or isinstance(value, Tensor | nn.Module | type):
         return _UNSAID
-    attributes = {} if hasattr(value, "__qualname__") else getattr(value, "__dict__", {})
-    public = {name: _plain(it) for name, it in attributes.items() if not name.startswith("_")}
-    return {"object": _name(value)} | {k: it for k, it in public.items() if it is not _UNSAID}
+    if value is None or isinstance(value, str | torch.dtype | _NUMBERS):
+        return _scalar(value)
+    own = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else {}
+    numbers = {name: _scalar(it) for name, it in own.items() if isinstance(it, _NUMBERS)}
+    return {"object": _name(value)} | numbers
+
+
+def _scalar(value: Any) -> Any:
+    """A value, or its text where JSON has no word for it."""
+    is_odd = isinstance(value, torch.dtype) or (isinstance(value, float) and not isfinite(value))
+    return str(value) if is_odd else value
 
 
 def _name(value: Any) -> str:

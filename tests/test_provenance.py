@@ -116,6 +116,32 @@ def test_functions_and_objects_are_named() -> None:
     assert 0.25 in said.values()
 
 
+class Own(om.Adapter):
+    """An adapter of the user's, with more than its files should tell."""
+
+    def __init__(
+        self, module: nn.Module, token: str, weights: Any, data: Any, scale: float
+    ) -> None:
+        self.module, self.token, self.weights = module, token, weights
+        self._data, self.scale = data, scale
+
+    def log_likelihood(self, batch: Tensor) -> Any:
+        yield "log_likelihood", self.module.log_prob(batch)  # type: ignore[operator]
+
+
+def test_secrets_data_and_whole_objects_stay_out_of_the_files(tmp_path: Path) -> None:
+    held = SimpleNamespace(password="hunter2", more=None)
+    held.more = held  # as a pipeline and its parts hold each other
+    adapter = Own(BRANCHES.model(), "hf_secret", list(range(5000)), held, float("inf"))
+    detector = om.Detector(adapter).fit([BRANCHES.data(100)], progress=False)
+    detector.save_pretrained(tmp_path, card=False)
+    assert config(tmp_path)["adapter"]["arguments"] == {
+        "data": {"object": "types.SimpleNamespace"},
+        "scale": "inf",
+    }
+    assert om.Detector.from_pretrained(tmp_path, adapter).is_fitted
+
+
 # What differs is told
 
 

@@ -34,7 +34,7 @@ from mlflow import MlflowClient
 from mlflow.models import MetricThreshold, Model
 from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry
 from ood_monitor_integrations.mlflow import flavour
-from ood_monitor_integrations.mlflow.evaluator import DetectorEvaluator
+from ood_monitor_integrations.mlflow.evaluator import MODEL_TYPE, DetectorEvaluator
 from pickles import pickles_in
 from safetensors.torch import save_file
 
@@ -229,6 +229,13 @@ def test_a_factory_of_something_else_is_refused(detector: om.Detector, tmp_path:
 def test_an_adapter_with_another_seed_is_told(detector: om.Detector, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="fitted with seed=0, got 1"):
         flavour.save_model(detector, tmp_path / "m", factory=cases.FACTORY, arguments={"seed": 1})
+
+
+@pytest.mark.filterwarnings("ignore:Stale calibration")
+def test_nothing_is_left_of_what_was_not_saved(detector: om.Detector, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got other weights"):
+        flavour.save_model(detector, tmp_path / "m", factory=cases.FACTORY, weights=False)
+    flavour.save_model(detector, tmp_path / "m", factory=cases.FACTORY)
 
 
 def test_an_unfitted_detector_is_refused(tmp_path: Path) -> None:
@@ -438,7 +445,7 @@ def test_an_evaluation_has_auroc_and_false_alarms(logged: Any, detector: om.Dete
             logged.model_uri,
             x,
             targets=labels,
-            model_type="classifier",
+            model_type=MODEL_TYPE,
             evaluators="ood_monitor",
             evaluator_config={"fpr": 0.05},
         )
@@ -461,7 +468,7 @@ def test_a_gate_lets_a_good_model_pass_and_stops_another(logged: Any) -> None:
             logged.model_uri,
             table,
             targets="label",
-            model_type="classifier",
+            model_type=MODEL_TYPE,
             evaluators="ood_monitor",
             evaluator_config={"fpr": 0.05},
         )
@@ -477,7 +484,7 @@ def test_a_gate_lets_a_good_model_pass_and_stops_another(logged: Any) -> None:
             logged.model_uri,
             pd.DataFrame(x).assign(label=reverse),
             targets="label",
-            model_type="classifier",
+            model_type=MODEL_TYPE,
             evaluators="ood_monitor",
         )
     with pytest.raises(mlflow.exceptions.MlflowException, match="ood/auroc"):
@@ -493,7 +500,7 @@ def test_a_table_of_scores_is_evaluated_without_a_model() -> None:
             predictions="score",
             targets="label",
             evaluators="ood_monitor",
-            model_type="classifier",
+            model_type=MODEL_TYPE,
         )
     assert result.metrics == {
         "ood/samples": 4,
@@ -519,9 +526,20 @@ def test_an_evaluation_that_makes_no_sense_is_refused(
             predictions="score",
             targets="label",
             evaluators="ood_monitor",
-            model_type="classifier",
+            model_type=MODEL_TYPE,
             evaluator_config=config,
         )
+
+
+@pytest.mark.usefixtures("evaluator")
+def test_models_of_others_are_evaluated_as_ever() -> None:
+    table = pd.DataFrame({"a": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0], "p": [1.0, 2.0, 4.0]})
+    with mlflow.start_run():
+        result = mlflow.models.evaluate(
+            data=table, predictions="p", targets="y", model_type="regressor"
+        )
+    assert not [name for name in result.metrics if name.startswith("ood/")]
+    assert not DetectorEvaluator.can_evaluate(model_type="classifier", evaluator_config={})
 
 
 def test_the_entry_point_is_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

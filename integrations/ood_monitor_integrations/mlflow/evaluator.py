@@ -3,7 +3,7 @@
 Labels are 1 for samples that are out of distribution and 0 for the others::
 
     result = mlflow.models.evaluate(
-        model_uri, data, targets="label", evaluators="ood_monitor", evaluator_config={"fpr": 0.01}
+        model_uri, data, targets="label", model_type="out-of-distribution", evaluators="ood_monitor"
     )
     least = MetricThreshold(threshold=0.9, greater_is_better=True)
     mlflow.validate_evaluation_results({"ood/auroc": least}, result)
@@ -23,7 +23,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ood_monitor.calibration import binomial_interval
 
-__all__ = ["DetectorEvaluator"]
+__all__ = ["MODEL_TYPE", "DetectorEvaluator"]
+
+#: To pass as ``model_type=``.
+MODEL_TYPE = "out-of-distribution"
 
 _FPR = 0.01
 
@@ -45,8 +48,11 @@ class DetectorEvaluator(ModelEvaluator):
     def can_evaluate(
         cls, *, model_type: str | None, evaluator_config: Mapping[str, Any], **kwargs: Any
     ) -> bool:
-        """Any model that gives a score for each sample."""
-        return True
+        """Only what is asked for, by the model's type or by an ``fpr``.
+
+        MLflow asks every evaluator that is installed about every model that anyone evaluates.
+        """
+        return model_type == MODEL_TYPE or "fpr" in (evaluator_config or {})
 
     def evaluate(
         self,

@@ -162,35 +162,23 @@ def save_model(
             detector's.
         TypeError: The function gives no adapter.
     """
-    folder, model, inputs = (
-        Path(path),
-        mlflow_model or Model(),
-        Inputs.of(detector.fitted, input_example),
-    )
+    folder, inputs = Path(path), Inputs.of(detector.fitted, input_example)
     recipe = recipe_of(detector, factory, arguments, files, weights, groups, inputs)
-    _validate_and_prepare_target_save_path(str(folder))
-    code = _validate_and_copy_code_paths(code_paths, str(folder))
-    _write(detector, folder, recipe, files)
-    if input_example is not None:
-        _save_example(model, inputs.example(input_example), str(folder))
+    model = mlflow_model or Model()
     model.signature = signature or inputs.signature()
     if metadata is not None:
         model.metadata = metadata
-    model.add_flavor(
-        FLAVOR_NAME, ood_monitor_version=ood_monitor.__version__, code=code, **asdict(recipe)
-    )
-    pyfunc.add_to_model(
-        model,
-        loader_module=__name__,
-        conda_env=_CONDA,
-        python_env=_PYTHON,
-        code=code,
-        model_config=_OPTIONS,
-    )
-    model.model_size_bytes = get_total_file_size(folder)
-    model.save(str(folder / MLMODEL_FILE_NAME))
-    _write_environment(folder, detector.fitted, pip_requirements, extra_pip_requirements)
-    _check_loads(folder, detector)
+    _validate_and_prepare_target_save_path(str(folder))
+    try:
+        if input_example is not None:
+            _save_example(model, inputs.example(input_example), str(folder))
+        _write_detector(detector, folder, recipe, files)
+        _write_environment(folder, detector.fitted, pip_requirements, extra_pip_requirements)
+        _write_model(model, folder, recipe, code_paths)
+        _check_loads(folder, detector)
+    except BaseException:
+        shutil.rmtree(folder)  # it was new or empty
+        raise
 
 
 def load_model(model_uri: str, dst_path: str | None = None) -> Detector:
@@ -257,7 +245,23 @@ class _PyfuncDetector:
         return self._detector.score(kept).among(len(finite), finite)
 
 
-def _write(
+def _write_model(model: Model, folder: Path, recipe: Recipe, code_paths: list[str] | None) -> None:
+    code = _validate_and_copy_code_paths(code_paths, str(folder))
+    version = ood_monitor.__version__
+    model.add_flavor(FLAVOR_NAME, ood_monitor_version=version, code=code, **asdict(recipe))
+    pyfunc.add_to_model(
+        model,
+        loader_module=__name__,
+        conda_env=_CONDA,
+        python_env=_PYTHON,
+        code=code,
+        model_config=_OPTIONS,
+    )
+    model.model_size_bytes = get_total_file_size(folder)
+    model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def _write_detector(
     detector: Detector, folder: Path, recipe: Recipe, files: Mapping[str, Any] | None
 ) -> None:
     detector.save_pretrained(folder / DETECTOR)
