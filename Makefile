@@ -28,6 +28,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-spark.txt
 	$(BIN)/pytest -m slow
 
 check: $(INSTALLED)
