@@ -21,6 +21,7 @@ from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
 from ood_monitor.scores import Scores
 from ood_monitor.training import TrainingStream
+from ood_monitor.webhook import WebhookSink
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "ShrunkGaussian",
     "TermsAndNorms",
     "TrainingStream",
+    "WebhookSink",
     "diagnose",
     "gradient_norms",
     "last_layers",

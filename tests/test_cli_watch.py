@@ -136,23 +136,25 @@ def test_files_that_cannot_be_read_are_said_and_counted(detector: Path, tmp_path
 
 
 def test_a_flagged_file_is_named(detector: Path, tmp_path: Path) -> None:
-    assert "0000.png" in watched(detector, blank(tmp_path)).stderr
+    result = watched(detector, blank(tmp_path))
+    assert "0000.png" in result.stderr
+    [alert] = lines(result.stdout)
+    assert [sample["id"] for sample in alert["samples"]] == [str(tmp_path / "0000.png")]
 
 
 def test_a_watch_resumes_as_if_it_had_never_ended(detector: Path, tmp_path: Path) -> None:
-    inbox, parts = tmp_path / "inbox", tmp_path / "parts"
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
     images = np.concatenate([grey_images(50, seed=3), grey_images(20, seed=4) // 2])
     for part in (slice(0, 30), slice(30, 70)):
         for i, image in list(enumerate(images))[part]:
-            for folder in (inbox, parts):
-                folder.mkdir(exist_ok=True)
-                Image.fromarray(image).save(folder / f"{i:03}.png")
-                os.utime(folder / f"{i:03}.png", (i, i))
-        last = watched(detector, parts, "--state", tmp_path / "parts.json")
-    whole = watched(detector, inbox, "--state", tmp_path / "inbox.json")
-    assert state_of(tmp_path / "parts.json") == state_of(tmp_path / "inbox.json")
+            Image.fromarray(image).save(inbox / f"{i:03}.png")
+            os.utime(inbox / f"{i:03}.png", (i, i))
+        last = watched(detector, inbox, "--state", tmp_path / "parts.json")
+    whole = watched(detector, inbox, "--state", tmp_path / "whole.json")
+    assert state_of(tmp_path / "parts.json") == state_of(tmp_path / "whole.json")
     assert last.exit_code == whole.exit_code
-    assert state_of(tmp_path / "inbox.json")["samples_seen"] == 70
+    assert state_of(tmp_path / "whole.json")["samples_seen"] == 70
 
 
 def test_a_file_that_is_written_anew_is_a_new_sample(detector: Path, tmp_path: Path) -> None:

@@ -418,13 +418,13 @@ from ood_monitor.dispatcher import Dispatcher
 def sink(alert):
     if alert.samples_seen % 3 == 0:
         raise OSError("refused")
-    print("took", alert.samples_seen, flush=True)
+    print(f"took {alert.samples_seen}\\n", end="", flush=True)  # whole lines, of two threads
 sink.name = "Recorder"
 alert = Alert.from_json(sys.argv[2])
 dispatcher = Dispatcher([sink], tries=1, spool=sys.argv[1])
 for number in range(10_000):
     dispatcher.send(replace(alert, samples_seen=number, id=f"{number:032x}"))
-    print("sent", number, flush=True)
+    print(f"sent {number}\\n", end="", flush=True)
 """
 
 

@@ -73,7 +73,7 @@ def fit(
             "--level",
             min=0,
             help="A noise level of a diffusion model, a pass each; repeat for more; a pipeline's "
-            "are 50 and 500 by default.",
+            "are 20, 100, 300 and 500 by default.",
         ),
     ] = None,
     samples: Annotated[

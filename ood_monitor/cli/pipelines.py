@@ -10,7 +10,7 @@ from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
 from ood_monitor_integrations.diffusers.recording import Recorded, recorded
-from ood_monitor_integrations.diffusers.replay import SEED, ReplayedBound
+from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 from ood_monitor_integrations.diffusers.watching import original_class, size_of
 from torch import Tensor
 
@@ -19,8 +19,6 @@ from ood_monitor.cli.recipe import Recipe
 from ood_monitor.detector import Detector
 
 __all__ = ["Pipeline"]
-
-_LEVELS = (50, 500)
 
 
 class Pipeline:
@@ -32,7 +30,7 @@ class Pipeline:
         self._seed = SEED + recipe.seed  # never one that a user's own samples begin with
         self._options: dict[str, Any] = {
             "call": recipe.arguments,
-            "levels": recipe.levels or _LEVELS,
+            "levels": recipe.levels or LEVELS,
             "layers": None if recipe.layers is None else list(recipe.layers),
             "seed": self._seed,
         }

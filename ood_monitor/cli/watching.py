@@ -157,7 +157,8 @@ class _Watch:
         )
 
     def _take(self, files: Sequence[Path]) -> None:
-        alerts = self._monitor.update(self._model.batch(self._read(files)))
+        batch = self._model.batch(self._read(files))
+        alerts = self._monitor.update(batch, ids=[str(file) for file in files])
         for alert in alerts:
             typer.echo(alert.to_json())
         sys.stdout.flush()

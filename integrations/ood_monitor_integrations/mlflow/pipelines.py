@@ -7,7 +7,7 @@ A pipeline is a folder that is copied into the model, or a name on the Hub with 
         "detector",
         factory="ood_monitor_integrations.mlflow.pipelines:denoising_bound",
         files={"folder": "pipelines/ddpm"},  # or arguments={"name": ..., "revision": ...}
-        arguments={"levels": [50, 500]},
+        arguments={"levels": [20, 100, 300, 500]},
         weights=False,
     )
 
@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from ood_monitor import DenoisingBound
 from ood_monitor_integrations.diffusers import replayed_bound
 from ood_monitor_integrations.diffusers.families import denoiser_of
-from ood_monitor_integrations.diffusers.replay import SEED, ReplayedBound
+from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 
 __all__ = ["denoising_bound", "replayed"]
 
@@ -52,7 +52,7 @@ def replayed(
     name: str | None = None,
     revision: str | None = None,
     call: Mapping[str, Any] | None = None,
-    levels: Sequence[int] = (50, 500),
+    levels: Sequence[int] = LEVELS,
     layers: str | Sequence[str] | None = None,
     seed: int = SEED,
 ) -> ReplayedBound:
