@@ -381,7 +381,7 @@ def latency_report() -> Iterator[Row]:
     unet = digits_unet()
     for steps, batch in ((25, 1), (50, 1), (50, 16)):
         digits = pipeline(unet)
-        yield from latency("digits", digits, "up_blocks.1", steps=steps, calls=15, batch=batch)
+        yield from latency("digits", digits, "up_blocks.1", steps=steps, calls=10, batch=batch)
     cifar = pipeline(ddpm_cifar10()[0].module)
     yield from latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=4)
     for plan in plan_costs(cifar, call={"output_type": "np"}, layers=(None, ["up_blocks.3.*"])):
