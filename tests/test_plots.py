@@ -7,12 +7,13 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from alert_cases import EVIDENCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ood_monitor import plots
-from ood_monitor.alerts import Alert, AlertEvidence, LayerShare
+from ood_monitor.alerts import Alert, LayerShare
 from ood_monitor.plots import (
     alert_figure,
     correlation_figure,
@@ -31,18 +32,7 @@ ALERT = Alert(
     stream="$a$ and $b",
     samples_seen=12345,
     message="Unlike the training data.",
-    evidence=AlertEvidence(
-        log_e_value=9.5,
-        ert=10_000.0,
-        fpr=0.01,
-        flagged=20,
-        window=30,
-        flagged_rate=2 / 3,
-        flagged_rate_low=0.47,
-        flagged_rate_high=0.83,
-        score_mean=3.25,
-        score_p95=9.75,
-    ),
+    evidence=EVIDENCE,
     top_layers=LAYERS,
     detector="d5",
     model="m7",

@@ -13,11 +13,12 @@ os.environ["DO_NOT_TRACK"] = "true"
 
 import mlflow
 import pytest
+from alert_cases import EVIDENCE
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ood_monitor_integrations.mlflow import MLflowSink
 
-from ood_monitor.alerts import Alert, AlertEvidence, LayerShare, Summary, SummarySink
+from ood_monitor.alerts import Alert, LayerShare, Summary, SummarySink
 from ood_monitor.dispatcher import Dispatcher
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
@@ -31,18 +32,7 @@ DRIFT = Alert(
     stream="production",
     samples_seen=1234,
     message="Two of three samples are unlike the training data: ä, \\1.",
-    evidence=AlertEvidence(
-        log_e_value=9.5,
-        ert=10_000.0,
-        fpr=0.01,
-        flagged=20,
-        window=30,
-        flagged_rate=2 / 3,
-        flagged_rate_low=0.47,
-        flagged_rate_high=0.83,
-        score_mean=3.25,
-        score_p95=9.75,
-    ),
+    evidence=EVIDENCE,
     top_layers=(LayerShare("up.0.weight", 0.62, 8.1), LayerShare("up.0.bias", 0.2, -3.0)),
     detector="d5",
     model="m7",
