@@ -33,4 +33,5 @@ def test_a_quick_run_reports_machine_rows_and_claims(name: str, tmp_path: Path) 
 def test_committed_results_are_of_benchmarks_that_exist() -> None:
     results = [path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")]
     assert results
-    assert set(results) <= set(NAMES)
+    # Its parts, where they are run apart, each have one: diffusers_detection.
+    assert {result for result in results if not result.startswith(tuple(NAMES))} == set()

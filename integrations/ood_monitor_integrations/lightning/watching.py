@@ -130,7 +130,7 @@ class Watching:
                 self._check_age(trainer, detector, is_told=detector is not before)
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer)
                 ert, fpr = self._settings.ert, self._settings.fpr
-                return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks)
+                return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=0)
         if trainer.state.fn != "fit" and not self._troubles.counts[REFUSED]:
             self._troubles.tell(REFUSED, "it is not calibrated.")
         return None
