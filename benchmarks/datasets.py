@@ -1,0 +1,126 @@
+"""Sets of images, as a user may have them on disk, and what the evidence makes of them.
+
+A set is looked for in a folder under its file's name, as npz; or in a folder of its own, as IDX
+files or as a Hugging Face dataset on disk. Nothing is downloaded.
+"""
+
+import gzip
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import load_from_disk
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+
+#: Grey of RGB, as ITU-R BT.601 weighs it.
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set comes from.
+
+    Attributes:
+        file: Its npz, uint8 arrays ``train`` (if any) and ``test``, (N, 28, 28) or (N, 32, 32, 3).
+        origin: Where a user gets the images, in words.
+    """
+
+    file: str
+    origin: str
+
+    @property
+    def folder(self) -> str:
+        """Its folder, if it is no npz."""
+        return self.file.rsplit("_", 1)[0].replace("_", "-")
+
+
+SOURCES = {
+    "Fashion-MNIST": Source(
+        "fashion_mnist_28x28",
+        "Debian's package dataset-fashion-mnist, or github.com/zalandoresearch/fashion-mnist",
+    ),
+    "MNIST": Source("mnist_28x28", "huggingface.co/datasets/ylecun/mnist"),
+    "EMNIST letters": Source(
+        "emnist_letters_28x28",
+        "nist.gov/itl/products-and-services/emnist-dataset, letters, transposed to stand upright",
+    ),
+    "GTSRB": Source("gtsrb_test4k_32x32", "benchmark.ini.rub.de, test images, resized to 32x32"),
+    "Chars74K": Source(
+        "chars74k_streetview4k_32x32",
+        "info-ee.surrey.ac.uk/CVSSP/demos/chars74k (EnglishImg), resized to 32x32",
+    ),
+    "CIFAR-10": Source("cifar10_test_32x32", "cs.toronto.edu/~kriz/cifar.html"),
+}
+
+
+def missing(directory: Path, names: Iterable[str]) -> str:
+    """What to do, in words, about sets that are not there; empty if all are."""
+    absent = [name for name in names if not any(map(Path.exists, places(directory, name)))]
+    if not absent:
+        return ""
+    lines = [
+        f"Expected sets of images in {directory}; name another folder by --data-dir. A set is",
+        "NAME.npz, by np.savez_compressed: `train` and `test`, uint8, (N, 28, 28) or (N, 32, 32, 3);",
+        "or a folder of IDX files (train-images-idx3-ubyte, t10k-images-idx3-ubyte, or .gz);",
+        "or a folder written by `save_to_disk` of Hugging Face's datasets, with a column `image`:",
+        *(f"  {SOURCES[n].file}.npz or {SOURCES[n].folder}/: {SOURCES[n].origin}" for n in absent),
+        "--quick needs none of them.",
+    ]
+    return "\n".join(lines)
+
+
+def places(directory: Path, name: str) -> tuple[Path, Path]:
+    source = SOURCES[name]
+    return directory / f"{source.file}.npz", directory / source.folder
+
+
+def read(directory: Path, name: str, split: str) -> Pixels:
+    """All images of a split, ``train`` or ``test``, as they are.
+
+    Raises:
+        FileNotFoundError: The set is not there, or in none of the three forms.
+    """
+    file, folder = places(directory, name)
+    if file.exists():
+        with np.load(file) as arrays:
+            found: Pixels = arrays[split]
+            return found
+    stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.exists():
+            return idx(path)
+    if (folder / "dataset_dict.json").exists():
+        rows = load_from_disk(folder)[split]
+        return np.stack([np.asarray(image, dtype=np.uint8) for image in rows["image"]])
+    raise FileNotFoundError(missing(directory, [name]) or f"Expected {stem} or a dataset: {folder}")
+
+
+def idx(path: Path) -> Pixels:
+    """An IDX file: two zeros, type, number of dimensions, the dimensions as uint32, the data."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"Expected an IDX file of uint8, which begins 00 00 08, got {data[:3]!r}.")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def harmonised(images: Pixels) -> Tensor:
+    """Grey, 28x28 by one and the same antialiased resampling, with a black rim of 2 pixels.
+
+    Sets differ in size, resampling and rim; what differs so could tell them apart by itself.
+
+    Returns:
+        uint8, (N, 1, 32, 32).
+    """
+    grey = (images @ np.array(LUMA)).round().astype(np.uint8) if images.ndim == 4 else images
+    if grey.shape[1:] != (28, 28):
+        small = [Image.fromarray(image).resize((28, 28), Image.Resampling.BOX) for image in grey]
+        grey = np.stack([np.asarray(image) for image in small])
+    return F.pad(torch.from_numpy(grey.copy()), (2, 2, 2, 2))[:, None]

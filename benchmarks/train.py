@@ -1,0 +1,113 @@
+"""Trains the models of the evidence, each from where it was interrupted.
+
+Weights go to benchmarks/weights, which are committed; weights along the way, from which the
+evidence sees what too little training does, stay beside Lightning's checkpoint in the folder.
+"""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+import typer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks import datasets, zoo
+from benchmarks.trained import Watched
+
+#: Shares of the training after which weights are kept.
+MILESTONES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class Model(pl.LightningModule):
+    """A model of the zoo, by Adam with a rate that falls to zero."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self.watched, self.module = watched, watched.make()
+
+    def training_step(self, images: Tensor, index: int) -> Tensor:
+        loss = self.watched.loss(self.module, self.watched.prepare(images))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.module.parameters(), 1e-3)
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.watched.steps)
+        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+
+    @torch.no_grad()
+    def held_out_loss(self, images: Tensor) -> float:
+        torch.manual_seed(0)
+        module = self.module.eval()
+        parts = [self.watched.loss(module, self.watched.prepare(x)).item() for x in images]
+        return sum(parts) / len(parts)
+
+
+class Milestones(pl.Callback):
+    """Keeps weights along the way."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.steps = {max(1, round(share * steps)) for share in MILESTONES}
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step in self.steps and isinstance(module, Model):
+            file = self.folder / f"{trainer.global_step}.safetensors"
+            zoo.save(module.module, file, {"steps": str(trainer.global_step)})
+
+
+def train(watched: Watched, images: Tensor, held_out: Tensor, folder: Path, file: Path) -> None:
+    """Trains until the end, from the folder's checkpoint if there is one, and writes the file."""
+    start, last = time.monotonic(), folder / "last.ckpt"
+    pl.seed_everything(0, verbose=False)
+    model = Model(watched)
+    checkpoint = ModelCheckpoint(folder, every_n_train_steps=250, save_last=True, save_top_k=0)
+    trainer = pl.Trainer(
+        max_steps=watched.steps,
+        gradient_clip_val=100.0,
+        logger=False,
+        enable_model_summary=False,
+        callbacks=[checkpoint, Milestones(folder, watched.steps)],
+        default_root_dir=folder,
+    )
+    loader = DataLoader(images, batch_size=watched.batch, shuffle=True, drop_last=True)
+    # Lightning would have workers load a tensor that is in memory.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        trainer.fit(model, loader, ckpt_path=str(last) if last.exists() else None)
+    facts = {
+        "steps": str(trainer.global_step),
+        "seconds": f"{time.monotonic() - start:.0f}",
+        "held_out_loss": f"{model.held_out_loss(held_out[:1000].split(100)):.4f}",
+    }
+    zoo.save(model.module, file, facts)
+    typer.echo(f"{file.name}: {facts}")
+
+
+def main(
+    data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
+    on: Annotated[list[str] | None, typer.Option(help="A set, or several; all if none.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where checkpoints are kept; delete to start again.")
+    ] = Path("runs/evidence"),
+) -> None:
+    names = on or list(zoo.TRAINED_ON)
+    if words := datasets.missing(data_dir, names):
+        typer.echo(words, err=True)
+        raise typer.Exit(1)
+    models = zoo.zoo()
+    for name in names:
+        images, held_out = zoo.training_images(data_dir, name)
+        for kind in model or models:
+            where = folder / datasets.SOURCES[name].folder / kind.lower()
+            train(models[kind], images, held_out, where, zoo.weights_file(name, kind))
+
+
+if __name__ == "__main__":
+    typer.run(main)
