@@ -67,7 +67,7 @@ def missing(directory: Path, names: Iterable[str]) -> str:
         return ""
     lines = [
         f"Expected sets of images in {directory}; name another folder by --data-dir. A set is",
-        "NAME.npz, by np.savez_compressed: `train` and `test`, uint8, (N, 28, 28) or (N, 32, 32, 3);",
+        "NAME.npz, by np.savez_compressed: `train`, `test`, uint8, (N, 28, 28) or (N, 32, 32, 3);",
         "or a folder of IDX files (train-images-idx3-ubyte, t10k-images-idx3-ubyte, or .gz);",
         "or a folder written by `save_to_disk` of Hugging Face's datasets, with a column `image`:",
         *(f"  {SOURCES[n].file}.npz or {SOURCES[n].folder}/: {SOURCES[n].origin}" for n in absent),

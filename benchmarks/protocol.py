@@ -1,0 +1,185 @@
+"""What makes a comparison of detectors fair, and what is reported of each.
+
+Images that fit, that calibrate and that test are disjoint, and none was trained on. A method is
+fitted on the first alone: nothing in this module can hand it an image of another set. Sets are
+harmonised (see `datasets.harmonised`), draws are seeded, and beside AUROC with its interval there
+are the flagged share at a nominal rate and the samples to a drift alarm.
+"""
+
+import hashlib
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest, bootstrap, rankdata
+from torch import Tensor
+
+import ood_monitor as om
+from benchmarks import datasets, trained, zoo
+from ood_monitor.calibration import ConformalPValue
+
+Array = NDArray[np.float64]
+#: What a method sees of each set of images, by name: (N,) or (N, F).
+View = Mapping[str, Array]
+
+#: Nominal false-positive rate, and average run length to a false drift alarm.
+FPR, ERT = 0.01, 10_000
+IN_DISTRIBUTION = ("fit", "calibration", "test")
+
+
+class Method(Protocol):
+    """A density or a baseline; higher scores are more anomalous."""
+
+    def fit(self, features: Array) -> object: ...
+
+    def score(self, features: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images of each set."""
+
+    fit: int = 1_000
+    calibration: int = 1_000
+    test: int = 1_000
+    ood: int = 500
+
+
+def sets(directory: Path, name: str, sizes: Sizes) -> dict[str, Tensor]:
+    """Images in distribution, by `IN_DISTRIBUTION`, then of every other set: (N, 1, 32, 32)."""
+    seen, held_out = zoo.training_images(directory, name)
+    test = unlike(datasets.harmonised(datasets.read(directory, name, "test")), seen, held_out)
+    held_out = trained.drawn(unlike(held_out, seen), sizes.fit + sizes.calibration)
+    found = {
+        "fit": held_out[: sizes.fit],
+        "calibration": held_out[sizes.fit :],
+        "test": trained.drawn(test, sizes.test),
+    }
+    check_disjoint({"training": seen, **found})
+    for other in datasets.SOURCES:
+        if other != name:
+            images = datasets.harmonised(datasets.read(directory, other, "test"))
+            found[other] = trained.drawn(images, sizes.ood)
+    return found
+
+
+def digits() -> dict[str, Tensor]:
+    """The same of scikit-learn's digits, and what is trained on: for a quick run."""
+    images = trained.digits(fit=300)
+    found = dict(images.sets)
+    fit = found.pop("fit")
+    return {"train": images.train, "fit": fit[:150], "calibration": fit[150:], **found}
+
+
+def unlike(images: Tensor, *others: Tensor) -> Tensor:
+    """Those images that are in none of the others: some sets hold an image twice."""
+    seen = {digest for other in others for digest in digests(other)}
+    kept = [i for i, digest in enumerate(digests(images)) if digest not in seen]
+    return images[kept]
+
+
+def digests(images: Tensor) -> list[bytes]:
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()]
+
+
+def check_disjoint(named: Mapping[str, Tensor]) -> None:
+    """Refuses sets that share an image.
+
+    Raises:
+        ValueError: Two that do.
+    """
+    seen: dict[bytes, str] = {}
+    for name, images in named.items():
+        for digest in set(digests(images)):
+            if (other := seen.setdefault(digest, name)) != name:
+                raise ValueError(f"Expected disjoint sets, got an image in {other} and in {name}.")
+
+
+def auroc(normal: Array, odd: Array) -> float:
+    """How often an odd sample scores higher than a normal one, ties half: (N,) and (M,)."""
+    ranks = rankdata(np.concatenate([normal, odd]))[len(normal) :]
+    return float((ranks.mean() - (len(odd) + 1) / 2) / len(normal))
+
+
+def interval(normal: Array, odd: Array, resamples: int = 200) -> tuple[float, float]:
+    """Bootstrap interval of the AUROC, 95 %, over the samples of both sets."""
+    found = bootstrap(
+        (normal, odd), auroc, vectorized=False, n_resamples=resamples, method="percentile", rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def scored(method: Method, view: View) -> dict[str, Array]:
+    """Scores of every set but the one that the method is fitted on."""
+    method.fit(view["fit"])
+    return {name: method.score(values) for name, values in view.items() if name != "fit"}
+
+
+def judged(scores: Mapping[str, Array], resamples: int = 200) -> dict[str, Any]:
+    """What is reported of a method's scores of `calibration`, `test` and the other sets."""
+    odd = {name: values for name, values in scores.items() if name not in IN_DISTRIBUTION}
+    normal = scores["test"]
+    aurocs = {name: round(auroc(normal, values), 4) for name, values in odd.items()}
+    return {
+        "auroc": aurocs,
+        "mean": round(statistics.mean(aurocs.values()), 4),
+        "interval": {
+            name: [round(end, 4) for end in interval(normal, values, resamples)]
+            for name, values in odd.items()
+        },
+        **flagged(scores["calibration"], normal),
+        "delay": {name: delay(scores["calibration"], normal, v) for name, v in odd.items()},
+    }
+
+
+def flagged(calibration: Array, test: Array) -> dict[str, Any]:
+    """The share of test samples with p <= FPR, and whether that rate is in its 95 % interval."""
+    if len(calibration) < 1 / FPR - 1:
+        return {"flagged": None, "flagged_interval": None, "nominal_within": None}
+    count = int((ConformalPValue.fit(calibration).p_value(test) <= FPR).sum())
+    ends = binomtest(count, len(test)).proportion_ci(method="exact")
+    return {
+        "flagged": round(count / len(test), 4),
+        "flagged_interval": [round(float(ends.low), 4), round(float(ends.high), 4)],
+        "nominal_within": bool(ends.low <= FPR <= ends.high),
+    }
+
+
+def delay(
+    calibration: Array, normal: Array, odd: Array, *, share: float = 0.2, runs: int = 11
+) -> float:
+    """Median samples to the drift alarm from the start of streams with a share of odd samples.
+
+    A stream is as long as there are normal samples; one without an alarm counts as one longer.
+    """
+    found = [alarm(calibration, *mixed(normal, odd, share, run)) for run in range(runs)]
+    return float(np.median(found))
+
+
+def mixed(normal: Array, odd: Array, share: float, seed: int) -> tuple[Array, int]:
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(normal)
+    replaced = generator.random(len(shuffled)) < share
+    return np.where(replaced, generator.choice(odd, len(shuffled)), shuffled), seed
+
+
+def alarm(calibration: Array, stream: Array, seed: int) -> int:
+    drift = om.EDetector(calibration, ert=ERT, seed=seed)
+    for i, score in enumerate(stream, start=1):
+        if drift.update(float(score)).alarm:
+            return i
+    return len(stream) + 1
+
+
+def grouped(values: Iterable[float], size: int) -> Array:
+    """Means of consecutive groups, an incomplete last one left out."""
+    array = np.asarray(list(values), dtype=np.float64)
+    return np.asarray(array[: len(array) // size * size].reshape(-1, size).mean(1))
+
+
+def described(sizes: Sizes) -> dict[str, int]:
+    return {field.name: getattr(sizes, field.name) for field in fields(sizes)}
