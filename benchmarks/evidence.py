@@ -39,10 +39,10 @@ def rows_of(
     costs = methods.costs(watched, module, sets["test"][:50])
     for group in GROUPS:
         found = passes(model, watched, module, sets, group, cache)
-        views, terms = methods.views(found), found["fit"].terms.log_likelihood.shape[1]
+        views = methods.views(found)
         for name, method in METHODS.items():
             if method.view in views:
-                scores = protocol.scored(method.make(terms), views[method.view])
+                scores = protocol.scored(method.make(found["fit"].terms), views[method.view])
                 case = {"model": model, "group": group, "method": name}
                 yield {**facts, **case, "forwards": costs[method.passes]} | protocol.judged(scores)
 

@@ -162,9 +162,18 @@ def default_view(found: Mapping[str, Measured]) -> View:
 
 
 def term_values(found: Mapping[str, Measured]) -> View:
-    fit = found["fit"]
-    kept = TermValues.fit(fit.terms, fit.log_likelihood, torch.finfo(torch.float32).eps)
+    kept = varying(found["fit"])
     return {name: kept(m.log_likelihood) for name, m in found.items()}
+
+
+def varying(fit: Measured) -> TermValues:
+    """The terms whose values the default density takes."""
+    return TermValues.fit(fit.terms, fit.log_likelihood, torch.finfo(torch.float32).eps)
+
+
+def default(fit: Measured) -> om.TermsAndNorms:
+    """The default density, unfitted, for `default_view`."""
+    return om.TermsAndNorms(len(varying(fit).live_names))
 
 
 @dataclass(frozen=True)
@@ -173,13 +182,13 @@ class Compared:
 
     Attributes:
         view: The name of what it sees.
-        make: Gives it, unfitted; of the number of terms.
+        make: Gives it, unfitted; of what the fit samples measured.
         passes: What a sample costs it: "forward", "whole" or "terms" (with gradients), "scores",
             or "none".
     """
 
     view: str
-    make: Callable[[int], Method]
+    make: Callable[[Measured], Method]
     passes: str
 
 
@@ -203,8 +212,8 @@ METHODS: dict[str, Compared] = {
     "norms by term, Ledoit-Wolf": Compared(
         "norms", lambda _: om.ShrunkGaussian("ledoit_wolf"), "terms"
     ),
-    DEFAULT: Compared("default", om.TermsAndNorms, "terms"),
-    "default, rows": Compared("rows", om.TermsAndNorms, "terms"),
+    DEFAULT: Compared("default", default, "terms"),
+    "default, rows": Compared("rows", default, "terms"),
 }
 
 

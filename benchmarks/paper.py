@@ -261,7 +261,7 @@ def two_layers(norms: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def named(axes: Array, case: Case, first: str, second: str) -> None:
-    short = [name.split("/", 1)[1] for name in (first, second)]
+    short = [".".join(name.split("/", 1)[1].split(".")[-4:]) for name in (first, second)]
     panels: list[Axes] = list(axes)
     panels[0].set_ylabel(case.model)
     for panel, label in zip(panels, (*short, short[0]), strict=True):
