@@ -91,17 +91,25 @@ def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "ten
 def seen(watched: Watched, module: Any, images: Tensor, group: int) -> Seen:
     """Every pass over a set of images, of groups of them."""
     adapter, x = watched.adapter(module), watched.prepare(images)
+    return passes(adapter, x, 8 * png_bytes(shown(watched, images)), group)
+
+
+def passes(adapter: om.Adapter, x: Tensor, bits: Array, group: int = 1) -> Seen:
+    """The same, of what the model takes, and the bits (N,) of its PNG files."""
     x = x[: len(x) // group * group]
     diffusion = isinstance(adapter, om.DenoisingBound)
-    whole = adapter.with_levels((0,)) if isinstance(adapter, om.DenoisingBound) else Whole(adapter)
-    by_row = isinstance(adapter, om.ELBO)
     return Seen(
         measured(adapter, x, group),
-        measured(whole, x, group),
-        measured(adapter, x, group, "row") if by_row else None,
-        protocol.grouped(8 * png_bytes(shown(watched, images)), group),
+        measured(whole(adapter), x, group),
+        measured(adapter, x, group, "row") if isinstance(adapter, om.ELBO) else None,
+        protocol.grouped(bits, group),
         score_norms(adapter, x, group) if diffusion else None,
     )
+
+
+def whole(adapter: om.Adapter) -> om.Adapter:
+    """What the paper differentiates: all terms, or a diffusion model's loss at the least noise."""
+    return adapter.with_levels((0,)) if isinstance(adapter, om.DenoisingBound) else Whole(adapter)
 
 
 def shown(watched: Watched, images: Tensor) -> Tensor:
@@ -220,7 +228,6 @@ METHODS: dict[str, Compared] = {
 def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
     """Time of each kind of passes, in units of one plain forward pass without gradients."""
     adapter, x = watched.adapter(module), watched.prepare(images)
-    whole = adapter.with_levels((0,)) if isinstance(adapter, om.DenoisingBound) else Whole(adapter)
     terms = len(measured(adapter, x[:2], 1).terms)
     diffusion = isinstance(adapter, om.DenoisingBound)
 
@@ -229,7 +236,7 @@ def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
             list(Whole(adapter).log_likelihood(x))
 
     runs: dict[str, Callable[[], object]] = {
-        "whole": lambda: measured(whole, x, 1),
+        "whole": lambda: measured(whole(adapter), x, 1),
         "terms": lambda: measured(adapter, x, 1),
     }
     if diffusion:
