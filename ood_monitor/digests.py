@@ -6,7 +6,7 @@ from itertools import chain
 
 from torch import Tensor, nn, uint8
 
-__all__ = ["digest", "digest_of_tensors"]
+__all__ = ["digest", "digest_of_tensors", "marks"]
 
 
 def digest(module: nn.Module) -> str:
@@ -27,3 +27,16 @@ def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
         state.update(raw.numpy().tobytes())
     return state.hexdigest()[:12]
+
+
+def marks(module: nn.Module) -> int:
+    """What changes when a parameter or buffer is replaced, moved or written to; in milliseconds.
+
+    What is written past autograd, through ``tensor.data`` or a NumPy view, is not seen.
+    """
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return hash(tuple((name, id(t), t.data_ptr(), _version(t)) for name, t in tensors))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

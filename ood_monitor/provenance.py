@@ -142,8 +142,7 @@ def _name(value: Any) -> str:
 def _base_model(module: nn.Module) -> tuple[str | None, str | None]:
     """Name and commit on the Hub, where a model of diffusers or transformers says them."""
     config = getattr(module, "config", None)
-    said = [getattr(it, "_name_or_path", None) for it in (config, module)]
-    path = next((str(name) for name in said if name), "")
+    path = str(getattr(config, "_name_or_path", None) or "")
     if found := _SNAPSHOT.search(path):
         return f"{found[1]}/{found[2]}", found[3]
     if not _REPOSITORY.fullmatch(path) or Path(path).exists():

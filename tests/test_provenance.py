@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from small_cases import SMALL
 from torch import Tensor, nn
 
@@ -97,6 +98,12 @@ def test_a_model_that_says_where_it_is_from_is_believed(
     adapter.module.config = SimpleNamespace(_name_or_path=path)  # type: ignore[assignment]
     found = Provenance.of(adapter, ())
     assert (found.base_model, found.base_model_revision) == expected
+
+
+def test_a_loaded_model_of_diffusers_is_asked_without_a_warning(tmp_path: Path) -> None:
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=8).save_pretrained(tmp_path)
+    adapter = om.ELBO(AutoencoderKL.from_pretrained(tmp_path))
+    assert Provenance.of(adapter, ()).base_model is None
 
 
 def function(batch: Any) -> Any:

@@ -1,10 +1,8 @@
 """`ood-monitor watch`: a stream of images, alerts as lines, and a status to exit with."""
 
 import json
-import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
+from ood_monitor.fitted import replace_files
 from ood_monitor.monitor import Monitor
 
 __all__ = ["EXIT_CODES", "watch"]
@@ -207,22 +206,8 @@ class _Watch:
             "monitor": self._monitor.state_dict(),
             "files": self._source.state(),
         }
-        _write_whole(self._path, json.dumps(record))
+        replace_files({self._path: json.dumps(record).encode()})
         self._saved = time.monotonic()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader, or a crash, sees the old contents or the new."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.fitted import digest
+from ood_monitor.digests import digest, marks
 from ood_monitor_integrations.diffusers.families import original_of
 
 __all__ = ["Mode", "check_deployment", "scorable", "settings_of", "weights_digest"]
@@ -46,9 +46,9 @@ def weights_digest(module: nn.Module) -> str:
     parameter was written to or moved.
     """
     with _lock:
-        known, marks = _known.setdefault(module, _Known()), _marks(module)
-        if marks != known.marks:
-            known.marks, known.state = marks, _sampled(module)
+        known, seen = _known.setdefault(module, _Known()), marks(module)
+        if seen != known.marks:
+            known.marks, known.state = seen, _sampled(module)
         if known.state not in known.digests:
             known.digests[known.state] = digest(module)
         return known.digests[known.state]
@@ -64,10 +64,6 @@ def settings_of(module: nn.Module) -> str:
         if hasattr(m, "active_adapters") and hasattr(m, "scaling")
     ]
     return repr((freeu, adapters))
-
-
-def _marks(module: nn.Module) -> int:
-    return hash(tuple((n, p.data_ptr(), _version(p)) for n, p in module.named_parameters()))
 
 
 def _sampled(module: nn.Module) -> str:
@@ -187,7 +183,3 @@ def _check_floating(module: nn.Module) -> None:
                 f"Expected weights in 16 bits or more, got {name!r} of {parameter.dtype}; fit with "
                 "`layers=` to score others."
             )
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
