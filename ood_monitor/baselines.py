@@ -55,7 +55,7 @@ class LowLikelihood:
 
 
 class Typicality:
-    """|log p(x) - H|, with H the mean over in-distribution samples. Of log-likelihoods (N,).
+    """``|log p(x) - H|``, with H the mean over in-distribution samples. Of log-likelihoods (N,).
 
     References:
         Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick

@@ -1,6 +1,6 @@
 r"""Calibration: what a score is worth, judged against scores of data known to be in distribution.
 
-Higher score = more anomalous. With calibration scores :math:`s_1, \dots, s_n` of held-out data,
+Higher score = more anomalous. With calibration scores :math:`s_1, \ldots, s_n` of held-out data,
 the conformal p-value of a new score :math:`s` is
 
 .. math:: p(s) = \frac{1 + \#\{i : s_i \geq s\}}{n + 1}.
@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, rankdata
 
 MINIMUM_SCORES = 20
-"""The fewest scores to calibrate with: with fewer, no p-value is below .05."""
+"""The fewest scores to calibrate with; with fewer, no p-value is below .05."""
 
 
 def check_scores(scores: ArrayLike, minimum: int = MINIMUM_SCORES) -> NDArray[np.float64]:
@@ -114,7 +114,7 @@ class ConformalPValue:
             scores: The scores, with shape (B,). They may be infinite.
 
         Returns:
-            The p-values, with shape (B,): nan where the score is nan.
+            The p-values, with shape (B,); nan where the score is nan.
 
         Raises:
             ValueError: If the scores are not one-dimensional.
@@ -154,7 +154,7 @@ class ConformalPValue:
             seed: The seed of the B uniform numbers U.
 
         Returns:
-            The p-values, with shape (B,), at most those of :meth:`p_value`: nan where the score is
+            The p-values, with shape (B,), at most those of :meth:`p_value`; nan where the score is
             nan.
 
         Raises:
@@ -234,7 +234,7 @@ class GroupedPValue:
             groups: The group of each, with length B.
 
         Returns:
-            The p-values, with shape (B,): nan where the score is nan.
+            The p-values, with shape (B,); nan where the score is nan.
 
         Raises:
             ValueError: If there is not one group for each score.

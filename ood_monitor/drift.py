@@ -1,13 +1,13 @@
 r"""Drift: evidence, gathered over a stream, that its scores have changed.
 
-Higher score = more anomalous. Let :math:`s_1, \dots, s_m` be the calibration scores and
-:math:`s_{m+1}, s_{m+2}, \dots` the stream. Three steps turn the stream into an alarm.
+Higher score = more anomalous. Let :math:`s_1, \ldots, s_m` be the calibration scores and
+:math:`s_{m+1}, s_{m+2}, \ldots` the stream. Three steps turn the stream into an alarm.
 
 **Sequential ranks.** With :math:`U_n` uniform, the smoothed rank of :math:`s_n` among all before,
 
 .. math:: p_n = \frac{\#\{i < n : s_i > s_n\} + U_n (1 + \#\{i < n : s_i = s_n\})}{n},
 
-is uniform and independent of :math:`p_{m+1}, \dots, p_{n-1}` if the scores are exchangeable,
+is uniform and independent of :math:`p_{m+1}, \ldots, p_{n-1}` if the scores are exchangeable,
 whatever their law and their ties (Vovk et al., 2003). P-values against the calibration scores alone
 are each valid, but dependent, and bets on them raise too many alarms: so the history grows.
 
@@ -212,7 +212,7 @@ class _Episode:
 class EDetector:
     r"""Tells when a stream of scores has drifted from the calibration scores.
 
-    The history :math:`s_1, \dots, s_{n-1}` grows up to ``max_history`` scores and then freezes; it
+    The history :math:`s_1, \ldots, s_{n-1}` grows up to ``max_history`` scores and then freezes; it
     holds all calibration scores in any case. Once it is frozen the ranks are no longer independent
     and the promise is no theorem, but it is kept if the history is long. Measured with independent
     scores and a history frozen from the start (``benchmarks/drift_history.py``), mean samples to a

@@ -83,6 +83,9 @@ class Monitor:
         spool: A folder of this monitor's own, where alerts are kept until every sink has them, also
             through a crash; see :class:`~ood_monitor.dispatcher.Dispatcher`.
 
+    Attributes:
+        last: Scores of the latest samples taken in; None before the first.
+
     Raises:
         RuntimeError: The detector is not fitted.
         ValueError: ``fpr`` or ``ert`` is out of range, or too small for the calibration data.

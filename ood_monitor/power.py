@@ -40,7 +40,8 @@ def expected_delay(
         The median number of samples to the alarm; infinite if most streams have none.
 
     Raises:
-        ValueError: If the contamination is not in (0, 1], or :class:`EDetector` refuses the rest.
+        ValueError: If the contamination is not in (0, 1], or
+            :class:`~ood_monitor.EDetector` refuses the rest.
 
     Example:
         >>> scores = np.random.default_rng(0).normal(size=500)

@@ -1,5 +1,7 @@
 """online-fdr: single samples named such that few of those named are normal.
 
+::
+
     found = Discoveries(fdr=0.1)
     for batch in stream:
         monitor.update(batch)

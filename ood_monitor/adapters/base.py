@@ -91,7 +91,7 @@ class Adapter(abc.ABC):
         engine differentiates a term before it asks for the next, so only one graph is alive.
 
         Args:
-            batch: B samples, as :data:`Batch`.
+            batch: B samples, as :data:`~ood_monitor.adapters.base.Batch`.
 
         Yields:
             The term's name and its values, shape (B,), in nats; the terms add up to the

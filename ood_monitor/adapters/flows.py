@@ -51,7 +51,7 @@ def latents_and_log_det(module: nn.Module, x: Tensor, **condition: Any) -> dict[
     To pass as ``function=`` for flows as FrEIA's; z is a tensor or a list or tuple of them.
 
     Args:
-        module: ``module(x, **condition)`` gives (z, log |det dz/dx|), the latter of shape (B,).
+        module: ``module(x, **condition)`` gives ``(z, log |det dz/dx|)``, the latter of shape (B,).
         x: Samples, shape (B, ...).
         **condition: The module's further keywords.
 

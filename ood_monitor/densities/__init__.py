@@ -3,13 +3,13 @@ r"""Densities of log squared gradient norms: how unusual is a sample's gradient,
 Features are :math:`v_l = \log f_l(x)`, an array (N, F). A score is higher for the more anomalous.
 With mean mu, standard deviations sd and :math:`z_l = (v_l - \mu_l) / sd_l`:
 
-- :class:`DiagonalGaussian`, the paper's: :math:`-\sum_l \log N(v_l; \mu_l, sd_l^2)`;
-- :class:`ShrunkGaussian`: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way between that
-  and the layers' correlations;
-- :class:`TermsAndNorms`, the default: that, and a :class:`GaussianMixture` of the values of the
-  likelihood's terms, each standardised, by a smooth maximum;
-- :class:`Maximum`: the larger of two log distances, under independent layers and under Ledoit and
-  Wolf's covariance, each standardised.
+- :class:`~ood_monitor.DiagonalGaussian`, the paper's: :math:`-\sum_l \log N(v_l; \mu_l, sd_l^2)`;
+- :class:`~ood_monitor.ShrunkGaussian`: :math:`-\log N(v; \mu, \Sigma)` with a covariance half-way
+  between that and the layers' correlations;
+- :class:`~ood_monitor.TermsAndNorms`, the default: that, and a :class:`GaussianMixture` of the
+  values of the likelihood's terms, each standardised, by a smooth maximum;
+- :class:`~ood_monitor.Maximum`: the larger of two log distances, under independent layers and
+  under Ledoit and Wolf's covariance, each standardised.
 
 :class:`StudentT`, :class:`FisherCombination` and :class:`PrincipalGaussian` are their relatives.
 """

@@ -16,11 +16,12 @@ __all__ = ["TermsAndNorms"]
 class TermsAndNorms:
     r"""Two scores as one: of the log norms, and of the likelihood's terms. The default.
 
-    The norms are scored by :class:`ShrunkGaussian`, the terms' values, in nats, by
-    :class:`GaussianMixture`. Each score less its mean, over its standard deviation, over samples
-    that it was not fitted on (cross-fitting in ``folds``) is :math:`z_k`, and the score is
-    :math:`\log \sum_k e^{z_k}`: a smooth maximum, so that terms which look all too normal, as
-    likelihoods of foreign data do, cannot speak for a sample whose gradients are strange.
+    The norms are scored by :class:`~ood_monitor.ShrunkGaussian`, the terms' values, in nats, by
+    :class:`~ood_monitor.densities.GaussianMixture`. Each score less its mean, over its standard
+    deviation, over samples that it was not fitted on (cross-fitting in ``folds``) is :math:`z_k`,
+    and the score is :math:`\log \sum_k e^{z_k}`: a smooth maximum, so that terms which look all too
+    normal, as likelihoods of foreign data do, cannot speak for a sample whose gradients are
+    strange.
 
     The norms are the same however the data are represented; the terms' values are not. Without
     terms the score is that of the norms.

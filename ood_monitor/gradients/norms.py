@@ -114,7 +114,7 @@ def terms_and_norms(
     group: int = 1,
     chunk_size: int | None = None,
 ) -> GradientNorms:
-    """As :func:`gradient_norms`, with the terms' values, which the same passes give.
+    """As :func:`~ood_monitor.gradient_norms`, with the terms' values, which the same passes give.
 
     Raises:
         ValueError: As there.

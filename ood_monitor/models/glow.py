@@ -1,7 +1,7 @@
 r"""Glow: a normalizing flow whose likelihood is exact and comes in terms, one per latent level.
 
 An image :math:`x \in \mathbb{R}^{C \times H \times W}` is mapped by a bijection :math:`f` to
-latents :math:`z_1, \dots, z_L`, one per level :math:`l`, and by the change of variables
+latents :math:`z_1, \ldots, z_L`, one per level :math:`l`, and by the change of variables
 
 .. math:: \log p(x) = \sum_{l=1}^{L} \log p(z_l \mid h_l)
     + \log \left| \det \frac{\partial f(x)}{\partial x} \right| ,

@@ -1,5 +1,7 @@
 """diffusers: an inference hook around any pipeline.
 
+::
+
     detector = fit_pipeline(pipe, held_out)
     with monitor_pipeline(pipe, detector) as pipe:
         output = pipe(...)

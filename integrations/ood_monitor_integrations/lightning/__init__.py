@@ -1,5 +1,7 @@
 """PyTorch Lightning: a callback that fits a detector and watches what the model is fed.
 
+::
+
     trainer = Trainer(callbacks=[OODMonitor()])
 
 The detector is fitted on held-out data at the end of training, in time for the last checkpoint, and

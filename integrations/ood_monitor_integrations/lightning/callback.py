@@ -195,7 +195,8 @@ class OODMonitor(Callback):
             The detector, which the callback watches with from now on.
 
         Raises:
-            ValueError: The model has no log-likelihood, or what :meth:`Detector.fit` refuses.
+            ValueError: The model has no log-likelihood, or what
+                :meth:`~ood_monitor.Detector.fit` refuses.
             RuntimeError: Another process failed.
         """
         self._calibrator.now(trainer, pl_module, loader)

@@ -1,4 +1,4 @@
-"""Adapters of diffusers pipelines, as functions for :func:`flavour.log_model` to name.
+"""Adapters of diffusers pipelines, as functions for the flavour's ``log_model`` to name.
 
 A pipeline is a folder that is copied into the model, or a name on the Hub with its revision::
 
