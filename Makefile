@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check format benchmark benchmark-peers benchmark-quality clean
+.PHONY: help install demo test test-slow check docs format benchmark benchmark-peers benchmark-quality clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
 	@echo "make test       the test suite, README included"
-	@echo "make check      lint, format and types"
+	@echo "make check      lint, format, types and the documentation"
+	@echo "make docs       the documentation, into build/docs"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make benchmark  what the README claims of cost, measured here (half an hour)"
 	@echo "make benchmark-quality  what it claims of detection (an hour or more, and data that each says how to get)"
@@ -35,6 +36,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# All pages anew each time: Sphinx says nothing again of a page that it has read before.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going \
+		--doctree-dir build/doctrees docs build/docs
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
