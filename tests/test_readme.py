@@ -1,12 +1,26 @@
-"""The README's snippets run, one after the other, as a reader would type them."""
+"""The snippets of the README and of the documentation run, as a reader would type them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+import ood_monitor as om
+
+ROOT = Path(__file__).parent.parent
+
+#: By page: its snippets, which run one after the other and share their names.
+SNIPPETS: dict[str, int] = {
+    "README.md": 7,
+    "docs/alerts.md": 2,
+    "docs/choosing.md": 6,
+    "docs/index.md": 1,
+    "docs/recipes/diffusers-service.md": 3,
+    "docs/recipes/lightning.md": 2,
+    "docs/recipes/spark.md": 1,
+    "docs/recipes/your-own-model.md": 4,
+}
 
 pytestmark = [
     # Lightning's advice, and its own use of a deprecated torch function.
@@ -16,13 +30,35 @@ pytestmark = [
 ]
 
 
-def test_there_are_snippets_for_each_way_to_use_it() -> None:
-    assert len(SNIPPETS) == 7
+def blocks(page: str, language: str) -> list[str]:
+    fenced = rf"^```{language}\n(.*?)^```"
+    return re.findall(fenced, (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run(page: str) -> dict[str, object]:
     names: dict[str, object] = {}
-    for number, snippet in enumerate(SNIPPETS):
-        exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
-    assert names["detector"].is_fitted  # type: ignore[attr-defined]
+    for number, snippet in enumerate(blocks(page, "python")):
+        exec(compile(snippet, f"{page}, snippet {number}", "exec"), names)
+    return names
+
+
+def test_every_snippet_is_counted() -> None:
+    pages = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+    found = {page: len(blocks(page, "python")) for page in pages}
+    assert {page: count for page, count in found.items() if count} == SNIPPETS
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(page)["om"] is om
+
+
+def test_the_alert_in_the_documentation_is_the_one_that_its_snippet_raises() -> None:
+    (shown,) = blocks("docs/alerts.md", "json")
+    names = run("docs/alerts.md")
+    raised = json.loads(names["alert"].to_json())  # type: ignore[attr-defined]
+    read = om.Alert.from_json(shown)
+    assert json.loads(read.to_json()).keys() == raised.keys()
+    for field in ("kind", "severity", "status", "stream"):
+        assert getattr(read, field) == raised[field]
