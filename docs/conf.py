@@ -3,9 +3,13 @@
 Nothing is fetched, neither for the build nor by the pages: formulas are MathML, fonts the reader's.
 """
 
+from typing import Any
+
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from numpy.typing import ArrayLike
 from sphinx.application import Sphinx
+from sphinx.util.typing import stringify_annotation
 from sphinx.writers.html5 import HTML5Translator
 
 from ood_monitor import __version__
@@ -41,6 +45,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ood-monitor {release}"
 html_copy_source = False
+html_show_copyright = False
 html_math_renderer = "mathml"
 
 
@@ -56,6 +61,14 @@ def displayed_formula(translator: HTML5Translator, node: nodes.math_block) -> No
     raise nodes.SkipNode
 
 
+def short_signature(app: Sphinx, *described: Any) -> tuple[str | None, str | None]:
+    """Writes ArrayLike by its name; an alias is shown as what it stands for, in five lines."""
+    *_, signature, returns = described
+    whole = stringify_annotation(ArrayLike, "smart")
+    return signature and signature.replace(whole, "~numpy.typing.ArrayLike"), returns
+
+
 def setup(app: Sphinx) -> None:
-    """Tells Sphinx of the renderer of formulas."""
+    """Tells Sphinx of what is above."""
+    app.connect("autodoc-process-signature", short_signature)
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))

@@ -78,3 +78,11 @@ def test_package_is_typed() -> None:
 def test_version_is_the_newest_in_the_changelog() -> None:
     headings = re.findall(r"^## \[?(\d+\.\d+\.\d+)", CHANGELOG.read_text(), re.MULTILINE)
     assert headings[0] == ood_monitor.__version__
+
+
+@pytest.mark.skipif(not CHANGELOG.exists(), reason="an installed package has no reference")
+def test_public_names_have_a_place_in_the_reference() -> None:
+    pages = [page.read_text() for page in (CHANGELOG.parent / "docs" / "api").glob("*.rst")]
+    described = re.findall(r"^\.\. auto\w+:: ood_monitor\.(\w+)", "\n".join(pages), re.MULTILINE)
+    modules = {"models", "observations"}  # described by what is in them
+    assert set(ood_monitor.__all__) - modules <= set(described)
