@@ -65,7 +65,7 @@ class Seen:
             the loss at the least noise.
         rows: As `terms`, by row; none where there would be too many.
         bits: Of the PNG file of what the model is shown, (N,).
-        scores: Norms of a diffusion model's score by level, (N, 10), else none.
+        scores: Norms of a diffusion model's score by level, (N, 10), of single images; else none.
     """
 
     terms: Measured
@@ -103,7 +103,7 @@ def passes(adapter: om.Adapter, x: Tensor, bits: Array, group: int = 1) -> Seen:
         measured(whole(adapter), x, group),
         measured(adapter, x, group, "row") if isinstance(adapter, om.ELBO) else None,
         protocol.grouped(bits, group),
-        score_norms(adapter, x, group) if diffusion else None,
+        score_norms(adapter, x) if diffusion and group == 1 else None,
     )
 
 
@@ -119,7 +119,7 @@ def shown(watched: Watched, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_norms(adapter: Any, x: Tensor, group: int = 1) -> Array:
+def score_norms(adapter: Any, x: Tensor) -> Array:
     """Norms of the score of an image at each of ten noise levels, (N, 10): a forward pass a level.
 
     References:
@@ -133,7 +133,7 @@ def score_norms(adapter: Any, x: Tensor, group: int = 1) -> Array:
         pairs = zip(scaled.split(50), t.split(50), strict=True)
         noise = torch.cat([adapter.module(a, b).sample for a, b in pairs])
         norm = noise.flatten(1).norm(dim=1) / (1 - alphas[level]).sqrt()
-        columns.append(protocol.grouped(norm.tolist(), group))
+        columns.append(norm.double().numpy())
     return np.stack(columns, 1)
 
 

@@ -342,7 +342,7 @@ def main(
     if not quick and (words := datasets.missing(data_dir, datasets.SOURCES)):
         typer.echo(words, err=True)
         raise typer.Exit(1)
-    samples, count = (64, 50) if quick else (1_024, 300)
+    samples, count = (64, 50) if quick else (1_024, 150)
     every, rows = quick_cases() if quick else cases(data_dir), []
     for case in every:
         for row in rows_of(case, samples, count):

@@ -43,10 +43,10 @@ class Method(Protocol):
 class Sizes:
     """Images of each set."""
 
-    fit: int = 1_000
-    calibration: int = 1_000
-    test: int = 1_000
-    ood: int = 500
+    fit: int = 600
+    calibration: int = 600
+    test: int = 600
+    ood: int = 300
 
 
 def sets(directory: Path, name: str, sizes: Sizes) -> dict[str, Tensor]:

@@ -272,7 +272,7 @@ def full(data: Path, folder: Path, sizes: Sizes) -> Iterator[Row]:
         if name == "UNet":
             yield from layers(model, SEEDS)
         yield from fit_sizes(Model(name, watched, module, fewer, NEAR), (50, 100, 200, 500, 1_000))
-        small = {k: v[:300] for k, v in fewer.items()}
+        small = {k: v[: 200 if k == "fit" else 100] for k, v in fewer.items()}
         where = folder / datasets.SOURCES[on].folder / name.lower()
         yield from undertraining(
             Model(name, watched, module, small, NEAR), stages(name, watched, where)

@@ -27,6 +27,8 @@ from benchmarks.trained import Watched
 Row = dict[str, Any]
 
 SEVERITIES = (1, 2, 3, 4, 5)
+#: How many images are changed in each way.
+CHANGED = 60
 #: Of the range of values; and PGD's number of steps.
 EPSILONS, STEPS = (2 / 255, 8 / 255), 10
 
@@ -98,10 +100,10 @@ def rows_of(
     half = len(sets["test"]) // 2
     kept = {"fit": sets["fit"], "test": sets["test"][:half]}
     normal = {name: methods.seen(watched, module, images, 1) for name, images in kept.items()}
-    other = sets["test"][half:][:100]
+    other = sets["test"][half:][:CHANGED]
     yield from ({"model": model} | row for row in corruptions(watched, module, normal, other))
     if watched.prepare(other[:1]).is_floating_point():
-        targets = {"in distribution": other, near: sets[near][:100]}
+        targets = {"in distribution": other, near: sets[near][:CHANGED]}
         yield from ({"model": model} | row for row in attacked(watched, module, normal, targets))
 
 

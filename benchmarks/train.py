@@ -6,6 +6,7 @@ evidence sees what too little training does, stay beside Lightning's checkpoint 
 
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,9 +105,11 @@ def main(
     models = zoo.zoo()
     for name in names:
         images, held_out = zoo.training_images(data_dir, name)
+        share = zoo.TRAINED_ON[name].share
         for kind in model or models:
+            watched = replace(models[kind], steps=round(share * models[kind].steps))
             where = folder / datasets.SOURCES[name].folder / kind.lower()
-            train(models[kind], images, held_out, where, zoo.weights_file(name, kind))
+            train(watched, images, held_out, where, zoo.weights_file(name, kind))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ that time and by the likelihood of held-out images, never by what a detector mak
 """
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +24,20 @@ VALUES = 16
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-#: How many of a set's training images, the first, a model is trained on; the others are held out.
-TRAINED_ON = {"Fashion-MNIST": 50_000, "MNIST": 8_000}
+@dataclass(frozen=True)
+class Training:
+    """What models of a set are trained on.
+
+    Attributes:
+        images: How many of its training images, the first; the others are held out.
+        share: Of a model's steps: fewer where there are fewer images.
+    """
+
+    images: int
+    share: float = 1.0
+
+
+TRAINED_ON = {"Fashion-MNIST": Training(50_000), "MNIST": Training(8_000, share=0.4)}
 
 
 def zoo() -> dict[str, Watched]:
@@ -36,7 +49,7 @@ def zoo() -> dict[str, Watched]:
         "Glow": trained.watched_glow(glow, steps=2_500, factor=2),
         "VAE": trained.watched_vae(vae, steps=3_000),
         "UNet": Watched(trained.signed, net, trained.denoising, trained.bound, 2_500, 32),
-        "PixelCNN": pixelcnn(functools.partial(PixelCNN, VALUES, width=32), steps=2_000, factor=2),
+        "PixelCNN": pixelcnn(functools.partial(PixelCNN, VALUES, width=32), steps=1_200, factor=2),
     }
 
 
@@ -67,7 +80,8 @@ def cross_entropy(model: PixelCNN, x: Tensor) -> Tensor:
 def training_images(directory: Path, name: str) -> tuple[Tensor, Tensor]:
     """The images that a model of this set is trained on, and those held out, (N, 1, 32, 32)."""
     images = datasets.harmonised(datasets.read(directory, name, "train"))
-    return images[: TRAINED_ON[name]], images[TRAINED_ON[name] :]
+    count = TRAINED_ON[name].images
+    return images[:count], images[count:]
 
 
 def weights_file(name: str, model: str) -> Path:
