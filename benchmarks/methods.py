@@ -145,7 +145,7 @@ def views(found: Mapping[str, Seen]) -> dict[str, View]:
         "likelihood": sums,
         "bits": bits,
         "complexity": {name: np.stack([sums[name], bits[name]], 1) for name in found},
-        "values": {name: s.terms.log_likelihood for name, s in found.items()},
+        "values": varying_only({name: s.terms.log_likelihood for name, s in found.items()}),
         "whole": log_norms({name: s.whole for name, s in found.items()}),
         "norms": log_norms({name: s.terms for name, s in found.items()}),
         "default": default_view({name: s.terms for name, s in found.items()}),
@@ -155,6 +155,12 @@ def views(found: Mapping[str, Seen]) -> dict[str, View]:
         result["rows"] = default_view(rows)
     scores = {name: np.log(s.scores) for name, s in found.items() if s.scores is not None}
     return result | ({"scores": scores} if scores else {})
+
+
+def varying_only(view: View) -> View:
+    """Without the columns that are constant, as the log-determinant of a flow without scales."""
+    kept = np.ptp(view["fit"], axis=0) > 0
+    return {name: values[:, kept] for name, values in view.items()}
 
 
 def log_norms(found: Mapping[str, Measured]) -> View:

@@ -265,7 +265,7 @@ def claims(rows: list[Row]) -> list[Row]:
 def full(data: Path, folder: Path, sizes: Sizes) -> Iterator[Row]:
     on = "Fashion-MNIST"
     sets = protocol.sets(data, on, sizes)
-    fewer = {k: v if k == "fit" else v[:300] for k, v in sets.items()}
+    fewer = {k: v if k in ("fit", "calibration") else v[:300] for k, v in sets.items()}
     for name, watched in zoo.zoo().items():
         module, _ = zoo.load(watched, zoo.weights_file(on, name))
         model = Model(name, watched, module, sets, NEAR)

@@ -1,7 +1,7 @@
 """The models of the evidence: a flow, an autoencoder, a diffusion and an autoregressive model.
 
-Small, so that a laptop trains each in minutes. Sizes and steps were set by what 2 CPU cores do in
-that time and by the likelihood of held-out images, never by what a detector makes of other images.
+Small, so that 2 CPU cores train each in minutes, which is what set their sizes and steps: never
+what a detector makes of other images.
 """
 
 import functools

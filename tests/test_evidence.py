@@ -1,0 +1,219 @@
+"""What the evidence rests on: the sets, the split, the models, and that methods see the same."""
+
+import dataclasses
+import functools
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import ood_monitor as om
+from benchmarks import datasets, methods, protocol, train, zoo
+from benchmarks.pixelcnn import PixelCNN
+from benchmarks.trained import Watched
+
+FOLDER = datasets.SOURCES["MNIST"].folder
+IMAGES = np.random.default_rng(0).integers(256, size=(6, 28, 28), dtype=np.uint8)
+
+
+def as_npz(folder: Path, images: np.ndarray) -> None:
+    np.savez_compressed(folder / "mnist_28x28.npz", train=images[:4], test=images)
+
+
+def as_idx(folder: Path, images: np.ndarray, *, zipped: bool) -> None:
+    for stem, part in (("train", images[:4]), ("t10k", images)):
+        data = b"\0\0\x08\x03" + np.array(part.shape, ">u4").tobytes() + part.tobytes()
+        name = f"{stem}-images-idx3-ubyte" + ".gz" * zipped
+        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / FOLDER / name).write_bytes(gzip.compress(data) if zipped else data)
+
+
+def as_dataset(folder: Path, images: np.ndarray) -> None:
+    splits = {"train": images[:4], "test": images}
+    found = {
+        k: Dataset.from_dict({"image": [Image.fromarray(i) for i in v]}) for k, v in splits.items()
+    }
+    DatasetDict(found).save_to_disk(folder / FOLDER)
+
+
+FORMS = {
+    "npz": as_npz,
+    "IDX": functools.partial(as_idx, zipped=False),
+    "IDX, zipped": functools.partial(as_idx, zipped=True),
+    "dataset": as_dataset,
+}
+
+
+@pytest.mark.parametrize("write", FORMS.values(), ids=FORMS)
+def test_sets_are_read_in_every_form(write: Any, tmp_path: Path) -> None:
+    write(tmp_path, IMAGES)
+    assert np.array_equal(datasets.read(tmp_path, "MNIST", "test"), IMAGES)
+    assert np.array_equal(datasets.read(tmp_path, "MNIST", "train"), IMAGES[:4])
+    assert not datasets.missing(tmp_path, ["MNIST"])
+
+
+def test_what_is_not_there_is_named_with_its_origin(tmp_path: Path) -> None:
+    words = datasets.missing(tmp_path, datasets.SOURCES)
+    assert all(
+        source.file in words and source.origin in words for source in datasets.SOURCES.values()
+    )
+    with pytest.raises(FileNotFoundError, match="mnist_28x28"):
+        datasets.read(tmp_path, "MNIST", "test")
+
+
+def test_another_file_is_no_idx(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"other")
+    with pytest.raises(ValueError, match=re.escape("got b'oth'")):
+        datasets.idx(tmp_path / "file")
+
+
+def test_sets_of_both_sizes_have_the_same_rim() -> None:
+    grey = datasets.harmonised(IMAGES)
+    colour = datasets.harmonised(np.full((2, 32, 32, 3), 200, np.uint8))
+    assert torch.equal(grey[:, 0, 2:-2, 2:-2], torch.from_numpy(IMAGES))
+    assert colour.shape == (2, 1, 32, 32)
+    assert (colour[:, :, 2:-2, 2:-2] == 200).all()
+    for images in (grey, colour):
+        assert images[:, :, :2].sum() + images[:, :, :, -2:].sum() == 0
+
+
+def test_an_image_in_two_sets_is_refused() -> None:
+    images = torch.from_numpy(IMAGES)
+    protocol.check_disjoint({"fit": images[:3], "test": images[3:]})
+    with pytest.raises(ValueError, match="in fit and in test"):
+        protocol.check_disjoint({"fit": images[:3], "test": images[2:]})
+    assert len(protocol.unlike(images, images[:2], images[5:])) == 3
+
+
+def test_the_split_leaves_out_what_was_trained_on(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for source in datasets.SOURCES.values():
+        few = generator.integers(256, size=(5, 28, 28), dtype=np.uint8)
+        np.savez(tmp_path / f"{source.file}.npz", test=few)
+    trained_on = zoo.TRAINED_ON["MNIST"].images
+    every = generator.integers(256, size=(trained_on + 9, 28, 28), dtype=np.uint8)
+    every[-1], test = every[0], np.concatenate([every[:2], every[-5:-4], IMAGES])
+    np.savez(tmp_path / "mnist_28x28.npz", train=every, test=test)
+    found = protocol.sets(tmp_path, "MNIST", protocol.Sizes(fit=4, calibration=4, test=6, ood=3))
+    assert {name: len(images) for name, images in found.items()} == {
+        **{"fit": 4, "calibration": 4, "test": 6, "Fashion-MNIST": 3, "EMNIST letters": 3},
+        **{"GTSRB": 3, "Chars74K": 3, "CIFAR-10": 3},
+    }
+    seen = set(protocol.digests(datasets.harmonised(every[:trained_on])))
+    assert not seen & {d for images in found.values() for d in protocol.digests(images)}
+
+
+def test_auroc_is_that_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    normal, odd = generator.normal(size=50).round(1), generator.normal(0.5, size=30).round(1)
+    expected = roc_auc_score([0] * 50 + [1] * 30, np.concatenate([normal, odd]))
+    assert protocol.auroc(normal, odd) == pytest.approx(expected)
+    low, high = protocol.interval(normal, odd)
+    assert low < expected < high
+
+
+def test_the_flagged_share_and_the_delay_are_those_of_the_library() -> None:
+    generator = np.random.default_rng(0)
+    calibration, test = generator.normal(size=(2, 500))
+    found = protocol.flagged(calibration, test)
+    assert found["nominal_within"]
+    assert not protocol.flagged(calibration, test + 1)["nominal_within"]
+    assert protocol.flagged(calibration[:50], test)["flagged"] is None
+    assert protocol.delay(calibration, test, test + 10, runs=3) < 60
+    assert protocol.delay(calibration, test, test, runs=3) > 60
+
+
+def test_a_pixel_is_predicted_from_those_before_it() -> None:
+    torch.manual_seed(0)
+    net = PixelCNN(4, width=8, depth=2)
+    tokens = torch.randint(4, (1, 5, 5))
+    changed = tokens.clone()
+    changed[0, 2, 3] = (tokens[0, 2, 3] + 1) % 4
+    different = (net(tokens) != net(changed)).any(1)[0].flatten()
+    at = 2 * 5 + 3
+    assert not different[: at + 1].any()
+    assert different[at + 1 :].any()
+
+
+def tiny(steps: int) -> Watched:
+    return dataclasses.replace(zoo.tiny()["VAE"], steps=steps, batch=4)
+
+
+def images(count: int) -> Tensor:
+    return torch.randint(256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    file, folder = tmp_path / "weights.safetensors", tmp_path / "folder"
+    data, held_out = images(40), images(8)
+    train.train(tiny(100), data, held_out, folder, file)
+    steps = sorted(int(path.stem) for path in folder.glob("*.safetensors"))
+    assert steps == [1, 3, 10, 30, 100]
+    module, facts = zoo.load(tiny(100), file)
+    assert facts["steps"] == "100"
+    assert not module.training
+    train.train(tiny(100), data, held_out, folder, file)  # from its checkpoint: nothing is left
+    again, _ = zoo.load(tiny(100), file)
+    assert all(map(torch.equal, module.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("model", zoo.tiny())
+def test_every_method_sees_every_model(model: str) -> None:
+    watched = zoo.tiny()[model]
+    torch.manual_seed(0)
+    module = watched.make().eval()
+    found = {name: methods.seen(watched, module, images(40), 1) for name in ("fit", "test", "odd")}
+    views = methods.views(found)
+    missing = {name for name, method in methods.METHODS.items() if method.view not in views}
+    of_one_model = {"MSMA": "UNet", "default, rows": "VAE"}
+    assert missing == {name for name, its in of_one_model.items() if its != model}
+    for name in methods.METHODS.keys() - missing:
+        method = methods.METHODS[name]
+        scores = protocol.scored(method.make(found["fit"].terms), views[method.view])
+        assert scores.keys() == {"test", "odd"}
+        assert np.isfinite(scores["test"]).all()
+
+
+def test_the_default_is_the_detectors() -> None:
+    watched = zoo.tiny()["Glow"]
+    module = watched.make().eval()
+    x = watched.prepare(images(80))
+    detector = om.Detector(watched.adapter(module), chunk_size=50).fit([x], progress=False)
+    fit = methods.measured(watched.adapter(module), x, 1)
+    order = detector._fitting()._split(80)[0]
+    view = methods.default_view({"fit": fit.take(order), "test": fit})
+    scores = protocol.scored(methods.default(fit.take(order)), view)
+    assert scores["test"] == pytest.approx(detector.score(x).score.numpy(), rel=1e-6)
+
+
+def test_passes_are_kept_as_they_were(tmp_path: Path) -> None:
+    watched = zoo.tiny()["UNet"]
+    torch.manual_seed(0)
+    module = watched.make().eval()
+    make = functools.partial(methods.seen, watched, module, images(10), 1)
+    first = methods.cached(tmp_path / "x.npz", make)
+    second = methods.cached(tmp_path / "x.npz", lambda: pytest.fail("measured twice"))
+    assert np.array_equal(first.terms.norms, second.terms.norms)
+    assert np.array_equal(first.bits, second.bits)
+    assert first.scores is not None
+    assert second.scores is not None
+    assert np.array_equal(first.scores, second.scores)
+
+
+def test_a_group_is_as_likely_as_its_samples_are_on_average() -> None:
+    watched = zoo.tiny()["VAE"]
+    adapter = watched.adapter(watched.make().eval())
+    x = watched.prepare(images(10))
+    single, grouped = methods.measured(adapter, x, 1), methods.measured(adapter, x, 5)
+    means = single.log_likelihood.reshape(2, 5, -1).mean(1)
+    assert grouped.log_likelihood == pytest.approx(means)
+    assert len(grouped) == 2
