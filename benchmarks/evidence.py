@@ -105,8 +105,10 @@ def mean_of_pairs(rows: list[Row], method: str) -> dict[int, float]:
     }
 
 
-def full(data: Path, cache: Path, sizes: Sizes, models: list[str]) -> Iterator[Row]:
-    for on in zoo.TRAINED_ON:
+def full(
+    data: Path, cache: Path, sizes: Sizes, names: list[str], models: list[str]
+) -> Iterator[Row]:
+    for on in names:
         sets = protocol.sets(data, on, sizes)
         for model, watched in zoo.zoo().items():
             if model in models:
@@ -135,6 +137,7 @@ def main(
     cache_dir: Annotated[
         Path, typer.Option(help="Where passes are kept; delete to measure anew.")
     ] = Path("runs/evidence/passes"),
+    on: Annotated[list[str] | None, typer.Option(help="A set; all if none.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
@@ -142,9 +145,9 @@ def main(
         typer.echo(words, err=True)
         raise typer.Exit(1)
     sizes = Sizes()
-    found = quick() if quick_run else full(data_dir, cache_dir, sizes, model or list(zoo.zoo()))
+    names, models = on or list(zoo.TRAINED_ON), model or list(zoo.zoo())
     rows = []
-    for row in found:
+    for row in quick() if quick_run else full(data_dir, cache_dir, sizes, names, models):
         typer.echo(line(row))
         rows.append(row)
     report = {"machine": machine(), "sizes": vars(sizes), "rows": rows, "claims": claims(rows)}

@@ -4,6 +4,7 @@ Weights go to benchmarks/weights, which are committed; weights along the way, fr
 evidence sees what too little training does, stay beside Lightning's checkpoint in the folder.
 """
 
+import math
 import time
 import warnings
 from dataclasses import replace
@@ -25,7 +26,7 @@ MILESTONES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Model(pl.LightningModule):
-    """A model of the zoo, by Adam with a rate that falls to zero."""
+    """A model of the zoo, by Adam with a rate that rises, if asked, and falls to zero."""
 
     def __init__(self, watched: Watched) -> None:
         super().__init__()
@@ -38,14 +39,21 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.module.parameters(), 1e-3)
-        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.watched.steps)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
         return [optimizer], [{"scheduler": rate, "interval": "step"}]
+
+    def _share(self, step: int) -> float:
+        """Of the learning rate, at a step."""
+        risen = min(1.0, (step + 1) / (self.watched.warmup + 1))
+        return risen * (1 + math.cos(math.pi * step / self.watched.steps)) / 2
 
     @torch.no_grad()
     def held_out_loss(self, images: Tensor) -> float:
-        torch.manual_seed(0)
         module = self.module.eval()
-        parts = [self.watched.loss(module, self.watched.prepare(x)).item() for x in images]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            parts = [self.watched.loss(module, self.watched.prepare(x)).item() for x in images]
+        module.train()
         return sum(parts) / len(parts)
 
 
@@ -66,7 +74,8 @@ def train(watched: Watched, images: Tensor, held_out: Tensor, folder: Path, file
     """Trains until the end, from the folder's checkpoint if there is one, and writes the file."""
     start, last = time.monotonic(), folder / "last.ckpt"
     pl.seed_everything(0, verbose=False)
-    model = Model(watched)
+    model, some = Model(watched), held_out[:1000].split(100)
+    untrained = model.held_out_loss(some)
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=250, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
         max_steps=watched.steps,
@@ -81,10 +90,13 @@ def train(watched: Watched, images: Tensor, held_out: Tensor, folder: Path, file
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")
         trainer.fit(model, loader, ckpt_path=str(last) if last.exists() else None)
+    loss = model.held_out_loss(some)
+    if not loss < untrained:
+        raise RuntimeError(f"Expected a loss below {untrained:.4g}, got {loss:.4g}: it diverged.")
     facts = {
         "steps": str(trainer.global_step),
         "seconds": f"{time.monotonic() - start:.0f}",
-        "held_out_loss": f"{model.held_out_loss(held_out[:1000].split(100)):.4f}",
+        "held_out_loss": f"{loss:.4f}",
     }
     zoo.save(model.module, file, facts)
     typer.echo(f"{file.name}: {facts}")

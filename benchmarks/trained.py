@@ -123,6 +123,7 @@ class Watched:
         adapter: Of the model.
         steps: Of training, none for a model that comes trained.
         batch: Images a step.
+        warmup: Steps in which the learning rate rises from zero.
     """
 
     prepare: Callable[[Tensor], Tensor]
@@ -131,6 +132,7 @@ class Watched:
     adapter: Callable[[Any], om.Adapter]
     steps: int
     batch: int = 128
+    warmup: int = 0
 
 
 def unit(images: Tensor) -> Tensor:
@@ -243,7 +245,10 @@ def watched_vae(make: Callable[[], nn.Module], steps: int) -> Watched:
 
 def watched_glow(make: Callable[[], nn.Module], steps: int, factor: int) -> Watched:
     prepare = functools.partial(pooled, factor=factor)
-    return Watched(prepare, make, dequantised_nll, lambda m: om.LogLikelihood(m, bins=256), steps)
+    # Without a warm-up, some seeds of a deep flow leave for 1e18 within three steps.
+    return Watched(
+        prepare, make, dequantised_nll, lambda m: om.LogLikelihood(m, bins=256), steps, warmup=100
+    )
 
 
 def trained(watched: Watched, images: Tensor, file: Path) -> tuple[nn.Module, dict[str, str]]:
