@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check docs format benchmark benchmark-peers benchmark-quality clean
+.PHONY: help install demo test test-slow check docs format bench benchmark-peers benchmark-quality clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -11,7 +11,7 @@ help:
 	@echo "make check      lint, format, types and the documentation"
 	@echo "make docs       the documentation, into build/docs"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make benchmark  what the README claims of cost, measured here (half an hour)"
+	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make benchmark-quality  what it claims of detection (an hour or more, and data that each says how to get)"
 
 install: $(INSTALLED)
@@ -47,18 +47,19 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: benchmark-peers
+bench: benchmark-peers
 	$(BIN)/python -m benchmarks.lightning --json benchmarks/results/lightning.json
 	$(BIN)/python -m benchmarks.diffusers --part latency --json benchmarks/results/diffusers_latency.json
 	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
+	$(BIN)/python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png
+	$(BIN)/python -m benchmarks.performance
 
 # DATA holds the images and the text; each benchmark says how to get them.
 DATA ?= ../shared/data
 benchmark-quality: benchmark-peers
 	$(BIN)/python -m benchmarks.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
-	$(BIN)/python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png
 	$(BIN)/python -m benchmarks.drift_history --json benchmarks/results/drift_history.json
 	$(BIN)/python -m benchmarks.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
 		--json benchmarks/results/densities.json

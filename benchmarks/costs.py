@@ -1,0 +1,287 @@
+"""What the benchmarks of cost found, as rows and blocks of `benchmarks.performance`'s page.
+
+Of each benchmark's report there are its rows of the table of main figures, and a section.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from benchmarks.pages import Row, paragraph, percent, ratio, table
+
+Report: TypeAlias = dict[str, Any]
+
+#: What, ours, and what is beside it.
+Figure: TypeAlias = tuple[str, str, str]
+
+
+def methods(rows: dict[str, Row]) -> list[str]:
+    """Those of whole models, whose norms were compared with the loop's."""
+    first = next(iter(rows.values()))
+    return [name for name, found in first.items() if "wrong" in found or "fails" in found]
+
+
+def norms_figures(report: Report) -> list[Figure]:
+    found = []
+    for model, row in report["rows"].items():
+        peers = [name for name in methods(report["rows"]) if not name.startswith("ours")]
+        beside = ", ".join(f"{peer} {timed(row[peer])}" for peer in peers)
+        own = f"{ratio(row['ours']['time'])} plain passes, {ratio(row['ours']['memory'])} in memory"
+        found.append((model, own, beside))
+    return found
+
+
+def norms_section(report: Report) -> list[str]:
+    rows, names = report["rows"], methods(report["rows"])
+    return [
+        paragraph(
+            "Squared gradient norms of every sample and layer. Times are in units of a plain pass: "
+            "one batched forward and backward pass of the same model. A tensor is wrong if its "
+            "norms are off by more than a hundredth of the loop's."
+        ),
+        table(
+            ["time", "plain pass, s", *names],
+            [
+                (model, row["plain"]["seconds"], *(timed(row[name]) for name in names))
+                for model, row in rows.items()
+            ],
+        ),
+        "The peak of memory, in units of the plain pass's:",
+        table(
+            ["memory", "plain pass, MiB", *names],
+            [
+                (model, row["plain"]["MiB"], *(remembered(row[name]) for name in names))
+                for model, row in rows.items()
+            ],
+        ),
+        *ends(rows),
+        *terms(report["terms of Glow"]),
+        *growth(report["growth of the small UNet"]),
+    ]
+
+
+def timed(found: Row) -> str:
+    if "fails" in found:
+        return "fails"
+    wrong = f" ({found['wrong']} of {found['of']} wrong)" if found["wrong"] else ""
+    return ratio(found["time"]) + wrong
+
+
+def remembered(found: Row) -> str:
+    return "fails" if "fails" in found else ratio(found["memory"])
+
+
+def ends(rows: dict[str, Row]) -> list[str]:
+    """The ends of networks, where the backward pass ends early."""
+    first, told = next(iter(rows.values())), methods(rows)
+    names = [name for name in first if name != "plain" and name not in told]
+    found = [
+        (model, *(ratio(row[name]["time"]) for name in names))
+        for model, row in rows.items()
+        if all(name in row for name in names)
+    ]
+    return ["The end of a network alone, in plain passes:", table(["time", *names], found)]
+
+
+def terms(found: Row) -> list[str]:
+    if not found:
+        return []
+    each = ratio(found["time per term"])
+    return [
+        f"The {found['terms']} terms of the Glow, a backward pass each, take "
+        f"{ratio(found['time'])} plain passes together, {each} a term."
+    ]
+
+
+def growth(found: dict[str, dict[str, float]]) -> list[str]:
+    """The plots, and their numbers."""
+    if not found:
+        return []
+    names = {"batch": "batch", "size": "image size, pixels", "depth": "layers per block"}
+    rows = [
+        (names[what], ", ".join(f"{ratio(time)} at {size}" for size, time in times.items()))
+        for what, times in found.items()
+    ]
+    return [
+        "How the time of the small UNet grows, at B = 8 where it is not the batch that does:",
+        "![Cost against batch, image size and depth](gradient-norms-cost.png)",
+        table(["what grows", "time in plain passes"], rows),
+    ]
+
+
+def forms_figures(report: Report) -> list[Figure]:
+    regrets = [row["regret"] for row in report["rows"]]
+    mean, largest = ratio(statistics.mean(regrets)), ratio(max(regrets))
+    return [
+        ("time of the form picked", f"{mean} of the faster one, on average", f"{largest} at most")
+    ]
+
+
+def forms_section(report: Report) -> list[str]:
+    rows = report["rows"]
+    best = sum(row[row["picked"]] == min(row["direct"], row["gram"]) for row in rows)
+    worst = max(rows, key=lambda row: float(row["regret"]))
+    return [
+        paragraph(
+            "A layer's norms have two exact forms, the direct one and the Gram form. The one "
+            f"picked was the faster for {best} of {len(rows)} sizes of layers. The worst pick took "
+            f"{ratio(worst['regret'])} times as long as the other form: {worst['layer']}."
+        )
+    ]
+
+
+def drift_figures(report: Report) -> list[Figure]:
+    """Of the drift test with the longest run length."""
+    own = [row for row in report["rows"] if row["method"].startswith("ours")][-1]
+    peers = [row for row in report["rows"] if not row["method"].startswith("ours")]
+    name = own["method"].removeprefix("ours, ")
+
+    def among(pick: Callable[[Row], list[Any]], write: Callable[[Any], str]) -> tuple[str, str]:
+        return span(pick(own), write), "peers: " + span(
+            [x for row in peers for x in pick(row)], write
+        )
+
+    return [
+        (f"an update, {name}", *among(lambda row: [row["microseconds"]], microseconds)),
+        (f"false alarm within 10 000 samples, {name}", *among(lambda row: [alarmed(row)], percent)),
+        (f"median delay in samples, {name}, over the changes", *among(delays, delay)),
+    ]
+
+
+def span(values: list[Any], write: Callable[[Any], str]) -> str:
+    """The least and the largest; None is larger than any."""
+    ordered = sorted(values, key=lambda value: float("inf") if value is None else value)
+    ends = dict.fromkeys(write(value) for value in (ordered[0], ordered[-1]))
+    return " to ".join(ends)
+
+
+def delays(row: Row) -> list[float | None]:
+    return [found["median delay"] for found in row["changes"].values()]
+
+
+def delay(value: float | None) -> str:
+    return "never" if value is None else f"{value:g}"
+
+
+def alarmed(row: Row) -> float:
+    return float(row["in control"]["alarm within 10000"])
+
+
+def microseconds(value: float) -> str:
+    return f"{value:.2g} µs" if value < 10 else f"{value:.0f} µs"
+
+
+def drift_section(report: Report) -> list[str]:
+    rows = [
+        (
+            row["method"],
+            f"{row['in control']['mean run length, at least']:.0f}",
+            percent(alarmed(row)),
+            *map(delay, delays(row)),
+            microseconds(row["microseconds"]),
+        )
+        for row in report["rows"]
+    ]
+    changes = list(report["rows"][0]["changes"])
+    header = ["method", "run length, at least", "false alarm within 10 000", *changes, "an update"]
+    return [
+        paragraph(
+            "Samples to a false alarm while nothing changes (the mean, of runs that are cut off), "
+            "and the median of samples from a change to the alarm: never if most streams of "
+            "2 000 changed samples have none. A short run length buys speed with false alarms. "
+            "An update is in microseconds of processor time."
+        ),
+        table(header, rows),
+        *report["skipped"],
+        "![Delays against run lengths of these methods](drift.png)",
+    ]
+
+
+def lightning_figures(report: Report) -> list[Figure]:
+    found = []
+    for name, row in report["rows"].items():
+        hook = f"its hook: {percent(row['its hook, share of a step'])} of a step"
+        step = f"{ratio(row['step with the training stream'])} plain steps"
+        found.append((f"{name}, training step", step, hook))
+        tenth, every = (row[f"validation, one batch in {n} scored"] for n in (10, 1))
+        beside = f"every batch scored: {ratio(every)}"
+        found.append(
+            (f"{name}, validation, one batch in 10 scored", f"{ratio(tenth)} plain passes", beside)
+        )
+    return found
+
+
+def lightning_section(report: Report) -> list[str]:
+    rows = report["rows"]
+    figures = list(next(iter(rows.values())))
+    return [
+        paragraph(
+            "What the callback adds: the time of a training step with the training stream beside "
+            "one without, which alternate, and of a validation pass of which batches are scored "
+            "beside one of which none is."
+        ),
+        table(["", *rows], [(name, *(row[name] for row in rows.values())) for name in figures]),
+    ]
+
+
+def diffusers_figures(report: Report) -> list[Figure]:
+    """By pipeline and way of watching, what is added to calls of each length."""
+    found: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        if "way" in row:
+            found.setdefault(f"{row['pipeline']}, {row['way']}", []).append(row)
+    return [
+        (name, "; ".join(map(share, rows)), "; ".join(map(added, rows)))
+        for name, rows in found.items()
+    ]
+
+
+def share(row: Row) -> str:
+    none = "" if row["scored"] else " (none scored)"
+    return f"{percent(row['share'])} of a call of {row['steps']} steps{none}"
+
+
+def added(row: Row) -> str:
+    return f"{row['added_ms_p50']:z.0f} ms on {row['call_ms']:.0f} ms"
+
+
+def diffusers_section(report: Report) -> list[str]:
+    rows = [row for row in report["rows"] if "way" in row]
+    header = ["pipeline", "steps", "watched", "call, ms", "added, ms", "95 %", "share"]
+    return [
+        paragraph(
+            "What watching adds to a call. Each watched call is beside an unwatched one just "
+            "before: the median of what it takes more, its 95 % quantile, and the median of its "
+            "share of the unwatched call; of a tenth of the samples, the mean of what they take "
+            "more beside the mean call. The first call is scored but not timed. What the "
+            "background does after a call is not in its time, and the last call's may not be "
+            "counted yet."
+        ),
+        table([*header, "calls", "scored", "dropped"], [watched(row) for row in rows]),
+        *unscored(rows),
+        *plans([row for row in report["rows"] if "plan" in row]),
+    ]
+
+
+def watched(row: Row) -> tuple[object, ...]:
+    times = (f"{row[name]:.1f}" for name in ("call_ms", "added_ms_p50", "added_ms_p95"))
+    counts = (row["calls"], row["scored"], row["dropped"])
+    return row["pipeline"], row["steps"], row["way"], *times, percent(row["share"]), *counts
+
+
+def unscored(rows: list[Row]) -> list[str]:
+    """A share of the samples can be none of few."""
+    none = [row for row in rows if not row["scored"]]
+    items = [f"- {row['pipeline']}, {row['steps']} steps, {row['way']}" for row in none]
+    lead = "Here no sample came to be scored, so that the figures are of the hook alone:"
+    return [lead, "\n".join(items)] if items else []
+
+
+def plans(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    cells = [(f"`{row['plan']}`", row["milliseconds"], ratio(row["forwards"])) for row in rows]
+    return [
+        "What `plan_costs` tells of the last pipeline above, by noise levels and layers, a sample:",
+        table(["plan", "milliseconds", "in forward passes of the network"], cells),
+    ]

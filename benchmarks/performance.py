@@ -1,0 +1,124 @@
+"""One page of what the library costs, made of what `make bench` measured.
+
+Nothing is measured here: the page says what the results hold, and names those that are not there.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import costs, pages
+from benchmarks.costs import Figure, Report
+from benchmarks.pages import table
+
+INTRODUCTION = """\
+# Performance
+
+What the library costs in time and memory. `make bench` measures it and writes this page;
+`python -m benchmarks.performance` writes it again from what was measured, in `benchmarks/results`.
+What a network costs depends on its sizes, so weights are random. A ratio is of runs in one process,
+one just before or after the other, so that other work on the machine counts little in it; it does
+show in milliseconds and quantiles."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the page.
+
+    Attributes:
+        name: The file of its results, without ending.
+        title: Its heading.
+        options: Of the benchmark's command.
+        figures: Its rows of the table of main figures.
+        section: What its results say in full, block by block.
+    """
+
+    name: str
+    title: str
+    options: str
+    figures: Callable[[Report], list[Figure]]
+    section: Callable[[Report], list[str]]
+
+    @property
+    def command(self) -> str:
+        return f"python -m benchmarks.{self.options} --json benchmarks/results/{self.name}.json"
+
+
+PARTS = [
+    Part(
+        "gradient_norms",
+        "Gradient norms",
+        "gradient_norms --figure docs/gradient-norms-cost.png",
+        costs.norms_figures,
+        costs.norms_section,
+    ),
+    Part(
+        "factor_forms", "Choice of form", "factor_forms", costs.forms_figures, costs.forms_section
+    ),
+    Part(
+        "drift", "Drift", "drift --figure docs/drift.png", costs.drift_figures, costs.drift_section
+    ),
+    Part("lightning", "Lightning", "lightning", costs.lightning_figures, costs.lightning_section),
+    Part(
+        "diffusers_latency",
+        "diffusers",
+        "diffusers --part latency",
+        costs.diffusers_figures,
+        costs.diffusers_section,
+    ),
+]
+
+
+def rendered(results: Path) -> str:
+    """The page of the results in a folder."""
+    files = {part: results / f"{part.name}.json" for part in PARTS}
+    found = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    lacking = [f"- {part.title}: `{part.command}`" for part in PARTS if part not in found]
+    blocks = [INTRODUCTION]
+    if lacking:
+        blocks += ["Not measured yet:", "\n".join(lacking)]
+    if found:
+        blocks += [*overview(found), *claimed(found)]
+    for part, report in found.items():
+        blocks += [f"## {part.title}", *part.section(report)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def overview(found: dict[Part, Report]) -> list[str]:
+    machines = [
+        (part.title, pages.described(report["machine"]), f"`{part.command}`")
+        for part, report in found.items()
+    ]
+    figures = [(part.title, *row) for part, report in found.items() for row in part.figures(report)]
+    return [
+        table(["part", "measured on", "by"], machines),
+        "## Main figures",
+        table(["part", "what", "ours", "beside it"], figures),
+    ]
+
+
+def claimed(found: dict[Part, Report]) -> list[str]:
+    """Those that are missed before all."""
+    every = [
+        claim | {"claim": f"{part.title}: {claim['claim']}"}
+        for part, report in found.items()
+        for claim in report["claims"]
+    ]
+    return ["## Claims", pages.missed(every), pages.claims(every)]
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of what was measured.")] = Path(
+        "benchmarks/results"
+    ),
+    page: Annotated[Path, typer.Option(help="What to write.")] = Path("docs/performance.md"),
+) -> None:
+    page.write_text(rendered(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
