@@ -126,17 +126,18 @@ def latency(
             chunk_size=8,
             progress=False,
         )
+        # Calls with a sample that is scored and calls without: enough of both.
+        rounds = max(3, 12 // batch) * calls if watching.mean else calls
         yield {"pipeline": f"{name}, B = {batch}", "steps": steps, "way": way} | measured(
-            pipe, call, om.Monitor(detector, fpr=0.05), watching, calls
+            pipe, call, om.Monitor(detector, fpr=0.05), watching, rounds
         )
 
 
 def measured(
-    pipe: DDPMPipeline, call: Callable[[], None], monitor: om.Monitor, way: Watching, calls: int
+    pipe: DDPMPipeline, call: Callable[[], None], monitor: om.Monitor, way: Watching, rounds: int
 ) -> Row:
     """Watched calls in turn with unwatched ones, and what they take more."""
     plain, watched = [], []
-    rounds = 3 * calls if way.mean else calls
     monitor_pipeline(pipe, monitor, **way.options)
     call()  # the first checks the model
     watcher = pipe.ood_monitor

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, methods, protocol, train, zoo
+from benchmarks import datasets, evidence_page, methods, protocol, train, zoo
 from benchmarks.pixelcnn import PixelCNN
 from benchmarks.trained import Watched
 
@@ -217,3 +217,16 @@ def test_a_group_is_as_likely_as_its_samples_are_on_average() -> None:
     means = single.log_likelihood.reshape(2, 5, -1).mean(1)
     assert grouped.log_likelihood == pytest.approx(means)
     assert len(grouped) == 2
+
+
+def test_the_committed_page_is_of_the_committed_results() -> None:
+    """Where it is not, `python -m benchmarks.evidence_page` writes it anew."""
+    root = Path(__file__).parents[1]
+    page = evidence_page.rendered(root / "benchmarks" / "results")
+    assert (root / "docs" / "evidence.md").read_text() == page
+
+
+def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
+    page = evidence_page.rendered(tmp_path)
+    for name in evidence_page.SECTIONS:
+        assert f"Not measured yet: `python -m benchmarks.{name}`." in page
