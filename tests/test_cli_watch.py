@@ -208,6 +208,7 @@ def test_a_wrong_watch_exits_with_1_and_a_line(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_watch_with_its_status(detector: Path, tmp_path: Path) -> None:
     inbox, state = usual(tmp_path / "inbox", n=3), tmp_path / "state.json"
     with watching(detector, inbox, "--state", state, "--poll", "0.1", "--json") as process:
@@ -269,6 +270,7 @@ def test_a_path_is_scored_when_it_comes_and_term_ends_the_wait(
         assert process.wait(timeout=PATIENCE) == WARN
 
 
+@pytest.mark.slow
 def test_a_watch_that_was_killed_goes_on_from_its_last_state(
     detector: Path, tmp_path: Path
 ) -> None:

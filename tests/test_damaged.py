@@ -361,6 +361,7 @@ detector.save_pretrained({directory!r}, card=False)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_kill_while_saving_never_mixes_two_detectors(at: int, tmp_path: Path) -> None:
     first = om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=False)

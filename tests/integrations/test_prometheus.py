@@ -151,6 +151,7 @@ def test_buckets_of_a_detector_hold_its_scores(detector: om.Detector) -> None:
     assert ((scores > buckets[0]) & (scores <= buckets[-1])).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_processes_of_a_service_add_up(tmp_path: Path) -> None:
     script = """
 import sys
