@@ -7,7 +7,7 @@ core.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +45,14 @@ def judged(seen: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
 
 
 def corruptions(
-    watched: Watched, module: nn.Module, normal: Mapping[str, Seen], images: Tensor
+    watched: Watched,
+    module: nn.Module,
+    normal: Mapping[str, Seen],
+    images: Tensor,
+    severities: Sequence[int],
 ) -> Iterator[Row]:
     """A row for each severity and method."""
-    for severity in SEVERITIES:
+    for severity in severities:
         odd = {
             name: methods.seen(watched, module, corrupted(images, name, severity, seed=0), 1)
             for name in CORRUPTIONS
@@ -94,14 +98,20 @@ def moved(adapter: om.Adapter, x: Tensor, low: float) -> Seen:
 
 
 def rows_of(
-    model: str, watched: Watched, module: nn.Module, sets: Mapping[str, Tensor], near: str
+    model: str,
+    watched: Watched,
+    module: nn.Module,
+    sets: Mapping[str, Tensor],
+    near: str,
+    severities: Sequence[int] = SEVERITIES,
 ) -> Iterator[Row]:
     """Half of the test images is as it is, the other half is what is corrupted."""
     half = len(sets["test"]) // 2
     kept = {"fit": sets["fit"], "test": sets["test"][:half]}
     normal = {name: methods.seen(watched, module, images, 1) for name, images in kept.items()}
     other = sets["test"][half:][:CHANGED]
-    yield from ({"model": model} | row for row in corruptions(watched, module, normal, other))
+    corrupt = corruptions(watched, module, normal, other, severities)
+    yield from ({"model": model} | row for row in corrupt)
     if watched.prepare(other[:1]).is_floating_point():
         targets = {"in distribution": other, near: sets[near][:CHANGED]}
         yield from ({"model": model} | row for row in attacked(watched, module, normal, targets))
@@ -146,7 +156,7 @@ def quick_rows() -> Iterator[Row]:
         module = watched.make()
         trained.train(module, watched, images)
         small = {name: value[:150] for name, value in sets.items()}
-        yield from rows_of(model, watched, module.eval(), small, "blurred")
+        yield from rows_of(model, watched, module.eval(), small, "blurred", severities=(3,))
 
 
 def main(
