@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 #: How many images are changed in each way.
-CHANGED = 60
+CHANGED = 40
 #: Of the range of values; and PGD's number of steps.
 EPSILONS, STEPS = (2 / 255, 8 / 255), 10
 
