@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import trained
+from benchmarks import datasets, trained
 from benchmarks.measuring import claim, machine, save
 from ood_monitor.baselines import (
     ChiSquare,
@@ -247,7 +247,7 @@ def main(
         with tempfile.TemporaryDirectory() as directory:
             found = report(trained.tiny(), trained.digits(), Path(directory), 200)
     else:
-        if words := trained.missing(data_dir):
+        if words := datasets.missing(data_dir, trained.SETS):
             typer.echo(words, err=True)
             raise typer.Exit(1)
         images = trained.fashion(data_dir)

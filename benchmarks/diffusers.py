@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import trained
+from benchmarks import datasets, trained
 from benchmarks.measuring import claim, machine, save, seconds
 from benchmarks.models import ddpm_cifar10
 from ood_monitor.measured import Measured
@@ -37,6 +37,9 @@ FEWER = ((50, 500), (500,))
 SEEDS = (SEED, 0, 1)
 
 OUTPUT = ["conv_norm_out.*", "conv_out.*"]
+
+#: The set that the pipeline was trained on, then those that it is to tell from it.
+DETECTED = ("Fashion-MNIST", "MNIST", "EMNIST letters")
 
 
 @dataclass(frozen=True)
@@ -348,14 +351,11 @@ def detection(
 
 def fashion(folder: Path, ood: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The 20 000 images that the model never saw, and MNIST and EMNIST letters."""
-    arrays = {
-        name: np.load(folder / trained.SOURCES[name][0])
-        for name in ("Fashion-MNIST", "MNIST", "EMNIST letters")
-    }
-    of = arrays.pop("Fashion-MNIST")
-    held_out = torch.cat([trained.square(of["train"][50_000:]), trained.square(of["test"])])
-    odd = {k: trained.drawn(trained.square(v["test"]), ood) for k, v in arrays.items()}
-    return held_out, odd
+    own, *others = DETECTED
+    unseen = [datasets.read(folder, own, "train")[50_000:], datasets.read(folder, own, "test")]
+    tests = {name: datasets.read(folder, name, "test") for name in others}
+    odd = {name: trained.drawn(trained.square(images), ood) for name, images in tests.items()}
+    return torch.cat([trained.square(images) for images in unseen]), odd
 
 
 def digits() -> tuple[DDPMPipeline, Tensor, dict[str, Tensor]]:
@@ -409,7 +409,7 @@ def main(
         rows = told(latency_report()) if part != "detection" else []
         found = {"rows": rows, "claims": latency_claims(rows)}
         if part != "latency":
-            if words := trained.missing(data_dir):
+            if words := datasets.missing(data_dir, DETECTED):
                 typer.echo(words, err=True)
                 raise typer.Exit(1)
             pipe = DDPMPipeline.from_pretrained(model)

@@ -176,7 +176,7 @@ def fit_sizes(model: Model, sizes: Sequence[int]) -> Iterator[Row]:
             few = {**found, "fit": found["fit"].take(range(size))}
             logs = methods.log_norms(few)
             densities: dict[str, tuple[protocol.Method, protocol.View]] = {
-                PAPER: (om.DiagonalGaussian(), logs),
+                "diagonal": (om.DiagonalGaussian(), logs),
                 "half-shrunk": (om.ShrunkGaussian(), logs),
                 "Ledoit-Wolf": (om.ShrunkGaussian("ledoit_wolf"), logs),
                 DEFAULT: (methods.default(few["fit"]), methods.default_view(few)),

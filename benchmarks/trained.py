@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import ood_monitor as om
+from benchmarks import datasets
 from ood_monitor.adapters.observations import Bernoulli
 from ood_monitor.features import table
 from ood_monitor.gradients.norms import terms_and_norms
@@ -29,31 +30,8 @@ from ood_monitor.gradients.norms import terms_and_norms
 #: 1 000 steps with linear variances, which the pipeline was trained with too.
 SCHEDULE = cast(Any, DDPMScheduler)()
 
-#: File, key, and where a user gets the images.
-SOURCES: dict[str, tuple[str, str, str]] = {
-    "Fashion-MNIST": (
-        "fashion_mnist_28x28.npz",
-        "train and test",
-        "torchvision.datasets.FashionMNIST, or github.com/zalandoresearch/fashion-mnist",
-    ),
-    "MNIST": ("mnist_28x28.npz", "test", "torchvision.datasets.MNIST"),
-    "EMNIST letters": (
-        "emnist_letters_28x28.npz",
-        "test",
-        'torchvision.datasets.EMNIST(split="letters"), transposed to stand upright',
-    ),
-    "GTSRB": (
-        "gtsrb_test4k_32x32.npz",
-        "test",
-        'torchvision.datasets.GTSRB(split="test"), resized to 32x32',
-    ),
-    "Chars74K": (
-        "chars74k_streetview4k_32x32.npz",
-        "test",
-        'Kaggle\'s "First Steps With Julia" (train), or info-ee.surrey.ac.uk/CVSSP/demos/chars74k '
-        "(EnglishImg), resized to 32x32",
-    ),
-}
+#: What models are trained on, then the sets that they are tested against.
+SETS = ("Fashion-MNIST", "MNIST", "EMNIST letters", "GTSRB", "Chars74K")
 
 
 @dataclass(frozen=True)
@@ -69,26 +47,13 @@ class Images:
     sets: dict[str, Tensor]
 
 
-def missing(directory: Path) -> str:
-    """What to do, in words, about files that are not there; empty if all are."""
-    if all((directory / file).exists() for file, _, _ in SOURCES.values()):
-        return ""
-    lines = [
-        f"Expected images in {directory}; name another folder by --data-dir. Each file is written",
-        "by np.savez_compressed; an array is uint8, (N, 28, 28) in grey or (N, 32, 32, 3) in RGB:",
-        *(f"  {file}, {key}: {name}, {origin}" for name, (file, key, origin) in SOURCES.items()),
-        "--quick needs none of them.",
-    ]
-    return "\n".join(lines)
-
-
 def fashion(directory: Path, fit: int = 500, test: int = 300, ood: int = 150) -> Images:
     """Fashion-MNIST and four sets unlike it, at 32x32."""
-    arrays = {name: np.load(directory / file) for name, (file, _, _) in SOURCES.items()}
-    of = arrays.pop("Fashion-MNIST")
-    train, held_out = square(of["train"][:50_000]), square(of["train"][50_000:])
-    sets = {"fit": drawn(held_out, fit), "test": drawn(square(of["test"]), test)}
-    return Images(train, sets | {k: drawn(square(v["test"]), ood) for k, v in arrays.items()})
+    own, *others = SETS
+    images = square(datasets.read(directory, own, "train"))
+    tests = {name: square(datasets.read(directory, name, "test")) for name in SETS}
+    sets = {"fit": drawn(images[50_000:], fit), "test": drawn(tests[own], test)}
+    return Images(images[:50_000], sets | {name: drawn(tests[name], ood) for name in others})
 
 
 def square(array: NDArray[np.uint8]) -> Tensor:
