@@ -1,5 +1,6 @@
 """What the evidence compares: every method on the same model, images and split."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import ood_monitor as om
 from benchmarks import protocol, trained
@@ -30,6 +31,9 @@ from ood_monitor.gradients import terms_and_norms
 from ood_monitor.measured import Measured
 
 Array = NDArray[np.float64]
+
+#: What a likelihood or a norm that is no number counts as.
+_HUGE = 1e30
 
 #: Noise levels of MSMA, ten as there, evenly spaced in their index.
 MSMA_LEVELS = tuple(round(level) for level in np.linspace(1, 900, 10))
@@ -80,6 +84,9 @@ def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "ten
     found = terms_and_norms(adapter, x, group=group, granularity=granularity, chunk_size=50)
     values = [protocol.grouped(v.tolist(), group) for v in found.log_likelihood.values()]
     norms = torch.cat([v.reshape(len(v), -1) for v in found.norms.values()], 1).double().numpy()
+    # A flow overflows on an image far from all that it knows: as unlikely as can be.
+    values = [np.nan_to_num(v, nan=-_HUGE, neginf=-_HUGE, posinf=_HUGE) for v in values]
+    norms = np.nan_to_num(norms, nan=_HUGE, posinf=_HUGE)
     names = tuple(
         name if value.ndim == 1 else f"{name}[{i}]"
         for name, value in found.norms.items()
@@ -90,7 +97,7 @@ def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "ten
 
 def seen(watched: Watched, module: Any, images: Tensor, group: int) -> Seen:
     """Every pass over a set of images, of groups of them."""
-    adapter, x = watched.adapter(module), watched.prepare(images)
+    adapter, x = adapter_of(watched, module), watched.prepare(images)
     return passes(adapter, x, 8 * png_bytes(shown(watched, images)), group)
 
 
@@ -107,6 +114,13 @@ def passes(adapter: om.Adapter, x: Tensor, bits: Array, group: int = 1) -> Seen:
     )
 
 
+@functools.lru_cache(maxsize=2)
+def adapter_of(watched: Watched, module: nn.Module) -> om.Adapter:
+    """One for all sets: it is checked when it is new, on images that the model knows."""
+    return watched.adapter(module)
+
+
+@functools.lru_cache(maxsize=2)
 def whole(adapter: om.Adapter) -> om.Adapter:
     """What the paper differentiates: all terms, or a diffusion model's loss at the least noise."""
     return adapter.with_levels((0,)) if isinstance(adapter, om.DenoisingBound) else Whole(adapter)

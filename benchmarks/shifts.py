@@ -72,7 +72,7 @@ def attacked(
     watched: Watched, module: nn.Module, normal: Mapping[str, Seen], sets: Mapping[str, Tensor]
 ) -> Iterator[Row]:
     """A row for each method, of every attack on a model that takes real numbers."""
-    adapter = watched.adapter(module)
+    adapter = methods.adapter_of(watched, module)
     odd = {}
     for name, images in sets.items():
         x = watched.prepare(images)

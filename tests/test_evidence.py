@@ -230,3 +230,14 @@ def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None
     page = evidence_page.rendered(tmp_path)
     for name in evidence_page.SECTIONS:
         assert f"Not measured yet: `python -m benchmarks.{name}`." in page
+
+
+def test_an_image_that_overflows_is_as_unlikely_as_can_be() -> None:
+    adapter = om.LogLikelihood(om.models.Glow(channels=1, size=8))
+    x = images(40) / 255
+    far = torch.cat([x[:2], torch.full_like(x[:1], 1e30)])
+    found = {name: methods.measured(adapter, v, 1) for name, v in (("fit", x), ("far", far))}
+    scores = protocol.scored(om.DiagonalGaussian(), methods.log_norms(found))
+    assert np.isfinite(found["far"].log_likelihood).all()
+    assert np.isfinite(scores["far"]).all()
+    assert scores["far"][2] > scores["far"][:2].max()
