@@ -41,7 +41,7 @@ In code, in `benchmarks/protocol.py`:
   alarm at ert 10 000 when a fifth of a stream is of the other set (a stream is as long as the
   test set; one more is "never"), and cost in forward passes of the network.
 - Higher score, more anomalous. For a diffusion model "log-likelihood" is its bound at levels 50
-  and 500, "paper" its loss at the least noise, T = 1.
+  and 500, "paper" its loss at the least noise, T = 1; methods "T = 1" take that loss itself.
 
 Data: `python -m benchmarks.train` and each of these commands say which sets they miss, where a
 user gets them and in which forms they are read (npz, IDX, a Hugging Face dataset on disk). The

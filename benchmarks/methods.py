@@ -168,7 +168,11 @@ def views(found: Mapping[str, Seen]) -> dict[str, View]:
     if rows:
         result["rows"] = default_view(rows)
     scores = {name: np.log(s.scores) for name, s in found.items() if s.scores is not None}
-    return result | ({"scores": scores} if scores else {})
+    if scores:
+        result["scores"] = scores
+    if found["fit"].terms.terms[0].startswith("t="):
+        result["least noise"] = {name: s.whole.log_likelihood.sum(1) for name, s in found.items()}
+    return result
 
 
 def varying_only(view: View) -> View:
@@ -211,8 +215,8 @@ class Compared:
     Attributes:
         view: The name of what it sees.
         make: Gives it, unfitted; of what the fit samples measured.
-        passes: What a sample costs it: "forward", "whole" or "terms" (with gradients), "scores",
-            or "none".
+        passes: What a sample costs it: "forward", "level" (one pass of a diffusion model), "whole"
+            or "terms" (with gradients), "scores", or "none".
     """
 
     view: str
@@ -226,6 +230,8 @@ METHODS: dict[str, Compared] = {
     "PNG size": Compared("bits", lambda _: Typicality(), "none"),
     "log-likelihood": Compared("likelihood", lambda _: LowLikelihood(), "forward"),
     "typicality": Compared("likelihood", lambda _: Typicality(), "forward"),
+    "log-likelihood, T = 1": Compared("least noise", lambda _: LowLikelihood(), "level"),
+    "typicality, T = 1": Compared("least noise", lambda _: Typicality(), "level"),
     "likelihood + complexity": Compared("complexity", lambda _: WithComplexity(), "forward"),
     "terms' values, mixture": Compared("values", lambda _: GaussianMixture(), "forward"),
     "terms' values, kernels": Compared("values", lambda _: DensityOfStates(), "forward"),
@@ -267,6 +273,7 @@ def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
     unit = terms if diffusion else 1
     return {
         "none": 0.0,
+        "level": 1.0,
         "forward": float(unit),
         **{name: round(unit * value, 2) for name, value in found.items()},
     }
