@@ -1,7 +1,6 @@
 """What the evidence compares: every method on the same model, images and split."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import ood_monitor as om
 from benchmarks import protocol, trained
 from benchmarks.densities import png_bytes
+from benchmarks.measuring import ratios
 from benchmarks.protocol import Method, View
 from benchmarks.trained import Watched
 from ood_monitor.baselines import (
@@ -26,7 +26,7 @@ from ood_monitor.baselines import (
     Typicality,
 )
 from ood_monitor.densities import GaussianMixture, StudentT
-from ood_monitor.features import LogNorms, TermValues
+from ood_monitor.features import LogNorms, TermValues, table
 from ood_monitor.gradients import terms_and_norms
 from ood_monitor.measured import Measured
 
@@ -34,6 +34,9 @@ Array = NDArray[np.float64]
 
 #: What a likelihood or a norm that is no number counts as.
 _HUGE = 1e30
+
+#: How often a cost is measured, of which the median counts.
+ROUNDS = 5
 
 #: Noise levels of MSMA, ten as there, evenly spaced in their index.
 MSMA_LEVELS = tuple(round(level) for level in np.linspace(1, 900, 10))
@@ -83,15 +86,10 @@ def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "ten
     """As `Detector.measure`, also of groups of samples, whose gradient is that of their sum."""
     found = terms_and_norms(adapter, x, group=group, granularity=granularity, chunk_size=50)
     values = [protocol.grouped(v.tolist(), group) for v in found.log_likelihood.values()]
-    norms = torch.cat([v.reshape(len(v), -1) for v in found.norms.values()], 1).double().numpy()
+    names, norms = table(found.norms)
     # A flow overflows on an image far from all that it knows: as unlikely as can be.
     values = [np.nan_to_num(v, nan=-_HUGE, neginf=-_HUGE, posinf=_HUGE) for v in values]
     norms = np.nan_to_num(norms, nan=_HUGE, posinf=_HUGE)
-    names = tuple(
-        name if value.ndim == 1 else f"{name}[{i}]"
-        for name, value in found.norms.items()
-        for i in range(value[0].numel())
-    )
     return Measured(tuple(found.log_likelihood), np.stack(values, 1), names, norms, ())
 
 
@@ -268,7 +266,9 @@ def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
     }
     if diffusion:
         runs["scores"] = lambda: score_norms(adapter, x)
-    found = {name: ratio(run, forward) for name, run in runs.items()}
+    for run in runs.values():
+        run()
+    found = ratios(forward, runs, ROUNDS)
     # A diffusion model's bound passes the network once for each of its levels.
     unit = terms if diffusion else 1
     return {
@@ -277,19 +277,6 @@ def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
         "forward": float(unit),
         **{name: round(unit * value, 2) for name, value in found.items()},
     }
-
-
-def ratio(run: Callable[[], object], plain: Callable[[], object], rounds: int = 5) -> float:
-    """Median of a run's time over that of the plain run beside it."""
-    found = []
-    run()
-    for _ in range(rounds):
-        start = time.perf_counter()
-        plain()
-        middle = time.perf_counter()
-        run()
-        found.append((time.perf_counter() - middle) / (middle - start))
-    return float(np.median(found))
 
 
 def cached(file: Path, make: Callable[[], Seen]) -> Seen:

@@ -9,7 +9,7 @@ are the flagged share at a nominal rate and the samples to a drift alarm.
 import hashlib
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,7 @@ def check_disjoint(named: Mapping[str, Tensor]) -> None:
 
 def auroc(normal: Array, odd: Array) -> float:
     """How often an odd sample scores higher than a normal one, ties half: (N,) and (M,)."""
+    # By ranks, since the bootstrap takes it 200 times, and scikit-learn's checks take longer.
     ranks = rankdata(np.concatenate([normal, odd]))[len(normal) :]
     return float((ranks.mean() - (len(odd) + 1) / 2) / len(normal))
 
@@ -179,7 +180,3 @@ def grouped(values: Iterable[float], size: int) -> Array:
     """Means of consecutive groups, an incomplete last one left out."""
     array = np.asarray(list(values), dtype=np.float64)
     return np.asarray(array[: len(array) // size * size].reshape(-1, size).mean(1))
-
-
-def described(sizes: Sizes) -> dict[str, int]:
-    return {field.name: getattr(sizes, field.name) for field in fields(sizes)}
