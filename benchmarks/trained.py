@@ -210,7 +210,7 @@ def watched_vae(make: Callable[[], nn.Module], steps: int) -> Watched:
 
 def watched_glow(make: Callable[[], nn.Module], steps: int, factor: int) -> Watched:
     prepare = functools.partial(pooled, factor=factor)
-    # Without a warm-up, some seeds of a deep flow leave for 1e18 within three steps.
+    # Without a warm-up a deep flow may leave for good in its first steps: one run did.
     return Watched(
         prepare, make, dequantised_nll, lambda m: om.LogLikelihood(m, bins=256), steps, warmup=100
     )
