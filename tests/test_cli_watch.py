@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typer.testing import CliRunner, Result
 
 import ood_monitor as om
 from ood_monitor.cli import app
+from ood_monitor.cli import watching as watching_module
+from ood_monitor.cli.sources import FolderFiles
 
 OK, WARN, ALERT = 0, 3, 4
 
@@ -224,6 +226,22 @@ def test_ctrl_c_ends_a_watch_with_its_status(detector: Path, tmp_path: Path) -> 
     assert alert.kind == "sample"
     assert summary(out)["samples_seen"] == 4
     assert "Traceback" not in err
+
+
+def test_the_state_is_kept_while_nothing_comes(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, state = usual(tmp_path / "inbox", n=2), tmp_path / "state.json"
+    kept: list[int] = []
+
+    class UntilKept(FolderFiles):
+        def next(self, limit: int, stop: threading.Event) -> Sequence[Path] | None:
+            kept.append(state_of(state)["samples_seen"])
+            return None if kept[-1] == 2 else super().next(limit, stop)
+
+    monkeypatch.setattr(watching_module, "FolderFiles", UntilKept)
+    unended(detector, inbox, "--state", state, "--poll", "0.05", "--idle", "20")
+    assert kept[-1] == 2
 
 
 def test_a_file_is_read_when_it_has_stopped_growing(detector: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class _Watch:
         self._monitor, self._model, self._images = monitor, model, images
         self._source, self._path = source, state
         self._shape = images.shape
-        self._saved = time.monotonic()
+        self._saved, self._unsaved = time.monotonic(), False
         self._alerts = self._unreadable = 0
         if state is not None and state.exists():
             self._resume(state)
@@ -135,6 +135,9 @@ class _Watch:
                 break
             if files:
                 self._take(files)
+            # Also while nothing comes: what came last must not wait for the next file.
+            if self._unsaved and time.monotonic() - self._saved >= _SAVE_EVERY:
+                self._save()
             if quiet.is_over(came=bool(files)):
                 break
         self._save()
@@ -163,7 +166,8 @@ class _Watch:
         sys.stdout.flush()
         self._tell_flagged(files)
         self._alerts += len(alerts)
-        if alerts or time.monotonic() - self._saved >= _SAVE_EVERY:
+        self._unsaved = True
+        if alerts:
             self._save()
 
     def _read(self, files: Sequence[Path]) -> Tensor:
@@ -207,7 +211,7 @@ class _Watch:
             "files": self._source.state(),
         }
         replace_files({self._path: json.dumps(record).encode()})
-        self._saved = time.monotonic()
+        self._saved, self._unsaved = time.monotonic(), False
 
 
 @contextmanager
