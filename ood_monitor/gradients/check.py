@@ -11,6 +11,7 @@ from ood_monitor.adapters.base import Adapter, Batch, batch_size, pieces
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
+from ood_monitor.gradients.scoring import precision_of
 
 __all__ = ["Facts", "facts_of"]
 
@@ -52,7 +53,8 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
             known: Facts = found[adapter]
             return known
     chosen = supported(adapter.module)
-    dtypes = {name: p.dtype for name, p in adapter.module.named_parameters() if name in chosen}
+    parameters = adapter.module.named_parameters()
+    dtypes = {name: precision_of(p) for name, p in parameters if name in chosen}
     probe, every = next(iter(pieces(batch, n * group))), chosen.__contains__
     fast = recorded_norms(adapter, probe, n, every, by_row=True)
     values, exact = loop_norms(adapter, probe, n, every)

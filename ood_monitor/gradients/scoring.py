@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["device_of", "dtype_of", "leaf_parameters", "undisturbed"]
+__all__ = ["device_of", "dtype_of", "leaf_parameters", "precision_of", "undisturbed"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -31,6 +31,25 @@ def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.d
     """The type of the first floating-point parameter; the default for a module without any."""
     floating = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(floating, default)
+
+
+def precision_of(tensor: Tensor) -> torch.dtype:
+    """The type that has the bits of a tensor's products, which may be fewer than its own.
+
+    CUDA convolves float32 as TF32, of float16's ten bits, unless told otherwise, and both it and
+    the CPU may be told to multiply so, or as bfloat16.
+    """
+    if tensor.dtype != torch.float32:
+        return tensor.dtype
+    backends: Any = torch.backends
+    settings = {
+        "cuda": (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        "cpu": (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
+    }
+    chosen = {setting.fp32_precision for setting in settings.get(tensor.device.type, ())}
+    if "bf16" in chosen:
+        return torch.bfloat16
+    return torch.float16 if "tf32" in chosen else torch.float32
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Scoring leaves no trace: on success, and when the model fails midway."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from typing import Any
 
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.gradients.scoring import device_of, leaf_parameters, undisturbed
+from ood_monitor.gradients.scoring import (
+    device_of,
+    leaf_parameters,
+    precision_of,
+    undisturbed,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
 models = pytest.mark.parametrize("case", MODELS, ids=lambda m: m.name)
@@ -250,3 +255,38 @@ def test_copies_stand_in_for_tied_parameters_made_in_inference_mode() -> None:
 def test_device_of_a_module_without_parameters_is_the_cpu() -> None:
     assert device_of(nn.Identity()) == torch.device("cpu")
     assert device_of(nn.Linear(1, 1, device="meta")) == torch.device("meta")
+
+
+@contextmanager
+def multiplying_as(setting: str) -> Iterator[None]:
+    """The CPU may round float32 so, where it is faster."""
+    backends: Any = torch.backends
+    before = backends.mkldnn.matmul.fp32_precision
+    try:
+        backends.mkldnn.matmul.fp32_precision = setting
+        yield
+    finally:
+        backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("ieee", torch.float32), ("tf32", torch.float16), ("bf16", torch.bfloat16)],
+)
+def test_precision_is_what_products_are_rounded_to(setting: str, expected: torch.dtype) -> None:
+    with multiplying_as(setting):
+        assert precision_of(torch.ones(1)) == expected
+        for dtype in (torch.float64, torch.bfloat16, torch.int64):
+            assert precision_of(torch.ones(1, dtype=dtype)) == dtype
+
+
+def test_a_model_may_differ_alone_and_in_a_batch_by_the_rounding_of_its_products() -> None:
+    def rounded(module: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = module(x)
+        return output + 1e-3 * (len(x) == 1)
+
+    adapter, batch = Gaussian(nn.Linear(3, 2), rounded), torch.rand(4, 3)
+    with pytest.raises(ValueError, match="same alone and in a batch"):
+        gradient_norms(adapter, batch)
+    with multiplying_as("tf32"):
+        gradient_norms(adapter, batch)
