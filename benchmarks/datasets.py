@@ -30,10 +30,12 @@ class Source:
     Attributes:
         file: Its npz, uint8 arrays ``train`` (if any) and ``test``, (N, 28, 28) or (N, 32, 32, 3).
         origin: Where a user gets the images, in words.
+        train: Which npz hold ``train``, if others do: a pattern, whose files are joined.
     """
 
     file: str
     origin: str
+    train: str = ""
 
     @property
     def folder(self) -> str:
@@ -56,8 +58,16 @@ SOURCES = {
         "chars74k_streetview4k_32x32",
         "info-ee.surrey.ac.uk/CVSSP/demos/chars74k (EnglishImg), resized to 32x32",
     ),
-    "CIFAR-10": Source("cifar10_test_32x32", "cs.toronto.edu/~kriz/cifar.html"),
+    "CIFAR-10": Source(
+        "cifar10_test_32x32",
+        "cs.toronto.edu/~kriz/cifar.html; what is trained on in cifar10_train_*.npz",
+        train="cifar10_train_*.npz",
+    ),
 }
+
+#: Sets that only models of CIFAR-10 are tested against.
+NEAR_CIFAR = {"CIFAR-100": Source("cifar100_test3k_32x32", "cs.toronto.edu/~kriz/cifar.html")}
+EVERY = SOURCES | NEAR_CIFAR
 
 
 def missing(directory: Path, names: Iterable[str]) -> str:
@@ -70,14 +80,14 @@ def missing(directory: Path, names: Iterable[str]) -> str:
         "NAME.npz, by np.savez_compressed: `train`, `test`, uint8, (N, 28, 28) or (N, 32, 32, 3);",
         "or a folder of IDX files (train-images-idx3-ubyte, t10k-images-idx3-ubyte, or .gz);",
         "or a folder written by `save_to_disk` of Hugging Face's datasets, with a column `image`:",
-        *(f"  {SOURCES[n].file}.npz or {SOURCES[n].folder}/: {SOURCES[n].origin}" for n in absent),
+        *(f"  {EVERY[n].file}.npz or {EVERY[n].folder}/: {EVERY[n].origin}" for n in absent),
         "--quick needs none of them.",
     ]
     return "\n".join(lines)
 
 
 def places(directory: Path, name: str) -> tuple[Path, Path]:
-    source = SOURCES[name]
+    source = EVERY[name]
     return directory / f"{source.file}.npz", directory / source.folder
 
 
@@ -88,10 +98,9 @@ def read(directory: Path, name: str, split: str) -> Pixels:
         FileNotFoundError: The set is not there, or in none of the three forms.
     """
     file, folder = places(directory, name)
-    if file.exists():
-        with np.load(file) as arrays:
-            found: Pixels = arrays[split]
-            return found
+    apart = EVERY[name].train if split == "train" else ""
+    if parts := sorted(directory.glob(apart)) if apart else [file] if file.exists() else []:
+        return np.concatenate([of_npz(part, split) for part in parts])
     stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
     for path in (folder / stem, folder / f"{stem}.gz"):
         if path.exists():
@@ -99,7 +108,14 @@ def read(directory: Path, name: str, split: str) -> Pixels:
     if (folder / "dataset_dict.json").exists():
         rows = load_from_disk(folder)[split]
         return np.stack([np.asarray(image, dtype=np.uint8) for image in rows["image"]])
-    raise FileNotFoundError(missing(directory, [name]) or f"Expected {stem} or a dataset: {folder}")
+    wanted = apart or f"{stem} or a dataset in {folder.name}"
+    raise FileNotFoundError(missing(directory, [name]) or f"Expected {wanted} in {directory}.")
+
+
+def of_npz(path: Path, split: str) -> Pixels:
+    with np.load(path) as arrays:
+        images: Pixels = arrays[split]
+        return images
 
 
 def idx(path: Path) -> Pixels:

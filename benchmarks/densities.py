@@ -158,7 +158,7 @@ def without_model(images: trained.Images) -> dict[str, Any]:
 def png_bytes(images: Tensor) -> Array:
     """Length of each image's PNG file, (N,)."""
     lengths = []
-    for image in images.squeeze(1).numpy():
+    for image in images.permute(0, 2, 3, 1).squeeze(3).numpy():
         file = io.BytesIO()
         Image.fromarray(image).save(file, "png")
         lengths.append(float(file.tell()))

@@ -28,9 +28,9 @@ GROWTH: dict[str, list[int]] = {
 }
 
 
-def measured(benchmark: Benchmark, rounds: int) -> dict[str, Any]:
+def measured(benchmark: Benchmark, rounds: int, device: str) -> dict[str, Any]:
     """Of one model: each method's time and memory ratio, and how many tensors it gets wrong."""
-    adapter, batch = made(benchmark.make)
+    adapter, batch = made(benchmark.make, device)
     unit, runs, found = plain(adapter, batch), {}, {}
     exact = METHODS["loop"](adapter, batch)()
     for name, method in METHODS.items():
@@ -84,12 +84,12 @@ def claims(name: str, row: dict[str, Any], benchmark: Benchmark) -> list[dict[st
     ]
 
 
-def growth(rounds: int) -> dict[str, dict[int, float]]:
+def growth(rounds: int, device: str) -> dict[str, dict[int, float]]:
     """Time ratio of the small UNet as one thing grows; B = 8 where it is not the batch."""
     found: dict[str, dict[int, float]] = {}
     for what, sizes in GROWTH.items():
         for size in sizes:
-            adapter, batch = made(partial(small_unet, **({"batch": 8} | {what: size})))
+            adapter, batch = made(partial(small_unet, **({"batch": 8} | {what: size})), device)
             run = ours()(adapter, batch)
             run()
             ratio = ratios(plain(adapter, batch), {"ours": run}, rounds)["ours"]
@@ -97,9 +97,9 @@ def growth(rounds: int) -> dict[str, dict[int, float]]:
     return found
 
 
-def terms(rounds: int) -> dict[str, float]:
+def terms(rounds: int, device: str) -> dict[str, float]:
     """Time of a Glow's terms, one backward pass each, beside that of their sum."""
-    adapter, batch = made(MODELS["Glow, B = 8"].make)
+    adapter, batch = made(MODELS["Glow, B = 8"].make, device)
     apart = ours()(type(adapter)(adapter.module), batch)
     apart()
     count = len(dict(type(adapter)(adapter.module).log_likelihood(batch)))
@@ -141,6 +141,7 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="Two rounds, and no more than the small models.")
     ] = False,
+    device: Annotated[str, typer.Option(help="Where, such as cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
     figure_path: Annotated[
         Path | None, typer.Option("--figure", help="Where to draw growth.")
@@ -150,12 +151,12 @@ def main(
     rounds, chosen = (
         (2, ["small UNet, B = 32", "convolutions, B = 32"]) if quick else (3, list(MODELS))
     )
-    rows = {name: measured(MODELS[name], rounds) for name in chosen}
+    rows = {name: measured(MODELS[name], rounds, device) for name in chosen}
     report = {
         "machine": machine(),
         "rows": rows,
-        "terms of Glow": {} if quick else terms(rounds),
-        "growth of the small UNet": {} if quick else growth(rounds),
+        "terms of Glow": {} if quick else terms(rounds, device),
+        "growth of the small UNet": {} if quick else growth(rounds, device),
         "claims": [c for name, row in rows.items() for c in claims(name, row, MODELS[name])],
     }
     typer.echo(table(rows))

@@ -23,8 +23,10 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
+    card = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
     return {
         "processor": processor(),
+        **card,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
@@ -32,8 +34,11 @@ def machine() -> dict[str, Any]:
 
 
 def seconds(run: Run) -> float:
+    """Until all is computed, on a GPU too."""
     start = time.perf_counter()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -50,12 +55,21 @@ def ratios(plain: Run, methods: Mapping[str, Run], rounds: int) -> dict[str, flo
 
 
 def peak_mebibytes(run: Run) -> float:
-    """How much a run raises the process's resident memory at its peak (Linux)."""
+    """How much a run raises the process's resident memory at its peak (Linux), or the GPU's."""
+    if torch.cuda.is_initialized():
+        return _peak_on_gpu(run)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
+
+
+def _peak_on_gpu(run: Run) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _resident(field: str) -> float:

@@ -28,6 +28,7 @@ from ood_monitor.baselines import (
 from ood_monitor.densities import GaussianMixture, StudentT
 from ood_monitor.features import LogNorms, TermValues, table
 from ood_monitor.gradients import terms_and_norms
+from ood_monitor.gradients.scoring import device_of
 from ood_monitor.measured import Measured
 
 Array = NDArray[np.float64]
@@ -125,7 +126,7 @@ def whole(adapter: om.Adapter) -> om.Adapter:
 
 
 def shown(watched: Watched, images: Tensor) -> Tensor:
-    """The images, in the size that the model sees, uint8 (N, 1, S, S)."""
+    """The images, in the size that the model sees, uint8 (N, C, S, S)."""
     size = watched.prepare(images[:1]).shape[-1]
     return trained.pooled(images, images.shape[-1] // size).mul(255).round().byte()
 
@@ -138,14 +139,14 @@ def score_norms(adapter: Any, x: Tensor) -> Array:
         Multiscale Score Matching for Out-of-Distribution Detection (Mahmood et al., 2021),
         https://arxiv.org/abs/2010.13132
     """
-    alphas = trained.SCHEDULE.alphas_cumprod
-    columns = []
+    alphas, columns = trained.SCHEDULE.alphas_cumprod, []
+    x = x.to(device_of(adapter.module))
     for level in MSMA_LEVELS:
-        scaled, t = alphas[level].sqrt() * x, torch.full((len(x),), level)
+        scaled, t = alphas[level].sqrt() * x, torch.full((len(x),), level, device=x.device)
         pairs = zip(scaled.split(50), t.split(50), strict=True)
         noise = torch.cat([adapter.module(a, b).sample for a, b in pairs])
         norm = noise.flatten(1).norm(dim=1) / (1 - alphas[level]).sqrt()
-        columns.append(norm.double().numpy())
+        columns.append(norm.double().cpu().numpy())
     return np.stack(columns, 1)
 
 
@@ -251,7 +252,7 @@ METHODS: dict[str, Compared] = {
 
 def costs(watched: Watched, module: Any, images: Tensor) -> dict[str, float]:
     """Time of each kind of passes, in units of one plain forward pass without gradients."""
-    adapter, x = watched.adapter(module), watched.prepare(images)
+    adapter, x = watched.adapter(module), watched.prepare(images).to(device_of(module))
     one = whole(adapter)  # an adapter is checked once, when it is new
     terms = len(measured(adapter, x[:2], 1).terms)
     diffusion = isinstance(adapter, om.DenoisingBound)

@@ -42,9 +42,9 @@ class Benchmark:
     suffixes: dict[str, tuple[list[str], float]] = field(default_factory=dict)
 
 
-def ddpm_cifar10() -> Case:
+def ddpm_unet() -> nn.Module:
     """The configuration of google/ddpm-cifar10-32."""
-    unet = UNet2DModel(
+    network: nn.Module = UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
@@ -58,7 +58,11 @@ def ddpm_cifar10() -> Case:
         freq_shift=1,
         norm_eps=1e-6,
     )
-    return SquaredError(unet, 50), torch.randn(8, 3, 32, 32)
+    return network
+
+
+def ddpm_cifar10() -> Case:
+    return SquaredError(ddpm_unet(), 50), torch.randn(8, 3, 32, 32)
 
 
 def small_unet(batch: int = 32, size: int = 32, depth: int = 1) -> Case:
@@ -132,12 +136,12 @@ MODELS: dict[str, Benchmark] = {
 }
 
 
-def made(make: Callable[[], Case]) -> Case:
+def made(make: Callable[[], Case], device: str = "cpu") -> Case:
     """A case in eval mode, seeded, and off the zeros that some layers start with."""
     torch.manual_seed(0)
     adapter, batch = make()
     with torch.no_grad():
         for parameter in adapter.module.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
-    adapter.module.eval()
-    return adapter, batch
+    adapter.module.eval().to(device)
+    return adapter, batch.to(device)

@@ -8,13 +8,14 @@ import math
 import time
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
 import typer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,9 +29,9 @@ MILESTONES = (0.01, 0.03, 0.1, 0.3, 1.0)
 class Model(pl.LightningModule):
     """A model of the zoo, by Adam with a rate that rises, if asked, and falls to zero."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, watched: Watched, timer: Timer | None = None) -> None:
         super().__init__()
-        self.watched, self.module = watched, watched.make()
+        self.watched, self.module, self.timer = watched, watched.make(), timer
 
     def training_step(self, images: Tensor, index: int) -> Tensor:
         loss = self.watched.loss(self.module, self.watched.prepare(images))
@@ -45,14 +46,22 @@ class Model(pl.LightningModule):
     def _share(self, step: int) -> float:
         """Of the learning rate, at a step."""
         risen = min(1.0, (step + 1) / (self.watched.warmup + 1))
-        return risen * (1 + math.cos(math.pi * step / self.watched.steps)) / 2
+        return risen * (1 + math.cos(math.pi * self._done(step))) / 2
+
+    def _done(self, step: int) -> float:
+        """Share of the training, by steps or by the clock."""
+        if self.timer is None:
+            return step / self.watched.steps
+        elapsed, left = self.timer.time_elapsed(), self.timer.time_remaining() or 0.0
+        return elapsed / (elapsed + max(left, 0.0)) if elapsed else 0.0
 
     @torch.no_grad()
     def held_out_loss(self, images: Tensor) -> float:
         module = self.module.eval()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            parts = [self.watched.loss(module, self.watched.prepare(x)).item() for x in images]
+            inputs = (self.watched.prepare(x.to(self.device)) for x in images)
+            parts = [self.watched.loss(module, x).item() for x in inputs]
         module.train()
         return sum(parts) / len(parts)
 
@@ -70,20 +79,41 @@ class Milestones(pl.Callback):
             zoo.save(module.module, file, {"steps": str(trainer.global_step)})
 
 
-def train(watched: Watched, images: Tensor, held_out: Tensor, folder: Path, file: Path) -> None:
-    """Trains until the end, from the folder's checkpoint if there is one, and writes the file."""
+def train(
+    watched: Watched,
+    images: Tensor,
+    held_out: Tensor,
+    folder: Path,
+    file: Path,
+    *,
+    seconds: float | None = None,
+    **options: Any,
+) -> None:
+    """Trains until the end, from the folder's checkpoint if there is one, and writes the file.
+
+    Args:
+        watched: The model.
+        images: What it is trained on.
+        held_out: What tells whether it learned.
+        folder: Where checkpoints are.
+        file: What to write.
+        seconds: How long, instead of its number of steps.
+        options: Of the Trainer.
+    """
     start, last = time.monotonic(), folder / "last.ckpt"
     pl.seed_everything(0, verbose=False)
-    model, some = Model(watched), held_out[:1000].split(100)
+    timer = None if seconds is None else Timer(timedelta(seconds=seconds))
+    model, some = Model(watched, timer), held_out[:1000].split(100)
     untrained = model.held_out_loss(some)
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=250, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
-        max_steps=watched.steps,
+        max_steps=-1 if timer else watched.steps,
         gradient_clip_val=100.0,
         logger=False,
         enable_model_summary=False,
-        callbacks=[checkpoint, Milestones(folder, watched.steps)],
+        callbacks=[checkpoint, timer or Milestones(folder, watched.steps)],
         default_root_dir=folder,
+        **options,
     )
     loader = DataLoader(images, batch_size=watched.batch, shuffle=True, drop_last=True)
     # Lightning would have workers load a tensor that is in memory.

@@ -150,7 +150,7 @@ def dequantised_nll(glow: om.models.Glow, x: Tensor) -> Tensor:
 
 
 def denoising(unet: Any, x: Tensor) -> Tensor:
-    noise, t = torch.randn_like(x), torch.randint(len(SCHEDULE.betas), (len(x),))
+    noise, t = torch.randn_like(x), torch.randint(len(SCHEDULE.betas), (len(x),), device=x.device)
     return F.mse_loss(unet(SCHEDULE.add_noise(x, noise, t), t).sample, noise)
 
 
