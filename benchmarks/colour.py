@@ -5,8 +5,8 @@ trained on CIFAR-10 for as long as it is told, which its rows say. Images are at
 pixels. Protocol and methods are those of `benchmarks.evidence`.
 """
 
-import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +33,16 @@ HALF = {"UNet": "bf16-mixed"}
 
 
 def models() -> dict[str, Watched]:
-    glow = functools.partial(om.models.Glow, channels=3, size=32, levels=3, steps=32, hidden=512)
+    flow = trained.watched_glow(glow, steps=0, factor=1)
+    unet = Watched(trained.signed, ddpm_unet, trained.denoising, trained.bound, steps=0)
     return {
-        "Glow": trained.watched_glow(glow, steps=0, factor=1),
-        "UNet": Watched(trained.signed, ddpm_unet, trained.denoising, trained.bound, 0, warmup=500),
+        "Glow": replace(flow, batch=256, warmup=200, rate=2e-4),
+        "UNet": replace(unet, batch=256, warmup=200, rate=2e-4),
     }
+
+
+def glow() -> om.models.Glow:
+    return om.models.Glow(3, 32, levels=3, steps=32, hidden=512, log_scale_bound=0.5)
 
 
 def rgb(directory: Path, name: str, split: str) -> Tensor:

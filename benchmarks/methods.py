@@ -36,6 +36,9 @@ Array = NDArray[np.float64]
 #: What a likelihood or a norm that is no number counts as.
 _HUGE = 1e30
 
+#: Images a pass, so that a GPU has enough to do and a CPU's memory is enough.
+CHUNKS = {"cuda": 100, "cpu": 50}
+
 #: How often a cost is measured, of which the median counts.
 ROUNDS = 5
 
@@ -85,7 +88,8 @@ class Seen:
 
 def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "tensor") -> Measured:
     """As `Detector.measure`, also of groups of samples, whose gradient is that of their sum."""
-    found = terms_and_norms(adapter, x, group=group, granularity=granularity, chunk_size=50)
+    chunk = CHUNKS[device_of(adapter.module).type]
+    found = terms_and_norms(adapter, x, group=group, granularity=granularity, chunk_size=chunk)
     values = [protocol.grouped(v.tolist(), group) for v in found.log_likelihood.values()]
     names, norms = table(found.norms)
     # A flow overflows on an image far from all that it knows: as unlikely as can be.

@@ -33,13 +33,14 @@ class Model(pl.LightningModule):
         super().__init__()
         self.watched, self.module, self.timer = watched, watched.make(), timer
 
-    def training_step(self, images: Tensor, index: int) -> Tensor:
+    def training_step(self, images: Tensor, index: int) -> Tensor | None:
         loss = self.watched.loss(self.module, self.watched.prepare(images))
         self.log("loss", loss, prog_bar=True)
-        return loss
+        # A deep flow may overflow on a single image: without a step for its batch.
+        return loss if loss.isfinite() else None
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.module.parameters(), 1e-3)
+        optimizer = torch.optim.Adam(self.module.parameters(), self.watched.rate)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
         return [optimizer], [{"scheduler": rate, "interval": "step"}]
 
@@ -104,7 +105,6 @@ def train(
     pl.seed_everything(0, verbose=False)
     timer = None if seconds is None else Timer(timedelta(seconds=seconds))
     model, some = Model(watched, timer), held_out[:1000].split(100)
-    untrained = model.held_out_loss(some)
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=250, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
         max_steps=-1 if timer else watched.steps,
@@ -115,12 +115,14 @@ def train(
         default_root_dir=folder,
         **options,
     )
+    device = trainer.strategy.root_device
+    untrained = model.to(device).held_out_loss(some)
     loader = DataLoader(images, batch_size=watched.batch, shuffle=True, drop_last=True)
     # Lightning would have workers load a tensor that is in memory.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")
         trainer.fit(model, loader, ckpt_path=str(last) if last.exists() else None)
-    loss = model.held_out_loss(some)
+    loss = model.to(device).held_out_loss(some)
     if not loss < untrained:
         raise RuntimeError(f"Expected a loss below {untrained:.4g}, got {loss:.4g}: it diverged.")
     facts = {

@@ -89,6 +89,7 @@ class Watched:
         steps: Of training, none for a model that comes trained.
         batch: Images a step.
         warmup: Steps in which the learning rate rises from zero.
+        rate: The learning rate that it rises to.
     """
 
     prepare: Callable[[Tensor], Tensor]
@@ -98,6 +99,7 @@ class Watched:
     steps: int
     batch: int = 128
     warmup: int = 0
+    rate: float = 1e-3
 
 
 def unit(images: Tensor) -> Tensor:

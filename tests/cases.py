@@ -68,8 +68,8 @@ def attention(
     def forward(m: Any, x: Tensor) -> Tensor:
         masks = {}
         if masked:
-            padding = (x[..., 0] > 1) & (torch.arange(5) > 0)
-            masks = {"key_padding_mask": padding, "attn_mask": torch.ones(5, 5).triu(1).bool()}
+            padding = (x[..., 0] > 1) & (torch.arange(5, device=x.device) > 0)
+            masks = {"key_padding_mask": padding, "attn_mask": x.new_ones(5, 5).triu(1).bool()}
         query = x if batch_first else x.transpose(0, 1)
         others = (query[..., :kdim].cos(), query[..., :vdim].sin()) if across else (query, query)
         y, weights = m.attention(query, *others, need_weights=masked, **masks)
@@ -99,14 +99,14 @@ def with_class_token(m: Any, x: Tensor) -> Tensor:
 
 def with_a_time_embedding(m: Any, x: Tensor) -> Tensor:
     """A time that is a number, expanded to the batch: rows for each sample, but not of its data."""
-    t = 50 * torch.ones(len(x), 1, dtype=x.dtype)
-    embedding = m.embed((t / torch.arange(1, 7, dtype=x.dtype)).sin()).tanh()
+    t = 50 * x.new_ones(len(x), 1)
+    embedding = m.embed((t / torch.arange(1, 7).to(x)).sin()).tanh()
     shift, scale = m.shift(embedding)[:, :, None, None], m.scale(embedding)[:, :, None, None]
     return m.conv(x * (1 + scale) + shift)
 
 
 def written_into_zeros(m: Any, x: Tensor) -> Tensor:
-    canvas = torch.zeros(len(x), 5, dtype=x.dtype)
+    canvas = x.new_zeros(len(x), 5)
     canvas[:, :3] = m.linear(x)
     return m.out(canvas)
 
@@ -214,6 +214,16 @@ MODELS: tuple[Model, ...] = (
             lambda m, x: m.out(m.lstm(x)[0]),
             *(5, 3),
             lstm=nn.LSTM(3, 4, batch_first=True),
+            out=nn.Linear(4, 2),
+        ),
+        ("lstm.*",),
+    ),
+    Model(
+        "lstm-with-dropout",
+        lambda: function(
+            lambda m, x: m.out(m.lstm(x)[0]),
+            *(5, 3),
+            lstm=nn.LSTM(3, 4, 2, batch_first=True, dropout=0.5),
             out=nn.Linear(4, 2),
         ),
         ("lstm.*",),

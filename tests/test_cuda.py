@@ -20,9 +20,11 @@ from torch import Tensor, nn
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, map_tensors
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
 pytestmark = [
     *QUIET,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop"),
 ]
@@ -55,7 +57,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 @models
 def test_norms_are_those_of_the_cpu(case: Model) -> None:
     expected = om.gradient_norms(*case())
-    assert_close(om.gradient_norms(*on_gpu(*case())), expected, 1e-6)
+    found = om.gradient_norms(*on_gpu(*case()))
+    assert_close(found, expected, 1e-4)  # diffusers embeds times in single precision
 
 
 @models
@@ -141,9 +144,15 @@ def test_a_run_with_the_callback_is_the_run_without(precision: Any) -> None:
 # Pipelines.
 
 
+def given(pipe: Any, arguments: dict[str, Any], dtype: Any = None) -> dict[str, Any]:
+    """Arguments of a call where the pipeline computes."""
+    device = pipe._execution_device
+    return {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
 def fitted(pipe: Any, case: PipelineCase) -> om.Detector:
-    data = [case.images(44)]
-    return fit_pipeline(pipe, data, call=case.call_of_one(), levels=(500,), progress=False)
+    one = given(pipe, case.call_of_one())
+    return fit_pipeline(pipe, [case.images(44)], call=one, levels=(500,), progress=False)
 
 
 def watch(pipe: Any, case: PipelineCase, detector: Any = None, **options: Any) -> Any:
@@ -152,13 +161,12 @@ def watch(pipe: Any, case: PipelineCase, detector: Any = None, **options: Any) -
 
 
 def call(pipe: Any, case: PipelineCase) -> Any:
-    device = pipe._execution_device
-    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.arguments().items()}
-    return pipe(**seeded_call(given, 0))
+    return pipe(**seeded_call(given(pipe, case.arguments()), 0))
 
 
 def same(one: Any, other: Any) -> bool:
-    return bool(np.array_equal(np.asarray(one[0]), np.asarray(other[0])))
+    images = [np.asarray(torch.as_tensor(output[0]).cpu()) for output in (one, other)]
+    return np.array_equal(*images)
 
 
 TEXT = case_of("stable-diffusion")
@@ -175,15 +183,11 @@ def test_a_pipelines_images_are_those_without(case: PipelineCase) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_pipeline_in_half_precision(dtype: torch.dtype) -> None:
-    def arguments() -> dict[str, Any]:
-        given = TEXT.arguments() | {"output_type": "pt"}  # NumPy has no bfloat16
-        return {k: v.to(GPU, dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
-
-    pipe, images = TEXT().to(GPU, dtype), [TEXT.images(44)]
-    plain = pipe(**seeded_call(arguments(), 0))
-    one = TEXT.call_of_one()
-    detector = fit_pipeline(pipe, images, call=one, levels=(500,), progress=False)
-    output = watch(pipe, TEXT, detector)(**seeded_call(arguments(), 0))
+    pipe = TEXT().to(GPU, dtype)
+    # NumPy has no bfloat16.
+    arguments = given(pipe, TEXT.arguments() | {"output_type": "pt"}, dtype)
+    plain = pipe(**seeded_call(arguments, 0))
+    output = watch(pipe, TEXT)(**seeded_call(arguments, 0))
     assert torch.equal(output[0], plain[0])
     assert np.isfinite(np.asarray(output.ood.score)).all()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Batch, describe, first_tensor
-from ood_monitor.gradients.scoring import dtype_of, undisturbed
+from ood_monitor.gradients.scoring import device_of, dtype_of, undisturbed
 
 __all__ = ["latent_mean"]
 
@@ -35,9 +35,10 @@ def latent_mean(
 
     def encode(batch: Batch) -> Tensor:
         images = inputs(batch)
+        given = images.to(device_of(vae), dtype_of(vae, images.dtype))
         with undisturbed(vae), torch.no_grad():
-            latents = _deterministic(vae.encode(images.to(dtype_of(vae, images.dtype))))  # type: ignore[operator]
-        return _scaled(latents, getattr(vae, "config", {})).to(images.dtype)
+            latents = _deterministic(vae.encode(given))  # type: ignore[operator]
+        return _scaled(latents, getattr(vae, "config", {})).to(images)
 
     return encode
 

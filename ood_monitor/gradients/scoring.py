@@ -122,11 +122,17 @@ def _lock_of(module: nn.Module) -> threading.RLock:
 def _eval_mode(module: nn.Module) -> Iterator[None]:
     # The attribute, not `eval()`: users override `train`, and frozen submodules must stay as set.
     training = [submodule for submodule in module.modules() if submodule.training]
+    recurrent = {m: m.dropout for m in module.modules() if isinstance(m, nn.RNNBase)}
     try:
         for submodule in training:
             submodule.training = False
+        # CUDA gives these no gradient in eval mode. In train mode they do the same, but dropout.
+        for layer in recurrent:
+            layer.training, layer.dropout = True, 0.0
         yield
     finally:
+        for layer, dropout in recurrent.items():
+            layer.training, layer.dropout = False, dropout
         for submodule in training:
             submodule.training = True
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOG_SCALE_BOUND = 3.0
-"""Bound on each log-scale that a network computes, so that no exponential of it overflows."""
+"""Default bound on each log-scale that a network computes, so that no exponential overflows."""
 
 SMALLEST_SD = 1e-6
 """A channel whose standard deviation is below it counts as constant."""
@@ -195,22 +195,29 @@ class AffineCoupling(Bijection):
     .. math:: z_a = x_a, \quad z_b = x_b \odot \exp(s) + t, \quad
         (t, r) = \text{network}(x_a), \quad s = m \tanh(r / m)
 
-    with m = `LOG_SCALE_BOUND`. The network's last convolution starts at zero, hence the coupling as
-    the identity.
+    The network's last convolution starts at zero, hence the coupling as the identity.
 
     Args:
         channels: Number of channels C, at least 2; :math:`x_a` has ⌊C/2⌋ of them.
         hidden: Number of channels of the network's two hidden layers.
+        bound: The bound m.
         generator: Draws the network's initial weights.
 
     Raises:
         ValueError: There are fewer than 2 channels.
     """
 
-    def __init__(self, channels: int, hidden: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        bound: float = LOG_SCALE_BOUND,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         _check_at_least(2, channels=channels)
-        self.unchanged = channels // 2
+        self.unchanged, self.bound = channels // 2, bound
         self.network = nn.Sequential(
             _conv(self.unchanged, hidden, 3, generator),
             nn.ReLU(),
@@ -234,14 +241,15 @@ class AffineCoupling(Bijection):
 
     def _affine(self, x_a: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = self.network(x_a).chunk(2, dim=1)
-        return shift, _bounded(raw)
+        return shift, _bounded(raw, self.bound)
 
 
 class ConditionalGaussian(nn.Module):
     r"""The density of a latent given what goes on, :math:`\mathcal{N}(z; \mu(h), \sigma(h)^2)`.
 
     One convolution gives :math:`\mu` and :math:`\log \sigma`, the latter bounded as in
-    `AffineCoupling`; it starts at zero, hence the density as the standard Gaussian.
+    `AffineCoupling`, by `LOG_SCALE_BOUND`; it starts at zero, hence the density as the standard
+    Gaussian.
 
     Args:
         channels: Number of channels C of the latent z, and of h.
@@ -263,7 +271,7 @@ class ConditionalGaussian(nn.Module):
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.conv(h).chunk(2, dim=1)
-        return mean, _bounded(raw)
+        return mean, _bounded(raw, LOG_SCALE_BOUND)
 
 
 class Glow(nn.Module):
@@ -279,6 +287,9 @@ class Glow(nn.Module):
         levels: Number L of latent levels.
         steps: Number K of steps per level.
         hidden: Number of channels of the couplings' hidden layers.
+        log_scale_bound: Of each coupling. What K steps make of an unusual pixel grows as its
+            exponential to the power K: a flow of 32 steps overflows in its first steps of training
+            with 3, and does not with 0.5.
         seed: Seed of the initial weights; two models of the same seed are identical.
 
     Raises:
@@ -304,17 +315,21 @@ class Glow(nn.Module):
         levels: int = 2,
         steps: int = 4,
         hidden: int = 64,
+        log_scale_bound: float = LOG_SCALE_BOUND,
         seed: int = 0,
     ) -> None:
         super().__init__()
         _check_at_least(1, channels=channels, levels=levels, steps=steps, hidden=hidden)
+        if not log_scale_bound > 0:
+            raise ValueError(f"Expected a positive log_scale_bound, got {log_scale_bound}.")
         height, width = (size, size) if isinstance(size, int) else size
         _check_divisible(height, width, 2**levels)
         self.shape = (channels, height, width)
         generator = torch.Generator().manual_seed(seed)
         # Each squeeze quadruples the channels and each split halves them.
         widths = [channels * 2 ** (level + 1) for level in range(1, levels + 1)]
-        self.levels = nn.ModuleList(_level(width, steps, hidden, generator) for width in widths)
+        step = functools.partial(_step, hidden=hidden, bound=log_scale_bound, generator=generator)
+        self.levels = nn.ModuleList(_level(steps, functools.partial(step, w)) for w in widths)
         self.priors = nn.ModuleList(ConditionalGaussian(width // 2) for width in widths[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -445,16 +460,15 @@ class Glow(nn.Module):
         return cast(list[ConditionalGaussian], list(self.priors))
 
 
-def _level(channels: int, steps: int, hidden: int, generator: torch.Generator) -> Chain:
-    chain = {f"step_{k}": _step(channels, hidden, generator) for k in range(steps)}
-    return Chain(squeeze=Squeeze(), **chain)
+def _level(steps: int, step: Callable[[], Bijection]) -> Chain:
+    return Chain(squeeze=Squeeze(), **{f"step_{k}": step() for k in range(steps)})
 
 
-def _step(channels: int, hidden: int, generator: torch.Generator) -> Chain:
+def _step(channels: int, *, hidden: int, bound: float, generator: torch.Generator) -> Chain:
     return Chain(
         actnorm=ActNorm(channels),
         conv1x1=InvertibleConv1x1(channels, generator=generator),
-        coupling=AffineCoupling(channels, hidden, generator=generator),
+        coupling=AffineCoupling(channels, hidden, bound=bound, generator=generator),
     )
 
 
@@ -475,8 +489,8 @@ def _zero_conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2
     return conv
 
 
-def _bounded(raw: Tensor) -> Tensor:
-    return LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
+def _bounded(raw: Tensor, bound: float) -> Tensor:
+    return bound * torch.tanh(raw / bound)
 
 
 def _standard_log_prob(z: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def of_submodule(submodule: nn.Module) -> dict[str, Any]:
     tensors = attributes["_parameters"] | attributes["_buffers"]
     return {
         "training": submodule.training,
+        "dropout": attributes.get("dropout"),
         "attributes": list(attributes),
         "hooks": {k: list(v) for k, v in attributes.items() if "hooks" in k},
         "tensors": {name: of_tensor(tensor) for name, tensor in tensors.items()},

@@ -155,10 +155,28 @@ def test_coupling_changes_only_the_second_part(channels: int) -> None:
     torch.testing.assert_close(coupling.inverse(z), x)
 
 
-def test_coupling_scale_is_bounded() -> None:
-    coupling = perturbed(AffineCoupling(2, 5, generator=seeded()), scale=100.0)
+@pytest.mark.parametrize("bound", [3.0, 0.5])
+def test_coupling_scale_is_bounded(bound: float) -> None:
+    coupling = perturbed(AffineCoupling(2, 5, bound=bound, generator=seeded()), scale=100.0)
     _, log_det = coupling(100 * randn(8, 2, 1, 1))
-    assert 2.9 < log_det.abs().max() <= 3.0
+    assert 0.95 * bound < log_det.abs().max() <= bound
+
+
+def test_a_deep_flow_with_a_small_bound_does_not_overflow() -> None:
+    def unusual(bound: float) -> Tensor:
+        flow = Glow(1, 4, levels=1, steps=48, hidden=4, log_scale_bound=bound)
+        for part in flow.modules():
+            if isinstance(part, AffineCoupling):
+                perturbed(part)
+        return flow.float().eval().log_prob(10 * torch.ones(1, 1, 4, 4))
+
+    assert not unusual(3.0).isfinite()
+    assert unusual(0.5).isfinite()
+
+
+def test_a_bound_is_positive() -> None:
+    with pytest.raises(ValueError, match="Expected a positive log_scale_bound, got 0"):
+        Glow(1, 4, log_scale_bound=0.0)
 
 
 # ActNorm
