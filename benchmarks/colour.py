@@ -36,7 +36,7 @@ def models() -> dict[str, Watched]:
     flow = trained.watched_glow(glow, steps=0, factor=1)
     unet = Watched(trained.signed, ddpm_unet, trained.denoising, trained.bound, steps=0)
     return {
-        "Glow": replace(flow, batch=256, warmup=200, rate=2e-4),
+        "Glow": replace(flow, batch=256, warmup=300, rate=1e-4),
         "UNet": replace(unet, batch=256, warmup=200, rate=2e-4),
     }
 
