@@ -8,7 +8,7 @@ pixels. Protocol and methods are those of `benchmarks.evidence`.
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -68,9 +68,12 @@ def sets(directory: Path, sizes: Sizes) -> tuple[Tensor, dict[str, Tensor]]:
     return seen, found
 
 
-def rows(data: Path, folder: Path, kinds: list[str], seconds: float) -> Iterator[evidence.Row]:
+def rows(
+    data: Path, folder: Path, kinds: list[str], seconds: float, sizes: Sizes
+) -> Iterator[evidence.Row]:
+    """Of models that are trained for so many seconds each, unless the folder has them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images, tested = sets(data, Sizes())
+    images, tested = sets(data, sizes)
     for kind in kinds:
         watched, where = models()[kind], folder / kind.lower()
         file = where / "trained.safetensors"
@@ -95,11 +98,11 @@ def main(
     if words := datasets.missing(data_dir, (ON, *OTHERS)):
         typer.echo(words, err=True)
         raise typer.Exit(1)
-    found: list[Any] = []
-    for row in rows(data_dir, folder, model or list(models()), seconds):
+    found, sizes = list[evidence.Row](), Sizes()
+    for row in rows(data_dir, folder, model or list(models()), seconds, sizes):
         typer.echo(evidence.line(row))
         found.append(row)
-        report = {"machine": machine(), "sizes": vars(Sizes()), "rows": found, "claims": []}
+        report = {"machine": machine(), "sizes": vars(sizes), "rows": found, "claims": []}
         save(report, output)
 
 

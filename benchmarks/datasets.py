@@ -99,7 +99,8 @@ def read(directory: Path, name: str, split: str) -> Pixels:
     """
     file, folder = places(directory, name)
     apart = EVERY[name].train if split == "train" else ""
-    if parts := sorted(directory.glob(apart)) if apart else [file] if file.exists() else []:
+    parts = sorted(directory.glob(apart)) if apart else [file] * file.exists()
+    if parts:
         return np.concatenate([of_npz(part, split) for part in parts])
     stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
     for path in (folder / stem, folder / f"{stem}.gz"):

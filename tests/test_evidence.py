@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, evidence_page, methods, protocol, train, zoo
+from benchmarks import colour, datasets, evidence_page, methods, protocol, train, trained, zoo
 from benchmarks.pixelcnn import PixelCNN
 from benchmarks.trained import Watched
 
@@ -73,6 +73,19 @@ def test_another_file_is_no_idx(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"other")
     with pytest.raises(ValueError, match=re.escape("got b'oth'")):
         datasets.idx(tmp_path / "file")
+
+
+def test_what_is_trained_on_may_be_in_several_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape("Expected sets of images")):
+        datasets.read(tmp_path, "CIFAR-10", "train")
+    np.savez(tmp_path / "cifar10_test_32x32.npz", test=IMAGES)
+    with pytest.raises(FileNotFoundError, match=re.escape("Expected cifar10_train_*.npz")):
+        datasets.read(tmp_path, "CIFAR-10", "train")
+    for part in (1, 2):
+        np.savez(tmp_path / f"cifar10_train_part{part}.npz", train=IMAGES + part)
+    found = datasets.read(tmp_path, "CIFAR-10", "train")
+    assert np.array_equal(found, np.concatenate([IMAGES + 1, IMAGES + 2]))
+    assert np.array_equal(datasets.read(tmp_path, "CIFAR-10", "test"), IMAGES)
 
 
 def test_sets_of_both_sizes_have_the_same_rim() -> None:
@@ -164,6 +177,31 @@ def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path:
     train.train(tiny(100), data, held_out, folder, file)  # from its checkpoint: nothing is left
     again, _ = zoo.load(tiny(100), file)
     assert all(map(torch.equal, module.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+def test_models_of_colour_images_are_trained_by_the_clock_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny() -> dict[str, Watched]:
+        glow = functools.partial(om.models.Glow, channels=3, size=32, levels=1, steps=1, hidden=4)
+        return {"Glow": trained.watched_glow(glow, steps=0, factor=1)}
+
+    generator = np.random.default_rng(0)
+    for name in (colour.ON, *colour.OTHERS):
+        few = generator.integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{datasets.EVERY[name].file}.npz", test=few)
+    every = generator.integers(256, size=(300, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10_train_1.npz", train=every)
+    monkeypatch.setattr(colour, "models", tiny)
+    monkeypatch.setattr(colour, "HELD_OUT", 100)
+    sizes = protocol.Sizes(fit=60, calibration=40, test=10, ood=10)
+    found = list(colour.rows(tmp_path, tmp_path / "runs", ["Glow"], 2.0, sizes))
+    default = [row for row in found if row["method"] == methods.DEFAULT]
+    assert [row["group"] for row in default] == [1, 5]
+    assert list(default[0]["auroc"]) == list(colour.OTHERS)
+    assert 2 <= float(default[0]["training"]["seconds"]) < 30
+    assert default[0]["training"]["images"] == "200"
 
 
 @pytest.mark.parametrize("model", zoo.tiny())
