@@ -191,11 +191,11 @@ def test_models_of_colour_images_are_trained_by_the_clock_and_compared(
     for name in (colour.ON, *colour.OTHERS):
         few = generator.integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{datasets.EVERY[name].file}.npz", test=few)
-    every = generator.integers(256, size=(300, 32, 32, 3), dtype=np.uint8)
+    every = generator.integers(256, size=(420, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "cifar10_train_1.npz", train=every)
     monkeypatch.setattr(colour, "models", tiny)
-    monkeypatch.setattr(colour, "HELD_OUT", 100)
-    sizes = protocol.Sizes(fit=60, calibration=40, test=10, ood=10)
+    monkeypatch.setattr(colour, "HELD_OUT", 220)
+    sizes = protocol.Sizes(fit=110, calibration=110, test=10, ood=10)
     found = list(colour.rows(tmp_path, tmp_path / "runs", ["Glow"], 2.0, sizes))
     default = [row for row in found if row["method"] == methods.DEFAULT]
     assert [row["group"] for row in default] == [1, 5]
