@@ -21,8 +21,8 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
         layers: What to choose; a pattern is one of :mod:`fnmatch`, such as ``"up_blocks.*"``.
 
     Raises:
-        ValueError: The model has no floating-point parameter, nothing matches, or a chosen one is
-            sharded, quantised or not initialised.
+        ValueError: The model has no floating-point parameter, a pattern matches none, or a chosen
+            one is sharded, quantised or not initialised.
     """
     parameters = dict(module.named_parameters())
     names = [name for name, p in parameters.items() if p.is_floating_point()]
@@ -31,12 +31,7 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
             f"Expected a model with floating-point parameters, got {type(module).__name__} with "
             f"{len(parameters)} parameters, none of them floating-point."
         )
-    chosen = frozenset(filter(_predicate(layers), names))
-    if not chosen:
-        raise ValueError(
-            f"Expected layers={layers!r} to match a parameter name, got no match among "
-            f"{len(names)}, from {names[0]!r} to {names[-1]!r}."
-        )
+    chosen = _chosen(layers, names)
     if "FullyShardedDataParallel" in {type(submodule).__name__ for submodule in module.modules()}:
         raise ValueError("Expected whole parameters, got a model that FSDP has sharded.")
     for name, parameter in parameters.items():
@@ -67,10 +62,19 @@ def _unsupported(parameter: Tensor) -> str | None:
     return None
 
 
-def _predicate(layers: Layers) -> Callable[[str], bool]:
+def _chosen(layers: Layers, names: list[str]) -> frozenset[str]:
+    """Those of the names that are meant; each pattern means one at least."""
     if layers is None:
-        return lambda name: True
+        return frozenset(names)
     if callable(layers):
-        return layers
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+        by_part: dict[object, list[str]] = {layers: list(filter(layers, names))}
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        by_part = {p: [name for name in names if fnmatchcase(name, p)] for p in patterns}
+    lacking = [part for part, found in by_part.items() if not found]
+    if lacking or not by_part:
+        raise ValueError(
+            f"Expected each of layers={layers!r} to match a parameter name, got no match of "
+            f"{lacking} among {len(names)}, from {names[0]!r} to {names[-1]!r}."
+        )
+    return frozenset(name for found in by_part.values() for name in found)
