@@ -200,7 +200,7 @@ def test_models_of_colour_images_are_trained_by_the_clock_and_compared(
     default = [row for row in found if row["method"] == methods.DEFAULT]
     assert [row["group"] for row in default] == [1, 5]
     assert list(default[0]["auroc"]) == list(colour.OTHERS)
-    assert 2 <= float(default[0]["training"]["seconds"]) < 30
+    assert float(default[0]["training"]["seconds"]) >= 2
     assert default[0]["training"]["images"] == "200"
 
 
