@@ -186,7 +186,7 @@ def colour(report: Report, measured: str) -> list[str]:
         chosen = [r for r in rows if (r["model"], r["group"]) == (model, group)]
         title = "single images" if group == 1 else f"groups of {group}"
         blocks += [f"### {model} of CIFAR-10, {title}", by_method(chosen)]
-    return blocks
+    return [*blocks, "### Claims of models of CIFAR-10", pages.claims(report["claims"])]
 
 
 # The paper's figures.

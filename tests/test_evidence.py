@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import colour, datasets, evidence_page, methods, protocol, train, trained, zoo
+from benchmarks import colour, datasets, evidence_page, methods, protocol, train, zoo
 from benchmarks.pixelcnn import PixelCNN
 from benchmarks.trained import Watched
 
@@ -180,28 +180,33 @@ def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
-def test_models_of_colour_images_are_trained_by_the_clock_and_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tiny() -> dict[str, Watched]:
-        glow = functools.partial(om.models.Glow, channels=3, size=32, levels=1, steps=1, hidden=4)
-        return {"Glow": trained.watched_glow(glow, steps=0, factor=1)}
-
-    generator = np.random.default_rng(0)
-    for name in (colour.ON, *colour.OTHERS):
-        few = generator.integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
-        np.savez(tmp_path / f"{datasets.EVERY[name].file}.npz", test=few)
-    every = generator.integers(256, size=(420, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "cifar10_train_1.npz", train=every)
-    monkeypatch.setattr(colour, "models", tiny)
-    monkeypatch.setattr(colour, "HELD_OUT", 220)
-    sizes = protocol.Sizes(fit=110, calibration=110, test=10, ood=10)
-    found = list(colour.rows(tmp_path, tmp_path / "runs", ["Glow"], 2.0, sizes))
+def test_models_of_colour_images_are_trained_by_the_clock_and_compared(tmp_path: Path) -> None:
+    images, tested = colour.photographs()
+    found = list(colour.rows(colour.tiny(), images, tested, tmp_path, seconds=1.0))
     default = [row for row in found if row["method"] == methods.DEFAULT]
     assert [row["group"] for row in default] == [1, 5]
-    assert list(default[0]["auroc"]) == list(colour.OTHERS)
-    assert float(default[0]["training"]["seconds"]) >= 2
-    assert default[0]["training"]["images"] == "200"
+    assert list(default[0]["auroc"]) == ["flower"]
+    assert float(default[0]["training"]["seconds"]) >= 1
+    assert default[0]["training"]["images"] == "500"
+
+
+def test_colour_images_are_split_as_others_are(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in (colour.ON, *colour.OTHERS):
+        few = generator.integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{datasets.EVERY[name].file}.npz", test=few)
+    every = generator.integers(256, size=(colour.HELD_OUT + 9, 32, 32, 3), dtype=np.uint8)
+    every[-1] = every[0]
+    np.savez(tmp_path / "cifar10_train_1.npz", train=every)
+    sizes = protocol.Sizes(fit=4, calibration=4, test=6, ood=3)
+    images, found = colour.sets(tmp_path, sizes)
+    assert np.array_equal(images, every[:9].transpose(0, 3, 1, 2))
+    assert {name: len(images) for name, images in found.items()} == {
+        **{"fit": 4, "calibration": 4, "test": 6, "CIFAR-100": 3, "GTSRB": 3, "Chars74K": 3},
+    }
+    assert not {*protocol.digests(images)} & {
+        digest for images in found.values() for digest in protocol.digests(images)
+    }
 
 
 @pytest.mark.parametrize("model", zoo.tiny())
