@@ -151,7 +151,10 @@ def main(
     rounds, chosen = (
         (2, ["small UNet, B = 32", "convolutions, B = 32"]) if quick else (3, list(MODELS))
     )
-    rows = {name: measured(MODELS[name], rounds, device) for name in chosen}
+    rows: Rows = {}
+    for name in chosen:
+        rows[name] = measured(MODELS[name], rounds, device)
+        typer.echo(table({name: rows[name]}))
     report = {
         "machine": machine(),
         "rows": rows,
@@ -159,7 +162,6 @@ def main(
         "growth of the small UNet": {} if quick else growth(rounds, device),
         "claims": [c for name, row in rows.items() for c in claims(name, row, MODELS[name])],
     }
-    typer.echo(table(rows))
     for c in report["claims"]:
         typer.echo(
             f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
