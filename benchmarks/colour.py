@@ -60,17 +60,8 @@ def sets(directory: Path, sizes: Sizes) -> tuple[Tensor, dict[str, Tensor]]:
     """What models are trained on, and the sets of `protocol.sets`."""
     images = rgb(directory, ON, "train")
     seen, held_out = images[:-HELD_OUT], images[-HELD_OUT:]
-    held_out = trained.drawn(protocol.unlike(held_out, seen), sizes.fit + sizes.calibration)
-    test = protocol.unlike(rgb(directory, ON, "test"), seen, held_out)
-    found = {
-        "fit": held_out[: sizes.fit],
-        "calibration": held_out[sizes.fit :],
-        "test": trained.drawn(test, sizes.test),
-    }
-    protocol.check_disjoint({"training": seen, **found})
-    for name in OTHERS:
-        found[name] = trained.drawn(rgb(directory, name, "test"), sizes.ood)
-    return seen, found
+    others = {name: rgb(directory, name, "test") for name in OTHERS}
+    return seen, protocol.split(seen, held_out, rgb(directory, ON, "test"), others, sizes)
 
 
 def tiny() -> dict[str, Watched]:
@@ -94,6 +85,7 @@ def crops(photograph: Pixels, size: int = 16) -> Tensor:
 
 
 def rows(
+    on: str,
     kinds: Mapping[str, Watched],
     images: Tensor,
     tested: Mapping[str, Tensor],
@@ -109,7 +101,7 @@ def rows(
             half = {"precision": HALF[kind]} if kind in HALF and device == "cuda" else {}
             train(watched, images, tested["fit"], where, file, seconds=seconds, **half)
         module, facts = zoo.load(watched, file)
-        training = {"on": ON, "training": facts | {"images": str(len(images))}}
+        training = {"on": on, "training": facts | {"images": str(len(images))}}
         passes = folder / "passes"
         yield from evidence.rows_of(kind, watched, module.to(device), tested, training, passes)
 
@@ -145,11 +137,13 @@ def main(
         typer.echo(words, err=True)
         raise typer.Exit(1)
     with TemporaryDirectory() as temporary:
-        kinds, where = (tiny(), Path(temporary)) if quick else (models(), folder)
+        if quick:
+            folder, seconds = Path(temporary), 3.0
+        on, kinds = ("a photograph", tiny()) if quick else (ON, models())
         images, tested = photographs() if quick else sets(data_dir, Sizes())
         chosen = {kind: kinds[kind] for kind in model or kinds}
         found: list[evidence.Row] = []
-        for row in rows(chosen, images, tested, where, 3.0 if quick else seconds):
+        for row in rows(on, chosen, images, tested, folder, seconds):
             typer.echo(evidence.line(row))
             found.append(row)
             # After each, since a machine with a GPU may be lent for less time than all take.

@@ -99,8 +99,7 @@ def read(directory: Path, name: str, split: str) -> Pixels:
     """
     file, folder = places(directory, name)
     apart = EVERY[name].train if split == "train" else ""
-    parts = sorted(directory.glob(apart)) if apart else [file] * file.exists()
-    if parts:
+    if parts := sorted(directory.glob(apart or file.name)):
         return np.concatenate([of_npz(part, split) for part in parts])
     stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
     for path in (folder / stem, folder / f"{stem}.gz"):

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,13 +76,17 @@ def evidence(report: Report, measured: str) -> list[str]:
     ]
     blocks.append(overall(rows))
     blocks += ["### Claims", pages.missed(report["claims"]), pages.claims(report["claims"])]
-    blocks += ["### The default, pair by pair", intervals(rows)]
-    for on, model in dict.fromkeys((row["on"], row["model"]) for row in rows):
-        for group in (1, 5):
-            chosen = [r for r in rows if (r["on"], r["model"], r["group"]) == (on, model, group)]
-            title = "single images" if group == 1 else f"groups of {group}"
-            blocks += [f"### {model} of {on}, {title}", by_method(chosen)]
-    return blocks
+    return [*blocks, "### The default, pair by pair", intervals(rows), *model_by_model(rows)]
+
+
+def model_by_model(rows: Sequence[Row]) -> Iterator[str]:
+    """A table of all methods for each model and size of groups."""
+    cases = [(row["on"], row["model"], row["group"]) for row in rows]
+    for case in dict.fromkeys(cases):
+        on, model, group = case
+        title = "single images" if group == 1 else f"groups of {group}"
+        yield f"### {model} of {on}, {title}"
+        yield by_method([row for row, its in zip(rows, cases, strict=True) if its == case])
 
 
 def trainings(rows: Sequence[Row]) -> str:
@@ -169,7 +173,7 @@ def delays(row: Row) -> str:
 
 def colour(report: Report, measured: str) -> list[str]:
     rows = report["rows"]
-    blocks = [
+    return [
         "## Models of CIFAR-10",
         f"By {measured}",
         pages.paragraph(
@@ -181,12 +185,10 @@ def colour(report: Report, measured: str) -> list[str]:
             "for a GPU. " + report.get("note", "")
         ),
         trainings(rows),
+        *model_by_model(rows),
+        "### Claims of models of CIFAR-10",
+        pages.claims(report["claims"]),
     ]
-    for model, group in dict.fromkeys((row["model"], row["group"]) for row in rows):
-        chosen = [r for r in rows if (r["model"], r["group"]) == (model, group)]
-        title = "single images" if group == 1 else f"groups of {group}"
-        blocks += [f"### {model} of CIFAR-10, {title}", by_method(chosen)]
-    return [*blocks, "### Claims of models of CIFAR-10", pages.claims(report["claims"])]
 
 
 # The paper's figures.

@@ -51,8 +51,20 @@ class Sizes:
 
 def sets(directory: Path, name: str, sizes: Sizes) -> dict[str, Tensor]:
     """Images in distribution, by `IN_DISTRIBUTION`, then of every other set: (N, 1, 32, 32)."""
+
+    def tested(of: str) -> Tensor:
+        return datasets.harmonised(datasets.read(directory, of, "test"))
+
     seen, held_out = zoo.training_images(directory, name)
-    test = unlike(datasets.harmonised(datasets.read(directory, name, "test")), seen, held_out)
+    others = {other: tested(other) for other in datasets.SOURCES if other != name}
+    return split(seen, held_out, tested(name), others, sizes)
+
+
+def split(
+    seen: Tensor, held_out: Tensor, test: Tensor, others: Mapping[str, Tensor], sizes: Sizes
+) -> dict[str, Tensor]:
+    """Draws from what was not trained on, without what was: `IN_DISTRIBUTION`, then the others."""
+    test = unlike(test, seen, held_out)
     held_out = trained.drawn(unlike(held_out, seen), sizes.fit + sizes.calibration)
     found = {
         "fit": held_out[: sizes.fit],
@@ -60,11 +72,7 @@ def sets(directory: Path, name: str, sizes: Sizes) -> dict[str, Tensor]:
         "test": trained.drawn(test, sizes.test),
     }
     check_disjoint({"training": seen, **found})
-    for other in datasets.SOURCES:
-        if other != name:
-            images = datasets.harmonised(datasets.read(directory, other, "test"))
-            found[other] = trained.drawn(images, sizes.ood)
-    return found
+    return found | {name: trained.drawn(images, sizes.ood) for name, images in others.items()}
 
 
 def digits() -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Model(pl.LightningModule):
         if self.timer is None:
             return step / self.watched.steps
         elapsed, left = self.timer.time_elapsed(), self.timer.time_remaining() or 0.0
-        return elapsed / (elapsed + max(left, 0.0)) if elapsed else 0.0
+        return elapsed / (elapsed + left)
 
     @torch.no_grad()
     def held_out_loss(self, images: Tensor) -> float:

@@ -182,7 +182,7 @@ def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path:
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 def test_models_of_colour_images_are_trained_by_the_clock_and_compared(tmp_path: Path) -> None:
     images, tested = colour.photographs()
-    found = list(colour.rows(colour.tiny(), images, tested, tmp_path, seconds=1.0))
+    found = list(colour.rows("a photograph", colour.tiny(), images, tested, tmp_path, seconds=1.0))
     default = [row for row in found if row["method"] == methods.DEFAULT]
     assert [row["group"] for row in default] == [1, 5]
     assert list(default[0]["auroc"]) == ["flower"]
