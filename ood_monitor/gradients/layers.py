@@ -66,15 +66,16 @@ def _chosen(layers: Layers, names: list[str]) -> frozenset[str]:
     """Those of the names that are meant; each pattern means one at least."""
     if layers is None:
         return frozenset(names)
-    if callable(layers):
-        by_part: dict[object, list[str]] = {layers: list(filter(layers, names))}
-    else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        by_part = {p: [name for name in names if fnmatchcase(name, p)] for p in patterns}
-    lacking = [part for part, found in by_part.items() if not found]
-    if lacking or not by_part:
+    parts = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    matches = [frozenset(filter(_predicate(part), names)) for part in parts]
+    lacking = [part for part, found in zip(parts, matches, strict=True) if not found]
+    if lacking or not parts:
         raise ValueError(
             f"Expected each of layers={layers!r} to match a parameter name, got no match of "
             f"{lacking} among {len(names)}, from {names[0]!r} to {names[-1]!r}."
         )
-    return frozenset(name for found in by_part.values() for name in found)
+    return frozenset().union(*matches)
+
+
+def _predicate(part: str | Callable[[str], bool]) -> Callable[[str], bool]:
+    return part if callable(part) else lambda name: fnmatchcase(name, part)

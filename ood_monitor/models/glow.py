@@ -287,9 +287,8 @@ class Glow(nn.Module):
         levels: Number L of latent levels.
         steps: Number K of steps per level.
         hidden: Number of channels of the couplings' hidden layers.
-        log_scale_bound: Of each coupling. What K steps make of an unusual pixel grows as its
-            exponential to the power K: a flow of 32 steps overflows in its first steps of training
-            with 3, and does not with 0.5.
+        log_scale_bound: Of each coupling. What K steps make of an unusual pixel may grow as its
+            exponential to the power K and overflow, so a deep flow takes a smaller one.
         seed: Seed of the initial weights; two models of the same seed are identical.
 
     Raises:
