@@ -239,6 +239,7 @@ def test_the_state_is_kept_while_nothing_comes(
             kept.append(state_of(state)["samples_seen"])
             return None if kept[-1] == 2 else super().next(limit, stop)
 
+    # The command makes its source by itself, and ends when that has no more to give.
     monkeypatch.setattr(watching_module, "FolderFiles", UntilKept)
     unended(detector, inbox, "--state", state, "--poll", "0.05", "--idle", "20")
     assert kept[-1] == 2

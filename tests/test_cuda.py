@@ -220,6 +220,7 @@ def test_a_pipeline_watched_in_the_background() -> None:
     assert watched.ood_monitor.monitor.samples_seen == 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
 def test_a_denoiser_compiled_for_the_gpu() -> None:
     pipe, case = case_of("ddim")().to(GPU), case_of("ddim")
     detector = fitted(pipe, case)

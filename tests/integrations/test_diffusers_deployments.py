@@ -1,6 +1,7 @@
 """Pipelines as they are deployed: compiled, cached, offloaded, with adapters; and the refused."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,20 @@ def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str) -> None:
     watched.ood_monitor.detach()
     assert not compiled._forward_pre_hooks
     assert not detector.adapter.module._forward_pre_hooks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
+def test_a_denoiser_compiled_by_inductor_gives_the_images_that_it_gives_unwatched() -> None:
+    pipe, original = PIXELS(), PIXELS()
+    detector, expected = fitted(pipe, PIXELS), call(watch(original, PIXELS), PIXELS).ood
+    pipe.unet = torch.compile(pipe.unet)
+    plain = call(pipe, PIXELS)
+    output = call(watch(pipe, PIXELS, detector), PIXELS)
+    assert np.array_equal(np.asarray(output[0]), np.asarray(plain[0]))
+    # Of other images, in the last bits, than the uncompiled denoiser makes.
+    torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("part", ["", "up_blocks.1"])
