@@ -49,33 +49,33 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: benchmark-peers
-	$(BIN)/python -m benchmarks.lightning --json benchmarks/results/lightning.json
-	$(BIN)/python -m benchmarks.diffusers --part latency --json benchmarks/results/diffusers_latency.json
-	$(BIN)/python -m benchmarks.factor_forms --json benchmarks/results/factor_forms.json
-	$(BIN)/python -m benchmarks.gradient_norms --json benchmarks/results/gradient_norms.json \
+	$(BIN)/python -m benchmarks.integrations.lightning --json benchmarks/results/lightning.json
+	$(BIN)/python -m benchmarks.integrations.diffusers --part latency --json benchmarks/results/diffusers_latency.json
+	$(BIN)/python -m benchmarks.cost.factor_forms --json benchmarks/results/factor_forms.json
+	$(BIN)/python -m benchmarks.cost.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
-	$(BIN)/python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png
-	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.drift.e_detector --json benchmarks/results/drift.json --figure docs/drift.png
+	$(BIN)/python -m benchmarks.cost.performance
 
 # DATA holds the images and the text; each benchmark says how to get them.
 DATA ?= ../shared/data
 EVIDENCE = --data-dir $(DATA) --json benchmarks/results
 train: $(INSTALLED)
-	$(BIN)/python -m benchmarks.train --data-dir $(DATA)
+	$(BIN)/python -m benchmarks.detection.train --data-dir $(DATA)
 
 evidence: benchmark-peers
-	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)/evidence.json
-	$(BIN)/python -m benchmarks.paper $(EVIDENCE)/paper.json --figures docs
-	$(BIN)/python -m benchmarks.questions $(EVIDENCE)/questions.json --figures docs
-	$(BIN)/python -m benchmarks.shifts $(EVIDENCE)/shifts.json
-	$(BIN)/python -m benchmarks.evidence_page
-	$(BIN)/python -m benchmarks.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
-	$(BIN)/python -m benchmarks.drift_history --json benchmarks/results/drift_history.json
-	$(BIN)/python -m benchmarks.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
+	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json
+	$(BIN)/python -m benchmarks.detection.paper $(EVIDENCE)/paper.json --figures docs
+	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
+	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
+	$(BIN)/python -m benchmarks.detection.evidence_page
+	$(BIN)/python -m benchmarks.detection.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
+	$(BIN)/python -m benchmarks.drift.history --json benchmarks/results/drift_history.json
+	$(BIN)/python -m benchmarks.detection.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
 		--json benchmarks/results/densities.json
-	$(BIN)/python -m benchmarks.diffusers --part detection --data-dir $(DATA) \
+	$(BIN)/python -m benchmarks.integrations.diffusers --part detection --data-dir $(DATA) \
 		--model $(DATA)/../models/ddpm-fashion-mnist --json benchmarks/results/diffusers_detection.json
-	$(BIN)/python -m benchmarks.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
+	$(BIN)/python -m benchmarks.detection.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
 
 # Without their dependencies: what they need is here, and some pull torchvision in.
 benchmark-peers: $(INSTALLED)

@@ -1,1 +1,1 @@
-"""What is claimed, measured: `python -m benchmarks.<name> [--quick] [--json FILE]`."""
+"""What is claimed, measured: `python -m benchmarks.<folder>.<name> [--quick] [--json FILE]`."""

@@ -33,8 +33,8 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     ("py:class", "LightningModule"),
     ("py:class", "Trainer"),
-    ("py:class", "ood_monitor.features.Features"),
-    ("py:class", "ood_monitor.provenance.Provenance"),
+    ("py:class", "ood_monitor.densities.features.Features"),
+    ("py:class", "ood_monitor.saving.provenance.Provenance"),
     ("py:class", "ood_monitor_integrations.mlflow.sink._Logger"),
 ]
 autodoc_member_order = "bysource"

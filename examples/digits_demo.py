@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import ood_monitor as om
-from ood_monitor.baselines import LowLikelihood, TotalNorm, Typicality
-from ood_monitor.features import table
+from ood_monitor.densities.baselines import LowLikelihood, TotalNorm, Typicality
+from ood_monitor.densities.features import table
 from ood_monitor.plots import alert_figure, layer_histograms, score_histogram
 
 OUT = Path("runs/digits")

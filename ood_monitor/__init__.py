@@ -12,16 +12,13 @@ from ood_monitor.adapters import (
     latents_and_log_det,
     observations,
 )
-from ood_monitor.alerts import Alert, LoggingSink
+from ood_monitor.alerts import Alert, LoggingSink, WebhookSink
+from ood_monitor.calibration import Diagnosis, Scores, diagnose
 from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian, TermsAndNorms
 from ood_monitor.detector import Detector
-from ood_monitor.diagnostics import Diagnosis, diagnose
-from ood_monitor.drift import EDetector
+from ood_monitor.drift import EDetector, TrainingStream
 from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
-from ood_monitor.scores import Scores
-from ood_monitor.training import TrainingStream
-from ood_monitor.webhook import WebhookSink
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from ood_monitor.alerts import Alert
+from ood_monitor.alerts.alert import Alert
 
 # Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"

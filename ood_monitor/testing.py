@@ -29,7 +29,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
 )
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.gradients.scoring import leaf_parameters, undisturbed
+from ood_monitor.modules import leaf_parameters, undisturbed
 
 __all__ = ["check_adapter"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, Gaussian, Model
-from lightning_cases import QUIET, images, trained, watcher
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
-from pipeline_cases import PIPELINES, PipelineCase, case_of, seeded_call
-from small_cases import SMALL
+from support.cases import MODELS, Gaussian, Model
+from support.lightning_cases import QUIET, images, trained, watcher
+from support.pipeline_cases import PIPELINES, PipelineCase, case_of, seeded_call
+from support.small_cases import SMALL
 from torch import Tensor, nn
 
 import ood_monitor as om

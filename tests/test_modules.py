@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, Function, Gaussian, Model, model
+from support.cases import MODELS, Function, Gaussian, Model, model
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.gradients.scoring import (
+from ood_monitor.modules import (
     device_of,
     leaf_parameters,
     precision_of,

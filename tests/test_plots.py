@@ -7,10 +7,10 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from alert_cases import EVIDENCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from support.alert_cases import EVIDENCE
 
 from ood_monitor import plots
 from ood_monitor.alerts import Alert, LayerShare

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import zuko
-from foreign_cases import FOREIGN
-from model_case import Model
+from support.foreign_cases import FOREIGN
+from support.model_case import Model
 from torch import Tensor, nn
 
 import ood_monitor as om

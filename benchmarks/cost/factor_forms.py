@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.measuring import claim, machine, save, seconds
+from benchmarks.harness.measurement import claim, machine, save, seconds
 from ood_monitor.gradients import factors
 from ood_monitor.gradients.rules import RULES
 

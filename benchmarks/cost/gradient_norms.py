@@ -15,9 +15,9 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.measuring import claim, machine, peak_mebibytes, ratios, save, seconds
-from benchmarks.models import MODELS, Benchmark, made, small_unet
-from benchmarks.peers import METHODS, Norms, ours, plain
+from benchmarks.cost.peers import METHODS, Norms, ours, plain
+from benchmarks.harness.measurement import claim, machine, peak_mebibytes, ratios, save, seconds
+from benchmarks.harness.models import MODELS, Benchmark, made, small_unet
 
 Rows = dict[str, dict[str, Any]]
 

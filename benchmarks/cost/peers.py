@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 import ood_monitor as om
 from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.gradients.scoring import undisturbed
+from ood_monitor.modules import undisturbed
 
 Norms: TypeAlias = dict[str, Tensor]
 Method: TypeAlias = Callable[[om.Adapter, Tensor], Callable[[], Norms]]

@@ -11,18 +11,19 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import costs, pages
-from benchmarks.costs import Figure, Report
-from benchmarks.pages import table
+from benchmarks.cost import sections as costs
+from benchmarks.cost.sections import Figure, Report
+from benchmarks.harness import pages
+from benchmarks.harness.pages import table
 
 INTRODUCTION = """\
 # Performance
 
 What the library costs in time and memory. `make bench` measures it and writes this page;
-`python -m benchmarks.performance` writes it again from what was measured, in `benchmarks/results`.
-What a network costs depends on its sizes, so weights are random. A ratio is of runs in one process,
-one just before or after the other, so that other work on the machine counts little in it; it does
-show in milliseconds and quantiles."""
+`python -m benchmarks.cost.performance` writes it again from what was measured, in
+`benchmarks/results`. What a network costs depends on its sizes, so weights are random. A ratio is
+of runs in one process, one just before or after the other, so that other work on the machine counts
+little in it; it does show in milliseconds and quantiles."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks of cost found, as rows and blocks of `benchmarks.performance`'s page.
+"""What the benchmarks of cost found, as rows and blocks of `benchmarks.cost.performance`'s page.
 
 Of each benchmark's report there are its rows of the table of main figures, and a section.
 """
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from benchmarks.pages import Row, paragraph, percent, ratio, table
+from benchmarks.harness.pages import Row, paragraph, percent, ratio, table
 
 Report: TypeAlias = dict[str, Any]
 

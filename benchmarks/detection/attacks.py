@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ood_monitor as om
 from ood_monitor.adapters.base import checked_range, checked_terms
-from ood_monitor.gradients.scoring import undisturbed
+from ood_monitor.modules import undisturbed
 
 #: Whether the log-likelihood is to rise, 1, or to fall, -1.
 Sign: TypeAlias = Literal[1, -1]

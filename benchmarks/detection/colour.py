@@ -2,7 +2,9 @@
 
 A Glow with K = 32, L = 3 and 512 hidden channels, and the UNet of google/ddpm-cifar10-32, each
 trained on CIFAR-10 for as long as it is told, which its rows say. Images are at their own 32x32
-pixels. Protocol and methods are those of `benchmarks.evidence`.
+pixels. Protocol and methods are those of `benchmarks.detection.evidence`.
+
+    python -m benchmarks.detection.colour --data-dir FOLDER --json benchmarks/results/colour.json
 """
 
 import functools
@@ -19,14 +21,14 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, evidence, protocol, trained, zoo
-from benchmarks.datasets import Pixels
-from benchmarks.measuring import claim, machine, save
-from benchmarks.methods import DEFAULT, PAPER
-from benchmarks.models import ddpm_unet
-from benchmarks.protocol import Sizes
-from benchmarks.train import train
-from benchmarks.trained import Watched
+from benchmarks.detection import datasets, evidence, protocol, trained, zoo
+from benchmarks.detection.datasets import Pixels
+from benchmarks.detection.methods import DEFAULT, PAPER
+from benchmarks.detection.protocol import Sizes
+from benchmarks.detection.train import train
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.models import ddpm_unet
 
 ON, OTHERS = "CIFAR-10", ("CIFAR-100", "GTSRB", "Chars74K")
 

@@ -22,9 +22,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, trained
-from benchmarks.measuring import claim, machine, save
-from ood_monitor.baselines import (
+from benchmarks.detection import datasets, trained
+from benchmarks.harness.measurement import claim, machine, save
+from ood_monitor.densities import FisherCombination, GaussianMixture, PrincipalGaussian, StudentT
+from ood_monitor.densities.baselines import (
     ChiSquare,
     DensityOfStates,
     IsolationForest,
@@ -34,8 +35,7 @@ from ood_monitor.baselines import (
     TotalNorm,
     Typicality,
 )
-from ood_monitor.densities import FisherCombination, GaussianMixture, PrincipalGaussian, StudentT
-from ood_monitor.features import LogNorms, layer_of
+from ood_monitor.densities.features import LogNorms, layer_of
 
 Array: TypeAlias = NDArray[np.float64]
 #: Of each set of images, by name, what a method sees of it: (N, F), or (N,).

@@ -1,8 +1,8 @@
 """The paper's table: every pair of sets, every model, single samples and groups of five.
 
 All methods see the same model, images and split (`protocol`). Weights come from benchmarks/weights
-(`benchmarks.train` makes them); what the passes over the images give is kept in a folder. A full
-run takes half an hour on one core.
+(`benchmarks.detection.train` makes them); what the passes over the images give is kept in a folder.
+A full run takes half an hour on one core.
 """
 
 import functools
@@ -15,11 +15,11 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks import datasets, methods, protocol, trained, zoo
-from benchmarks.measuring import claim, machine, save
-from benchmarks.methods import DEFAULT, METHODS, PAPER, Seen
-from benchmarks.protocol import FPR, Sizes
-from benchmarks.trained import Watched
+from benchmarks.detection import datasets, methods, protocol, trained, zoo
+from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
+from benchmarks.detection.protocol import FPR, Sizes
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim, machine, save
 
 Row = dict[str, Any]
 GROUPS = (1, 5)

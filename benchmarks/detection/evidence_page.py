@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import pages
-from benchmarks.methods import DEFAULT, METHODS, PAPER
-from benchmarks.pages import auroc, table
+from benchmarks.detection.methods import DEFAULT, METHODS, PAPER
+from benchmarks.harness import pages
+from benchmarks.harness.pages import auroc, table
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -19,19 +19,19 @@ INTRODUCTION = """\
 # Evidence
 
 The paper's experiments, its open questions and its competitors, on images. `make evidence`
-measures all of it, from the weights in `benchmarks/weights`, and writes this page; `python -m
-benchmarks.evidence_page` writes it again from `benchmarks/results`. The models are small: they
-say how methods compare on the same model, not how well large ones detect.
+measures all of it, from the weights in `benchmarks/weights`, and writes this page;
+`python -m benchmarks.detection.evidence_page` writes it again from `benchmarks/results`. The models
+are small: they say how methods compare on the same model, not how well large ones detect.
 
 ## Protocol
 
-In code, in `benchmarks/protocol.py`:
+In code, in `benchmarks/detection/protocol.py`:
 
 - Images that a model was trained on, that fit a method, that calibrate and that test are
   disjoint by their bytes. A method is fitted on in-distribution images alone; none was chosen,
   and no setting of one, by what it makes of other sets here. The default density was chosen
   before, on other models of Fashion-MNIST and against four of these sets
-  (`benchmarks/densities.py`), so that MNIST is the fairer of the two training sets.
+  (`benchmarks/detection/densities.py`), so that MNIST is the fairer of the two training sets.
 - Sets are brought to 28x28 grey by one antialiased resampling, with a black rim of 2 pixels.
   What still tells them apart without a model, the size of a PNG file does: it has a row in
   every table.
@@ -43,10 +43,10 @@ In code, in `benchmarks/protocol.py`:
 - Higher score, more anomalous. For a diffusion model "log-likelihood" is its bound at levels 50
   and 500, "paper" its loss at the least noise, T = 1; methods "T = 1" take that loss itself.
 
-Data: `python -m benchmarks.train` and each of these commands say which sets they miss, where a
-user gets them and in which forms they are read (npz, IDX, a Hugging Face dataset on disk). The
-models are trained by `python -m benchmarks.train --data-dir DATA`, about an hour and a half on
-one core, which goes on where it was interrupted."""
+Data: `python -m benchmarks.detection.train` and each of these commands say which sets they miss,
+where a user gets them and in which forms they are read (npz, IDX, a Hugging Face dataset on disk).
+The models are trained by `python -m benchmarks.detection.train --data-dir DATA`, about an hour
+and a half on one core, which goes on where it was interrupted."""
 
 
 def rendered(results: Path) -> str:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import protocol, trained
-from benchmarks.densities import png_bytes
-from benchmarks.measuring import ratios
-from benchmarks.protocol import Method, View
-from benchmarks.trained import Watched
-from ood_monitor.baselines import (
+from benchmarks.detection import protocol, trained
+from benchmarks.detection.densities import png_bytes
+from benchmarks.detection.protocol import Method, View
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import ratios
+from ood_monitor.densities import GaussianMixture, StudentT
+from ood_monitor.densities.baselines import (
     ComplexityCorrected,
     DensityOfStates,
     LowLikelihood,
@@ -25,11 +26,10 @@ from ood_monitor.baselines import (
     TotalNorm,
     Typicality,
 )
-from ood_monitor.densities import GaussianMixture, StudentT
-from ood_monitor.features import LogNorms, TermValues, table
+from ood_monitor.densities.features import LogNorms, TermValues, table
+from ood_monitor.densities.measurements import Measurements
 from ood_monitor.gradients import terms_and_norms
-from ood_monitor.gradients.scoring import device_of
-from ood_monitor.measured import Measured
+from ood_monitor.modules import device_of
 
 Array = NDArray[np.float64]
 
@@ -79,14 +79,16 @@ class Seen:
         scores: Norms of a diffusion model's score by level, (N, 10), of single images; else none.
     """
 
-    terms: Measured
-    whole: Measured
-    rows: Measured | None
+    terms: Measurements
+    whole: Measurements
+    rows: Measurements | None
     bits: Array
     scores: Array | None
 
 
-def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "tensor") -> Measured:
+def measured(
+    adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "tensor"
+) -> Measurements:
     """As `Detector.measure`, also of groups of samples, whose gradient is that of their sum."""
     chunk = CHUNK_ON_GPU if device_of(adapter.module).type == "cuda" else CHUNK
     found = terms_and_norms(adapter, x, group=group, granularity=granularity, chunk_size=chunk)
@@ -95,7 +97,7 @@ def measured(adapter: om.Adapter, x: Tensor, group: int, granularity: Any = "ten
     # A flow overflows on an image far from all that it knows: as unlikely as can be.
     values = [np.nan_to_num(v, nan=-_HUGE, neginf=-_HUGE, posinf=_HUGE) for v in values]
     norms = np.nan_to_num(norms, nan=_HUGE, posinf=_HUGE)
-    return Measured(tuple(found.log_likelihood), np.stack(values, 1), names, norms, ())
+    return Measurements(tuple(found.log_likelihood), np.stack(values, 1), names, norms, ())
 
 
 def seen(watched: Watched, module: Any, images: Tensor, group: int) -> Seen:
@@ -184,29 +186,29 @@ def varying_only(view: View) -> View:
     return {name: values[:, kept] for name, values in view.items()}
 
 
-def log_norms(found: Mapping[str, Measured]) -> View:
+def log_norms(found: Mapping[str, Measurements]) -> View:
     fit = found["fit"]
     logs = LogNorms.fit(fit.features, fit.norms, torch.finfo(torch.float32).eps)
     return {name: logs(m.norms) for name, m in found.items()}
 
 
-def default_view(found: Mapping[str, Measured]) -> View:
+def default_view(found: Mapping[str, Measurements]) -> View:
     """Values of the terms, then logs of the norms: what a detector hands its default density."""
     values, logs = term_values(found), log_norms(found)
     return {name: np.hstack([values[name], logs[name]]) for name in found}
 
 
-def term_values(found: Mapping[str, Measured]) -> View:
+def term_values(found: Mapping[str, Measurements]) -> View:
     kept = varying(found["fit"])
     return {name: kept(m.log_likelihood) for name, m in found.items()}
 
 
-def varying(fit: Measured) -> TermValues:
+def varying(fit: Measurements) -> TermValues:
     """The terms whose values the default density takes."""
     return TermValues.fit(fit.terms, fit.log_likelihood, torch.finfo(torch.float32).eps)
 
 
-def default(fit: Measured) -> om.TermsAndNorms:
+def default(fit: Measurements) -> om.TermsAndNorms:
     """The default density, unfitted, for `default_view`."""
     return om.TermsAndNorms(len(varying(fit).live_names))
 
@@ -223,7 +225,7 @@ class Compared:
     """
 
     view: str
-    make: Callable[[Measured], Method]
+    make: Callable[[Measurements], Method]
     passes: str
 
 
@@ -307,7 +309,7 @@ def as_arrays(found: Seen) -> dict[str, Any]:
 
 def of_arrays(arrays: Mapping[str, Any]) -> Seen:
     passes = {
-        name: Measured.parse(arrays[name].tobytes())
+        name: Measurements.parse(arrays[name].tobytes())
         for name in ("terms", "whole", "rows")
         if name in arrays
     }

@@ -28,10 +28,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks.measuring import claim, machine, save
-from benchmarks.trained import unet
+from benchmarks.detection.trained import unet
+from benchmarks.harness.measurement import claim, machine, save
 from ood_monitor.densities import Array
-from ood_monitor.features import LogNorms, table
+from ood_monitor.densities.features import LogNorms, table
 
 LEVELS = (1, 5, 10, 25, 50, 100, 200, 350, 500, 700, 900)
 DEFAULT = (50, 500)

@@ -1,9 +1,10 @@
 """What the paper shows and assumes, on our models: norms by layer, their law, the Fisher matrix.
 
-Beside the table (`benchmarks.evidence`): histograms of two layers' log norms and their scatter; how
-Normal they are, whether a layer's norm is chi-square, how layers correlate; whether the Fisher
-information is near its diagonal; AUROC by a diffusion model's noise level; and that gradients do
-not depend on how the data are represented. A full run takes a quarter of an hour on one core.
+Beside the table (`benchmarks.detection.evidence`): histograms of two layers' log norms and their
+scatter; how Normal they are, whether a layer's norm is chi-square, how layers correlate; whether
+the Fisher information is near its diagonal; AUROC by a diffusion model's noise level; and that
+gradients do not depend on how the data are represented. A full run takes a quarter of an hour on
+one core.
 """
 
 import itertools
@@ -21,13 +22,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import datasets, methods, protocol, trained, zoo
-from benchmarks.measuring import claim, machine, save
-from benchmarks.pixelcnn import PixelCNN
-from benchmarks.protocol import Array, Sizes
-from benchmarks.trained import Watched
-from ood_monitor.baselines import Typicality
-from ood_monitor.features import layer_of
+from benchmarks.detection import datasets, methods, protocol, trained, zoo
+from benchmarks.detection.pixelcnn import PixelCNN
+from benchmarks.detection.protocol import Array, Sizes
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim, machine, save
+from ood_monitor.densities.baselines import Typicality
+from ood_monitor.densities.features import layer_of
 
 Row = dict[str, Any]
 #: The paper's T; its loss is that of level T - 1.

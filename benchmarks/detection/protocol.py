@@ -19,7 +19,7 @@ from scipy.stats import binomtest, bootstrap, rankdata
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, trained, zoo
+from benchmarks.detection import datasets, trained, zoo
 from ood_monitor.calibration import ConformalPValue
 
 Array = NDArray[np.float64]

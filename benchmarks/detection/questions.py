@@ -19,15 +19,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import datasets, methods, protocol, trained, zoo
-from benchmarks.evidence import NEAR
-from benchmarks.measuring import claim, machine, ratios, save
-from benchmarks.methods import DEFAULT, PAPER, Seen
-from benchmarks.protocol import Sizes
-from benchmarks.trained import Watched
-from ood_monitor.baselines import Typicality
+from benchmarks.detection import datasets, methods, protocol, train, trained, zoo
+from benchmarks.detection.evidence import NEAR
+from benchmarks.detection.methods import DEFAULT, PAPER, Seen
+from benchmarks.detection.protocol import Sizes
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim, machine, ratios, save
 from ood_monitor.densities import GaussianMixture
-from ood_monitor.measured import Measured
+from ood_monitor.densities.baselines import Typicality
+from ood_monitor.densities.measurements import Measurements
 
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ def layers(model: Model, seeds: Sequence[int]) -> Iterator[Row]:
     yield msma(model)
 
 
-def norms_at(model: Model, levels: Sequence[int], seed: int) -> dict[str, Measured]:
+def norms_at(model: Model, levels: Sequence[int], seed: int) -> dict[str, Measurements]:
     """Of what is compared here: fit, test and the near sets."""
     adapter = om.DenoisingBound(model.module, trained.SCHEDULE, levels=levels, seed=seed)
     x = model.prepared()
@@ -100,15 +100,15 @@ def norms_at(model: Model, levels: Sequence[int], seed: int) -> dict[str, Measur
 
 
 def of(
-    seen: Mapping[str, Measured], levels: Sequence[int], patterns: Sequence[str] | None
-) -> dict[str, Measured]:
+    seen: Mapping[str, Measurements], levels: Sequence[int], patterns: Sequence[str] | None
+) -> dict[str, Measurements]:
     """What a detector at these levels, of these layers alone, would have measured."""
     terms = [f"t={level}" for level in levels]
     first = seen["fit"]
     columns = [first.terms.index(term) for term in terms]
     features = [i for i, name in enumerate(first.features) if kept(name, terms, patterns)]
     return {
-        name: Measured(
+        name: Measurements(
             tuple(terms),
             m.log_likelihood[:, columns],
             tuple(m.features[i] for i in features),
@@ -125,7 +125,7 @@ def kept(feature: str, terms: Sequence[str], patterns: Sequence[str] | None) -> 
     return term in terms and parameter.startswith(starts)
 
 
-def default(seen: Mapping[str, Measured]) -> dict[str, protocol.Array]:
+def default(seen: Mapping[str, Measurements]) -> dict[str, protocol.Array]:
     """Scores of the default density."""
     return protocol.scored(methods.default(seen["fit"]), methods.default_view(seen))
 
@@ -223,10 +223,10 @@ def undertraining(model: Model, stages: Mapping[int, nn.Module]) -> Iterator[Row
 
 
 def stages(model: str, watched: Watched, folder: Path) -> dict[int, nn.Module]:
-    """Weights along the way, as `benchmarks.train` left them, by step."""
+    """Weights along the way, as `benchmarks.detection.train` left them, by step."""
     files = sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem))
     if not files:
-        typer.echo(f"No weights of {model} along the way in {folder}; see benchmarks.train.")
+        typer.echo(f"No weights of {model} along the way in {folder}; see {train.__name__}.")
     return {int(file.stem): zoo.load(watched, file)[0] for file in files}
 
 
@@ -302,7 +302,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny models of 8x8 digits; needs no files.")] = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
     folder: Annotated[
-        Path, typer.Option(help="Where benchmarks.train kept weights along the way.")
+        Path, typer.Option(help="Where benchmarks.detection.train kept weights along the way.")
     ] = Path("runs/evidence"),
     figures: Annotated[Path | None, typer.Option(help="Folder for figures.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,

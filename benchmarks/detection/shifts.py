@@ -1,9 +1,9 @@
 """Near shifts: corrupted images, and images moved by the model's own gradient.
 
 Fifteen corruptions at five severities of images of the test split, against other images of it; and
-the L-infinity attacks of `benchmarks.attacks`, which make normal images less likely, or another
-set's more likely. All methods of the table, fitted as there. A full run takes half an hour on one
-core.
+the L-infinity attacks of `benchmarks.detection.attacks`, which make normal images less likely, or
+another set's more likely. All methods of the table, fitted as there. A full run takes half an hour
+on one core.
 """
 
 import statistics
@@ -16,13 +16,13 @@ import typer
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import attacks, datasets, methods, protocol, trained, zoo
-from benchmarks.corruptions import CORRUPTIONS, corrupted
-from benchmarks.densities import png_bytes
-from benchmarks.measuring import claim, machine, save
-from benchmarks.methods import DEFAULT, METHODS, PAPER, Seen
-from benchmarks.protocol import Sizes
-from benchmarks.trained import Watched
+from benchmarks.detection import attacks, datasets, methods, protocol, trained, zoo
+from benchmarks.detection.corruptions import CORRUPTIONS, corrupted
+from benchmarks.detection.densities import png_bytes
+from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
+from benchmarks.detection.protocol import Sizes
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim, machine, save
 
 Row = dict[str, Any]
 

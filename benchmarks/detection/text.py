@@ -4,8 +4,8 @@ Trains a small causal model of bytes (GPT-2's architecture, random initial weigh
 then scores single windows of 128 bytes of other languages, of program code, and of the same text
 rearranged. Every set is written in bytes that the training text has, so no byte gives it away.
 
-A full run takes a quarter of an hour on one core: `python -m benchmarks.text --data-dir FOLDER`;
-with `--steps 999` it repeats the committed one.
+A full run takes a quarter of an hour on one core; with `--steps 999` it repeats the committed one:
+`python -m benchmarks.detection.text --data-dir FOLDER`.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import ood_monitor as om
-from benchmarks.corpora import (
+from benchmarks.detection.corpora import (
     LENGTH,
     Bytes,
     Counts,
@@ -36,11 +36,11 @@ from benchmarks.corpora import (
     shipped_texts,
     stored_texts,
 )
-from benchmarks.measuring import claim, machine, save
-from ood_monitor.baselines import LowLikelihood, TotalNorm, Typicality
+from benchmarks.harness.measurement import claim, machine, save
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities import Array, Density
-from ood_monitor.features import LogNorms, layer_of, table
+from ood_monitor.densities.baselines import LowLikelihood, TotalNorm, Typicality
+from ood_monitor.densities.features import LogNorms, layer_of, table
 from ood_monitor.gradients import terms_and_norms
 
 BATCH = 32

@@ -19,8 +19,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks import datasets, zoo
-from benchmarks.trained import Watched
+from benchmarks.detection import datasets, zoo
+from benchmarks.detection.trained import Watched
 
 #: Shares of the training after which weights are kept.
 MILESTONES = (0.01, 0.03, 0.1, 0.3, 1.0)

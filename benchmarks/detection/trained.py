@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import datasets
+from benchmarks.detection import datasets
 from ood_monitor.adapters.observations import Bernoulli
-from ood_monitor.features import table
+from ood_monitor.densities.features import table
 from ood_monitor.gradients.norms import terms_and_norms
 
 #: 1 000 steps with linear variances, which the pipeline was trained with too.

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks import datasets, trained
-from benchmarks.pixelcnn import PixelCNN
-from benchmarks.trained import Watched
+from benchmarks.detection import datasets, trained
+from benchmarks.detection.pixelcnn import PixelCNN
+from benchmarks.detection.trained import Watched
 
 #: Grey values that the autoregressive model tells apart.
 VALUES = 16
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Out of control: 500 calibration scores, 1 000 normal ones, then 2 000 changed on
 methods. A false alarm before the change starts the method anew; the delay is to the first alarm
 after it. A method with a short run length owes some of its speed to false alarms.
 
-A full run takes about 10 minutes of one core; `benchmarks/drift_peers.py` says how to install the
+A full run takes about 10 minutes of one core; `benchmarks/drift/peers.py` says how to install the
 peers.
 """
 
@@ -29,9 +29,9 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 import ood_monitor as om
-from benchmarks.drift_peers import Array, Method, Step, ours, peers
-from benchmarks.drift_shown import MISSED, Row, figure, table
-from benchmarks.measuring import claim, machine, save
+from benchmarks.drift.figures import MISSED, Row, figure, table
+from benchmarks.drift.peers import Array, Method, Step, ours, peers
+from benchmarks.harness.measurement import claim, machine, save
 
 Draw: TypeAlias = Callable[[np.random.Generator, int], Array]
 

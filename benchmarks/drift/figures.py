@@ -1,4 +1,4 @@
-"""What `benchmarks.drift` found, as a table and as a figure."""
+"""What `benchmarks.drift.e_detector` found, as a table and as a figure."""
 
 import math
 from typing import Any, TypeAlias

@@ -3,9 +3,10 @@
 The theorem asks for a history that grows with the stream. Here it is frozen from the start, the
 worst case: scores are independent and in control, ranked against the same few hundred or thousand
 for ever. Runs are cut off, so that a mean is a lower bound. The recursion is that of
-`ood_monitor.drift`, for all runs at once; a run checks first that it gives what the detector does.
+`ood_monitor.EDetector`, for all runs at once; a run checks first that it gives what the detector
+does.
 
-    python -m benchmarks.drift_history --json benchmarks/results/drift_history.json
+    python -m benchmarks.drift.history --json benchmarks/results/drift_history.json
 """
 
 import math
@@ -17,8 +18,8 @@ import typer
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from benchmarks.measuring import claim, machine, save
-from ood_monitor.drift import JUMP, EDetector
+from benchmarks.harness.measurement import claim, machine, save
+from ood_monitor.drift.e_detector import JUMP, EDetector
 
 #: History, promised run time, runs, and where they are cut off.
 CELLS = [

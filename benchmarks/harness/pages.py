@@ -50,7 +50,7 @@ _NOT_VERSIONS = {"processor", "threads", "date", "seconds"}
 
 
 def claims(found: Iterable[Row]) -> str:
-    """A table of what was claimed, as `benchmarks.measuring.claim` gives it."""
+    """A table of what was claimed, as `benchmarks.harness.measurement.claim` gives it."""
     return table(
         ["claim", "value", "target, at most", ""],
         [

@@ -24,10 +24,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import datasets, trained
-from benchmarks.measuring import claim, machine, save, seconds
-from benchmarks.models import ddpm_cifar10
-from ood_monitor.measured import Measured
+from benchmarks.detection import datasets, trained
+from benchmarks.harness.measurement import claim, machine, save, seconds
+from benchmarks.harness.models import ddpm_cifar10
+from ood_monitor.densities.measurements import Measurements
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]
@@ -201,13 +201,13 @@ def signed(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def measure(detector: om.Detector, images: Tensor, batch: int = 50) -> Measured:
+def measure(detector: om.Detector, images: Tensor, batch: int = 50) -> Measurements:
     """What the detector sees of images (uint8) as samples of the pipeline."""
     parts = [detector.measure({"sample": 2 * signed(piece) - 1}) for piece in images.split(batch)]
-    return Measured.together(parts)
+    return Measurements.together(parts)
 
 
-def scores(detector: om.Detector, measured: Measured) -> Array:
+def scores(detector: om.Detector, measured: Measurements) -> Array:
     fitted = detector.fitted
     found: Array = fitted.density.score(fitted.features(measured))
     return found
@@ -237,7 +237,7 @@ def single(
             yield {"detection": "AUROC", "levels": levels, "seed": seed} | aurocs, detector, found
 
 
-def of_levels(measured: Measured, levels: tuple[int, ...]) -> Measured:
+def of_levels(measured: Measurements, levels: tuple[int, ...]) -> Measurements:
     """What a detector at these levels alone sees."""
     terms = [f"t={level}" for level in levels]
     columns = [measured.terms.index(term) for term in terms]
@@ -288,7 +288,7 @@ def first_alarm(calibration: Array, stream: Array, ert: float, seed: int) -> int
 
 
 def false_alarms(
-    detector: om.Detector, measured: Measured, *, fit: int, length: int, ert: float, runs: int
+    detector: om.Detector, measured: Measurements, *, fit: int, length: int, ert: float, runs: int
 ) -> Row:
     """Streams in control of which fit, calibration and stream are drawn without replacement."""
     alarmed = 0

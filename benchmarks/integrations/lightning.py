@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ood_monitor as om
-from benchmarks.measuring import claim, machine, ratios, save
-from benchmarks.models import Case, made, small_unet
+from benchmarks.harness.measurement import claim, machine, ratios, save
+from benchmarks.harness.models import Case, made, small_unet
 
 #: What a step may cost with the training stream, a validation pass with one batch in ten scored.
 TRAINING, ONE_IN_TEN = 1.02, 1.6

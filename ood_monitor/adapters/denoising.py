@@ -49,7 +49,7 @@ from ood_monitor.adapters.base import (
     normal_draws,
 )
 from ood_monitor.adapters.schedules import NoiseSchedule
-from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.modules import dtype_of
 
 __all__ = ["DenoisingBound", "DenoisingLoss"]
 

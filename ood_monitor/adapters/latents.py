@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Batch, describe, first_tensor
-from ood_monitor.gradients.scoring import device_of, dtype_of, undisturbed
+from ood_monitor.modules import device_of, dtype_of, undisturbed
 
 __all__ = ["latent_mean"]
 

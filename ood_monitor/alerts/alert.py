@@ -47,7 +47,7 @@ _LONGEST_ID = 256
 #: Flagged samples, and how many times the promised rate, from which on flags are critical.
 _MANY, _TIMES = 5, 2
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ood_monitor.alerts")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from os import PathLike
 from types import TracebackType
 from typing import Self
 
-from ood_monitor.alerts import Alert, Reading, Sink, Summary
-from ood_monitor.outlet import Figures, Outlet, Undelivered
-from ood_monitor.spool import Spool
+from ood_monitor.alerts.alert import Alert, Reading, Sink, Summary
+from ood_monitor.alerts.sink_thread import Figures, SinkThread, Undelivered
+from ood_monitor.alerts.spool import Spool
 
 __all__ = ["Dispatcher", "Undelivered"]
 
@@ -229,8 +229,8 @@ def _outlets(
     capacity: int,
     tries: int,
     delivered: Callable[[Alert, str], None],
-) -> list[Outlet]:
+) -> list[SinkThread]:
     return [
-        Outlet(sink, name, capacity=capacity, tries=tries, delivered=delivered)
+        SinkThread(sink, name, capacity=capacity, tries=tries, delivered=delivered)
         for name, sink in named
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ood_monitor.alerts import Alert
+from ood_monitor.alerts.alert import Alert
 
 __all__ = ["Journal"]
 

@@ -15,9 +15,9 @@ from tenacity import (
     wait_exponential,
 )
 
-from ood_monitor.alerts import Alert, MeterSink, Reading, Sink, Summary, SummarySink
+from ood_monitor.alerts.alert import Alert, MeterSink, Reading, Sink, Summary, SummarySink
 
-__all__ = ["Figures", "Outlet", "Undelivered"]
+__all__ = ["Figures", "SinkThread", "Undelivered"]
 
 #: What is shown once or not at all.
 Figures: TypeAlias = Summary | Reading
@@ -54,7 +54,7 @@ class _Closeable(Protocol):
     def close(self) -> object: ...
 
 
-class Outlet:
+class SinkThread:
     """Hands what is put in to one sink, in order, from a thread of its own.
 
     An alert that the sink refuses ``tries`` times steps aside for those after it. It is tried again

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ood_monitor.alerts import Alert
-from ood_monitor.journal import Journal
+from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.journal import Journal
 
 __all__ = ["Spool"]
 

@@ -21,7 +21,7 @@ from email.message import Message
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from ood_monitor.alerts import Alert
+from ood_monitor.alerts.alert import Alert
 
 __all__ = ["WebhookError", "WebhookSink", "verify"]
 

@@ -32,12 +32,12 @@ from ood_monitor.adapters.base import (
     map_tensors,
     reseeded,
 )
-from ood_monitor.baselines import effective_dof
 from ood_monitor.densities import Array, Density, ShrunkGaussian
-from ood_monitor.features import LogNorms, table
+from ood_monitor.densities.baselines import effective_dof
+from ood_monitor.densities.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.norms import gradient_norms
-from ood_monitor.gradients.scoring import device_of, dtype_of, leaf_parameters, undisturbed
+from ood_monitor.modules import device_of, dtype_of, leaf_parameters, undisturbed
 
 __all__ = ["Diagnosis", "diagnose"]
 

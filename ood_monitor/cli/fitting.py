@@ -26,7 +26,7 @@ from ood_monitor.cli.options import (
 )
 from ood_monitor.cli.recipe import Recipe, kind_of
 from ood_monitor.cli.showing import facts_of
-from ood_monitor.fitted import CONFIG
+from ood_monitor.saving.fitted import CONFIG
 
 __all__ = ["fit"]
 

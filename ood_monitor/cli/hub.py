@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.options import Directory
 from ood_monitor.cli.recipe import RECIPE, Recipe
-from ood_monitor.fitted import CONFIG, Fitted
+from ood_monitor.saving.fitted import CONFIG, Fitted
 
 __all__ = ["pull", "push"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.cli.recipe import Recipe
-from ood_monitor.detector import Detector
-from ood_monitor.gradients.scoring import dtype_of
+from ood_monitor.detector.detector import Detector
+from ood_monitor.modules import dtype_of
 
 __all__ = ["Model", "load_model"]
 

@@ -9,7 +9,7 @@ import typer
 
 from ood_monitor.cli.models import Model, load_model
 from ood_monitor.cli.recipe import RECIPE, Recipe, recipe_without_file
-from ood_monitor.detector import Detector
+from ood_monitor.detector.detector import Detector
 
 __all__ = [
     "Argument",

@@ -9,14 +9,14 @@ from typing import Any
 from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
-from ood_monitor_integrations.diffusers.recording import Recorded, recorded
+from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
+from ood_monitor_integrations.diffusers.recorded_call import RecordedCall, record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
-from ood_monitor_integrations.diffusers.watching import original_class, size_of
 from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.cli.recipe import Recipe
-from ood_monitor.detector import Detector
+from ood_monitor.detector.detector import Detector
 
 __all__ = ["Pipeline"]
 
@@ -35,7 +35,7 @@ class Pipeline:
             "seed": self._seed,
         }
         self._bound: ReplayedBound | None = None
-        self._recorded: Recorded | None = None
+        self._recorded: RecordedCall | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -51,7 +51,7 @@ class Pipeline:
         """Images (B, C, H, W) in [0, 1] as latents, with the conditions of the call."""
         arguments = self._arguments(images)
         if self._recorded is None or arguments.keys() != self._recipe.arguments.keys():
-            self._recorded = recorded(self._pipe, arguments, self._seed)
+            self._recorded = record_call(self._pipe, arguments, self._seed)
         batch = self._replayed().batch(self._recorded.call, self._recorded.count)
         size = size_of(self._pipe, arguments)
         latents = encoded(self._pipe, images, batch[SAMPLE][:1], size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ood_monitor.cli.images import ImageFormat
-from ood_monitor.fitted import Fitted
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["RECIPE", "Kind", "Recipe", "kind_of", "recipe_without_file"]
 

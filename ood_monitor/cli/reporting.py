@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import typer
 
+from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import (
     AsJson,
     Debug,
@@ -38,10 +40,8 @@ from ood_monitor.cli.recipe import RECIPE, Recipe
 from ood_monitor.cli.scoring import scored
 from ood_monitor.cli.showing import facts_of
 from ood_monitor.cli.tables import Row, read_rows, rows_of
-from ood_monitor.detector import Detector
-from ood_monitor.diagnostics import Diagnosis, diagnose
-from ood_monitor.fitted import Fitted
-from ood_monitor.scores import Scores
+from ood_monitor.detector.detector import Detector
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["report"]
 

@@ -8,6 +8,7 @@ import typer
 from tqdm import tqdm
 
 from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import (
     AsJson,
     Debug,
@@ -32,9 +33,8 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.tables import check_output, rows_of, table
-from ood_monitor.detector import Detector
+from ood_monitor.detector.detector import Detector
 from ood_monitor.gradients.norms import finite_samples
-from ood_monitor.scores import Scores
 
 __all__ = ["score", "scored"]
 

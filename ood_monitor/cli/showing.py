@@ -5,7 +5,7 @@ import typer
 import ood_monitor
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
-from ood_monitor.fitted import Fitted
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["facts_of", "show", "version"]
 

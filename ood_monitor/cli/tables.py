@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from ood_monitor.scores import Scores
+from ood_monitor.calibration.scores import Scores
 
 __all__ = ["Row", "Write", "check_output", "read_rows", "rows_of", "table"]
 

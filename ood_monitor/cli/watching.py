@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from ood_monitor.alerts import Status
+from ood_monitor.alerts.alert import Status
 from ood_monitor.cli.console import AsJson, Debug, checked, say
 from ood_monitor.cli.images import ImageFormat
 from ood_monitor.cli.models import Model
@@ -30,8 +30,8 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
-from ood_monitor.fitted import replace_files
-from ood_monitor.monitor import Monitor
+from ood_monitor.monitor.monitor import Monitor
+from ood_monitor.saving.fitted import replace_files
 
 __all__ = ["EXIT_CODES", "watch"]
 

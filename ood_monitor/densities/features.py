@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ood_monitor.densities import Array
-from ood_monitor.measured import Measured
+from ood_monitor.densities.measurements import Measurements
 
 __all__ = ["Features", "LogNorms", "TermValues", "layer_of", "table"]
 
@@ -152,7 +152,7 @@ class Features:
         """The live terms, if they count, and the layers with at least one live feature."""
         return tuple(dict.fromkeys(map(layer_of, self.names)))
 
-    def __call__(self, measured: Measured) -> Array:
+    def __call__(self, measured: Measurements) -> Array:
         """Features (N, F).
 
         Raises:

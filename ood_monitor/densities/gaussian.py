@@ -105,7 +105,7 @@ class ShrunkGaussian(_Gaussian):
 
     Half-way between independent layers, as in the paper, and what their correlations say: what is
     best for estimating a covariance is not best for detecting, and on the three models of
-    ``benchmarks/densities.py`` half was near the best there is.
+    ``benchmarks/detection/densities.py`` half was near the best there is.
 
     Args:
         shrinkage: A number in (0, 1]; or a rule: ``"ledoit_wolf"`` and ``"oas"`` estimate what is

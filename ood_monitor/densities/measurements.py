@@ -11,13 +11,13 @@ from safetensors.numpy import load, save
 
 from ood_monitor.densities import Array
 
-__all__ = ["Measured"]
+__all__ = ["Measurements"]
 
 _NAMES = ("terms", "features", "samples", "groups")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Terms and gradient norms of N samples of one model.
 
     Attributes:

@@ -3,11 +3,11 @@
 import warnings
 
 from ood_monitor.adapters.base import Adapter, Batch, tensors_in
-from ood_monitor.digests import digest
-from ood_monitor.fitted import Fitted
 from ood_monitor.gradients.layers import Layers, selection
-from ood_monitor.gradients.scoring import dtype_of
-from ood_monitor.provenance import differences, recipe
+from ood_monitor.modules import dtype_of
+from ood_monitor.saving.fingerprints import digest
+from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.provenance import differences, recipe
 
 __all__ = ["check_layers", "check_samples", "parameters_of", "samples_of", "warn_of_other_model"]
 

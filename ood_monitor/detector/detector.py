@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor import hub
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe
-from ood_monitor.card import save_card
+from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array, Density, TermsAndNorms
-from ood_monitor.diagnostics import Diagnosis
-from ood_monitor.digests import digest
-from ood_monitor.expected import (
+from ood_monitor.densities.features import table
+from ood_monitor.densities.measurements import Measurements
+from ood_monitor.detector.compatibility import (
     check_layers,
     check_samples,
     parameters_of,
     samples_of,
     warn_of_other_model,
 )
-from ood_monitor.features import table
-from ood_monitor.fitted import Fitted
-from ood_monitor.fitting import Fitting, by_layer
+from ood_monitor.detector.fitting import Fitting, by_layer
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.measured import Measured
-from ood_monitor.scores import Scores
+from ood_monitor.saving import hub
+from ood_monitor.saving.card import save_card
+from ood_monitor.saving.fingerprints import digest
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Detector", "Groups"]
 
@@ -55,7 +55,7 @@ class Detector:
         seed: Of the random split into fit and calibration samples.
         groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
             its class, prompt class, tenant. P-values are then within groups; the drift test looks
-            at the whole stream. See :class:`~ood_monitor.calibration.GroupedPValue`.
+            at the whole stream. See :class:`~ood_monitor.calibration.conformal.GroupedPValue`.
         minimum_group: The fewest calibration samples that make a group of its own.
         source: Where the held-out samples come from, in words; it is saved with the detector.
 
@@ -144,11 +144,11 @@ class Detector:
                 "loader."
             )
         bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
-        measured = Measured.together(self.measure(batch) for batch in bar)
+        measured = Measurements.together(self.measure(batch) for batch in bar)
         self._fitted = self._fitting()(self.adapter, measured)
         return self
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> Measurements:
         """What :meth:`fit` asks of a batch of B held-out samples, to gather before fitting.
 
         So several processes can each measure a part, and all fit the same detector.
@@ -166,9 +166,9 @@ class Detector:
         features, norms = table(result.norms)
         terms, values = table(result.log_likelihood)
         groups = () if self.groups is None else _named(self.groups(batch), len(norms))
-        return Measured(terms, values, features, norms, samples_of(batch), groups)
+        return Measurements(terms, values, features, norms, samples_of(batch), groups)
 
-    def fit_measured(self, measured: Measured) -> Self:
+    def fit_measured(self, measured: Measurements) -> Self:
         """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
 
         Returns:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ood_monitor.adapters.base import Adapter
-from ood_monitor.calibration import (
+from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
     ConformalPValue,
     GroupedPValue,
@@ -17,14 +17,14 @@ from ood_monitor.calibration import (
     lag1_autocorrelation,
 )
 from ood_monitor.densities import Array, Density, TermsAndNorms
-from ood_monitor.digests import digest
-from ood_monitor.expected import parameters_of
-from ood_monitor.features import Features, LogNorms, TermValues, layer_of
-from ood_monitor.fitted import Fitted
+from ood_monitor.densities.features import Features, LogNorms, TermValues, layer_of
+from ood_monitor.densities.measurements import Measurements
+from ood_monitor.detector.compatibility import parameters_of
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.gradients.scoring import dtype_of
-from ood_monitor.measured import Measured
-from ood_monitor.provenance import Provenance
+from ood_monitor.modules import dtype_of
+from ood_monitor.saving.fingerprints import digest
+from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.provenance import Provenance
 
 __all__ = ["Fitting", "by_layer"]
 
@@ -51,7 +51,7 @@ class Fitting:
     grouped: bool
     minimum_group: int
 
-    def __call__(self, adapter: Adapter, measured: Measured) -> Fitted:
+    def __call__(self, adapter: Adapter, measured: Measurements) -> Fitted:
         """The detector's part that is learned.
 
         Raises:
@@ -84,7 +84,7 @@ class Fitting:
             provenance=Provenance.of(adapter, measured.terms),
         )
 
-    def _trimmed(self, samples: Measured, eps: float) -> Measured:
+    def _trimmed(self, samples: Measurements, eps: float) -> Measurements:
         """Without the most anomalous samples under a fit to all."""
         if not self.trim:
             return samples
@@ -92,7 +92,7 @@ class Fitting:
         scores = density.score(features(samples))
         return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
 
-    def _learned(self, samples: Measured, eps: float) -> tuple[Features, Density]:
+    def _learned(self, samples: Measurements, eps: float) -> tuple[Features, Density]:
         """What is a feature of these samples, and the density fitted to them."""
         log_norms = LogNorms.fit(samples.features, samples.norms, eps)
         density = copy.deepcopy(self.density)

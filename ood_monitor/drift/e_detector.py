@@ -37,8 +37,8 @@ The promise holds if
 * the calibration scores and the stream in control are exchangeable, for instance independent from
   one law. Autocorrelation breaks this, and with it any such test: at :math:`\rho = 0.1` from one
   sample to the next, false alarms come more than twice as often. Estimate it
-  (:func:`ood_monitor.calibration.lag1_autocorrelation`), and if it is there, test units that are
-  independent (a request, a user), or every k-th sample.
+  (:func:`ood_monitor.calibration.conformal.lag1_autocorrelation`), and if it is there, test units
+  that are independent (a request, a user), or every k-th sample.
 
 Several workers each run a stream of their own; :func:`pooled_log_e_value` is their common test.
 
@@ -67,7 +67,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ood_monitor.calibration import check_scores
+from ood_monitor.calibration.conformal import check_scores
 
 JUMP = 0.01
 """The share :math:`J` of the Simple Jumper's capital that is dealt out anew at each step."""
@@ -215,7 +215,7 @@ class EDetector:
     The history :math:`s_1, \ldots, s_{n-1}` grows up to ``max_history`` scores and then freezes; it
     holds all calibration scores in any case. Once it is frozen the ranks are no longer independent
     and the promise is no theorem, but it is kept if the history is long. Measured with independent
-    scores and a history frozen from the start (``benchmarks/drift_history.py``), mean samples to a
+    scores and a history frozen from the start (``benchmarks/drift/history.py``), mean samples to a
     false alarm, ± standard error:
 
     ======== ================= ====================
@@ -227,7 +227,7 @@ class EDetector:
     ======== ================= ====================
 
     The price of a growing history is that a change, if not found while it is the smaller part, is
-    taken in (``benchmarks/drift.py`` tells how often).
+    taken in (``benchmarks/drift/e_detector.py`` tells how often).
 
     One detector serves one stream, one sample after the other. What an alarm means for the stream
     is the caller's to decide: without :meth:`restart` the sums go on, and so may the alarm.
@@ -241,7 +241,7 @@ class EDetector:
 
     Raises:
         ValueError: If ``ert`` is below 2 or not finite, ``max_history`` is below 1, or
-            :func:`ood_monitor.calibration.check_scores` refuses the scores.
+            :func:`ood_monitor.calibration.conformal.check_scores` refuses the scores.
 
     Example:
         Half a standard deviation, from sample 1000 on:

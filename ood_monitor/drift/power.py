@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ood_monitor.calibration import check_scores
-from ood_monitor.drift import EDetector
+from ood_monitor.calibration.conformal import check_scores
+from ood_monitor.drift.e_detector import EDetector
 
 __all__ = ["expected_delay"]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.densities import Array
-from ood_monitor.features import table
+from ood_monitor.densities.features import table
 from ood_monitor.gradients import gradient_norms
 from ood_monitor.gradients.layers import Layers
 

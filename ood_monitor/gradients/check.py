@@ -11,7 +11,7 @@ from ood_monitor.adapters.base import Adapter, Batch, batch_size, pieces
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.gradients.scoring import precision_of
+from ood_monitor.modules import precision_of
 
 __all__ = ["Facts", "facts_of"]
 

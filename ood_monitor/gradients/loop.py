@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, pieces
 from ood_monitor.gradients.factors import full_precision, rows_of
-from ood_monitor.gradients.scoring import leaf_parameters
+from ood_monitor.modules import leaf_parameters
 
 __all__ = ["loop_norms"]
 

@@ -31,7 +31,7 @@ from ood_monitor.gradients.fast import recorded_norms, recorded_rows, recorded_t
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.gradients.scoring import device_of, undisturbed
+from ood_monitor.modules import device_of, undisturbed
 
 __all__ = [
     "GradientNorms",

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ood_monitor.calibration import autocorrelation_bound, lag1_autocorrelation
-from ood_monitor.episode import LARGEST_PART
+from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
+from ood_monitor.monitor.memory import LARGEST_PART
 
-__all__ = ["Neighbours"]
+__all__ = ["Autocorrelation"]
 
 #: Scores that neighbours are compared in, and how sure a warning of them is: it is looked at often.
 _SCORES_TO_CORRELATE, _CONFIDENCE = 200, 1 - 1e-6
@@ -16,7 +16,7 @@ _SCORES_TO_CORRELATE, _CONFIDENCE = 200, 1 - 1e-6
 _log = logging.getLogger(__name__)
 
 
-class Neighbours:
+class Autocorrelation:
     """Warns once, in the log, of a stream in control whose neighbouring scores are correlated.
 
     Args:

@@ -9,10 +9,10 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 
-from ood_monitor.alerts import AlertEvidence, FlaggedSample, LayerShare, Status, TermShare
-from ood_monitor.calibration import binomial_interval
+from ood_monitor.alerts.alert import AlertEvidence, FlaggedSample, LayerShare, Status, TermShare
+from ood_monitor.calibration.conformal import binomial_interval
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array
-from ood_monitor.scores import Scores
 
 __all__ = ["LARGEST_PART", "Episode", "Memory", "Row", "rows_of", "top_layers", "top_terms"]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.alerts import (
+from ood_monitor.alerts.alert import (
     Alert,
     AlertEvidence,
     AlertKind,
@@ -24,10 +24,13 @@ from ood_monitor.alerts import (
     Summary,
     severity_of,
 )
-from ood_monitor.detector import Detector
-from ood_monitor.dispatcher import Dispatcher
-from ood_monitor.drift import EDetector, Evidence
-from ood_monitor.episode import (
+from ood_monitor.alerts.dispatcher import Dispatcher
+from ood_monitor.calibration.scores import Scores
+from ood_monitor.detector.detector import Detector
+from ood_monitor.drift.e_detector import EDetector, Evidence
+from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.monitor.autocorrelation import Autocorrelation
+from ood_monitor.monitor.memory import (
     Episode,
     Memory,
     Row,
@@ -35,11 +38,8 @@ from ood_monitor.episode import (
     top_layers,
     top_terms,
 )
-from ood_monitor.gradients.norms import finite_samples
-from ood_monitor.hashes import hashes_where
-from ood_monitor.neighbours import Neighbours
-from ood_monitor.scores import Scores
-from ood_monitor.staleness import Weights
+from ood_monitor.monitor.staleness import Weights
+from ood_monitor.saving.fingerprints import hashes_where
 
 __all__ = ["Monitor"]
 
@@ -81,7 +81,7 @@ class Monitor:
             takes about a second per gigabyte, and then every so many samples, which takes as long
             if they were written to and no time otherwise; 0 for never.
         spool: A folder of this monitor's own, where alerts are kept until every sink has them, also
-            through a crash; see :class:`~ood_monitor.dispatcher.Dispatcher`.
+            through a crash; see :class:`~ood_monitor.alerts.Dispatcher`.
 
     Attributes:
         last: Scores of the latest samples taken in; None before the first.
@@ -138,7 +138,7 @@ class Monitor:
         self.fpr, self.ert, self.name = fpr, float(ert), name
         self._recovery, self._summary_every, self._thin = recovery, summary_every, thin
         self._cooldown, self._identify = cooldown, identify
-        self._neighbours = Neighbours(name, thin)
+        self._neighbours = Autocorrelation(name, thin)
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
         self._state = Memory()
         self._lock = threading.RLock()

@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from ood_monitor.digests import digest, marks
+from ood_monitor.saving.fingerprints import digest, marks
 
 __all__ = ["Weights"]
 
@@ -15,11 +15,12 @@ class Weights:
     """A module's weights against the digest of those that a detector was fitted on.
 
     All bytes are hashed the first time, at about a second per gigabyte on a CPU, and again only
-    when :func:`~ood_monitor.digests.marks` says that a tensor is another or was written to.
+    when :func:`~ood_monitor.saving.fingerprints.marks` says that a tensor is another or was
+        written to.
 
     Args:
         module: The model.
-        expected: :func:`~ood_monitor.digests.digest` of the weights that it should have.
+        expected: The :func:`~ood_monitor.saving.digest` of the weights that it should have.
     """
 
     def __init__(self, module: nn.Module, expected: str) -> None:

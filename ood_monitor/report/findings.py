@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from ood_monitor.calibration import binomial_interval
-from ood_monitor.fitted import Fitted
+from ood_monitor.calibration.conformal import binomial_interval
 from ood_monitor.report.samples import Drift, HeldOut, Stream
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Finding", "findings_of"]
 

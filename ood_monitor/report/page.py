@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 import ood_monitor
 from ood_monitor import plots
-from ood_monitor.fitted import Fitted
 from ood_monitor.report.findings import findings_of
 from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["html_report"]
 

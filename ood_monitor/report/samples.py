@@ -9,11 +9,11 @@ from typing import Self
 import numpy as np
 from scipy.stats import kstest, kstwo
 
+from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array
-from ood_monitor.diagnostics import Diagnosis
-from ood_monitor.drift import EDetector
-from ood_monitor.fitted import Fitted
-from ood_monitor.scores import Scores
+from ood_monitor.drift.e_detector import EDetector
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Drift", "HeldOut", "Stream", "drift_of"]
 

@@ -14,9 +14,9 @@ import numpy as np
 from huggingface_hub import ModelCardData
 
 from ood_monitor.adapters import ELBO, DenoisingBound, LogLikelihood, SequenceLikelihood
-from ood_monitor.calibration import autocorrelation_bound, lag1_autocorrelation
-from ood_monitor.diagnostics import Diagnosis
-from ood_monitor.fitted import Fitted, replace_files
+from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
+from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.saving.fitted import Fitted, replace_files
 
 __all__ = ["CARD", "FIGURE", "is_own", "model_card", "save_card"]
 

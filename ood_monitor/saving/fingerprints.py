@@ -1,12 +1,14 @@
-"""Short names of what numbers are: twelve hexadecimal digits of SHA-256."""
+"""Fingerprints: short names of weights, and of samples that have no name, by SHA-256."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from torch import Tensor, nn, uint8
 
-__all__ = ["digest", "digest_of_tensors", "marks"]
+from ood_monitor.adapters.base import Batch, tensors_in
+
+__all__ = ["digest", "digest_of_tensors", "hashes_where", "marks", "sample_hashes"]
 
 
 def digest(module: nn.Module) -> str:
@@ -24,8 +26,7 @@ def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     state = hashlib.sha256()
     for name, tensor in named:
         state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
-        state.update(raw.numpy().tobytes())
+        state.update(_bytes(tensor))
     return state.hexdigest()[:12]
 
 
@@ -36,6 +37,36 @@ def marks(module: nn.Module) -> int:
     """
     tensors = chain(module.named_parameters(), module.named_buffers())
     return hash(tuple((name, id(t), t.data_ptr(), _version(t)) for name, t in tensors))
+
+
+def sample_hashes(batch: Batch, rows: Sequence[int]) -> list[str]:
+    """SHA-256 of some samples of a batch, 64 hexadecimal digits each.
+
+    Of each tensor in the batch, in order, the sample's dtype, shape and bytes: whoever has the
+    sample as the model was given it finds it again, and nobody else learns what it was.
+    """
+    tensors = [tensor[list(rows)].detach().cpu() for tensor in tensors_in(batch)]
+    return [_hash([tensor[i] for tensor in tensors]) for i in range(len(rows))]
+
+
+def hashes_where(chosen: Tensor, batch: Batch) -> list[str | None]:
+    """:func:`sample_hashes` of the samples that a mask (B,) is true of, None of the others."""
+    rows = chosen.nonzero().flatten().tolist()
+    hashes = dict(zip(rows, sample_hashes(batch, rows), strict=True))
+    return [hashes.get(i) for i in range(len(chosen))]
+
+
+def _hash(sample: Sequence[Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in sample:
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(_bytes(tensor))
+    return state.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
+    return bytes(raw.numpy().tobytes())
 
 
 def _version(tensor: Tensor) -> int:

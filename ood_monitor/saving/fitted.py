@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ood_monitor.calibration import ConformalPValue, GroupedPValue
-from ood_monitor.contents import check_arrays, check_settings, strict_json
+from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue
 from ood_monitor.densities import DENSITIES, Array, Density
-from ood_monitor.digests import digest
-from ood_monitor.features import Features, LogNorms, TermValues
-from ood_monitor.provenance import Provenance
+from ood_monitor.densities.features import Features, LogNorms, TermValues
+from ood_monitor.saving.fingerprints import digest
+from ood_monitor.saving.format import check_arrays, check_settings, strict_json
+from ood_monitor.saving.provenance import Provenance
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
 

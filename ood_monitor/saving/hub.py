@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ood_monitor.fitted import CONFIG, TENSORS
+from ood_monitor.saving.fitted import CONFIG, TENSORS
 
 __all__ = ["Repository", "is_repository"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Adapter
 from ood_monitor.adapters.schedules import NoiseSchedule
-from ood_monitor.digests import digest_of_tensors
+from ood_monitor.saving.fingerprints import digest_of_tensors
 
 __all__ = ["Provenance", "differences", "recipe"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import FAMILIES, Family
-from model_case import perturbed
+from support.diffusers_cases import FAMILIES, Family
+from support.model_case import perturbed
 from torch import Tensor, nn
 
 import ood_monitor as om

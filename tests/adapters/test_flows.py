@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import zuko
-from foreign_cases import normflows_glow, normflows_real_nvp
-from model_case import Function, perturbed
+from support.foreign_cases import normflows_glow, normflows_real_nvp
+from support.model_case import Function, perturbed
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.baselines import Typicality
+from ood_monitor.densities.baselines import Typicality
 
 Terms = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from foreign_cases import small_autoencoder
+from support.foreign_cases import small_autoencoder
 from torch import Tensor, nn
 
 import ood_monitor as om

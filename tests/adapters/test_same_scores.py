@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_cases import FAMILIES
-from foreign_cases import Autoencoder, gpt2_model
-from model_case import perturbed
+from support.diffusers_cases import FAMILIES
+from support.foreign_cases import Autoencoder, gpt2_model
+from support.model_case import perturbed
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, map_tensors, pieces

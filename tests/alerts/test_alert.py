@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from alert_cases import ALERT, EVIDENCE, Recorder, summary
+from support.alert_cases import ALERT, EVIDENCE, Recorder, summary
 
 from ood_monitor.alerts import (
     Alert,
@@ -160,7 +160,7 @@ def assert_has_type(schema: dict[str, Any], value: Any, where: str) -> None:
         assert limits[0] <= len(value) <= limits[1], where
 
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "alert.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "alert.schema.json").read_text())
 EMPTY = replace(
     ALERT,
     kind="stale_calibration",

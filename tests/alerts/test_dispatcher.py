@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import alert_cases
 import pytest
-from alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, summary
+from support import alert_cases
+from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, summary
 from tenacity import wait_fixed, wait_none
 
-from ood_monitor import outlet
-from ood_monitor.alerts import Alert, Summary
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Alert, Dispatcher, Summary
+from ood_monitor.alerts import sink_thread as outlet
 
 
 @pytest.fixture
@@ -340,7 +339,7 @@ def test_the_end_of_the_interpreter_delivers(tmp_path: Path) -> None:
     script = """
 import sys, time
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 def sink(alert):
     time.sleep(0.05)
     with open(sys.argv[1], "a") as file:
@@ -359,7 +358,7 @@ def test_a_hanging_sink_does_not_keep_the_interpreter() -> None:
     script = """
 import sys, threading
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 dispatcher = Dispatcher([lambda alert: threading.Event().wait()])
 dispatcher.send(Alert.from_json(sys.argv[1]))
 dispatcher.close(0.05)
@@ -375,7 +374,7 @@ def test_a_forked_child_delivers_its_own(tmp_path: Path) -> None:
 import os, sys, threading
 from dataclasses import replace
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 first = Alert.from_json(sys.argv[2])
 inside, go = threading.Event(), threading.Event()
 def sink(alert):

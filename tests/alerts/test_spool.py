@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, started
+from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, started
 from tenacity import wait_none
 
-from ood_monitor import journal, outlet, spool
-from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
-from ood_monitor.journal import Journal
+from ood_monitor.alerts import Alert, Dispatcher, journal, spool
+from ood_monitor.alerts import sink_thread as outlet
+from ood_monitor.alerts.journal import Journal
 
 HEAD = '{"ood_monitor_spool": 1}\n'
 
@@ -336,7 +335,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path) -> Non
 
 HOLDER = """
 import sys
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 dispatcher = Dispatcher([lambda alert: None], spool=sys.argv[1])
 print("open", flush=True)
 sys.stdin.read()
@@ -368,7 +367,7 @@ def test_a_childs_life_does_not_keep_the_folder(tmp_path: Path) -> None:
     """A worker that outlives a killed parent, as data loaders' do for a while."""
     script = """
 import os, sys, time
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 dispatcher = Dispatcher([lambda alert: None], spool=sys.argv[1])
 if os.fork() == 0:
     os.close(2)
@@ -391,7 +390,7 @@ def test_a_forked_child_leaves_the_folder_alone(tmp_path: Path) -> None:
     script = """
 import os, sys
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 first = Alert.from_json(sys.argv[2])
 def sink(alert):
     raise OSError
@@ -414,7 +413,7 @@ SENDER = """
 import sys
 from dataclasses import replace
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 def sink(alert):
     if alert.samples_seen % 3 == 0:
         raise OSError("refused")

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alert_cases import ALERT, LONG, alert
-from receivers import Receiver, receiving
+from support.alert_cases import ALERT, LONG, alert
+from support.receivers import Receiver, receiving
 
-from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
-from ood_monitor.webhook import WebhookError, WebhookSink, verify
+from ood_monitor.alerts import Alert, Dispatcher, WebhookError, WebhookSink, verify
 
 KEY = bytes(range(32))
 SECRET = "whsec_" + base64.b64encode(KEY).decode()

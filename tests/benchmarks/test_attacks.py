@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks.attacks import Sign, fgsm, input_gradient, pgd
+from benchmarks.detection.attacks import Sign, fgsm, input_gradient, pgd
 
 EPSILON = 2 / 255
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from benchmarks.corruptions import CORRUPTIONS, corrupted
+from benchmarks.detection.corruptions import CORRUPTIONS, corrupted
 
 
 @pytest.fixture(scope="module")

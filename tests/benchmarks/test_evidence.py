@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks import colour, datasets, evidence_page, methods, protocol, train, zoo
-from benchmarks.pixelcnn import PixelCNN
-from benchmarks.trained import Watched
+from benchmarks.detection import colour, datasets, evidence_page, methods, protocol, train, zoo
+from benchmarks.detection.pixelcnn import PixelCNN
+from benchmarks.detection.trained import Watched
 
 FOLDER = datasets.SOURCES["MNIST"].folder
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 28, 28), dtype=np.uint8)
@@ -265,8 +265,8 @@ def test_a_group_is_as_likely_as_its_samples_are_on_average() -> None:
 
 
 def test_the_committed_page_is_of_the_committed_results() -> None:
-    """Where it is not, `python -m benchmarks.evidence_page` writes it anew."""
-    root = Path(__file__).parents[1]
+    """Where it is not, `python -m benchmarks.detection.evidence_page` writes it anew."""
+    root = Path(__file__).parents[2]
     page = evidence_page.rendered(root / "benchmarks" / "results")
     assert (root / "docs" / "evidence.md").read_text() == page
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import pages
-from benchmarks.measuring import claim
+from benchmarks.harness import pages
+from benchmarks.harness.measurement import claim
 
 
 def test_a_table_has_a_line_for_each_row_and_none_is_empty() -> None:

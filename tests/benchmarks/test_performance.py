@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.performance import PARTS, Part, rendered
+from benchmarks.cost.performance import PARTS, Part, rendered
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_committed_page_is_of_the_committed_results() -> None:
-    """Where it is not, `python -m benchmarks.performance` writes it anew."""
+    """Where it is not, `python -m benchmarks.cost.performance` writes it anew."""
     assert (ROOT / "docs" / "performance.md").read_text() == rendered(RESULTS)
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom, kstest, norm
 
-from ood_monitor.calibration import (
+from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
     ConformalPValue,
     GroupedPValue,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import zuko
-from small_cases import randn
+from support.small_cases import randn
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.diagnostics import diagnose
+from ood_monitor.calibration import diagnose
 
 
 class Normal(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_cases import SMALL, randn
+from support.small_cases import SMALL, randn
 from torch import Tensor
 
 import ood_monitor as om

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_cases import flow, grey_images, write_images, write_pipeline
 from PIL import Image
+from support.cli_cases import flow, grey_images, write_images, write_pipeline
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
 from ood_monitor.cli import app
 
-FLOW = "cli_cases:flow"
+FLOW = "support.cli_cases:flow"
 
 
 def run(*arguments: object) -> Result:
@@ -261,7 +261,7 @@ def test_other_weights_are_told_of(detector: Path, new: Path) -> None:
         return json.dumps(recipe | changes)
 
     before = (detector / "model.json").read_text()
-    (detector / "model.json").write_text(stale(model="cli_cases:other_flow"))
+    (detector / "model.json").write_text(stale(model="support.cli_cases:other_flow"))
     try:
         result = succeeded("score", detector, new)
     finally:
@@ -273,10 +273,10 @@ def test_other_weights_are_told_of(detector: Path, new: Path) -> None:
 FIT_ERRORS: dict[str, tuple[list[str], str]] = {
     "no model": (["nowhere", "DATA"], "model_index.json"),
     "no module": (["nowhere:adapter", "DATA"], "nowhere"),
-    "no function": (["cli_cases:missing", "DATA"], "'missing'"),
-    "not annotated": (["cli_cases:not_annotated", "DATA"], "-> ood_monitor.Adapter"),
+    "no function": (["support.cli_cases:missing", "DATA"], "'missing'"),
+    "not annotated": (["support.cli_cases:not_annotated", "DATA"], "-> ood_monitor.Adapter"),
     "code that is no adapter's": (["os:system", "DATA", "--arg", 'command="exit"'], "os:system"),
-    "no adapter": (["cli_cases:nothing", "DATA"], "NoneType"),
+    "no adapter": (["support.cli_cases:nothing", "DATA"], "NoneType"),
     "an unknown argument": ([FLOW, "DATA", "--arg", "size=3"], "size"),
     "an argument that is no JSON": ([FLOW, "DATA", "--arg", "hidden=six"], "NAME=JSON"),
     "no data": ([FLOW, "nowhere"], "nowhere"),
@@ -382,7 +382,8 @@ def test_a_detector_is_not_overwritten_unasked(held_out: Path, tmp_path: Path) -
 def test_an_adapter_in_the_current_directory_is_found(
     held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = ("import cli_cases, ood_monitor as om", "def here() -> om.Adapter:", "    return ")
+    lines = ("import ood_monitor as om", "from support import cli_cases")
+    lines += ("def here() -> om.Adapter:", "    return ")
     (tmp_path / "my_models.py").write_text("\n".join(lines) + "cli_cases.flow()\n")
     monkeypatch.chdir(tmp_path)
     succeeded("fit", "my_models:here", held_out, "d")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_cases import grey_images, write_images
-from hub_server import TOKEN, Hub, served
+from support.cli_cases import grey_images, write_images
+from support.hub_server import TOKEN, Hub, served
 from typer.testing import CliRunner
 
 import ood_monitor as om
@@ -78,7 +78,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def detector(held_out: Path, tmp_path: Path) -> Path:
-    local("fit", "cli_cases:flow", held_out, tmp_path / "detector", "--arg", "hidden=4")
+    local("fit", "support.cli_cases:flow", held_out, tmp_path / "detector", "--arg", "hidden=4")
     (tmp_path / "detector" / "README.md").write_text("A card.\n")
     return tmp_path / "detector"
 
@@ -109,7 +109,7 @@ def test_a_detector_comes_back_as_it_was_pushed(
     for name in ("config.json", "detector.safetensors", "README.md"):
         assert (tmp_path / "pulled" / name).read_bytes() == (detector / name).read_bytes()
     assert facts["fingerprint"] == json.loads(local("show", detector, "--json"))["fingerprint"]
-    scores = local("score", tmp_path / "pulled", held_out, "--model", "cli_cases:flow")
+    scores = local("score", tmp_path / "pulled", held_out, "--model", "support.cli_cases:flow")
     assert scores == local("score", detector, held_out)
 
 
@@ -155,9 +155,9 @@ def test_a_detector_without_model_json_is_scored_by_model(
 ) -> None:
     expected = local("score", detector, held_out)
     (detector / "model.json").unlink()
-    assert local("score", detector, held_out, "--model", "cli_cases:flow") == expected
+    assert local("score", detector, held_out, "--model", "support.cli_cases:flow") == expected
     inbox = write_images(tmp_path / "inbox", grey_images(2))
-    local("watch", detector, inbox, "--once", "--model", "cli_cases:flow", "--fpr", 0.009)
+    local("watch", detector, inbox, "--once", "--model", "support.cli_cases:flow", "--fpr", 0.009)
 
 
 def test_a_revision_is_pulled_as_it_was(
@@ -165,7 +165,7 @@ def test_a_revision_is_pulled_as_it_was(
 ) -> None:
     first = succeeded(run("push", detector, "me/twice", "--json"))["commit"]
     before = (detector / "config.json").read_bytes()
-    local("fit", "cli_cases:flow", held_out, detector, "--seed", 1, "--overwrite")
+    local("fit", "support.cli_cases:flow", held_out, detector, "--seed", 1, "--overwrite")
     succeeded(run("push", detector, "me/twice", "--json", "--message", "Fit again"))
     succeeded(run("pull", "me/twice", tmp_path / "new", "--json"))
     succeeded(run("pull", "me/twice", tmp_path / "old", "--revision", first, "--json"))

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_cases import grey_images, write_images
 from PIL import Image
+from support.cli_cases import grey_images, write_images
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
@@ -34,7 +34,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fitted")
     held_out = write_images(root / "held_out", grey_images(400))
     result = CliRunner().invoke(
-        app, ["fit", "cli_cases:flow", str(held_out), str(root / "detector")]
+        app, ["fit", "support.cli_cases:flow", str(held_out), str(root / "detector")]
     )
     assert result.exit_code == 0, result.output
     return root / "detector"
@@ -65,7 +65,7 @@ def watched(*arguments: object) -> Result:
 @contextmanager
 def watching(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
     code = "from ood_monitor.cli import app; app(prog_name='ood-monitor')"
-    folders = [Path(__file__).parent, Path(om.__file__).parents[1]]
+    folders = [Path(__file__).parents[1], Path(om.__file__).parents[1]]
     paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "watch", *map(str, arguments)],

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from density_cases import FEATURES, correlated, independent
 from scipy.integrate import quad
 from scipy.special import logsumexp, polygamma
 from scipy.stats import chi2, lognorm, multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import OneClassSVM as ScikitLearnsSVM
+from support.density_cases import FEATURES, correlated, independent
 
-from ood_monitor.baselines import (
+from ood_monitor.densities import Array, DiagonalGaussian, GaussianMixture
+from ood_monitor.densities.baselines import (
     ChiSquare,
     ComplexityCorrected,
     DensityOfStates,
@@ -27,7 +28,6 @@ from ood_monitor.baselines import (
     Typicality,
     effective_dof,
 )
-from ood_monitor.densities import Array, DiagonalGaussian, GaussianMixture
 
 Make = Callable[[], Any]
 Features = Callable[..., Array]

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from density_cases import DENSITIES, FEATURES, correlated, independent, wide
 from scipy.stats import combine_pvalues, multivariate_normal, norm, spearmanr, t
 from sklearn.covariance import LedoitWolf, ledoit_wolf, oas
 from sklearn.decomposition import PCA
+from support.density_cases import DENSITIES, FEATURES, correlated, independent, wide
 
 from ood_monitor import densities
 from ood_monitor.densities import (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.densities import Array
-from ood_monitor.features import LogNorms, TermValues, layer_of, table
+from ood_monitor.densities.features import LogNorms, TermValues, layer_of, table
 
 EPS = {"float32": float(np.finfo(np.float32).eps), "float64": float(np.finfo(np.float64).eps)}
 every_precision = pytest.mark.parametrize("eps", EPS.values(), ids=EPS)

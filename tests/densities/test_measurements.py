@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_cases import SMALL
+from support.small_cases import SMALL
 from torch import Tensor
 
 import ood_monitor as om
-from ood_monitor.measured import Measured
+from ood_monitor.densities.measurements import Measurements
 
 BRANCHES = SMALL["branches"]
 X = BRANCHES.data(100)
@@ -30,13 +30,13 @@ def same(a: om.Detector, b: om.Detector) -> bool:
 def test_measured_parts_fit_the_detector_that_their_batches_do() -> None:
     parts = [detector().measure(batch) for batch in X.split(30)]
     whole = detector().fit(X.split(30), progress=False)
-    assert same(detector().fit_measured(Measured.together(parts)), whole)
+    assert same(detector().fit_measured(Measurements.together(parts)), whole)
 
 
 def test_parts_of_two_processes_are_put_in_order() -> None:
-    even, odd = (Measured.parse(detector().measure(X[i::2]).dump()) for i in (0, 1))
+    even, odd = (Measurements.parse(detector().measure(X[i::2]).dump()) for i in (0, 1))
     order = np.arange(100).reshape(2, 50).T.ravel()  # 0, 50, 1, 51, ...
-    together = Measured.together([even, odd]).take(order)
+    together = Measurements.together([even, odd]).take(order)
     whole = detector().measure(X)
     assert together.groups == whole.groups
     np.testing.assert_allclose(together.norms, whole.norms, rtol=1e-9)
@@ -45,7 +45,7 @@ def test_parts_of_two_processes_are_put_in_order() -> None:
 
 def test_dumped_samples_come_back_whole() -> None:
     measured = detector().measure(X)
-    again = Measured.parse(measured.dump())
+    again = Measurements.parse(measured.dump())
     assert again.dump() == measured.dump()
     assert (again.terms, again.features, again.samples, again.groups) == (
         measured.terms,
@@ -58,10 +58,10 @@ def test_dumped_samples_come_back_whole() -> None:
 @pytest.mark.parametrize("keep", [0, 20, 300])
 def test_a_damaged_dump_is_refused(keep: int) -> None:
     with pytest.raises(ValueError, match="Expected measured samples, got"):
-        Measured.parse(detector().measure(X).dump()[:keep])
+        Measurements.parse(detector().measure(X).dump()[:keep])
 
 
 def test_samples_of_other_layers_do_not_mix() -> None:
     some = om.Detector(BRANCHES(), layers=["left.*"]).measure(X)
     with pytest.raises(ValueError, match="same terms and layers"):
-        Measured.together([om.Detector(BRANCHES()).measure(X), some])
+        Measurements.together([om.Detector(BRANCHES()).measure(X), some])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from small_cases import SMALL, Branches, Counted, Small, Walled, randn
+from support.small_cases import SMALL, Branches, Counted, Small, Walled, randn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
 from ood_monitor.densities import DiagonalGaussian, ShrunkGaussian
-from ood_monitor.features import table
+from ood_monitor.densities.features import table
 
 BRANCHES, ZUKO = SMALL["branches"], SMALL["zuko"]
 every_small = pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)

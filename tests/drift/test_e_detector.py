@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.stats import kstest
 
-from ood_monitor import drift
-from ood_monitor.calibration import autocorrelation_bound, lag1_autocorrelation
-from ood_monitor.drift import (
+from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
+from ood_monitor.drift import e_detector as drift
+from ood_monitor.drift.e_detector import (
     JUMP,
     EDetector,
     Evidence,

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from ood_monitor.drift import (
+from ood_monitor.drift.e_detector import (
     JUMP,
     EDetector,
     Triple,

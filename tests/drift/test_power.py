@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ood_monitor.drift import EDetector
-from ood_monitor.power import expected_delay
+from ood_monitor.drift import EDetector, expected_delay
 
 
 def test_expected_delay_falls_with_what_there_is_to_see() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_cases import SMALL, randn
+from support.small_cases import SMALL, randn
 from torch import Tensor
 
-from ood_monitor.training import TrainingStream
+from ood_monitor.drift import TrainingStream
 
 BRANCHES = SMALL["branches"]
 

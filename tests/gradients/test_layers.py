@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Function, Gaussian, model
+from support.cases import Function, Gaussian, model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 

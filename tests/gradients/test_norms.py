@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODELS, Function, Gaussian, Model, model
+from support.cases import MODELS, Function, Gaussian, Model, model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from alert_cases import ALERT, LONG, summary
 from ood_monitor_integrations.prometheus import PrometheusSink, score_buckets
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parsed
-from small_cases import SMALL
+from support.alert_cases import ALERT, LONG, summary
+from support.small_cases import SMALL
 
 import ood_monitor as om
-from ood_monitor.alerts import Reading
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher, Reading
 
 BRANCHES = SMALL["branches"]
 LABELS = {"model": "m7", "detector": "d5"}

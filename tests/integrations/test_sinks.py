@@ -12,27 +12,27 @@ from typing import Any, get_args
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
-from alert_cases import ALERT, LONG, summary
 from mlflow import MlflowClient
-from ood_monitor_integrations.lightning.reporting import LeftOpen
+from ood_monitor_integrations.lightning.loggers import LeftOpen
 from ood_monitor_integrations.mlflow import MLflowSink
 from ood_monitor_integrations.prometheus import PrometheusSink
 from prometheus_client import CollectorRegistry, generate_latest
-from receivers import receiving
+from support.alert_cases import ALERT, LONG, summary
+from support.receivers import receiving
 
 from ood_monitor.alerts import (
     Alert,
     AlertEvidence,
     AlertKind,
+    Dispatcher,
     LoggingSink,
     MeterSink,
     Reading,
     Sink,
     Summary,
     SummarySink,
+    WebhookSink,
 )
-from ood_monitor.dispatcher import Dispatcher
-from ood_monitor.webhook import WebhookSink
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

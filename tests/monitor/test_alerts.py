@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from alert_cases import EVIDENCE, LONG, Broken, Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cases import SMALL
+from support.alert_cases import EVIDENCE, LONG, Broken, Recorder
+from support.small_cases import SMALL
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.alerts import Alert, AlertEvidence, severity_of
-from ood_monitor.hashes import sample_hashes
+from ood_monitor.saving import sample_hashes
 
 BRANCHES = SMALL["branches"]
 
@@ -346,7 +346,7 @@ def test_weights_are_hashed_only_when_they_were_touched(
     detector: om.Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = monitor(detector=detector, weights_every=1)
-    monkeypatch.setattr("ood_monitor.staleness.digest", pytest.fail)
+    monkeypatch.setattr("ood_monitor.monitor.staleness.digest", pytest.fail)
     feed(watch, quiet(10))
 
 
@@ -370,7 +370,7 @@ def test_weights_that_cannot_be_read_are_no_error(detector: om.Detector) -> None
         def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("sharded")
 
-    from ood_monitor.staleness import Weights
+    from ood_monitor.monitor.staleness import Weights
 
     assert Weights(Elsewhere(), "0" * 12).are_stale() is False
 

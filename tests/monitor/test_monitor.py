@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
-from small_cases import SMALL, Walled
+from support.small_cases import SMALL, Walled
 from torch import Tensor
 
 import ood_monitor as om
@@ -792,7 +792,7 @@ def test_shares_lie_between_0_and_1() -> None:
             assert all(0 <= (top.share or 0) <= 1 for top in alert.top_layers)
 
 
-# Neighbours that are alike
+# Autocorrelation that are alike
 
 
 def test_a_thinned_drift_test_sees_every_kth_valid_sample() -> None:

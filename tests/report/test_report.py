@@ -9,15 +9,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from cli_cases import flow, grey_images, write_images
 from PIL import Image
+from support.cli_cases import flow, grey_images, write_images
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
 from ood_monitor.cli import app
-from ood_monitor.fitted import Fitted
 from ood_monitor.report import HeldOut, Stream, html_report
 from ood_monitor.report.samples import drift_of
+from ood_monitor.saving import Fitted
 
 NASTY = "<script>alert(1)</script> & \"quotes\" 'single' $x$.png"
 
@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector, its held-out data and a stream that drifts, with a file that is no image."""
     root = tmp_path_factory.mktemp("root")
     write_images(root / "held_out", grey_images(240))
-    assert run("fit", "cli_cases:flow", root / "held_out", root / "detector").exit_code == 0
+    assert run("fit", "support.cli_cases:flow", root / "held_out", root / "detector").exit_code == 0
     write_images(root / "stream", np.concatenate([grey_images(20, 1), grey_images(40, 2) // 8]))
     (root / "stream" / "zz.png").write_bytes(b"\x89PNG no more")
     assert run("score", root / "detector", root / "stream", "-o", root / "s.csv").exit_code == 0
@@ -98,7 +98,7 @@ def test_a_report_shows_all_that_it_was_given(whole: Page) -> None:
     assert "Drift: an alarm at sample" in whole.text
     assert "1 of 61 samples could not be read" in whole.text
     assert "mean absolute correlation between layers" in whole.text
-    assert "adapter cli_cases:flow" in whole.text
+    assert "adapter support.cli_cases:flow" in whole.text
 
 
 def test_a_report_is_complete_in_itself(whole: Page) -> None:

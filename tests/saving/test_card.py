@@ -9,11 +9,11 @@ import matplotlib.image
 import pytest
 import torch
 import yaml
-from small_cases import SMALL
+from support.small_cases import SMALL
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.card import is_own, model_card
+from ood_monitor.saving.card import is_own, model_card
 
 BRANCHES = SMALL["branches"]
 

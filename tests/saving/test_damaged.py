@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from density_cases import DENSITIES
 from safetensors.numpy import load, load_file, save
-from small_cases import SMALL
+from support.density_cases import DENSITIES
+from support.small_cases import SMALL
 
 import ood_monitor as om
-from ood_monitor.fitted import CONFIG, FORMAT, TENSORS, Fitted, _checksum
+from ood_monitor.saving.fitted import CONFIG, FORMAT, TENSORS, Fitted, _checksum
 
 BRANCHES = SMALL["branches"]
-OLD = Path(__file__).parent / "data" / "format-1"
+OLD = Path(__file__).parents[1] / "data" / "format-1"
 
 
 def two_terms() -> om.Adapter:
@@ -342,7 +342,7 @@ DIES = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from small_cases import SMALL
+from support.small_cases import SMALL
 import ood_monitor as om
 
 replace, calls = Path.replace, 0
@@ -366,7 +366,7 @@ detector.save_pretrained({directory!r}, card=False)
 def test_a_kill_while_saving_never_mixes_two_detectors(at: int, tmp_path: Path) -> None:
     first = om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=False)
     first.save_pretrained(tmp_path, card=False)
-    program = DIES.format(tests=str(Path(__file__).parent), at=at, directory=str(tmp_path))
+    program = DIES.format(tests=str(Path(__file__).parents[1]), at=at, directory=str(tmp_path))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
     assert done.returncode == -signal.SIGKILL

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from density_cases import DENSITIES
-from pickles import pickles_in
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
-from small_cases import SMALL, Branches
+from support.density_cases import DENSITIES
+from support.pickles import pickles_in
+from support.small_cases import SMALL, Branches
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
-from ood_monitor.fitted import CONFIG, FORMAT, TENSORS, _checksum, digest
+from ood_monitor.saving.fitted import CONFIG, FORMAT, TENSORS, _checksum, digest
 
 BRANCHES = SMALL["branches"]
 

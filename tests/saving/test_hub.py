@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub, served
-from pickles import pickles_in
-from small_cases import SMALL
+from support.hub_server import TOKEN, Hub, served
+from support.pickles import pickles_in
+from support.small_cases import SMALL
 
 import ood_monitor as om
-from ood_monitor.hub import is_repository
+from ood_monitor.saving.hub import is_repository
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 BRANCHES = SMALL["branches"]
 
 WORKER = f"""
 import json, sys
 sys.path.insert(0, {str(TESTS)!r})
 import ood_monitor as om
-from small_cases import SMALL
+from support.small_cases import SMALL
 B = SMALL["branches"]
 def fitted(seed=0):
     return om.Detector(B(), seed=seed).fit([B.data(100, seed=seed)], progress=False)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from small_cases import SMALL
+from support.small_cases import SMALL
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.provenance import Provenance, differences, recipe
+from ood_monitor.saving.provenance import Provenance, differences, recipe
 
 BRANCHES = SMALL["branches"]
 
@@ -212,7 +212,7 @@ def test_an_unfitted_detector_is_not_asked_whether_it_is_stale() -> None:
     [("adapter", []), ("base_model", 3), ("base_model_revision", None), ("libraries", {"a": 1})],
 )
 def test_a_provenance_of_another_type_is_refused(key: str, value: Any, saved: Path) -> None:
-    from ood_monitor.fitted import Fitted, _checksum
+    from ood_monitor.saving.fitted import Fitted, _checksum
 
     settings, tensors = config(saved), (saved / "detector.safetensors").read_bytes()
     settings = {k: v for k, v in settings.items() if k != "checksum"} | {key: value}

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
-from foreign_cases import FOREIGN
-from model_case import Case, Function, Gaussian, Model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import ood_monitor as om
+from support.foreign_cases import FOREIGN
+from support.model_case import Case, Function, Gaussian, Model
 
 __all__ = ["MODELS", "Function", "Gaussian", "Model", "model"]
 

@@ -56,7 +56,8 @@ def write_images(folder: Path, images: np.ndarray) -> Path:
 
 def write_pipeline(folder: Path) -> Path:
     from diffusers import DDPMPipeline, DDPMScheduler
-    from diffusers_cases import unet
+
+    from support.diffusers_cases import unet
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

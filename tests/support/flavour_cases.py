@@ -19,7 +19,7 @@ __all__ = [
     "images",
 ]
 
-FACTORY = "flavour_cases:build"
+FACTORY = "support.flavour_cases:build"
 
 
 class Flow(nn.Module):

@@ -10,11 +10,11 @@ import normflows
 import torch
 import transformers
 import zuko
-from diffusers_cases import FAMILIES, Family, unet
-from model_case import Case, Function, Model
 from torch import Tensor, nn
 
 import ood_monitor as om
+from support.diffusers_cases import FAMILIES, Family, unet
+from support.model_case import Case, Function, Model
 
 __all__ = ["FOREIGN", "small_autoencoder"]
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import diffusers_cases
 import torch
-from pipeline_cases import (
+from torch import Tensor
+
+from support import diffusers_cases
+from support.pipeline_cases import (
     Arguments,
     PipelineCase,
     certain,
@@ -27,7 +29,6 @@ from pipeline_cases import (
     user_image,
     vae,
 )
-from torch import Tensor
 
 __all__ = ["GIVEN"]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_cases import Flow, images, loader, trainer, watcher
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ood_monitor import Alert
+from support.lightning_cases import Flow, images, loader, trainer, watcher
 
 __all__ = ["STREAM", "described", "found", "stream"]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import diffusers_cases
 import torch
-from diffusers_cases import unet
-from model_case import perturbed
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from support import diffusers_cases
+from support.diffusers_cases import unet
+from support.model_case import perturbed
 
 __all__ = ["PIPELINES", "PipelineCase", "case_of", "control_unet", "seeded_call", "text_unet"]
 

@@ -15,10 +15,10 @@ detector's noise levels. The call itself is not changed: same images, bit for bi
 from ood_monitor_integrations.diffusers.capture import DenoiserCall
 from ood_monitor_integrations.diffusers.costs import PlanCost, plan_costs
 from ood_monitor_integrations.diffusers.fitting import fit_pipeline, replayed_bound
+from ood_monitor_integrations.diffusers.hook import monitor_pipeline, wrap
 from ood_monitor_integrations.diffusers.modular import OODBlock
-from ood_monitor_integrations.diffusers.pipeline import monitor_pipeline, wrap
+from ood_monitor_integrations.diffusers.pipeline_monitor import Counts, PipelineMonitor
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
-from ood_monitor_integrations.diffusers.watching import Counts, PipelineMonitor
 
 __all__ = [
     "Counts",

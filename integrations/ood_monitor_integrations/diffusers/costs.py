@@ -11,11 +11,11 @@ import torch
 from ood_monitor import gradient_norms
 from ood_monitor.adapters.base import Batch, checked_terms, pieces
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.gradients.scoring import undisturbed
+from ood_monitor.modules import undisturbed
+from ood_monitor_integrations.diffusers.deployment import scorable
 from ood_monitor_integrations.diffusers.families import denoiser_of
-from ood_monitor_integrations.diffusers.recording import recorded
+from ood_monitor_integrations.diffusers.recorded_call import record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, ReplayedBound
-from ood_monitor_integrations.diffusers.state import scorable
 
 __all__ = ["PlanCost", "plan_costs"]
 
@@ -55,7 +55,7 @@ def plan_costs(
         call: Arguments of its call, for two steps of which it is run.
         levels: Noise levels to compare.
         layers: Layers to compare at each of them.
-        rounds: Measurements of which the median is taken.
+        rounds: Runs of which the median is taken.
 
     Returns:
         The cost of each pair of levels and layers, in the order given.
@@ -64,7 +64,7 @@ def plan_costs(
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: One that cannot be replayed.
     """
-    found = recorded(pipe, dict(call or {}), 0)
+    found = record_call(pipe, dict(call or {}), 0)
     bound = ReplayedBound(
         denoiser_of(pipe),
         pipe.scheduler,

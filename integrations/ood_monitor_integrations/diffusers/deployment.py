@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.digests import digest, marks
+from ood_monitor.saving.fingerprints import digest, marks
 from ood_monitor_integrations.diffusers.families import original_of
 
 __all__ = ["Mode", "check_deployment", "scorable", "settings_of", "weights_digest"]

@@ -12,12 +12,12 @@ from ood_monitor import Detector
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.gradients.layers import Layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
-from ood_monitor_integrations.diffusers.recording import Recorded, recorded
+from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
+from ood_monitor_integrations.diffusers.recorded_call import RecordedCall, record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
-from ood_monitor_integrations.diffusers.state import check_deployment, scorable
-from ood_monitor_integrations.diffusers.watching import original_class, size_of
 
 __all__ = ["fit_pipeline", "replayed_bound"]
 
@@ -25,7 +25,7 @@ __all__ = ["fit_pipeline", "replayed_bound"]
 Call: TypeAlias = Mapping[str, Any]
 
 #: A recorded call, the images that take the place of its samples, if any do, and its arguments.
-_Recording: TypeAlias = tuple[Recorded, Any, Call]
+_Recording: TypeAlias = tuple[RecordedCall, Any, Call]
 
 #: Samples that a pipeline is asked for at once where it can be.
 _AT_ONCE = 16
@@ -112,11 +112,11 @@ def replayed_bound(
         TypeError: As there.
         ValueError: As there.
     """
-    return _bound(pipe, recorded(pipe, dict(call or {}), seed), layers, levels, seed)
+    return _bound(pipe, record_call(pipe, dict(call or {}), seed), layers, levels, seed)
 
 
 def _bound(
-    pipe: Any, found: Recorded, layers: Layers, levels: Sequence[int], seed: int
+    pipe: Any, found: RecordedCall, layers: Layers, levels: Sequence[int], seed: int
 ) -> ReplayedBound:
     denoiser = denoiser_of(pipe)
     check_deployment(pipe, denoiser, "sync", partly=layers is not None)
@@ -135,13 +135,13 @@ def _held_out(
     pipe: Any, data: Iterable[Any], call: dict[str, Any], seed: int
 ) -> Iterator[_Recording]:
     check_pipeline(pipe)
-    common: Recorded | None = None
+    common: RecordedCall | None = None
     for item in data:
         images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
         arguments = _with_images(pipe, call | dict(own or {}), images)
         # What does not depend on the batch is recorded once.
         if common is None or own is not None or arguments.keys() != call.keys():
-            common = recorded(pipe, arguments, seed)
+            common = record_call(pipe, arguments, seed)
         yield common, images, arguments
 
 
@@ -163,11 +163,11 @@ def _own_samples(pipe: Any, call: dict[str, Any], seed: int) -> Iterator[_Record
     if "batch_size" in parameters:
         call = {"batch_size": _AT_ONCE} | call
     for number in itertools.count():
-        yield recorded(pipe, call, seed + number, whole=True), None, call
+        yield record_call(pipe, call, seed + number, whole=True), None, call
 
 
 def _batch(
-    pipe: Any, adapter: ReplayedBound, found: Recorded, images: Any, arguments: Call
+    pipe: Any, adapter: ReplayedBound, found: RecordedCall, images: Any, arguments: Call
 ) -> dict[str, Tensor]:
     batch = adapter.batch(found.call, found.count)
     if images is None:

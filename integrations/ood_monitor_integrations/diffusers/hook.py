@@ -9,12 +9,16 @@ from typing import Any, Literal, TypeAlias, get_args
 from diffusers import DiffusionPipeline
 
 from ood_monitor import Detector, Monitor
+from ood_monitor_integrations.diffusers.budget import Choice, Worker
+from ood_monitor_integrations.diffusers.deployment import Mode, check_deployment
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of, original_of
 from ood_monitor_integrations.diffusers.inputs import image_argument
-from ood_monitor_integrations.diffusers.queueing import Choice, Worker
+from ood_monitor_integrations.diffusers.pipeline_monitor import (
+    BatchOf,
+    PipelineMonitor,
+    original_class,
+)
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
-from ood_monitor_integrations.diffusers.state import Mode, check_deployment
-from ood_monitor_integrations.diffusers.watching import BatchOf, PipelineMonitor, original_class
 
 __all__ = ["What", "monitor_pipeline", "watcher_of", "wrap"]
 

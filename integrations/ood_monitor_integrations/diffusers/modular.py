@@ -8,8 +8,8 @@ from diffusers import ModularPipelineBlocks
 from diffusers.modular_pipelines import OutputParam
 
 from ood_monitor import Monitor, Scores
-from ood_monitor_integrations.diffusers.pipeline import watcher_of
-from ood_monitor_integrations.diffusers.watching import PipelineMonitor
+from ood_monitor_integrations.diffusers.hook import watcher_of
+from ood_monitor_integrations.diffusers.pipeline_monitor import PipelineMonitor
 
 __all__ = ["OODBlock"]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.budget import Choice, Worker
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -25,16 +26,15 @@ from ood_monitor_integrations.diffusers.capture import (
     hooked,
     stepping,
 )
-from ood_monitor_integrations.diffusers.families import denoiser_of, original_of
-from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
-from ood_monitor_integrations.diffusers.queueing import Choice, Worker
-from ood_monitor_integrations.diffusers.replay import ReplayedBound
-from ood_monitor_integrations.diffusers.state import (
+from ood_monitor_integrations.diffusers.deployment import (
     check_deployment,
     scorable,
     settings_of,
     weights_digest,
 )
+from ood_monitor_integrations.diffusers.families import denoiser_of, original_of
+from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = ["BatchOf", "Counts", "PipelineMonitor", "original_class", "samples_of", "size_of"]
 

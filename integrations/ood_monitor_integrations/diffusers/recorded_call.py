@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ood_monitor.gradients.scoring import device_of
+from ood_monitor.modules import device_of
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -19,23 +19,25 @@ from ood_monitor_integrations.diffusers.capture import (
     stepping,
 )
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
-from ood_monitor_integrations.diffusers.watching import original_class, samples_of
+from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, samples_of
 
-__all__ = ["Recorded", "recorded"]
+__all__ = ["RecordedCall", "record_call"]
 
 #: Of which the first shows how the denoiser is told the time, and the last need not.
 _STEPS = 2
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedCall:
     """A call, and the number of samples that it gave."""
 
     call: DenoiserCall
     count: int
 
 
-def recorded(pipe: Any, arguments: dict[str, Any], seed: int, *, whole: bool = False) -> Recorded:
+def record_call(
+    pipe: Any, arguments: dict[str, Any], seed: int, *, whole: bool = False
+) -> RecordedCall:
     """Call a pipeline and record what it does.
 
     Args:
@@ -66,7 +68,7 @@ def recorded(pipe: Any, arguments: dict[str, Any], seed: int, *, whole: bool = F
         stack.enter_context(capturing(capture))
         output = kind.__call__(twin, **arguments)
     call = capture.call()
-    return Recorded(call, samples_of(output, len(call.sample)))
+    return RecordedCall(call, samples_of(output, len(call.sample)))
 
 
 def _twin(pipe: Any) -> Any:

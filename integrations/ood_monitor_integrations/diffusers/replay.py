@@ -18,8 +18,8 @@ from ood_monitor_integrations.diffusers.arguments import (
     taken_apart,
 )
 from ood_monitor_integrations.diffusers.capture import DenoiserCall, sample_argument
+from ood_monitor_integrations.diffusers.deployment import settings_of
 from ood_monitor_integrations.diffusers.families import family_of, original_of
-from ood_monitor_integrations.diffusers.state import settings_of
 
 __all__ = ["LEVELS", "SEED", "ReplayedBound"]
 

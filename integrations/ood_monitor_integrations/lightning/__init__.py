@@ -10,7 +10,7 @@ with both names of Lightning, `pytorch_lightning` and `lightning.pytorch`.
 """
 
 from ood_monitor_integrations.lightning.callback import OODMonitor
-from ood_monitor_integrations.lightning.recorded import Recorded
+from ood_monitor_integrations.lightning.stage_scores import StageScores
 from ood_monitor_integrations.lightning.training import FlaggedBatch
 
-__all__ = ["FlaggedBatch", "OODMonitor", "Recorded"]
+__all__ = ["FlaggedBatch", "OODMonitor", "StageScores"]

@@ -8,9 +8,10 @@ from tqdm.auto import tqdm
 
 from ood_monitor import Detector
 from ood_monitor.adapters.base import Batch
-from ood_monitor.measured import Measured
+from ood_monitor.densities.measurements import Measurements
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
-from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.indices import Indices, Positions
 from ood_monitor_integrations.lightning.loading import (
     HeldOut,
@@ -18,9 +19,8 @@ from ood_monitor_integrations.lightning.loading import (
     shared_out,
     validation_data,
 )
-from ood_monitor_integrations.lightning.recorded import dataset_order
-from ood_monitor_integrations.lightning.timing import ends_training, is_last_validation
-from ood_monitor_integrations.lightning.troubles import Troubles
+from ood_monitor_integrations.lightning.stage_scores import dataset_order
+from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -41,7 +41,7 @@ class Collection:
     def __init__(self, make: Callable[[], Detector], world: World) -> None:
         self._make, self._world = make, world
         self._detector: Detector | None = None
-        self._parts: list[Measured] = []
+        self._parts: list[Measurements] = []
         self._places: list[Indices] = []
         self._failure: Exception | None = None
 
@@ -81,14 +81,14 @@ class Collection:
             [np.frombuffer(place, dtype=np.int64).reshape(2, -1) for place in places], 1
         )
         rows = dataset_order(dataset, dataloader, distinct=self._world.size > 1)
-        whole = Measured.together(Measured.parse(part) for part in parts if part)
+        whole = Measurements.together(Measurements.parse(part) for part in parts if part)
         detector = self._detector or self._make()
         return detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
 
     def _dump(self) -> bytes | None:
         if self._failure is not None:
             return None
-        return Measured.together(self._parts).dump() if self._parts else b""
+        return Measurements.together(self._parts).dump() if self._parts else b""
 
 
 _NONE: Indices = np.zeros((2, 0), dtype=np.int64)
@@ -104,7 +104,7 @@ class Calibrator:
     Args:
         source: "val", batches of one's own, or None for no calibration.
         detectors: Takes the fitted detector.
-        troubles: Told of failures.
+        failures: Told of failures.
         progress: Show a bar for a pass of its own.
     """
 
@@ -112,12 +112,12 @@ class Calibrator:
         self,
         source: Literal["val"] | Iterable[Batch] | None,
         detectors: Detectors,
-        troubles: Troubles,
+        failures: Failures,
         *,
         progress: bool,
     ) -> None:
         self._source, self._detectors = source, detectors
-        self._troubles, self._progress = troubles, progress
+        self._failures, self._progress = failures, progress
         self.reset()
 
     def reset(self) -> None:
@@ -155,7 +155,7 @@ class Calibrator:
         if collection is None:
             return
         self._step = trainer.global_step
-        with self._troubles.contained(_KIND):
+        with self._failures.contained(_KIND):
             if self._source != "val":
                 self._pass(collection, trainer, pl_module)
             self._detectors.current = collection.fitted()
@@ -165,7 +165,7 @@ class Calibrator:
         if not self._wanted(trainer) or not ends_training(trainer):
             return False
         self._step = trainer.global_step
-        with self._troubles.contained(_KIND):
+        with self._failures.contained(_KIND):
             self.now(trainer, pl_module, None)
         return True
 

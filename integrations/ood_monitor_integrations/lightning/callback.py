@@ -10,16 +10,21 @@ from ood_monitor.alerts import Sink
 from ood_monitor.gradients.layers import Layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
 from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors
-from ood_monitor_integrations.lightning.namespaces import callback_class
-from ood_monitor_integrations.lightning.recorded import Recorded
-from ood_monitor_integrations.lightning.refusals import refuse_sharded
-from ood_monitor_integrations.lightning.reporting import (
+from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     write,
 )
+from ood_monitor_integrations.lightning.namespaces import callback_class
+from ood_monitor_integrations.lightning.sharding import refuse_sharded
+from ood_monitor_integrations.lightning.stage_scores import StageScores
+from ood_monitor_integrations.lightning.trainer_monitor import (
+    FAILED,
+    REFUSED,
+    Settings,
+    TrainerMonitor,
+)
 from ood_monitor_integrations.lightning.training import FlaggedBatch, TrainingWatch
-from ood_monitor_integrations.lightning.troubles import Troubles
-from ood_monitor_integrations.lightning.watching import FAILED, REFUSED, Settings, Watching
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -111,11 +116,11 @@ class OODMonitor(Callback):
             raise ValueError(f"Expected every_n_batches of at least 1, got {every_n_batches}.")
         self._name, self._strict = name, strict
         self._prefix = "ood" if name == _NAME else f"ood/{name}"
-        self._troubles = Troubles(name)
+        self._failures = Failures(name)
         self._detectors = Detectors(adapter, detector, layers, self.state_key)
         self._needs_detector = bool(self._stages - {"train"})
         source = calibrate_on if self._needs_detector else None
-        self._calibrator = Calibrator(source, self._detectors, self._troubles, progress=progress)
+        self._calibrator = Calibrator(source, self._detectors, self._failures, progress=progress)
         self._training = TrainingWatch(training or TrainingStream(), layers, name)
         settings = Settings(
             stages=self._stages,
@@ -128,7 +133,7 @@ class OODMonitor(Callback):
             name=name,
             prefix=self._prefix,
         )
-        self._watching = Watching(settings, self._detectors, self._troubles, self._log)
+        self._watching = TrainerMonitor(settings, self._detectors, self._failures, self._log)
         self._batch_idx, self._is_off, self._is_broken = 0, False, False
 
     @property
@@ -149,7 +154,7 @@ class OODMonitor(Callback):
     @property
     def failures(self) -> int:
         """Batches that could not be scored."""
-        return self._troubles.counts[FAILED]
+        return self._failures.counts[FAILED]
 
     @property
     def flagged_batches(self) -> tuple[FlaggedBatch, ...]:
@@ -166,7 +171,7 @@ class OODMonitor(Callback):
         """
         return self.recorded(stage).scores
 
-    def recorded(self, stage: Stage) -> Recorded:
+    def recorded(self, stage: Stage) -> StageScores:
         """As :meth:`scores`, with the place of each sample in the dataset.
 
         Raises:
@@ -211,7 +216,7 @@ class OODMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Detector and training stream as primitives: the checkpoint loads as weights only."""
         state: dict[str, Any] = {}
-        with self._troubles.contained("has a detector that no checkpoint can hold"):
+        with self._failures.contained("has a detector that no checkpoint can hold"):
             state |= self._detectors.state_dict()
         if streams := self._training.state_dict():
             state["training"] = streams
@@ -221,7 +226,7 @@ class OODMonitor(Callback):
         """Keep the state; the detector is made when the model has its weights."""
         if "config" in state_dict:
             self._detectors.load_state_dict(state_dict)
-        with self._troubles.contained("could not resume its training stream"):
+        with self._failures.contained("could not resume its training stream"):
             self._training.load_state_dict(state_dict.get("training", {}))
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -240,7 +245,7 @@ class OODMonitor(Callback):
             if self._strict:
                 raise
             self._is_off = True
-            self._troubles.tell(REFUSED, error)
+            self._failures.tell(REFUSED, error)
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
@@ -266,13 +271,13 @@ class OODMonitor(Callback):
         """Look at the gradients, which are unscaled here and not yet clipped."""
         if "train" not in self._stages or self._is_off:
             return
-        with self._troubles.contained("could not score a training batch"):
+        with self._failures.contained("could not score a training batch"):
             score = self._training.take(trainer, pl_module, optimizer, self._batch_idx)
             every = getattr(trainer, "log_every_n_steps", 0)
             # Not by `self.log`, which takes longer than the score does.
             if score is not None and every and self._training.scored % every == 0:
                 metrics = {f"{self._prefix}/train_step_score": score.score}
-                write(trainer.loggers, metrics, trainer.global_step, self._troubles)
+                write(trainer.loggers, metrics, trainer.global_step, self._failures)
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Calibrate if training ends and no validation has done it; log of the training stream."""

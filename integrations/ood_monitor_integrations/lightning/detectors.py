@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
-from ood_monitor.fitted import CONFIG, TENSORS
 from ood_monitor.gradients.layers import Layers
-from ood_monitor_integrations.lightning.refusals import refuse_sharded_parameters
+from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor_integrations.lightning.sharding import refuse_sharded_parameters
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Troubles"]
+__all__ = ["Failures"]
 
 
-class Troubles:
+class Failures:
     """Counts what went wrong by kind, and warns of the first of each.
 
     Args:

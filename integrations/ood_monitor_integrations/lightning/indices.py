@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
-from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.collectives import World
 
 __all__ = ["Indices", "Positions", "flattened"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ood_monitor.adapters.base import Batch
-from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.indices import Positions, flattened
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ood_monitor import Alert, Scores
 from ood_monitor.alerts import Sink, Summary
-from ood_monitor_integrations.lightning.troubles import Troubles
+from ood_monitor_integrations.lightning.failures import Failures
 
 __all__ = ["LeftOpen", "figures", "is_mlflow", "mlflow_sinks", "write"]
 
@@ -41,11 +41,11 @@ def figures(scores: Scores, fpr: float, log_e_value: float, prefix: str) -> dict
 
 
 def write(
-    loggers: Iterable[Any], metrics: Mapping[str, float], step: int, troubles: Troubles
+    loggers: Iterable[Any], metrics: Mapping[str, float], step: int, failures: Failures
 ) -> None:
     """Write metrics where `self.log` may not, or takes too long."""
     for logger in loggers:
-        with troubles.contained("could not write its figures"):
+        with failures.contained("could not write its figures"):
             if metrics:
                 logger.log_metrics(dict(metrics), step=step)
 

@@ -1,15 +1,15 @@
-"""Watching one stage: scores where batches come, decisions in the order of the dataset."""
+"""The monitor of one stage: scores where batches come, decisions in the order of the dataset."""
 
 from ood_monitor import Alert, Monitor
 from ood_monitor.adapters.base import Batch
-from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.indices import Positions
-from ood_monitor_integrations.lightning.recorded import Recorded, dataset_order
+from ood_monitor_integrations.lightning.stage_scores import StageScores, dataset_order
 
-__all__ = ["Watch"]
+__all__ = ["StageMonitor"]
 
 
-class Watch:
+class StageMonitor:
     """A stage that is watched.
 
     In one process each batch is decided on at once. In several, each scores its own batches, and
@@ -31,7 +31,7 @@ class Watch:
     ) -> None:
         self.monitor, self.log_e_value = monitor, 0.0
         self._positions, self._world, self._distinct = positions, world, distinct
-        self._parts: list[Recorded] = []
+        self._parts: list[StageScores] = []
 
     @property
     def is_online(self) -> bool:
@@ -42,7 +42,7 @@ class Watch:
         """Score a batch; the alerts that it raised."""
         scores = self.monitor.score(batch)
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
-        part = Recorded(scores, dataset, 0 * dataset + dataloader_idx)
+        part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)
         return self._observe(part) if self.is_online else []
 
@@ -55,8 +55,8 @@ class Watch:
         if self.is_online:
             return []
         layers = self.monitor.detector.fitted.layers
-        parts = self._world.gathered(Recorded.together(self._parts).dump())
-        whole = Recorded.together(Recorded.parse(part, layers) for part in parts)
+        parts = self._world.gathered(StageScores.together(self._parts).dump())
+        whole = StageScores.together(StageScores.parse(part, layers) for part in parts)
         places = whole.dataset_index, whole.dataloader_index
         whole = whole.take(dataset_order(*places, distinct=self._distinct))
         self._parts = [whole.without_layers()]
@@ -65,11 +65,11 @@ class Watch:
         return [alert for piece in whole.pieces(sizes) for alert in self._observe(piece)]
 
     @property
-    def recorded(self) -> Recorded:
+    def recorded(self) -> StageScores:
         """What was scored so far, without layers; in several processes only after the end."""
-        return Recorded.together(self._parts)
+        return StageScores.together(self._parts)
 
-    def _observe(self, part: Recorded) -> list[Alert]:
+    def _observe(self, part: StageScores) -> list[Alert]:
         alerts = self.monitor.observe(part.scores)
         raised = [alert.evidence.log_e_value or 0.0 for alert in alerts]
         self.log_e_value = max(self.log_e_value, self.monitor.log_e_value, *raised)

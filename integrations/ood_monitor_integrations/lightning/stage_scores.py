@@ -14,13 +14,13 @@ from torch import Tensor
 from ood_monitor import Scores
 from ood_monitor_integrations.lightning.indices import Indices
 
-__all__ = ["Recorded"]
+__all__ = ["StageScores"]
 
 _FIELDS = ("score", "p_value", "log_likelihood", "valid")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class StageScores:
     """Scores of N samples and where each stands.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Watching the stages of a Trainer one after the other: begin, score, decide, report."""
+"""The monitors of the stages of a Trainer one after the other: begin, score, decide, report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ import torch
 from ood_monitor import Alert, Detector, Monitor
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
-from ood_monitor.fitted import digest
+from ood_monitor.saving.fitted import digest
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
-from ood_monitor_integrations.lightning.gathering import World
+from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.indices import Positions
-from ood_monitor_integrations.lightning.recorded import Recorded
-from ood_monitor_integrations.lightning.reporting import (
+from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     figures,
     is_mlflow,
     mlflow_sinks,
     write,
 )
-from ood_monitor_integrations.lightning.stages import Watch
-from ood_monitor_integrations.lightning.troubles import Troubles
+from ood_monitor_integrations.lightning.stage_monitor import StageMonitor
+from ood_monitor_integrations.lightning.stage_scores import StageScores
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["FAILED", "REFUSED", "Settings", "Watching"]
+__all__ = ["FAILED", "REFUSED", "Settings", "TrainerMonitor"]
 
 #: Kinds of trouble.
 FAILED, REFUSED = "could not score a batch", "will not watch"
@@ -61,13 +61,13 @@ class Settings:
     prefix: str
 
 
-class Watching:
+class TrainerMonitor:
     """The stages of a Trainer, of which one is watched at a time.
 
     Args:
         settings: What the user chose.
         detectors: Where the detector comes from.
-        troubles: Told of failures.
+        failures: Told of failures.
         log: Logs metrics by Lightning, with the options of `self.log_dict`.
 
     Attributes:
@@ -82,16 +82,16 @@ class Watching:
         self,
         settings: Settings,
         detectors: Detectors,
-        troubles: Troubles,
+        failures: Failures,
         log: Callable[..., None],
     ) -> None:
         self.monitor: Monitor | None = None
-        self.current: Watch | None = None
+        self.current: StageMonitor | None = None
         self.positions = Positions(None, World())
         self.alerts: list[Alert] = []
-        self.recorded: dict[str, Recorded] = {}
+        self.recorded: dict[str, StageScores] = {}
         self._settings, self._detectors = settings, detectors
-        self._troubles, self._log = troubles, log
+        self._failures, self._log = failures, log
         self._is_stale, self._written = False, 0
 
     def write_now_and_then(self, trainer: "Trainer", batch_idx: int) -> None:
@@ -120,10 +120,10 @@ class Watching:
         everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
         if monitor is not None and everywhere:
             self.monitor = monitor
-            self.current = Watch(monitor, self.positions, world, distinct=stage != "predict")
+            self.current = StageMonitor(monitor, self.positions, world, distinct=stage != "predict")
 
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
-        with self._troubles.contained(REFUSED):
+        with self._failures.contained(REFUSED):
             before, detector = self._detectors.current, self._detectors.ready(pl_module)
             if detector is not None:
                 # Who loads a stale one is told by the detector itself.
@@ -131,15 +131,15 @@ class Watching:
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer)
                 ert, fpr = self._settings.ert, self._settings.fpr
                 return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=0)
-        if trainer.state.fn != "fit" and not self._troubles.counts[REFUSED]:
-            self._troubles.tell(REFUSED, "it is not calibrated.")
+        if trainer.state.fn != "fit" and not self._failures.counts[REFUSED]:
+            self._failures.tell(REFUSED, "it is not calibrated.")
         return None
 
     def _sinks_of(self, trainer: "Trainer") -> list[Sink]:
         sinks: list[Sink] = []
         if trainer.is_global_zero:
             sinks += self._settings.sinks
-            with self._troubles.contained("could not reach MLflow"):
+            with self._failures.contained("could not reach MLflow"):
                 sinks += mlflow_sinks(trainer.loggers) if self._settings.log_to_mlflow else ()
         return sinks
 
@@ -150,14 +150,14 @@ class Watching:
         self._is_stale = digest(detector.adapter.module) != detector.fitted.model
         if self._is_stale and not is_told:
             told = "the model in training is no longer the one that the detector was fitted on."
-            self._troubles.tell("watches with a stale calibration", told)
+            self._failures.tell("watches with a stale calibration", told)
 
     def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
         """Score a batch of the stage."""
         if self.current is None or batch_idx % self._settings.every:
             return
         invalid = self.current.monitor.invalid
-        with self._troubles.contained(FAILED):
+        with self._failures.contained(FAILED):
             self.alerts += self.current.take(batch, batch_idx, dataloader_idx)
         self._tell_invalid(self.current.monitor.invalid - invalid)
 
@@ -166,7 +166,7 @@ class Watching:
         watch, self.current = self.current, None
         if watch is None:
             return
-        with self._troubles.contained("could not finish a stage"), torch.inference_mode(False):
+        with self._failures.contained("could not finish a stage"), torch.inference_mode(False):
             self.alerts += watch.finish()
             self.recorded[stage] = watch.recorded
             self._report(trainer, watch, stage)
@@ -174,7 +174,7 @@ class Watching:
                 watch.recorded.write(self._settings.scores_dir, stage)
         watch.monitor.close()
 
-    def _report(self, trainer: "Trainer", watch: Watch, stage: str) -> None:
+    def _report(self, trainer: "Trainer", watch: StageMonitor, stage: str) -> None:
         metrics = self._figures(watch)
         if not watch.is_online:
             self._tell_invalid(watch.monitor.invalid)
@@ -186,24 +186,24 @@ class Watching:
             self._log({rate: metrics.pop(rate)}, on_epoch=True, prog_bar=True, sync_dist=several)
             self._log(metrics, on_epoch=True, sync_dist=several)
 
-    def _write(self, trainer: "Trainer", watch: Watch) -> None:
+    def _write(self, trainer: "Trainer", watch: StageMonitor) -> None:
         step = watch.monitor.samples_seen
         if step != self._written:
             self._written = step
             # An MLflow run has the figures from its sink.
             loggers = [logger for logger in trainer.loggers if not self._has_sink(logger)]
-            write(loggers, self._figures(watch), step, self._troubles)
+            write(loggers, self._figures(watch), step, self._failures)
 
     def _has_sink(self, logger: Any) -> bool:
         found = True  # one that cannot even be asked takes no figures
-        with self._troubles.contained("could not write its figures"):
+        with self._failures.contained("could not write its figures"):
             found = self._settings.log_to_mlflow and is_mlflow(logger)
         return found
 
-    def _figures(self, watch: Watch) -> dict[str, float]:
+    def _figures(self, watch: StageMonitor) -> dict[str, float]:
         scores, settings = watch.recorded.scores, self._settings
         return figures(scores, settings.fpr, watch.log_e_value, settings.prefix)
 
     def _tell_invalid(self, count: int) -> None:
         if count:
-            self._troubles.tell("could not score samples", "values that are not finite.")
+            self._failures.tell("could not score samples", "values that are not finite.")

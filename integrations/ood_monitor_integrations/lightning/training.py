@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ood_monitor import TrainingStream
+from ood_monitor.drift import TrainingScore
 from ood_monitor.gradients.layers import Layers, selection
-from ood_monitor.training import TrainingScore
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -45,9 +45,9 @@ from mlflow.utils.model_utils import (
 import ood_monitor
 from ood_monitor import Detector, Scores
 from ood_monitor.adapters.base import Batch, batch_size, map_tensors, pieces
-from ood_monitor.contents import sample_of
-from ood_monitor.fitted import Fitted
 from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.saving import Fitted
+from ood_monitor.saving.format import sample_of
 from ood_monitor_integrations.mlflow.inputs import COLUMNS, Inputs
 from ood_monitor_integrations.mlflow.recipes import (
     DETECTOR,

@@ -12,8 +12,8 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from torch import Tensor
 
 from ood_monitor.adapters.base import Batch, describe, tensors_in
-from ood_monitor.contents import sample_of
-from ood_monitor.fitted import Fitted
+from ood_monitor.saving import Fitted
+from ood_monitor.saving.format import sample_of
 
 __all__ = ["COLUMNS", "Inputs"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
-from pipeline_cases import case_of, seeded_call, text_unet
+from support.pipeline_cases import case_of, seeded_call, text_unet
 from torch import nn
 
 import ood_monitor as om

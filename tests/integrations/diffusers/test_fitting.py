@@ -18,7 +18,7 @@ from ood_monitor_integrations.diffusers import (
     plan_costs,
     replayed_bound,
 )
-from pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import case_of, seeded_call
 
 import ood_monitor as om
 from ood_monitor.testing import check_adapter
@@ -220,7 +220,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from ood_monitor_integrations.diffusers import fit_pipeline, wrap
-from pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import case_of, seeded_call
 import ood_monitor as om
 
 torch.set_num_threads(1)
@@ -256,7 +256,7 @@ def worker(rank: int, processes: int, port: int) -> subprocess.Popen[str]:
     alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     # One thread: several sum in another order.
     network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     path = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", WORKER],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
-from pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import case_of, seeded_call
 from torch import Tensor
 
 import ood_monitor as om

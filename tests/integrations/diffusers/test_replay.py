@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from given_pipeline_cases import GIVEN
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
-from pipeline_cases import PIPELINES, PipelineCase, seeded_call
+from support.given_pipeline_cases import GIVEN
+from support.pipeline_cases import PIPELINES, PipelineCase, seeded_call
 from torch import Tensor
 
 import ood_monitor as om

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import (
     EarlyStopping,
@@ -15,9 +14,10 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 
 import ood_monitor as om
-from ood_monitor.fitted import digest
+from ood_monitor.saving.fitted import digest
 
 pytestmark = QUIET
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from mlflow import MlflowClient
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
+from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from torch import Tensor
 
 import ood_monitor as om

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning_processes
 import numpy as np
 import pytest
-from lightning_cases import QUIET, Flow, trainer, watcher
-from lightning_processes import STREAM, found, stream
+from support import lightning_processes
+from support.lightning_cases import QUIET, Flow, trainer, watcher
+from support.lightning_processes import STREAM, found, stream
 
 pytestmark = QUIET
 

@@ -14,10 +14,9 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import yaml
-from lightning_cases import QUIET, Flow, images, loader, trainer, watcher
 from ood_monitor_integrations.autoload import VARIABLE, callbacks
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.refusals import refuse_sharded
+from ood_monitor_integrations.lightning.sharding import refuse_sharded
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.strategies import (
@@ -27,6 +26,7 @@ from pytorch_lightning.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from support.lightning_cases import QUIET, Flow, images, loader, trainer, watcher
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -35,7 +35,7 @@ import ood_monitor as om
 
 pytestmark = QUIET
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_module_without_likelihood_is_refused_before_training() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_cases import QUIET, Flow, images, loader, trainer
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
+from support.lightning_cases import QUIET, Flow, images, loader, trainer
 from torch import Tensor, nn
 
 import ood_monitor as om

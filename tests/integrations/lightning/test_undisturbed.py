@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from torch import Tensor, nn
 
 import ood_monitor as om

@@ -24,7 +24,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's own, about its type hints
     import mlflow.pyfunc
 
-import flavour_cases as cases
 import mlflow
 import numpy as np
 import pandas as pd
@@ -35,12 +34,13 @@ from mlflow.models import MetricThreshold, Model
 from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry
 from ood_monitor_integrations.mlflow import flavour
 from ood_monitor_integrations.mlflow.evaluator import MODEL_TYPE, DetectorEvaluator
-from pickles import pickles_in
 from safetensors.torch import save_file
+from support import flavour_cases as cases
+from support.pickles import pickles_in
 
 import ood_monitor as om
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COLUMNS = ["score", "p_value", "log_likelihood", "valid"]
 
 pytestmark = [
@@ -133,7 +133,7 @@ def test_files_are_copied_and_given_to_the_factory(tmp_path: Path) -> None:
     flavour.save_model(
         detector,
         tmp_path / "model",
-        factory="flavour_cases:build_from_file",
+        factory="support.flavour_cases:build_from_file",
         files={"weights": tmp_path / "w.safetensors", "text": tmp_path / "t.txt"},
         weights=False,
     )
@@ -147,7 +147,7 @@ def test_files_are_copied_and_given_to_the_factory(tmp_path: Path) -> None:
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     detector = om.Detector(cases.build_tied()).fit([x], progress=False)
-    flavour.save_model(detector, tmp_path / "model", factory="flavour_cases:build_tied")
+    flavour.save_model(detector, tmp_path / "model", factory="support.flavour_cases:build_tied")
     module: Any = flavour.load_model(str(tmp_path / "model")).adapter.module
     assert module.first.weight is module.second.weight
 
@@ -164,7 +164,7 @@ def test_weights_come_back_in_their_precision(tmp_path: Path) -> None:
 
 def test_groups_are_named_and_come_back(tmp_path: Path) -> None:
     detector = cases.fitted(groups=cases.groups, minimum_group=20)
-    options: Any = {"factory": cases.FACTORY, "groups": "flavour_cases:groups"}
+    options: Any = {"factory": cases.FACTORY, "groups": "support.flavour_cases:groups"}
     flavour.save_model(detector, tmp_path / "model", **options)
     x = cases.images(9, seed=1)
     found = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(x.numpy())
@@ -173,14 +173,14 @@ def test_groups_are_named_and_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_code_travels_with_the_model(tmp_path: Path) -> None:
-    (tmp_path / "travelling_code.py").write_text("from flavour_cases import build\n")
+    (tmp_path / "travelling_code.py").write_text("from support.flavour_cases import build\n")
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from ood_monitor_integrations.mlflow import flavour
 if sys.argv[1] == "save":
     sys.path.insert(0, {str(tmp_path)!r})
-    import flavour_cases
+    from support import flavour_cases
     flavour.save_model(
         flavour_cases.fitted(), {str(tmp_path / "model")!r},
         factory="travelling_code:build", code_paths=[{str(tmp_path / "travelling_code.py")!r}],
@@ -200,15 +200,18 @@ else:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"factory": "flavour_cases.build"}, "as 'package.module:function', got"),
-        ({"factory": "flavour_cases:gone"}, "'flavour_cases:gone' to be importable"),
+        ({"factory": "support.flavour_cases.build"}, "as 'package.module:function', got"),
+        (
+            {"factory": "support.flavour_cases:gone"},
+            "flavour_cases:gone' to be importable",
+        ),
         ({"factory": "no_such_package:build"}, "'no_such_package:build' to be importable"),
         ({"factory": "os:system; x"}, "as 'package.module:function', got"),
         ({"arguments": {"size": torch.ones(1)}}, "JSON-able arguments"),
         ({"arguments": {"start": float("nan")}}, "JSON-able arguments"),
-        ({"arguments": {"size": 5}}, "weights of what flavour_cases:build builds"),
+        ({"arguments": {"size": 5}}, "weights of what support.flavour_cases:build builds"),
         ({"weights": False}, "got other weights"),
-        ({"groups": "flavour_cases:groups"}, "`groups` as"),
+        ({"groups": "support.flavour_cases:groups"}, "`groups` as"),
         ({"arguments": {"size": 4}, "files": {"size": "x"}}, r"got \['size'\] twice"),
     ],
     ids=lambda value: str(value)[:50],
@@ -223,7 +226,7 @@ def test_what_could_not_be_loaded_is_not_saved(
 
 def test_a_factory_of_something_else_is_refused(detector: om.Detector, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="build_nothing to give an Adapter, got Flow"):
-        flavour.save_model(detector, tmp_path / "m", factory="flavour_cases:build_nothing")
+        flavour.save_model(detector, tmp_path / "m", factory="support.flavour_cases:build_nothing")
 
 
 def test_an_adapter_with_another_seed_is_told(detector: om.Detector, tmp_path: Path) -> None:
@@ -308,7 +311,8 @@ def test_a_batch_size_of_none_is_refused(saved: Path) -> None:
 def test_several_tensors_keep_their_order(tmp_path: Path) -> None:
     x, label = torch.randn(200, 6), torch.arange(200) % 2
     detector = om.Detector(cases.build_labelled()).fit([(x, label)], progress=False)
-    options: Any = {"factory": "flavour_cases:build_labelled", "input_example": (x[:2], label[:2])}
+    factory = "support.flavour_cases:build_labelled"
+    options: Any = {"factory": factory, "input_example": (x[:2], label[:2])}
     flavour.save_model(detector, tmp_path / "model", **options)
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     found = model.predict({"1": label[:9].numpy(), "0": x[:9].numpy()})
@@ -319,7 +323,7 @@ def test_a_mapping_reaches_the_adapter_by_name(tmp_path: Path) -> None:
     batch = {"x": torch.randn(200, 6), "label": torch.arange(200) % 2}
     detector = om.Detector(cases.build_named()).fit([batch], progress=False)
     example = {name: tensor[:2] for name, tensor in batch.items()}
-    options: Any = {"factory": "flavour_cases:build_named", "input_example": example}
+    options: Any = {"factory": "support.flavour_cases:build_named", "input_example": example}
     flavour.save_model(detector, tmp_path / "model", **options)
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     some = {name: tensor[:9] for name, tensor in batch.items()}
@@ -331,7 +335,7 @@ def test_several_tensors_need_an_example(tmp_path: Path) -> None:
     x, label = torch.randn(200, 6), torch.arange(200) % 2
     detector = om.Detector(cases.build_labelled()).fit([(x, label)], progress=False)
     with pytest.raises(ValueError, match="input_example, since the detector takes 2 tensors"):
-        flavour.save_model(detector, tmp_path / "m", factory="flavour_cases:build_labelled")
+        flavour.save_model(detector, tmp_path / "m", factory="support.flavour_cases:build_labelled")
 
 
 # In a store

@@ -17,11 +17,11 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import unet
 from ood_monitor_integrations.diffusers import fit_pipeline
 from ood_monitor_integrations.mlflow import flavour
 from ood_monitor_integrations.mlflow.pipelines import denoising_bound
-from pickles import pickles_in
+from support.diffusers_cases import unet
+from support.pickles import pickles_in
 
 import ood_monitor as om
 

@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from alert_cases import ALERT, alert, started
 from mlflow import MlflowClient
-from mlflow_server import Server
 from ood_monitor_integrations.mlflow import MLflowSink
 from ood_monitor_integrations.prometheus import PrometheusSink
-from receivers import receiving
-from small_cases import SMALL
+from support.alert_cases import ALERT, alert, started
+from support.mlflow_server import Server
+from support.receivers import receiving
+from support.small_cases import SMALL
 
 import ood_monitor as om
-from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Alert, Dispatcher
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +116,7 @@ import sys
 from dataclasses import replace
 sys.modules.pop("ood_monitor")
 from ood_monitor.alerts import Alert
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Dispatcher
 from ood_monitor_integrations.mlflow import MLflowSink
 spool, url, run_id, text = sys.argv[1:]
 alert = Alert.from_json(text)

@@ -13,13 +13,12 @@ os.environ["DO_NOT_TRACK"] = "true"
 
 import mlflow
 import pytest
-from alert_cases import EVIDENCE
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ood_monitor_integrations.mlflow import MLflowSink
+from support.alert_cases import EVIDENCE
 
-from ood_monitor.alerts import Alert, LayerShare, Summary, SummarySink
-from ood_monitor.dispatcher import Dispatcher
+from ood_monitor.alerts import Alert, Dispatcher, LayerShare, Summary, SummarySink
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

@@ -14,13 +14,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's own, about its type hints
     import mlflow.pyfunc
 
-import flavour_cases as cases
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from ood_monitor_integrations.mlflow import flavour
+from support import flavour_cases as cases
 
 pytest.importorskip("pyspark")
 

@@ -13,7 +13,7 @@ import torch
 from mlflow.entities import SpanType
 from ood_monitor_integrations.mlflow import traces
 from ood_monitor_integrations.mlflow.traces import trace_scores, traced_update
-from small_cases import SMALL
+from support.small_cases import SMALL
 
 import ood_monitor as om
 

@@ -1,0 +1,1 @@
+"""What it detects, beside the paper and its competitors."""

@@ -1,0 +1,1 @@
+"""What benchmarks share: time, memory, claims, models and pages."""

@@ -1,0 +1,1 @@
+"""What the callback and the inference hook add."""

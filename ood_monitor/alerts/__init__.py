@@ -1,0 +1,51 @@
+"""Alerts: what a monitor tells people, and how it reaches each sink, once, whatever happens.
+
+A sink is a callable that takes an :class:`Alert`. A :class:`Dispatcher` hands alerts to one thread
+for each sink; a :class:`Spool` keeps on disk what is owed.
+"""
+
+from ood_monitor.alerts.alert import (
+    Alert,
+    AlertEvidence,
+    AlertKind,
+    FlaggedSample,
+    LayerShare,
+    LoggingSink,
+    MeterSink,
+    Reading,
+    Severity,
+    Sink,
+    Status,
+    Summary,
+    SummarySink,
+    TermShare,
+    severity_of,
+)
+from ood_monitor.alerts.dispatcher import Dispatcher
+from ood_monitor.alerts.sink_thread import Undelivered
+from ood_monitor.alerts.spool import Spool
+from ood_monitor.alerts.webhook import WebhookError, WebhookSink, verify
+
+__all__ = [
+    "Alert",
+    "AlertEvidence",
+    "AlertKind",
+    "Dispatcher",
+    "FlaggedSample",
+    "LayerShare",
+    "LoggingSink",
+    "MeterSink",
+    "Reading",
+    "Severity",
+    "Sink",
+    "Spool",
+    "Status",
+    "Summary",
+    "SummarySink",
+    "TermShare",
+    "Undelivered",
+    "WebhookError",
+    "WebhookSink",
+    "severity_of",
+    "verify",
+]

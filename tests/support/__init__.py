@@ -1,0 +1,1 @@
+"""What the tests have in common: lists of cases, small models, servers and processes."""
