@@ -29,7 +29,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
 )
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.modules import leaf_parameters, undisturbed
+from ood_monitor.modules import leaf_parameters, scoring_in_place
 
 __all__ = ["check_adapter"]
 
@@ -65,13 +65,13 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     """
     if batch_size(batch) < 2:
         raise ValueError(f"Expected at least 2 samples, got {batch_size(batch)}.")
-    with undisturbed(adapter.module, adapter):
+    with scoring_in_place(adapter.module, adapter):
         with _no_trace(adapter, batch):
             terms = _terms(adapter, batch)
         _check_values(adapter, batch, terms)
     _check_gradients(gradient_norms(adapter, batch))
     if samples is not None:
-        with undisturbed(adapter.module, adapter):
+        with scoring_in_place(adapter.module, adapter):
             _check_nats(adapter, samples)
 
 
@@ -83,7 +83,7 @@ def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> N
     for term, value in terms.items():
         if not value.isfinite().all():
             raise AssertionError(f"Expected finite values of {term!r}, got {value.tolist()}.")
-    torch.rand(1)  # moves the global random state, which `undisturbed` puts back
+    torch.rand(1)  # moves the global random state, which `scoring_in_place` puts back
     _check_same("a second time", terms, _terms(adapter, batch))
     first = map_tensors(lambda tensor: tensor[:1], batch)
     _check_same("alone", _first(terms), _terms(adapter, first))

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 import ood_monitor as om
 from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.modules import undisturbed
+from ood_monitor.modules import scored
 
 Norms: TypeAlias = dict[str, Tensor]
 Method: TypeAlias = Callable[[om.Adapter, Tensor], Callable[[], Norms]]
@@ -54,8 +54,11 @@ def loop(adapter: om.Adapter, batch: Tensor) -> Callable[[], Norms]:
     """A backward pass per sample: the paper's way."""
 
     def run() -> Norms:
-        with undisturbed(adapter.module):
-            rows = loop_norms(adapter, batch, len(batch), lambda name: True)[1]
+        rows = scored(
+            lambda passes: loop_norms(passes, batch, len(batch), lambda name: True)[1],
+            adapter,
+            adapter.module,
+        )
         return {key.split("/")[1]: values.sum(1) for key, values in rows.items()}
 
     return run

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ood_monitor as om
 from ood_monitor.adapters.base import checked_range, checked_terms
-from ood_monitor.modules import undisturbed
+from ood_monitor.modules import Passes, scored
 
 #: Whether the log-likelihood is to rise, 1, or to fall, -1.
 Sign: TypeAlias = Literal[1, -1]
@@ -67,15 +67,18 @@ def pgd(
     Raises:
         ValueError: The batch has values outside of ``value_range``.
     """
-    with undisturbed(adapter.module, adapter):
-        clean = checked_range(batch.detach().clone(), *value_range, "an attack")
-        low = (clean - epsilon).clamp(min=value_range[0])
-        high = (clean + epsilon).clamp(max=value_range[1])
+    clean = checked_range(batch.detach().clone(), *value_range, "an attack")
+    low = (clean - epsilon).clamp(min=value_range[0])
+    high = (clean + epsilon).clamp(max=value_range[1])
+
+    def attacked(passes: Passes[om.Adapter]) -> Tensor:
         moved = clean
         for _ in range(steps):
-            step = sign * step_size * input_gradient(adapter, moved).sign()
+            step = sign * step_size * input_gradient(passes.fresh(), moved).sign()
             moved = torch.clamp(moved + step, low, high)
-    return moved
+        return moved
+
+    return scored(attacked, adapter, adapter.module)
 
 
 def input_gradient(adapter: om.Adapter, batch: Tensor) -> Tensor:

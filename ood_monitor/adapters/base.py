@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.modules import Passes, scored
+
 __all__ = [
     "Adapter",
     "Batch",
@@ -30,6 +32,7 @@ __all__ = [
     "pieces",
     "reseeded",
     "tensors_in",
+    "term_values",
 ]
 
 #: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
@@ -161,6 +164,22 @@ def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]
         del value
     if not terms:
         raise ValueError(f"Expected {type(adapter).__name__} to yield a term, got none.")
+
+
+def term_values(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
+    """Each term's values as scoring has them, ``{term: (B,)}`` in nats, without gradients.
+
+    The model is in eval mode, and left as it was.
+
+    Raises:
+        ValueError: As :func:`checked_terms`.
+    """
+
+    def values(passes: Passes[Adapter]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return dict(checked_terms(passes.fresh(), batch))
+
+    return scored(values, adapter, adapter.module)
 
 
 def batch_size(batch: Batch) -> int:

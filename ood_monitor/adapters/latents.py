@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Batch, describe, first_tensor
-from ood_monitor.modules import device_of, dtype_of, undisturbed
+from ood_monitor.modules import device_of, dtype_of, scoring_view
 
 __all__ = ["latent_mean"]
 
@@ -36,8 +36,8 @@ def latent_mean(
     def encode(batch: Batch) -> Tensor:
         images = inputs(batch)
         given = images.to(device_of(vae), dtype_of(vae, images.dtype))
-        with undisturbed(vae), torch.no_grad():
-            latents = _deterministic(vae.encode(given))  # type: ignore[operator]
+        with scoring_view(vae) as view, torch.no_grad():
+            latents = _deterministic(view.encode(given))  # type: ignore[operator]
         return _scaled(latents, getattr(vae, "config", {})).to(images)
 
     return encode

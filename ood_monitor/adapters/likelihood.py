@@ -14,6 +14,7 @@ from ood_monitor.adapters.base import (
     describe,
     first_tensor,
     no_condition,
+    term_values,
 )
 from ood_monitor.adapters.flows import Density, density_of
 
@@ -85,12 +86,14 @@ class LogLikelihood(Adapter):
             terms[last] = terms[last] + log_volume
         yield from terms.items()
 
-    @torch.no_grad()
     def bits_per_dimension(self, batch: Batch) -> Tensor:
-        """-log2 p(x) / D of each sample, shape (B,), of D dimensions; without gradients."""
+        """-log2 p(x) / D of each sample, shape (B,), of D dimensions; without gradients.
+
+        As scores, of the model in eval mode; it and the batch are left as they were.
+        """
         dimensions = self._inputs(batch)[0].numel()
-        total = sum(value for _, value in self.log_likelihood(batch))
-        return -torch.as_tensor(total) / (dimensions * math.log(2))
+        total = torch.stack(list(term_values(self, batch).values())).sum(0)
+        return -total / (dimensions * math.log(2))
 
     def _dequantised(self, x: Tensor) -> tuple[Tensor, float]:
         if self._bins is None:

@@ -37,7 +37,7 @@ from ood_monitor.densities.baselines import effective_dof
 from ood_monitor.densities.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.norms import gradient_norms
-from ood_monitor.modules import device_of, dtype_of, leaf_parameters, undisturbed
+from ood_monitor.modules import Passes, device_of, dtype_of, leaf_parameters, scored
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -184,15 +184,17 @@ def _with_noise(adapter: Adapter, i: int) -> Adapter:
 def _gradients_of_sum(total: _Total, batch: Batch, layers: Layers) -> dict[str, Tensor]:
     """The gradient of the batch's log-likelihood by parameter, in double precision."""
     selected, device = selection(total.module, layers), device_of(total.module)
-    with undisturbed(total.module, total), leaf_parameters(total.module) as named:
-        leaves = {name: leaf for name, leaf in named.items() if selected(name)}
-        ((_, values),) = total.log_likelihood(map_tensors(lambda t: t.to(device), batch))
-        found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-    return {
-        name: gradient.double()
-        for name, gradient in zip(leaves, found, strict=True)
-        if gradient is not None
-    }
+
+    def gradients(passes: Passes[_Total]) -> dict[str, Tensor]:
+        view = passes.fresh()
+        with leaf_parameters(view.module) as named:
+            leaves = {name: leaf for name, leaf in named.items() if selected(name)}
+            ((_, values),) = view.log_likelihood(map_tensors(lambda t: t.to(device), batch))
+            found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+        pairs = zip(leaves, found, strict=True)
+        return {name: gradient.double() for name, gradient in pairs if gradient is not None}
+
+    return scored(gradients, total, total.module)
 
 
 def _norms(adapter: Adapter, batches: list[Batch], layers: Layers) -> tuple[tuple[str, ...], Array]:

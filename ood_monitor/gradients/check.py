@@ -11,7 +11,7 @@ from ood_monitor.adapters.base import Adapter, Batch, batch_size, pieces
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.modules import precision_of
+from ood_monitor.modules import Passes, precision_of
 
 __all__ = ["Facts", "facts_of"]
 
@@ -41,13 +41,13 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _known_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
+def facts_of(passes: Passes[Adapter], batch: Batch, group: int) -> Facts:
     """Compare the fast path with the loop on two samples, once per adapter; on one until two come.
 
     Raises:
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
-    n = min(2, batch_size(batch) // group)
+    adapter, n = passes.holder, min(2, batch_size(batch) // group)
     for found in (_known,) if n > 1 else (_known, _known_of_one):
         if adapter in found:
             known: Facts = found[adapter]
@@ -56,8 +56,8 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
     parameters = adapter.module.named_parameters()
     dtypes = {name: precision_of(p) for name, p in parameters if name in chosen}
     probe, every = next(iter(pieces(batch, n * group))), chosen.__contains__
-    fast = recorded_norms(adapter, probe, n, every, by_row=True)
-    values, exact = loop_norms(adapter, probe, n, every)
+    fast = recorded_norms(passes, probe, n, every, by_row=True)
+    values, exact = loop_norms(passes, probe, n, every)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     if not any(rows.any() for rows in exact.values()):
         raise ValueError(
@@ -72,7 +72,7 @@ def facts_of(adapter: Adapter, batch: Batch, group: int) -> Facts:
             stacklevel=4,
         )
     looped = frozenset(wrong | fast.left_over)
-    at_once = _gives_the_same(adapter, probe, n, values, exact, dtypes, looped)
+    at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
     facts = Facts(looped, fast.last_of_graph, at_once)
     (_known if n > 1 else _known_of_one)[adapter] = facts
     return facts

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ood_monitor.adapters.base import Adapter, Batch, OnePass, checked_terms, tensors_in
 from ood_monitor.gradients.factors import full_precision
 from ood_monitor.gradients.recorder import Recorder
+from ood_monitor.modules import Passes
 
 __all__ = ["Recorded", "recorded_norms", "recorded_rows", "recorded_terms"]
 
@@ -30,7 +31,7 @@ class Recorded:
 
 
 def recorded_norms(
-    adapter: Adapter,
+    passes: Passes[Adapter],
     batch: Batch,
     n: int,
     selected: Callable[[str], bool],
@@ -40,7 +41,7 @@ def recorded_norms(
     """Terms and squared gradient norms.
 
     Args:
-        adapter: The model.
+        passes: The model.
         batch: B = n * group samples.
         n: Number of groups of consecutive samples.
         selected: Which parameters, by name.
@@ -48,6 +49,7 @@ def recorded_norms(
         last_of_graph: As an earlier pass found it: their backward pass frees the graph as it goes,
             which saves the memory that the gradients then take.
     """
+    adapter = passes.fresh()
     recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}

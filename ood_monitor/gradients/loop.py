@@ -7,18 +7,18 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, pieces
 from ood_monitor.gradients.factors import full_precision, rows_of
-from ood_monitor.modules import leaf_parameters
+from ood_monitor.modules import Passes, leaf_parameters
 
 __all__ = ["loop_norms"]
 
 
 def loop_norms(
-    adapter: Adapter, batch: Batch, n: int, selected: Callable[[str], bool]
+    passes: Passes[Adapter], batch: Batch, n: int, selected: Callable[[str], bool]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Terms and row-wise squared gradient norms, sample by sample (group by group).
 
     Args:
-        adapter: The model.
+        passes: The model.
         batch: B = n * group samples.
         n: Number of groups of consecutive samples; the gradient is that of a group's sum.
         selected: Which parameters, by name.
@@ -28,9 +28,10 @@ def loop_norms(
     """
     values: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
-    with leaf_parameters(adapter.module) as parameters:
-        leaves = {name: p for name, p in parameters.items() if selected(name)}
-        for group in pieces(batch, batch_size(batch) // n):
+    for group in pieces(batch, batch_size(batch) // n):
+        adapter = passes.fresh()
+        with leaf_parameters(adapter.module) as parameters:
+            leaves = {name: p for name, p in parameters.items() if selected(name)}
             for term, value in checked_terms(adapter, group):
                 values.setdefault(term, []).append(value.detach())
                 for name, rows in _squared_norms(value.sum(), leaves):

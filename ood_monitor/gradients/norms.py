@@ -27,11 +27,11 @@ from ood_monitor.adapters.base import (
     tensors_in,
 )
 from ood_monitor.gradients.check import Facts, facts_of
-from ood_monitor.gradients.fast import recorded_norms, recorded_rows, recorded_terms
+from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.modules import device_of, undisturbed
+from ood_monitor.modules import Passes, device_of, scored
 
 __all__ = [
     "GradientNorms",
@@ -124,14 +124,16 @@ def terms_and_norms(
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
     device = device_of(adapter.module)
-    with undisturbed(adapter.module, adapter):
-        batch = map_tensors(lambda t: _usable(t, device), batch)
-        facts = facts_of(adapter, batch, group)
-        parts = [
-            _chunk_norms(adapter, chunk, group, selected, granularity == "row", facts)
-            for chunk in pieces(batch, chunk_size or size)
+
+    def measured(passes: Passes[Adapter]) -> list[GradientNorms]:
+        usable = map_tensors(lambda t: _usable(t, device), batch)
+        facts = facts_of(passes, usable, group)
+        return [
+            _chunk_norms(passes, chunk, group, selected, granularity == "row", facts)
+            for chunk in pieces(usable, chunk_size or size)
         ]
-    return _joined(parts)
+
+    return _joined(scored(measured, adapter, adapter.module))
 
 
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
@@ -158,12 +160,16 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
     selected, device = selection(adapter.module, None), device_of(adapter.module)
-    with undisturbed(adapter.module, adapter):
+
+    def used_in(passes: Passes[Adapter]) -> list[str]:
+        view = passes.fresh()
         probe = map_tensors(lambda t: _usable(t, device), next(iter(pieces(batch, 2))))
-        recorder = Recorder(adapter.module, selected, tensors_in(probe), batch_size(probe), False)
-        for _ in recorded_terms(recorder, checked_terms(adapter, probe)):
+        recorder = Recorder(view.module, selected, tensors_in(probe), batch_size(probe), False)
+        for _ in recorded_terms(recorder, checked_terms(view, probe)):
             pass
-    used = list(recorder.used)
+        return list(recorder.used)
+
+    used = scored(used_in, adapter, adapter.module)
     if not 0 < k <= len(used):
         raise ValueError(f"Expected k from 1 to the {len(used)} parameters used, got {k}.")
     return used[-k:]
@@ -200,7 +206,7 @@ def _usable(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _chunk_norms(
-    adapter: Adapter,
+    passes: Passes[Adapter],
     chunk: Batch,
     group: int,
     selected: Callable[[str], bool],
@@ -213,20 +219,32 @@ def _chunk_norms(
     def by_rule(name: str) -> bool:
         return selected(name) and name not in by_loop
 
-    one = adapter.one_pass(chunk) if facts.at_once and batch_size(chunk) <= _FEW else None
+    at_once = facts.at_once and batch_size(chunk) <= _FEW
     fast = (
-        recorded_norms(adapter, chunk, n, by_rule, by_row, facts.last_of_graph)
-        if one is None
-        else recorded_rows(adapter.module, one, n, by_rule, by_row)
+        _norms_at_once(passes.fresh(), chunk, n, by_rule, by_row)
+        if at_once
+        else recorded_norms(passes, chunk, n, by_rule, by_row, facts.last_of_graph)
     )
     slow = by_loop | fast.left_over
     norms = fast.norms
     if slow:
-        rows = loop_norms(adapter, chunk, n, slow.__contains__)[1]
+        rows = loop_norms(passes, chunk, n, slow.__contains__)[1]
         norms = norms | {key: value if by_row else value.sum(1) for key, value in rows.items()}
-    names = [name for name, _ in adapter.module.named_parameters() if selected(name)]
+    names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
     return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
+
+
+def _norms_at_once(
+    adapter: Adapter, chunk: Batch, n: int, selected: Callable[[str], bool], by_row: bool
+) -> Recorded:
+    one = adapter.one_pass(chunk)
+    if one is None:
+        raise ValueError(
+            f"Expected {type(adapter).__name__}.one_pass to give what it gave on first use, got "
+            "None; it must not depend on the batch."
+        )
+    return recorded_rows(adapter.module, one, n, selected, by_row)
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

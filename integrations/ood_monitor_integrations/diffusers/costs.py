@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ood_monitor import gradient_norms
-from ood_monitor.adapters.base import Batch, checked_terms, pieces
+from ood_monitor.adapters.base import Batch, pieces, term_values
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.modules import undisturbed
 from ood_monitor_integrations.diffusers.deployment import scorable
 from ood_monitor_integrations.diffusers.families import denoiser_of
 from ood_monitor_integrations.diffusers.recorded_call import record_call
@@ -96,6 +93,5 @@ def _cost(bound: ReplayedBound, layers: Layers, batch: Batch, rounds: int) -> Pl
 
 
 def _forward(bound: ReplayedBound, batch: Batch) -> None:
-    with undisturbed(bound.module), torch.no_grad():
-        for _, value in checked_terms(bound, batch):
-            value.cpu()
+    for value in term_values(bound, batch).values():
+        value.cpu()

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.modules import (
-    device_of,
-    leaf_parameters,
-    precision_of,
-    undisturbed,
-)
+from ood_monitor.modules import device_of, leaf_parameters, precision_of, scoring_view
 
 pytestmark = pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
 models = pytest.mark.parametrize("case", MODELS, ids=lambda m: m.name)
@@ -177,33 +172,6 @@ def test_a_model_that_writes_into_its_input_does_not_change_the_batch() -> None:
 # The pieces
 
 
-def test_undisturbed_is_eval_with_gradients_and_without_autocast() -> None:
-    net = nn.Sequential(nn.Dropout(), nn.Linear(2, 2))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), undisturbed(net):
-        assert torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-        assert not torch.is_autocast_enabled("cpu")
-        assert not any(submodule.training for submodule in net.modules())
-
-
-def test_undisturbed_does_not_call_train() -> None:
-    class Fixed(nn.Linear):
-        def train(self, mode: bool = True) -> "Fixed":
-            raise AssertionError
-
-    net = nn.Sequential(Fixed(2, 2))
-    with undisturbed(net):
-        assert not net[0].training
-    assert net[0].training
-
-
-def test_undisturbed_nests_in_one_thread() -> None:
-    net = nn.Linear(2, 2)
-    with undisturbed(net), undisturbed(net):
-        assert not net.training
-    assert net.training
-
-
 @pytest.mark.parametrize("uses", [1, 3])
 def test_what_another_thread_draws_meanwhile_is_not_rolled_back(uses: int) -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
@@ -242,15 +210,13 @@ def test_leaf_parameters_are_the_floating_ones_in_order_and_require_gradients() 
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_copies_stand_in_for_tied_parameters_made_in_inference_mode() -> None:
+def test_tied_parameters_made_in_inference_mode_stay_tied_in_a_view() -> None:
     with torch.inference_mode():
         net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         net[1].weight = net[0].weight
-    original = net[0].weight
-    with undisturbed(net):
-        assert net[0].weight is net[1].weight is not original
-        assert net[0].weight.requires_grad
-    assert net[0].weight is net[1].weight is original
+    with scoring_view(net) as view:
+        assert view[0].weight is view[1].weight is not net[0].weight
+        assert view[0].weight.requires_grad
 
 
 def test_device_of_a_module_without_parameters_is_the_cpu() -> None:

@@ -1,0 +1,404 @@
+"""Structural copies: other objects of the same structure, which share the weights.
+
+A copy of a module is another module of the same class, with hooks, buffers and Python attributes of
+its own, in eval mode and not compiled. Its parameters are other objects that share the storage of
+the original ones. So what a forward pass of the copy changes is the copy's alone, and what hooks on
+the original's parameters do to gradients does not happen here. What holds a module is copied with
+it: an adapter, a bound method, a function that closes over it.
+
+Left as they are: functions' globals, and objects that cannot be copied, such as those with locks.
+"""
+
+import copy
+import copyreg
+import functools
+import io
+import logging
+import socket
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ood_monitor.modules.substitutes import Unwrapped, settle, wrapped_in
+
+__all__ = ["Structure", "Tensors"]
+
+T = TypeVar("T")
+
+#: What never changes, and is its own copy.
+_ATOMS = frozenset(
+    {
+        *(bool, bytes, complex, float, int, range, slice, str, type(None), type(Ellipsis)),
+        *(torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format),
+        *(types.BuiltinFunctionType, types.ModuleType, type, types.CodeType),
+    }
+)
+
+#: Containers that can be made empty.
+_CONTAINERS = frozenset({dict, list, set, OrderedDict})
+
+#: What nothing that holds it can be copied with: its state is the process's.
+_OPAQUE = (
+    *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local),
+    *(io.IOBase, socket.socket, types.GeneratorType, types.CoroutineType, types.FrameType),
+)
+
+#: Objects below one attribute, after which it is taken for no part of a model.
+_MOST_OBJECTS = 2_000
+
+#: Attributes of a module that its copy begins without: hooks of the backward pass, which change
+#: gradients, and values that gpytorch and linear_operator have computed from weights.
+_EMPTIED = frozenset({"_backward_hooks", "_backward_pre_hooks", "_memoize_cache"})
+
+#: Attributes of a module that its copy shares: a Lightning module's Trainer, and hooks that no
+#: forward pass calls.
+_SHARED = frozenset(
+    {
+        *("_trainer", "_fabric", "_state_dict_hooks", "_state_dict_pre_hooks"),
+        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    }
+)
+
+#: What a module keeps its parts in.
+_TABLES = frozenset({"_buffers", "_modules", "_parameters"})
+
+#: Types whose objects could not be copied.
+_left_alone: "weakref.WeakSet[type]" = weakref.WeakSet()
+
+
+class _CannotBeCopiedError(Exception):
+    pass
+
+
+class Tensors:
+    """Private copies of buffers and other tensors, made once and again after a write into them.
+
+    Attributes:
+        made: The copies by the original's identity, each with the original and its own version.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor's values as a tensor of our own, which requires no gradient."""
+        known = self.made.get(id(tensor))
+        if known is not None and known[1]._version == known[2]:
+            return known[1]
+        with torch.no_grad():
+            copied = tensor.clone()
+        self.made[id(tensor)] = tensor, copied, copied._version
+        return copied
+
+
+class Structure:
+    """One structural copy of whatever is asked for, with one copy of each object that is met.
+
+    To be made outside of inference mode, whose tensors autograd can never use.
+
+    Args:
+        tensors: Where copies of tensors come from.
+        shares_weights: Whether parameters share the storage of the original ones.
+
+    Attributes:
+        originals: Identities of the parameters and buffers that were copied: a pass over the copy
+            that meets one of them has left it.
+            A tensor that was computed from parameters before, with its graph, is shared and one
+            of them too: it needs the original parameters.
+        keeping: Copies of modules with tensors among their Python attributes, which may have been
+            computed from weights.
+    """
+
+    def __init__(self, tensors: Tensors, *, shares_weights: bool = True) -> None:
+        self._tensors, self._shares_weights = tensors, shares_weights
+        self._memo: dict[int, Any] = {}
+        self._kept: list[Any] = []  # so that no identity in the memo is used again
+        self._objects = 0
+        self._met_tensor = False
+        self.originals: set[int] = set()
+        self.keeping: list[nn.Module] = []
+
+    def of(self, value: T) -> T:
+        """The copy of a module, or of what holds one: each attribute that can be copied is."""
+        if isinstance(value, nn.Module):
+            return cast(T, self._of(value))
+        copied = self._remember(value, object.__new__(type(value)))
+        for name, held in list(vars(value).items()):
+            vars(copied)[name] = self._attribute_of(held)
+        return copied
+
+    def _attribute_of(self, value: Any) -> Any:
+        """The copy of an attribute, or the attribute itself if something in it has no copy."""
+        if type(value) in _ATOMS or type(value) in _left_alone:
+            return value
+        objects, self._objects, known = self._objects, 0, len(self._kept)
+        try:
+            return self._of(value)
+        except _CannotBeCopiedError:
+            self._forget(known)
+            if _is_plain(value):
+                _left_alone.add(type(value))
+            return value
+        finally:
+            self._objects = objects
+
+    def _of(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        copier = _copier_of(cast(Any, kind))
+        if copier is not None:
+            return copier(self, value)
+        return self._plain(value) if _is_plain(value) else value
+
+    def _remember(self, value: Any, copied: T) -> T:
+        self._kept.append(value)
+        self._memo[id(value)] = copied
+        return copied
+
+    def _forget(self, known: int) -> None:
+        """Undo copies that were made since so many were known."""
+        for value in self._kept[known:]:
+            self._memo.pop(id(value), None)
+        del self._kept[known:]
+
+    def _count(self) -> None:
+        self._objects += 1
+        if self._objects > _MOST_OBJECTS:
+            raise _CannotBeCopiedError("more objects than a model's attribute has")
+
+    # Tensors and modules
+
+    def _parameter(self, parameter: nn.Parameter) -> Tensor:
+        if hasattr(parameter, "__tensor_flatten__") or nn.parameter.is_lazy(parameter):
+            return self._remember(parameter, parameter)
+        self.originals.add(id(parameter))
+        value, shared = parameter.detach(), self._shares_weights
+        value = value if shared and not value.is_inference() else value.clone()
+        alias = torch.Tensor._make_subclass(type(parameter), value, parameter.requires_grad)
+        vars(alias).update(vars(parameter))
+        return self._remember(parameter, alias)
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        self._met_tensor = True
+        if tensor.grad_fn is not None:
+            self.originals.add(id(tensor))
+            return self._remember(tensor, tensor)
+        copied = self._tensors.copy(tensor)
+        if tensor.requires_grad:
+            copied = copied.detach().requires_grad_()
+        return self._remember(tensor, copied)
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        inner = wrapped_in(module)
+        if inner is not None:
+            return self._wrapper(module, inner)
+        view = self._remember(module, object.__new__(type(module)))
+        own, outside = vars(view), self._met_tensor
+        self._met_tensor = False
+        computed = _computed(cast(Any, type(module)))
+        for name, value in list(vars(module).items()):
+            kind = type(value)
+            if kind in _ATOMS:
+                own[name] = value
+            elif name in _EMPTIED or (kind in _CONTAINERS and not value):
+                own[name] = kind()
+            elif name in _SHARED:
+                own[name] = value
+            elif name in _TABLES:
+                own[name] = self._table(value)
+            elif name not in computed:
+                own[name] = self._attribute_of(value)
+        own.update(training=False, _compiled_call_impl=None)
+        self.originals.update(id(b) for b in module._buffers.values() if b is not None)
+        if self._met_tensor:
+            self.keeping.append(view)
+        self._met_tensor = outside
+        settle(view)
+        return view
+
+    def _table(self, table: dict[str, Any]) -> dict[str, Any]:
+        met = self._met_tensor
+        copied = {name: self._of(part) for name, part in list(table.items())}
+        self._met_tensor = met
+        return copied
+
+    def _wrapper(self, module: nn.Module, inner: str) -> nn.Module:
+        view = self._remember(module, Unwrapped(inner))
+        view._modules[inner] = self._of(module._modules[inner])
+        return view.eval()
+
+    # Containers
+
+    def _list(self, value: Any) -> Any:
+        copied = self._remember(value, copy.copy(value))
+        copied.clear()
+        copied.extend(self._each(value))
+        return copied
+
+    def _tuple(self, value: Any) -> Any:
+        if all(type(item) in _ATOMS for item in value):
+            return value
+        items = self._each(value)
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        made = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return self._remember(value, made)
+
+    def _set(self, value: Any) -> Any:
+        return self._remember(value, type(value)(self._each(value)))
+
+    def _namespace(self, value: types.SimpleNamespace) -> Any:
+        copied = self._remember(value, types.SimpleNamespace())
+        vars(copied).update(self._of(vars(value)))
+        return copied
+
+    def _dict(self, value: Any) -> Any:
+        kind: Any = type(value)
+        copied = kind.__new__(kind)
+        if isinstance(value, defaultdict):
+            copied.default_factory = value.default_factory
+        self._remember(value, copied)
+        # Past a class's own `__setitem__`, which may refuse (diffusers' FrozenDict).
+        put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
+        for key, item in list(value.items()):
+            self._count()
+            put(copied, self._of(key), self._of(item))
+        if hasattr(value, "__dict__") and type(value) not in (OrderedDict, defaultdict):
+            vars(copied).update({k: self._of(v) for k, v in list(vars(value).items())})
+        return copied
+
+    def _each(self, values: Iterable[Any]) -> list[Any]:
+        values = list(values)
+        self._objects += len(values)
+        return [self._of(item) for item in values]
+
+    # Callables and objects
+
+    def _function(self, function: types.FunctionType) -> Any:
+        """A function whose closure and defaults are copies; its globals are its own."""
+        cells, given = function.__closure__ or (), (function.__defaults__, function.__kwdefaults__)
+        if not cells and given == (None, None):
+            return function
+        made = tuple(self._cell(cell) for cell in cells)
+        copied = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, None, made or None
+        )
+        self._remember(function, copied)
+        for old, new in zip(cells, made, strict=True):
+            self._fill(old, new)
+        copied.__defaults__, copied.__kwdefaults__ = map(self._of, given)
+        copied.__dict__.update(function.__dict__)
+        return copied
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        known = self._memo.get(id(cell))
+        return known if known is not None else self._remember(cell, types.CellType())
+
+    def _fill(self, old: types.CellType, new: types.CellType) -> None:
+        try:
+            held = old.cell_contents
+        except ValueError:  # not assigned yet
+            return
+        self._count()
+        new.cell_contents = self._of(held)
+
+    def _method(self, method: types.MethodType) -> Any:
+        owner = self._of(method.__self__)
+        if owner is method.__self__:
+            return method
+        return self._remember(method, types.MethodType(method.__func__, owner))
+
+    def _partial(self, value: functools.partial[Any]) -> Any:
+        arguments = self._of(value.args), self._of(value.keywords)
+        return self._remember(
+            value, functools.partial(self._of(value.func), *arguments[0], **arguments[1])
+        )
+
+    def _reference(self, reference: "weakref.ref[Any]") -> Any:
+        known = self._memo.get(id(reference()))
+        return reference if known is None else weakref.ref(known)
+
+    def _generator(self, generator: torch.Generator) -> Any:
+        return self._remember(generator, generator.clone_state())
+
+    def _array(self, array: "np.ndarray[Any, Any]") -> Any:
+        return self._remember(array, array.copy())
+
+    def _opaque(self, value: Any) -> Any:
+        raise _CannotBeCopiedError(type(value).__name__)
+
+    def _plain(self, value: Any) -> Any:
+        """An object of a class written in Python, by its attributes and slots."""
+        self._count()
+        names = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+        state = dict(getattr(value, "__dict__", {}))
+        if not state and not names:
+            return value  # it has nothing to change, and may be known by its identity
+        copied = self._remember(value, object.__new__(type(value)))
+        for name in names:
+            if hasattr(value, name):
+                object.__setattr__(copied, name, self._of(getattr(value, name)))
+        computed = _computed(cast(Any, type(value)))
+        for name, held in state.items():
+            if name not in computed:
+                vars(copied)[name] = type(held)() if name in _EMPTIED else self._of(held)
+        return copied
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `object` made it, so that its attributes are all that it is."""
+    kind: Any = type(value)
+    has_state = hasattr(value, "__dict__") or hasattr(kind, "__slots__")
+    return has_state and kind.__new__ is object.__new__ and not isinstance(value, type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _computed(kind: Any) -> frozenset[str]:
+    """The attributes that keep what a property has computed, to be computed again."""
+    members = {name: member for c in reversed(kind.__mro__) for name, member in vars(c).items()}
+    return frozenset(k for k, v in members.items() if isinstance(v, functools.cached_property))
+
+
+_Copier = Callable[[Structure, Any], Any]
+
+
+def _itself(structure: Structure, value: T) -> T:
+    return value
+
+
+#: By base class, the first that fits.
+_COPIERS: tuple[tuple[Any, _Copier], ...] = (
+    (nn.Parameter, Structure._parameter),
+    (Tensor, Structure._tensor),
+    (nn.Module, Structure._module),
+    ((Enum, PurePath, np.dtype, np.generic, logging.Logger), _itself),
+    ((list, deque), Structure._list),
+    (dict, Structure._dict),
+    (tuple, Structure._tuple),
+    ((set, frozenset), Structure._set),
+    (types.FunctionType, Structure._function),
+    (types.MethodType, Structure._method),
+    (types.SimpleNamespace, Structure._namespace),
+    (functools.partial, Structure._partial),
+    (weakref.ref, Structure._reference),
+    (torch.Generator, Structure._generator),
+    (np.ndarray, Structure._array),
+    (_OPAQUE, Structure._opaque),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _copier_of(kind: Any) -> _Copier | None:
+    return next((copier for base, copier in _COPIERS if issubclass(kind, base)), None)

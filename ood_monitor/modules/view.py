@@ -1,0 +1,285 @@
+"""The scoring view: a model as scoring runs it, beside the one that its user runs.
+
+It is a structural copy (:mod:`~ood_monitor.modules.copies`) of the model and of what holds it, in
+eval mode, which shares the weights' storage. Each pass has a fresh one: it sees the model as it is
+now, and nothing that an earlier pass has kept. The user's module is never run and never changed:
+another thread may train it meanwhile.
+
+A model without a copy (sharded, offloaded by hooks, TorchScript), or that is reached otherwise (by
+a global variable), is scored where it stands and put back afterwards.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ood_monitor.modules.caches import without_caches
+from ood_monitor.modules.copies import Structure, Tensors
+from ood_monitor.modules.in_place import restored
+from ood_monitor.modules.random_state import kept_random_state
+from ood_monitor.modules.substitutes import renormalises
+from ood_monitor.modules.weights import device_of
+
+__all__ = ["Passes", "scored", "scoring_in_place", "scoring_view"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: What is scored in place: holders whose passes were seen to run the user's own module.
+_in_place: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+#: What has not written into its weights in its first pass, which is made on copies of them, and
+#: bytes of weights up to which it is.
+_first_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_MOST_BYTES = 1 << 30
+
+
+@dataclass
+class Passes(Generic[T]):
+    """Where passes over a model get it from.
+
+    Attributes:
+        holder: What holds the model, or the model itself.
+        module: The model.
+        in_place: Whether it is scored where it stands.
+    """
+
+    holder: T
+    module: nn.Module
+    in_place: bool = False
+    _tensors: Tensors = field(default_factory=Tensors)
+    _originals: set[int] = field(default_factory=set)
+    _first: "_First | None" = None
+
+    def fresh(self) -> T:
+        """The holder on a view of the model as it is now, for one pass.
+
+        Raises:
+            ValueError: The model writes into its parameters when it is called.
+        """
+        if self.in_place:
+            return self.holder
+        with torch._C.DisableTorchFunction():
+            self._check_first()
+            is_first = self.holder not in _first_looked_at and _bytes(self.module) <= _MOST_BYTES
+            structure = Structure(self._tensors, shares_weights=not is_first)
+            view, module = structure.of(self.holder), structure.of(self.module)
+            without_caches(structure.keeping)
+        if getattr(view, "module", module) is not module:
+            raise _LeftError  # it holds the model in its class, say
+        self._originals |= structure.originals
+        self._first = _First(self.module, module) if is_first else None
+        return view
+
+    def end(self) -> None:
+        """Look at what the last pass did.
+
+        Raises:
+            ValueError: As there.
+        """
+        with torch._C.DisableTorchFunction():
+            self._check_first()
+
+    def _check_first(self) -> None:
+        """Whether the first pass, which had weights of its own, has written into them."""
+        if self._first is None:
+            return
+        written, self._first = self._first.written(), None
+        if written:
+            raise ValueError(
+                f"Expected {type(self.module).__name__} to leave its parameters alone when it is "
+                f"called, got a write into {written}. If its first call initialises them, call it "
+                "once before it is scored."
+            )
+        _first_looked_at[self.holder] = True
+
+
+class _First:
+    """A first pass, on copies of the weights, of which it shows whether it writes into them.
+
+    Args:
+        module: The model.
+        view: The view of it that the pass runs.
+    """
+
+    def __init__(self, module: nn.Module, view: nn.Module) -> None:
+        self._parts = list(zip(module.named_modules(), view.modules(), strict=True))
+        self._versions = {id(p): _version(p) for p in module.parameters()}
+
+    def written(self) -> list[str]:
+        """Names of parameters that the pass wrote into."""
+        return [
+            f"{prefix}.{name}".lstrip(".")
+            for (prefix, module), view in self._parts
+            if not renormalises(module)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and self._differs(parameter, view._parameters[name])
+        ]
+
+    def _differs(self, parameter: Tensor, own: Tensor | None) -> bool:
+        if own is None or parameter.is_meta or _version(parameter) != self._versions[id(parameter)]:
+            return False  # replaced, or trained meanwhile
+        a, b = parameter.detach(), own.detach()
+        return not (torch.equal(a, b) or bool(a.isnan().any()))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> R:
+    """What a function of passes over a model gives; the model is left as it was.
+
+    Inside, gradients are on, inference mode and autocast are off, and the random state of the CPU
+    and of the model's device is put back.
+
+    Args:
+        function: Takes :class:`Passes`. It may be called a second time, with passes in place.
+        holder: What holds the model and is called: an adapter, or the module itself.
+        module: The model.
+
+    Raises:
+        ValueError: It runs inside `torch.nn.utils.parametrize.cached()`, which keeps weights
+            between passes.
+    """
+    if parametrize._cache_enabled:
+        raise ValueError(
+            "Expected to score outside `torch.nn.utils.parametrize.cached()`, which keeps computed "
+            "weights between passes; end it first."
+        )
+    if holder not in _in_place and not _has_no_copy(module):
+        passes = Passes(holder, module)
+        watch = _Watch(passes._originals)
+        try:
+            with _modes(module, holder), watch:
+                result = function(passes)
+                passes.end()
+            if not watch.left:
+                return result
+        except Exception as error:
+            if not watch.left and not isinstance(error, _LeftError):
+                raise
+        _in_place[holder] = True
+        _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
+    with scoring_in_place(module, holder):
+        return function(Passes(holder, module, in_place=True))
+
+
+@contextmanager
+def scoring_view(module: nn.Module) -> Iterator[nn.Module]:
+    """The module as scoring runs it, for calls of it alone; modes as in :func:`scored`.
+
+    Args:
+        module: The model.
+
+    Yields:
+        A structural copy that shares its weights, or the module itself, put back afterwards.
+    """
+    with _modes(module, module), ExitStack() as stack:
+        in_place = _has_no_copy(module)
+        if in_place:
+            stack.enter_context(restored(module))
+        passes = Passes(module, module, in_place)
+        yield passes.fresh()
+        passes.end()
+
+
+@contextmanager
+def scoring_in_place(module: nn.Module, by: object) -> Iterator[None]:
+    """The module itself as scoring would have it, put back afterwards: to see what is done to it.
+
+    Args:
+        module: The model.
+        by: What calls it.
+    """
+    with _modes(module, by), restored(module):
+        yield
+
+
+@contextmanager
+def _modes(module: nn.Module, by: object) -> Iterator[None]:
+    device = device_of(module)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(kept_random_state(device, by))
+        yield
+
+
+def _has_no_copy(module: nn.Module) -> bool:
+    """Whether code outside the module, or no Python at all, holds its weights or its forward."""
+    return any(
+        isinstance(m, torch.jit.ScriptModule)
+        or type(m).__name__ == "FullyShardedDataParallel"
+        or hasattr(m, "_hf_hook")
+        or getattr(m, "_diffusers_hook", None) is not None
+        for m in module.modules()
+    )
+
+
+class _LeftError(Exception):
+    """The holder has the user's own module where its view should be."""
+
+
+#: What asks a tensor for no more than its form.
+_ASKING = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *("__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex"),
+        *("is_contiguous", "is_floating_point", "is_inference", "ndimension", "nelement"),
+        *("numel", "size", "storage_offset", "stride", "__hash__", "__repr__"),
+    )
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees whether an operation takes one of the user's own tensors.
+
+    Attributes:
+        left: Whether one did.
+    """
+
+    def __init__(self, originals: set[int]) -> None:
+        super().__init__()
+        self._originals = originals
+        self.left = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ASKING or not (self._has_original(args) or self._has_original(kwargs.values())):
+            return func(*args, **kwargs)
+        # A property, which writes nothing, may tell a shape or give the weights in another form.
+        if func.__name__ == "__get__" and not isinstance(found := func(*args), Tensor):
+            return found
+        self.left = True
+        raise _LeftError  # before anything is written
+
+    def _has_original(self, values: Iterable[Any]) -> bool:
+        return any(
+            id(value) in self._originals
+            or (isinstance(value, list | tuple) and self._has_original(value))
+            for value in values
+        )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,54 @@
+"""What a module's parameters say: where it is, in which precision it computes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["device_of", "dtype_of", "leaf_parameters", "precision_of"]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the first parameter; the CPU for a module without any."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The type of the first floating-point parameter; the default for a module without any."""
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, default)
+
+
+def precision_of(tensor: Tensor) -> torch.dtype:
+    """The type that has the bits of a tensor's products, which may be fewer than its own.
+
+    CUDA convolves float32 as TF32, of float16's ten bits, unless told otherwise, and both it and
+    the CPU may be told to multiply so, or as bfloat16.
+    """
+    if tensor.dtype != torch.float32:
+        return tensor.dtype
+    backends: Any = torch.backends
+    settings = {
+        "cuda": (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        "cpu": (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
+    }
+    chosen = {setting.fp32_precision for setting in settings.get(tensor.device.type, ())}
+    if "bf16" in chosen:
+        return torch.bfloat16
+    return torch.float16 if "tf32" in chosen else torch.float32
+
+
+@contextmanager
+def leaf_parameters(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The floating-point parameters as leaves that require gradients, by name, in module order."""
+    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    flags = {name: p.requires_grad for name, p in named.items()}
+    try:
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        yield dict(named)
+    finally:
+        for name, flag in flags.items():
+            named[name].requires_grad_(flag)
