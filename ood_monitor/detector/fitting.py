@@ -1,6 +1,7 @@
 """From what was measured of held-out samples to what a detector learned."""
 
 import copy
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.provenance import Provenance
 
 __all__ = ["Fitting", "by_layer"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Fitting:
             UserWarning: Neighbouring calibration scores are positively correlated.
         """
         fit, calibrate = self._split(len(measured))
+        _tell_of_no_gradient(measured)
         dtype = dtype_of(adapter.module)
         eps = torch.finfo(dtype).eps
         seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
@@ -126,6 +130,24 @@ def by_layer(names: tuple[str, ...], columns: Array, how: Any) -> Array:
     for i, name in enumerate(names):
         positions.setdefault(layer_of(name), []).append(i)
     return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+
+
+def _tell_of_no_gradient(measured: Measurements) -> None:
+    """Name the parameters whose gradient is zero for every sample; zero is no norm to watch."""
+    without = (measured.norms == 0).all(0)
+    parameters: dict[str, bool] = {}
+    for name, is_zero in zip(measured.features, without, strict=True):
+        parameter = layer_of(name).split("/", 1)[1]
+        parameters[parameter] = parameters.get(parameter, True) and bool(is_zero)
+    found = [name for name, is_zero in parameters.items() if is_zero]
+    if found:
+        _log.warning(
+            "No gradient for any of the %d held-out samples, so not watched: %s. The likelihood "
+            "does not use them, something multiplies them by zero, or the model keeps what it has "
+            "computed from them between calls.",
+            len(measured),
+            ", ".join(found),
+        )
 
 
 def _warn_of_autocorrelation(scores: Array) -> None:

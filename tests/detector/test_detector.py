@@ -730,3 +730,27 @@ def test_without_trimming_all_samples_fit() -> None:
 def test_a_share_to_trim_is_below_a_half(trim: float) -> None:
     with pytest.raises(ValueError, match=r"share to trim in \[0, 0\.5\), got"):
         om.Detector(BRANCHES(), trim=trim)
+
+
+class Ahead(nn.Module):
+    """Keeps a weight that it computed ahead, past any way to see it, and has one that is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.raw = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.kept = self.raw.detach().tanh()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -0.5 * (self.kept * self.linear(x)).square().sum(1)
+
+
+def test_parameters_without_a_gradient_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    detector = om.Detector(om.LogLikelihood(Ahead().double()))
+    detector.fit([randn(220, 3)], progress=False)
+    [record] = [r for r in caplog.records if "No gradient" in r.message]
+    assert "not watched: raw, unused." in record.message
+    assert "220" in record.message
+    caplog.clear()
+    fitted()
+    assert not caplog.records
