@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.testing import check_adapter
 
 VOCABULARY, PAD, START, END = 11, 0, 1, 2
 
@@ -490,3 +491,44 @@ def test_what_leaves_the_text_open_is_refused(name: str) -> None:
 def test_an_end_token_that_pads_is_named() -> None:
     with pytest.raises(ValueError, match=r"`padding=` with padding_is_end=True, got none"):
         om.SequenceLikelihood(Bigram(), padding_is_end=True)
+
+
+# The contract
+
+
+@pytest.mark.parametrize("name", ["positions", "gpt2", "llama"])
+def test_padding_keeps_the_contract(name: str) -> None:
+    module, x = MODELS[name][0](), F.pad(texts(), (1, 2), value=PAD)
+    check_adapter(om.SequenceLikelihood(module, padding=PAD, given=2), x)
+    if name != "positions":
+        check_adapter(masked(module), with_mask(texts(), 1, 2))
+    ended = om.SequenceLikelihood(module, padding=END, padding_is_end=True)
+    check_adapter(ended, F.pad(texts(), (0, 2), value=END))
+
+
+class Sees(Positions):
+    """A model that looks ahead: at the mean of all tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.tokens(tokens).mean(1).sum(1)[:, None, None] * (
+            self.out.weight.sum(1)
+        )
+
+
+def test_a_model_that_sees_padding_breaks_the_contract() -> None:
+    with pytest.raises(AssertionError, match=r"same with more padding on the left.*sees padding"):
+        check_adapter(om.SequenceLikelihood(Sees(), padding=PAD), texts())
+
+
+def test_a_text_that_padding_ends_breaks_the_contract() -> None:
+    adapter = om.SequenceLikelihood(gpt2(), padding=END, padding_is_end=True)
+    with pytest.raises(AssertionError, match=r"on the right.*padding_is_end=False"):
+        check_adapter(adapter, texts())
+
+
+def test_a_network_of_one_width_keeps_the_contract() -> None:
+    class Fixed(Positions):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) + self.positions.weight[:6].sum(1)[:, None]
+
+    check_adapter(om.SequenceLikelihood(Fixed(), padding=PAD), texts())
