@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import (
     Adapter,
     Batch,
@@ -37,6 +38,19 @@ __all__ = ["check_adapter"]
 #: t-value that refutes them: of true ones, less than one in 1 000 is refused.
 _DIRECTIONS, _PARTS, _T = 16, 20, 4.0
 
+#: Columns of padding that are added on a side.
+_COLUMNS = 3
+
+_NOISE = (
+    "Noise must come from a generator of the adapter's own with a fixed seed, of the shape of one "
+    "sample."
+)
+_PADDING = (
+    "The model sees padding, as one that is not autoregressive does without an `attention_mask`; "
+    "or padding by the end token ended a text that was without, which `padding_is_end=False` or a "
+    "mask prevents."
+)
+
 
 def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = None) -> None:
     """Check that an adapter keeps what the gradient engine and the detector rest on.
@@ -44,7 +58,8 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     Its terms are finite and of shape (B,), the same each time, whatever the global random state,
     and of each sample the same alone, in the batch and in another order; some parameter has a
     gradient, and all are finite; and computing them leaves no trace in the model, the batch or the
-    global random state.
+    global random state. Those of a :class:`~ood_monitor.SequenceLikelihood` that tells padding from
+    text, by ``padding`` or a mask, are the same with more padding on either side, or refused.
 
     Args:
         adapter: The adapter.
@@ -90,13 +105,26 @@ def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> N
     backwards = map_tensors(lambda tensor: tensor.flip(0), batch)
     reversed_terms = {term: value.flip(0) for term, value in _terms(adapter, backwards).items()}
     _check_same("in another order", terms, reversed_terms)
+    if isinstance(adapter, SequenceLikelihood) and adapter.padded_length(batch) is not None:
+        _check_padding(adapter, batch, terms)
+
+
+def _check_padding(adapter: SequenceLikelihood, batch: Batch, terms: dict[str, Tensor]) -> None:
+    for side in ("left", "right"):
+        try:
+            found = _terms(adapter.with_padding(**{side: _COLUMNS}), batch)
+        except (ValueError, RuntimeError):
+            continue  # refused, by the adapter or by a network of one width: no wrong value
+        _check_same(f"with more padding on the {side}", terms, found, _PADDING)
 
 
 def _first(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {term: value[:1] for term, value in terms.items()}
 
 
-def _check_same(how: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_same(
+    how: str, expected: dict[str, Tensor], found: dict[str, Tensor], cause: str = _NOISE
+) -> None:
     if expected.keys() != found.keys():
         raise AssertionError(f"Expected terms {list(expected)} {how}, got {list(found)}.")
     for term, value in expected.items():
@@ -104,8 +132,7 @@ def _check_same(how: str, expected: dict[str, Tensor], found: dict[str, Tensor])
         if not torch.allclose(found[term], value, rtol=rtol, atol=rtol * float(value.abs().max())):
             raise AssertionError(
                 f"Expected {term!r} of a sample to be the same {how}, got {found[term].tolist()} "
-                f"instead of {value.tolist()}. Noise must come from a generator of the adapter's "
-                "own with a fixed seed, of the shape of one sample."
+                f"instead of {value.tolist()}. {cause}"
             )
 
 

@@ -1,10 +1,14 @@
 r"""Autoregressive models of tokens: :math:`\sum_t \log p(x_t | x_{<t})`, of text or of pixels."""
 
-import math
+import copy
+import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import (
@@ -15,6 +19,16 @@ from ood_monitor.adapters.base import (
     first_tensor,
     no_condition,
 )
+from ood_monitor.adapters.padding import (
+    check_ends,
+    check_starts,
+    mask_in,
+    moved,
+    padded,
+    run_of,
+    starts_of,
+    text_with_end,
+)
 
 __all__ = ["SequenceLikelihood"]
 
@@ -22,9 +36,15 @@ __all__ = ["SequenceLikelihood"]
 class SequenceLikelihood(Adapter):
     """Log-likelihood of a sequence under an autoregressive model, summed over its tokens.
 
+    A text has one likelihood, alone, in any batch, and padded to any width on either side: rows are
+    turned so that every text begins in the first column, where its tokens have the positions that
+    they have alone and see no padding.
+
     Args:
         module: ``module(tokens, **condition)`` gives logits, or an object with ``.logits``
-            (transformers' causal language models).
+            (transformers' causal language models). Where its ``forward`` names ``use_cache`` it is
+            told False; a transformers model that names ``attention_mask`` gets one where there is
+            padding. What ``condition`` gives goes first.
         shifted: Whether logits at t predict the token at t + 1, as language models' do: the first
             token is given, not predicted. False for models that see to it themselves that logits
             at t come from earlier tokens alone, as PixelCNN's masked convolutions.
@@ -32,8 +52,17 @@ class SequenceLikelihood(Adapter):
             language models, (B, T, V); 1 for images (B, C, H, W), (B, V, C, H, W).
         per_token: Whether to take the mean over the predicted tokens, in nats a token, instead of
             the sum: for sequences of different lengths.
-        padding: The token that fills sequences up, if any; it is left out. Tokens that an
-            ``attention_mask`` among the keywords hides are left out too.
+        padding: The token that fills sequences up, if any, before a text or after it; it is left
+            out. Where the keywords hold an ``attention_mask`` of shape (B, T), that alone says what
+            is text, 1, and what is padding, 0.
+        padding_is_end: Whether ``padding`` is also the token that ends a text, as GPT-2's users
+            pad: without a mask, the first of the run after a text then belongs to it. False for
+            texts that are padded so but have no end token of their own. By default, whether the
+            module's ``config`` calls it an ``eos_token_id``, and then every text must end by it.
+        given: How many tokens at the beginning of a text are a prompt: the others are predicted
+            given these, which are not scored. A number, or a function that takes it for each
+            sample, integers of shape (B,), from a batch. They count from the text's first token,
+            after any padding.
         inputs: Takes the tokens, integers, shape (B, T) or (B, ...), from a batch as the loader
             yields it.
         condition: Gives the module's further keywords from a batch.
@@ -44,6 +73,9 @@ class SequenceLikelihood(Adapter):
         | https://www.jmlr.org/papers/v3/bengio03a.html
         | Pixel Recurrent Neural Networks (van den Oord, Kalchbrenner, Kavukcuoglu, 2016)
         | https://arxiv.org/abs/1601.06759
+
+    Raises:
+        ValueError: ``padding_is_end`` goes without a ``padding``.
 
     Example:
         >>> bigram = nn.Embedding(5, 5)
@@ -61,32 +93,68 @@ class SequenceLikelihood(Adapter):
         class_dim: int = -1,
         per_token: bool = False,
         padding: int | None = None,
+        padding_is_end: bool | None = None,
+        given: int | Callable[[Batch], Tensor] = 0,
         inputs: Callable[[Batch], Tensor] = first_tensor,
         condition: Condition = no_condition,
         scale: Callable[[Tensor], Tensor] = lambda tokens: tokens,
     ) -> None:
+        if padding_is_end and padding is None:
+            raise ValueError("Expected `padding=` with padding_is_end=True, got none.")
         self.module = module
         self._shifted, self._class_dim, self._per_token = shifted, class_dim, per_token
-        self._padding, self._inputs, self._condition = padding, inputs, condition
+        self._padding, self._padding_is_end, self._given = padding, padding_is_end, given
+        self._inputs, self._condition = inputs, condition
         self._scale = scale
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield one term, of shape (B,), in nats.
 
         Raises:
-            ValueError: What are no tokens, a sequence longer than the model's context or without a
-                token to predict, or logits of another shape.
+            ValueError: What are no tokens, a text longer than the model's context or without a
+                token to predict, padding that leaves open what the text is, given tokens that are
+                no numbers from 0 on, one a text, or logits of another shape.
+
+        Warns:
+            UserWarning: Whether the padding token also ends texts is not known: a transformers
+                model that names neither its end token nor this padding token.
         """
         tokens, condition = self._inputs(batch), self._condition(batch)
         self._check(tokens)
-        counted = self._counted(tokens, condition)
-        output = self.module(self._scale(tokens), **condition)
+        text = self._text(tokens, condition)
+        if tokens.ndim == 2:
+            tokens, text, condition = self._text_first(tokens, text, condition)
+        counted = self._counted(text, self._given_in(batch, tokens))
+        output = self.module(self._scale(tokens), **self._keywords(condition, text))
         logits = self._checked_logits(getattr(output, "logits", output), tokens)
         if self._shifted:
             logits, tokens, counted = logits[:, :-1], tokens[:, 1:], counted[:, 1:]
         log_p = logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
         total = torch.where(counted, log_p, torch.zeros_like(log_p)).flatten(1).sum(1)
         yield "log_likelihood", total / counted.flatten(1).sum(1) if self._per_token else total
+
+    def padded_length(self, batch: Batch) -> int | None:
+        """T of tokens (B, T) that padding may fill up to any width, or None.
+
+        None where nothing tells padding from text, neither ``padding`` nor a mask, and for images.
+        """
+        tokens = self._inputs(batch)
+        told = self._padding is not None or self._condition(batch).get("attention_mask") is not None
+        return tokens.shape[1] if told and tokens.ndim == 2 else None
+
+    def with_padding(self, *, left: int = 0, right: int = 0) -> Self:
+        """A copy that adds columns of padding to every batch: to see that they change nothing.
+
+        Args:
+            left: How many columns before the first.
+            right: How many after the last.
+        """
+        other, fill = copy.copy(self), self._padding or 0
+        other._inputs = lambda batch: F.pad(self._inputs(batch), (left, right), value=fill)
+        other._condition = lambda batch: padded(
+            self._condition(batch), self._inputs(batch).shape[1], left, right
+        )
+        return other
 
     def _check(self, tokens: Tensor) -> None:
         length = 2 if self._shifted else 1
@@ -97,32 +165,135 @@ class SequenceLikelihood(Adapter):
             )
         if tokens.min() < 0:
             raise ValueError(f"Expected tokens from 0 on, got {int(tokens.min())}.")
-        context = _context(self.module)
-        if self._shifted and tokens.shape[1] > context:
+
+    def _text(self, tokens: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        """Which tokens are not padding, of their shape, bool."""
+        mask, padding = mask_in(condition, tokens), self._padding
+        if padding is None:
+            return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        if mask is None:
+            return self._told_by_padding(tokens, padding)
+        if not self._is_end and (mask & (tokens == padding)).any():
             raise ValueError(
-                f"Expected sequences of at most {context} tokens, the context of "
-                f"{type(self.module).__name__}, got {tokens.shape[1]}."
+                f"Expected an attention_mask that hides padding={padding}, got one that shows it. "
+                "If it also ends texts pass padding_is_end=True; or leave `padding=` out, and the "
+                "mask alone counts."
+            )
+        return mask
+
+    def _told_by_padding(self, tokens: Tensor, padding: int) -> Tensor:
+        """As :meth:`_text`, without a mask."""
+        if tokens.ndim > 2:
+            return tokens != padding
+        self._warn_of_unknown_end()
+        if not self._is_end:
+            return tokens != padding
+        starts = _ids(self.module, "bos_token_id")
+        if not starts or padding in starts:
+            check_starts(tokens, padding)
+        if self._padding_is_end is None:
+            check_ends(tokens, padding)
+        return text_with_end(tokens, padding)
+
+    @property
+    def _is_end(self) -> bool:
+        """Whether the padding token also ends a text."""
+        is_end = self._padding_is_end
+        return self._padding in _ids(self.module, "eos_token_id") if is_end is None else is_end
+
+    def _warn_of_unknown_end(self) -> None:
+        config = getattr(self.module, "config", None)
+        is_named = getattr(config, "pad_token_id", None) == self._padding
+        if config is None or self._padding_is_end is not None or is_named:
+            return
+        if not _ids(self.module, "eos_token_id"):
+            warnings.warn(
+                f"padding={self._padding} is taken for a token that is in no text, but the model's "
+                "config names no end token of its vocabulary. If texts end by it pass "
+                "padding_is_end=True, since else their end is left out; if not, False.",
+                stacklevel=2,
             )
 
-    def _counted(self, tokens: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        """Which tokens are not padding, of their shape, bool.
+    def _text_first(
+        self, tokens: Tensor, text: Tensor, condition: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+        """All three with every text's first token in the first column, within the context."""
+        start, length = starts_of(run_of(text)), tokens.shape[1]
+        width = min(length, self._width(text.sum(1)))
+        if width == length and not start.any():
+            return tokens, text, condition
+        columns = torch.arange(width, device=tokens.device)
+        index = (columns + start.unsqueeze(1)) % length
+        condition = moved(condition, start, index, length)
+        return tokens.gather(1, index), text.gather(1, index), condition
+
+    def _width(self, lengths: Tensor) -> int:
+        """The most columns that a model takes for texts of these lengths, (B,)."""
+        longest, context = int(lengths.max()), _context(self.module)
+        if self._shifted and longest > context:
+            raise ValueError(
+                f"Expected sequences of at most {context} tokens, the context of "
+                f"{type(self.module).__name__}, got {longest}."
+            )
+        switch = _rotary_switch(self.module)
+        if longest > switch >= lengths.min():
+            raise ValueError(
+                f"Expected texts all of at most {switch} tokens or all longer, got lengths from "
+                f"{int(lengths.min())} to {longest}: {type(self.module).__name__} embeds positions "
+                "in another way for a whole batch with a longer one. Sort texts by length."
+            )
+        most = max(longest, context)
+        return min(switch, most) if longest <= switch else most
+
+    def _given_in(self, batch: Batch, tokens: Tensor) -> Tensor | int:
+        """Lengths of the prompts, (B, 1), or one for all."""
+        given = self._given(batch) if callable(self._given) else self._given
+        if isinstance(given, int) and given == 0:
+            return 0
+        one_each = given.shape == tokens.shape[:1] if isinstance(given, Tensor) else True
+        if tokens.ndim > 2 or not one_each or not isinstance(given, int | Tensor):
+            raise ValueError(
+                f"Expected given tokens as integers ({len(tokens)},), one number a text of tokens "
+                f"(B, T), got {describe(given)} for {describe(tokens)}."
+            )
+        number = torch.as_tensor(given, device=tokens.device)
+        if number.is_floating_point() or number.dtype == torch.bool or number.min() < 0:
+            raise ValueError(
+                "Expected given tokens as integers from 0 on, got "
+                f"{number.min().item()} of {number.dtype}."
+            )
+        return number.view(-1, 1)
+
+    def _counted(self, text: Tensor, given: Tensor | int) -> Tensor:
+        """Which tokens are predicted, bool, of the shape of a text that comes first in its row.
 
         Raises:
             ValueError: A sequence has none to predict.
         """
-        counted = torch.ones_like(tokens, dtype=torch.bool)
-        if self._padding is not None:
-            counted = tokens != self._padding
-        if condition.get("attention_mask") is not None:
-            counted = counted & (condition["attention_mask"] != 0)
+        counted = text
+        if text.ndim == 2:
+            counted = text & (torch.arange(text.shape[1], device=text.device) >= given)
         predicted = counted[:, 1:] if self._shifted else counted
         empty = ~predicted.flatten(1).any(1)
         if empty.any():
             raise ValueError(
-                "Expected a token to predict in every sequence, got padding only in "
-                f"{int(empty.sum())} of {len(tokens)}, first at index {int(empty.int().argmax())}."
+                "Expected a token to predict in every sequence, got padding only, one token or "
+                f"only given ones in {int(empty.sum())} of {len(text)}, first at index "
+                f"{int(empty.int().argmax())}."
             )
         return counted
+
+    def _keywords(self, condition: Mapping[str, Any], text: Tensor) -> dict[str, Any]:
+        """What the module takes beside the tokens: the condition, and what its forward names."""
+        named, found = _parameters(self.module), dict(condition)
+        if "use_cache" in named:
+            found.setdefault("use_cache", False)
+        # Only of transformers' models is it known that the mask is that of padding, (B, T).
+        is_theirs = getattr(self.module, "config", None) is not None
+        is_missing = "attention_mask" in named and found.get("attention_mask") is None
+        if is_theirs and is_missing and text.ndim == 2 and not text.all():
+            found["attention_mask"] = text.long()
+        return found
 
     def _checked_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Logits with their classes last, shape (*tokens.shape, V)."""
@@ -136,7 +307,38 @@ class SequenceLikelihood(Adapter):
         return moved
 
 
-def _context(module: nn.Module) -> float:
+def _context(module: nn.Module) -> int:
     """The longest sequence that a transformers model says it takes."""
-    length = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) else math.inf
+    config = getattr(module, "config", None)
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    # XLNet says -1 for no bound.
+    return next((n for n in found if isinstance(n, int) and n > 0), sys.maxsize)
+
+
+def _rotary_switch(module: nn.Module) -> int:
+    """The width above which a model embeds all positions in another way (LongRoPE, Phi-3)."""
+    config = getattr(module, "config", None)
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rotary, dict) or rotary.get("rope_type", rotary.get("type")) != "longrope":
+        return sys.maxsize
+    name = "original_max_position_embeddings"
+    length = rotary.get(name) or getattr(config, name, None)
+    return length if isinstance(length, int) else sys.maxsize
+
+
+def _ids(module: nn.Module, name: str) -> list[int]:
+    """The special tokens of a name in a transformers model's config, those of its vocabulary."""
+    config = getattr(module, "config", None)
+    ids, size = getattr(config, name, None), getattr(config, "vocab_size", None)
+    listed = ids if isinstance(ids, list | tuple) else [ids]
+    limit = size if isinstance(size, int) else sys.maxsize
+    return [i for i in listed if isinstance(i, int) and 0 <= i < limit]
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a module's forward names."""
+    forward = getattr(module, "_orig_mod", module).forward  # under torch.compile
+    try:
+        return inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # compiled code, which has no signature
+        return {}

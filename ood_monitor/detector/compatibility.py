@@ -1,7 +1,9 @@
 """What a detector expects of a batch and of a model: those that it was fitted on."""
 
+import re
 import warnings
 
+from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import Adapter, Batch, tensors_in
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.modules import dtype_of
@@ -17,19 +19,37 @@ def samples_of(batch: Batch) -> tuple[str, ...]:
     return tuple(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors_in(batch))
 
 
-def check_samples(batch: Batch, expected: tuple[str, ...]) -> None:
+def check_samples(adapter: Adapter, batch: Batch, expected: tuple[str, ...]) -> None:
     """Refuse a batch of other shapes or types than :func:`samples_of` gave.
+
+    The length of token sequences is not compared where the adapter tells padding from text.
 
     Raises:
         ValueError: It is one.
     """
     found = samples_of(batch)
     # What only one of them has, such as labels, is for the adapter to take or to miss.
-    if any(a != b for a, b in zip(found, expected, strict=False)):
+    other = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
+    if other and not _differ_by_padding(adapter, batch, other):
         raise ValueError(
             f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
             f"{', '.join(found)}."
         )
+
+
+def _differ_by_padding(adapter: Adapter, batch: Batch, other: list[tuple[str, str]]) -> bool:
+    """Whether pairs of samples differ in nothing but the length of the adapter's tokens."""
+    pairs = [(_length_and_rest(a), _length_and_rest(b)) for a, b in other]
+    if not isinstance(adapter, SequenceLikelihood) or any(a[1] != b[1] for a, b in pairs):
+        return False
+    lengths, fitted = {a[0] for a, _ in pairs}, {b[0] for _, b in pairs}
+    return len(fitted) == 1 and lengths == {adapter.padded_length(batch)}
+
+
+def _length_and_rest(sample: str) -> tuple[int | None, str]:
+    """The first number of a shape, and what is without it: (7,) int64 as 7 and (T,) int64."""
+    first = re.match(r"\((\d+)", sample)
+    return (None, sample) if first is None else (int(first[1]), f"(T{sample[first.end() :]}")
 
 
 def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:

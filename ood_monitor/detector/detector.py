@@ -224,7 +224,7 @@ class Detector:
         """
         if batch_size(batch) == 0:
             raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
-        check_samples(batch, self.fitted.samples)
+        check_samples(self.adapter, batch, self.fitted.samples)
 
     @property
     def is_stale(self) -> bool:

@@ -53,7 +53,7 @@ ADAPTERS: dict[str, tuple[Callable[[], om.Adapter], Callable[[int], Any]]] = {
     ),
     "gpt2": (
         lambda: om.SequenceLikelihood(gpt2_model(), padding=0),
-        lambda n: torch.randint(11, (n, 7)),
+        lambda n: torch.randint(1, 11, (n, 7)),
     ),
 }
 

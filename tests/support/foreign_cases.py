@@ -134,14 +134,18 @@ def gpt2_model() -> nn.Module:
         n_embd=6,
         n_layer=2,
         n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return transformers.GPT2LMHeadModel(config)
 
 
 def gpt2() -> Case:
-    return om.SequenceLikelihood(gpt2_model(), padding=0), torch.randint(11, (4, 7))
+    """Padded on the left, on the right, on both sides and not at all."""
+    tokens = torch.randint(1, 11, (4, 7))
+    tokens[0, :3], tokens[1, 5:], tokens[2, 0], tokens[2, 6] = 0, 0, 0, 0
+    return om.SequenceLikelihood(gpt2_model(), padding=0), tokens
 
 
 def masked_gpt2() -> Case:
