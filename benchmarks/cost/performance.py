@@ -33,7 +33,7 @@ class Part:
     Attributes:
         name: The file of its results, without ending.
         title: Its heading.
-        options: Of the benchmark's command.
+        options: The benchmark below `benchmarks`, and the options of its command.
         figures: Its rows of the table of main figures.
         section: What its results say in full, block by block.
     """
@@ -53,21 +53,35 @@ PARTS = [
     Part(
         "gradient_norms",
         "Gradient norms",
-        "gradient_norms --figure docs/gradient-norms-cost.png",
+        "cost.gradient_norms --figure docs/gradient-norms-cost.png",
         costs.norms_figures,
         costs.norms_section,
     ),
     Part(
-        "factor_forms", "Choice of form", "factor_forms", costs.forms_figures, costs.forms_section
+        "factor_forms",
+        "Choice of form",
+        "cost.factor_forms",
+        costs.forms_figures,
+        costs.forms_section,
     ),
     Part(
-        "drift", "Drift", "drift --figure docs/drift.png", costs.drift_figures, costs.drift_section
+        "drift",
+        "Drift",
+        "drift.e_detector --figure docs/drift.png",
+        costs.drift_figures,
+        costs.drift_section,
     ),
-    Part("lightning", "Lightning", "lightning", costs.lightning_figures, costs.lightning_section),
+    Part(
+        "lightning",
+        "Lightning",
+        "integrations.lightning",
+        costs.lightning_figures,
+        costs.lightning_section,
+    ),
     Part(
         "diffusers_latency",
         "diffusers",
-        "diffusers --part latency",
+        "integrations.diffusers --part latency",
         costs.diffusers_figures,
         costs.diffusers_section,
     ),

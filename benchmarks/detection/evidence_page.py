@@ -56,10 +56,10 @@ def rendered(results: Path) -> str:
         file = results / f"{name}.json"
         if file.exists():
             report = json.loads(file.read_text())
-            measured = f"`python -m benchmarks.{name}`, on {pages.described(report['machine'])}."
+            measured = f"`python -m benchmarks.detection.{name}`, on {pages.described(report['machine'])}."
             blocks += [*section(report, measured)]
         else:
-            blocks.append(f"Not measured yet: `python -m benchmarks.{name}`.")
+            blocks.append(f"Not measured yet: `python -m benchmarks.detection.{name}`.")
     return "\n\n".join(blocks) + "\n"
 
 
