@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.cost import sections as costs
+from benchmarks.cost import sections
 from benchmarks.cost.sections import Figure, Report
 from benchmarks.harness import pages
 from benchmarks.harness.pages import table
@@ -54,36 +54,36 @@ PARTS = [
         "gradient_norms",
         "Gradient norms",
         "cost.gradient_norms --figure docs/gradient-norms-cost.png",
-        costs.norms_figures,
-        costs.norms_section,
+        sections.norms_figures,
+        sections.norms_section,
     ),
     Part(
         "factor_forms",
         "Choice of form",
         "cost.factor_forms",
-        costs.forms_figures,
-        costs.forms_section,
+        sections.forms_figures,
+        sections.forms_section,
     ),
     Part(
         "drift",
         "Drift",
         "drift.e_detector --figure docs/drift.png",
-        costs.drift_figures,
-        costs.drift_section,
+        sections.drift_figures,
+        sections.drift_section,
     ),
     Part(
         "lightning",
         "Lightning",
         "integrations.lightning",
-        costs.lightning_figures,
-        costs.lightning_section,
+        sections.lightning_figures,
+        sections.lightning_section,
     ),
     Part(
         "diffusers_latency",
         "diffusers",
         "integrations.diffusers --part latency",
-        costs.diffusers_figures,
-        costs.diffusers_section,
+        sections.diffusers_figures,
+        sections.diffusers_section,
     ),
 ]
 
