@@ -17,6 +17,7 @@ FRAMEWORKS = [
     "lightning",
     "matplotlib",
     "mlflow",
+    "ood_monitor_integrations",
     "prometheus_client",
     "pytorch_lightning",
     "transformers",
@@ -33,12 +34,14 @@ def imported(statement: str) -> set[str]:
     return set(done.stdout.split()) & set(FRAMEWORKS)
 
 
-def test_importing_the_package_imports_no_framework() -> None:
-    assert imported("import ood_monitor") == set()
+@pytest.mark.parametrize("module", ["ood_monitor", "ood_monitor.cli"])
+def test_importing_the_package_or_its_command_line_imports_no_framework(module: str) -> None:
+    assert imported(f"import {module}") == set()
 
 
-def test_importing_a_framework_would_be_noticed() -> None:
-    assert imported("import matplotlib") == {"matplotlib"}
+@pytest.mark.parametrize("module", ["matplotlib", "ood_monitor_integrations"])
+def test_importing_a_framework_would_be_noticed(module: str) -> None:
+    assert imported(f"import {module}") == {module}
 
 
 def test_public_names_are_sorted_and_all() -> None:

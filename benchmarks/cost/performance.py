@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.cost import sections as costs
+from benchmarks.cost import sections
 from benchmarks.cost.sections import Figure, Report
 from benchmarks.harness import pages
 from benchmarks.harness.pages import table
@@ -33,7 +33,7 @@ class Part:
     Attributes:
         name: The file of its results, without ending.
         title: Its heading.
-        options: Of the benchmark's command.
+        options: The benchmark below `benchmarks`, and the options of its command.
         figures: Its rows of the table of main figures.
         section: What its results say in full, block by block.
     """
@@ -53,23 +53,37 @@ PARTS = [
     Part(
         "gradient_norms",
         "Gradient norms",
-        "gradient_norms --figure docs/gradient-norms-cost.png",
-        costs.norms_figures,
-        costs.norms_section,
+        "cost.gradient_norms --figure docs/gradient-norms-cost.png",
+        sections.norms_figures,
+        sections.norms_section,
     ),
     Part(
-        "factor_forms", "Choice of form", "factor_forms", costs.forms_figures, costs.forms_section
+        "factor_forms",
+        "Choice of form",
+        "cost.factor_forms",
+        sections.forms_figures,
+        sections.forms_section,
     ),
     Part(
-        "drift", "Drift", "drift --figure docs/drift.png", costs.drift_figures, costs.drift_section
+        "drift",
+        "Drift",
+        "drift.e_detector --figure docs/drift.png",
+        sections.drift_figures,
+        sections.drift_section,
     ),
-    Part("lightning", "Lightning", "lightning", costs.lightning_figures, costs.lightning_section),
+    Part(
+        "lightning",
+        "Lightning",
+        "integrations.lightning",
+        sections.lightning_figures,
+        sections.lightning_section,
+    ),
     Part(
         "diffusers_latency",
         "diffusers",
-        "diffusers --part latency",
-        costs.diffusers_figures,
-        costs.diffusers_section,
+        "integrations.diffusers --part latency",
+        sections.diffusers_figures,
+        sections.diffusers_section,
     ),
 ]
 

@@ -53,13 +53,12 @@ def rendered(results: Path) -> str:
     """The page of the results in a folder."""
     blocks = [INTRODUCTION]
     for name, section in SECTIONS.items():
-        file = results / f"{name}.json"
+        file, command = results / f"{name}.json", f"`python -m benchmarks.detection.{name}`"
         if file.exists():
             report = json.loads(file.read_text())
-            measured = f"`python -m benchmarks.{name}`, on {pages.described(report['machine'])}."
-            blocks += [*section(report, measured)]
+            blocks += section(report, f"{command}, on {pages.described(report['machine'])}.")
         else:
-            blocks.append(f"Not measured yet: `python -m benchmarks.{name}`.")
+            blocks.append(f"Not measured yet: {command}.")
     return "\n\n".join(blocks) + "\n"
 
 

@@ -97,8 +97,8 @@ class DenoisingBound(Adapter):
         schedule: A :class:`NoiseSchedule`, the cumulative products :math:`\bar\alpha`, shape (T,),
             or a diffusers scheduler, of which the numbers are copied.
         levels: Noise levels, in [0, T). The default suits T = 1 000: little noise and much. Each
-            costs a pass, and more of them, spread over T, detect more: ``benchmarks/noise_levels``,
-            where no rule chose two that are better than these from held-out data.
+            costs a pass, and more of them, spread over T, detect more: no rule of
+            ``benchmarks/detection/noise_levels.py`` chose two better ones from held-out data.
         prediction_type: What the network predicts; by default what the schedule's ``config`` says,
             else epsilon, or flow_prediction for flow matching.
         loss: ``"l2"``, ``"l1"`` or ``"vlb"``, as above.

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
-from types import TracebackType
 from typing import Self
 
 from ood_monitor.alerts.alert import Alert, Reading, Sink, Summary
@@ -68,7 +67,7 @@ class Dispatcher:
                 f"{tries} tries."
             )
         named, self._capacity = list(_named(sinks)), capacity
-        self._new_outlets = partial(_outlets, named, capacity, tries, self._delivered)
+        self._new_threads = partial(_threads, named, capacity, tries, self._delivered)
         names = [name for name, _ in named]
         self.spool = None if spool is None else Spool(spool, names, capacity=capacity)
         self._begin()
@@ -79,32 +78,32 @@ class Dispatcher:
         self._pid, self._closed, self._is_told = os.getpid(), False, False
         self._late: deque[Undelivered] = deque(maxlen=self._capacity)
         self._late_count = 0
-        self._outlets = self._new_outlets()
+        self._threads = self._new_threads()
 
     @property
     def undelivered(self) -> tuple[Undelivered, ...]:
         """What was not delivered, the oldest of each sink first; the latest `capacity` of them."""
-        return (*(left for o in self._outlets for left in o.undelivered), *self._late)
+        return (*(left for thread in self._threads for left in thread.undelivered), *self._late)
 
     @property
     def undelivered_count(self) -> int:
         """Deliveries that failed so far, alerts that did not fit included."""
-        return sum(outlet.undelivered_count for outlet in self._outlets) + self._late_count
+        return sum(thread.undelivered_count for thread in self._threads) + self._late_count
 
     @property
     def dropped_summaries(self) -> int:
         """Figures that were given up for lack of room."""
-        return sum(outlet.dropped for outlet in self._outlets)
+        return sum(thread.dropped for thread in self._threads)
 
     @property
     def failures(self) -> dict[str, int]:
         """Calls that raised, by the sink's name, tries that were repeated included."""
-        return {outlet.name: outlet.failures for outlet in self._outlets}
+        return {thread.name: thread.failures for thread in self._threads}
 
     @property
     def has_meters(self) -> bool:
         """Whether a sink takes readings."""
-        return any(outlet.shows(Reading) for outlet in self._outlets)
+        return any(thread.shows(Reading) for thread in self._threads)
 
     def send(self, alert: Alert) -> None:
         """Queue `alert` for every sink. Does not wait for any, and does not raise."""
@@ -114,7 +113,7 @@ class Dispatcher:
             return
         if self.spool is not None:
             self.spool.add(alert)
-        refusals = [refusal for outlet in self._outlets if (refusal := outlet.put(alert))]
+        refusals = [refusal for thread in self._threads if (refusal := thread.put(alert))]
         if refusals:
             self._tell(alert, refusals[0])
 
@@ -137,9 +136,9 @@ class Dispatcher:
         """
         self._leave_parent()
         deadline = time.monotonic() + timeout
-        marks = [outlet.mark() for outlet in self._outlets]
-        waits = zip(self._outlets, marks, strict=True)
-        return all([outlet.wait(mark, deadline - time.monotonic()) for outlet, mark in waits])
+        marks = [thread.mark() for thread in self._threads]
+        waits = zip(self._threads, marks, strict=True)
+        return all([thread.wait(mark, deadline - time.monotonic()) for thread, mark in waits])
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is queued, close the sinks and stop. A second call does nothing.
@@ -153,10 +152,10 @@ class Dispatcher:
             return
         atexit.unregister(self.close)
         deadline = time.monotonic() + timeout
-        for outlet in self._outlets:
-            outlet.begin_to_close()
-        for outlet in self._outlets:
-            outlet.finish(deadline - time.monotonic())
+        for thread in self._threads:
+            thread.begin_to_close()
+        for thread in self._threads:
+            thread.finish(deadline - time.monotonic())
         if self.spool is not None:
             self.spool.close(max(0.1, deadline - time.monotonic()))
         self._tell_of_undelivered()
@@ -164,12 +163,7 @@ class Dispatcher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _leave_parent(self) -> None:
@@ -179,15 +173,15 @@ class Dispatcher:
     def _replay(self) -> None:
         """Deliver what an earlier process left in the spool."""
         if self.spool is not None:
-            for outlet in self._outlets:
-                for alert in self.spool.owed(outlet.name):
-                    outlet.put(alert)
+            for thread in self._threads:
+                for alert in self.spool.owed(thread.name):
+                    thread.put(alert)
 
     def _show(self, figures: Figures) -> None:
         self._leave_parent()
-        for outlet in self._outlets:
-            if outlet.shows(figures):
-                outlet.put(figures)
+        for thread in self._threads:
+            if thread.shows(figures):
+                thread.put(figures)
 
     def _delivered(self, alert: Alert, sink: str) -> None:
         if self.spool is not None:
@@ -224,7 +218,7 @@ def _named(sinks: Iterable[Sink]) -> Iterator[tuple[str, Sink]]:
         yield (name if seen[name] == 1 else f"{name} {seen[name]}"), sink
 
 
-def _outlets(
+def _threads(
     named: Sequence[tuple[str, Sink]],
     capacity: int,
     tries: int,

@@ -25,7 +25,7 @@ Figures: TypeAlias = Summary | Reading
 #: Seconds between tries. Without jitter: tenacity's draws from the watched program's random state.
 _BACK_OFF = wait_exponential(multiplier=0.1, exp_base=4, max=30)  # 0.1, 0.4, 1.6, ...
 
-#: Tries of an alert when the outlet closes, and seconds between them at most.
+#: Tries of an alert while the thread is closing, and seconds between them at most.
 _LAST_TRIES, _LAST_PAUSE = 3, 0.1
 
 #: Seconds between tries of what a sink has refused, while nothing new comes.

@@ -10,7 +10,7 @@ If the :math:`n + 1` scores are exchangeable, :math:`P(p \leq \alpha) \leq \alph
 *disjoint* from the calibration data: a scorer finds the data it was fitted on too normal, and every
 new sample then looks anomalous. The probability is over the calibration set and the sample
 together, so the p-value is for judging one sample. Over a stream, p-values against the same
-calibration set are dependent; :mod:`ood_monitor.drift` has the ranks to accumulate instead.
+calibration set are dependent; :class:`~ood_monitor.EDetector` has the ranks to accumulate instead.
 
 References:
     | Algorithmic Learning in a Random World (Vladimir Vovk, Alexander Gammerman,

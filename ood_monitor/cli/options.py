@@ -1,12 +1,17 @@
 """Arguments and options that several commands have, and what their texts mean."""
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ood_monitor.cli.console import Progress, wants_progress
+from ood_monitor.cli.data import Samples, open_samples
 from ood_monitor.cli.models import Model, load_model
 from ood_monitor.cli.recipe import RECIPE, Recipe, recipe_without_file
 from ood_monitor.detector.detector import Detector
@@ -21,8 +26,10 @@ __all__ = [
     "Fpr",
     "Key",
     "ModelOverride",
+    "Scoring",
     "Split",
     "arguments_of",
+    "asking_for_scoring",
     "load_detector",
     "size_of",
 ]
@@ -59,6 +66,55 @@ ModelOverride = Annotated[
     str | None,
     typer.Option("--model", help="Where the model is now, in place of what was given to `fit`."),
 ]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How data are scored: the options of every command that scores data at rest."""
+
+    batch_size: BatchSize = 32
+    key: Key = None
+    split: Split = None
+    model: ModelOverride = None
+    argument: Argument = None
+    device: Device = None
+    progress: Progress = None
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a bar is shown."""
+        return wants_progress(self.progress)
+
+    def detector(self, directory: Path) -> tuple[Detector, Model, Recipe]:
+        """As :func:`load_detector`."""
+        return load_detector(
+            directory, model=self.model, arguments=self.argument, device=self.device
+        )
+
+    def samples(self, data: Path, recipe: Recipe) -> Samples:
+        """As :func:`~ood_monitor.cli.data.open_samples`."""
+        return open_samples(data, recipe.images, key=self.key, split=self.split)
+
+
+def asking_for_scoring(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with an option for each field in the place of its keyword ``scoring``."""
+    signature = inspect.signature(command)
+    names = [field.name for field in fields(Scoring)]
+    options = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(Scoring).parameters.values()
+    ]
+    own = list(signature.parameters.values())
+    at = [parameter.name for parameter in own].index("scoring")
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        scoring = Scoring(**{name: given.pop(name) for name in names if name in given})
+        command(*args, scoring=scoring, **given)
+
+    own[at : at + 1] = options
+    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return run
 
 
 def arguments_of(texts: Sequence[str] | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Pipeline:
         return self._replayed()
 
     def fit(self, images: Iterable[Tensor], samples: int, **options: Any) -> Detector:
-        """As :meth:`Model.fit`."""
+        """As :meth:`~ood_monitor.cli.models.Model.fit`."""
         options.pop("seed")  # of the split, which a pipeline's detector has at 0
         return fit_pipeline(self._pipe, images, samples=samples, **self._options, **options)
 

@@ -13,29 +13,10 @@ import typer
 
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
 from ood_monitor.calibration.scores import Scores
-from ood_monitor.cli.console import (
-    AsJson,
-    Debug,
-    Progress,
-    checked,
-    print_facts,
-    say,
-    wants_progress,
-)
-from ood_monitor.cli.data import Samples, batches, open_samples
+from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
+from ood_monitor.cli.data import Samples, batches
 from ood_monitor.cli.models import Model
-from ood_monitor.cli.options import (
-    Argument,
-    BatchSize,
-    Device,
-    Directory,
-    Ert,
-    Fpr,
-    Key,
-    ModelOverride,
-    Split,
-    load_detector,
-)
+from ood_monitor.cli.options import Directory, Ert, Fpr, Scoring, asking_for_scoring
 from ood_monitor.cli.recipe import RECIPE, Recipe
 from ood_monitor.cli.scoring import scored
 from ood_monitor.cli.showing import facts_of
@@ -50,6 +31,7 @@ _FEWEST, _DIAGNOSED = 100, 400
 
 
 @checked
+@asking_for_scoring
 def report(
     directory: Directory,
     output: Annotated[Path, typer.Argument(metavar="HTML", help="The file to write.")],
@@ -66,13 +48,8 @@ def report(
     fpr: Fpr = 0.01,
     ert: Ert = 10_000,
     title: Annotated[str, typer.Option(help="The heading.")] = "Out-of-distribution report",
-    batch_size: BatchSize = 32,
-    key: Key = None,
-    split: Split = None,
-    model: ModelOverride = None,
-    argument: Argument = None,
-    device: Device = None,
-    progress: Progress = None,
+    *,
+    scoring: Scoring,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -96,12 +73,11 @@ def report(
     rows = None if scores is None else read_rows(scores)
     seen = None
     if held_out is not None or stream is not None:
-        parts = load_detector(directory, model=model, arguments=argument, device=device)
-        scorer = _Scorer(*parts, batch_size, wants_progress(progress))
+        scorer = _Scorer(*scoring.detector(directory), scoring)
         if stream is not None:
-            rows = rows_of(*scorer.scores(scorer.open(stream, key, split)), fpr)
+            rows = rows_of(*scorer.scores(scorer.open(stream)), fpr)
         if held_out is not None:
-            source = scorer.open(held_out, key, split)
+            source = scorer.open(held_out)
             seen = page.HeldOut.of(scorer.scores(source)[1], scorer.diagnosis(source))
     text = page.html_report(
         fitted,
@@ -126,15 +102,15 @@ class _Scorer:
     detector: Detector
     model: Model
     recipe: Recipe
-    batch_size: int
-    progress: bool
+    scoring: Scoring
 
-    def open(self, path: Path, key: str | None, split: str | None) -> Samples:
-        return open_samples(path, self.recipe.images, key=key, split=split)
+    def open(self, path: Path) -> Samples:
+        return self.scoring.samples(path, self.recipe)
 
     def scores(self, source: Samples) -> tuple[list[str], Scores]:
         """Names and scores of all samples."""
-        found = scored(self.detector, self.model, source, self.batch_size, progress=self.progress)
+        size, progress = self.scoring.batch_size, self.scoring.shows_progress
+        found = scored(self.detector, self.model, source, size, progress=progress)
         ids, parts = zip(*found, strict=True)
         return [name for names in ids for name in names], _joined(parts)
 
@@ -147,7 +123,7 @@ class _Scorer:
             )
             return None
         order = np.random.default_rng(0).permutation(len(source.ids))[:_DIAGNOSED].tolist()
-        size = max(1, min(self.batch_size, len(order) // 4))
+        size = max(1, min(self.scoring.batch_size, len(order) // 4))
         try:
             held_out = [self.model.batch(batch) for batch in batches(source, order, size)]
             return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)

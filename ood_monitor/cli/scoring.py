@@ -9,29 +9,10 @@ from tqdm import tqdm
 
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.calibration.scores import Scores
-from ood_monitor.cli.console import (
-    AsJson,
-    Debug,
-    Progress,
-    checked,
-    print_facts,
-    say,
-    wants_progress,
-)
-from ood_monitor.cli.data import Samples, open_samples, readable
+from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
+from ood_monitor.cli.data import Samples, readable
 from ood_monitor.cli.models import Model
-from ood_monitor.cli.options import (
-    Argument,
-    BatchSize,
-    Data,
-    Device,
-    Directory,
-    Fpr,
-    Key,
-    ModelOverride,
-    Split,
-    load_detector,
-)
+from ood_monitor.cli.options import Data, Directory, Fpr, Scoring, asking_for_scoring
 from ood_monitor.cli.tables import check_output, rows_of, table
 from ood_monitor.detector.detector import Detector
 from ood_monitor.gradients.norms import finite_samples
@@ -40,6 +21,7 @@ __all__ = ["score", "scored"]
 
 
 @checked
+@asking_for_scoring
 def score(
     directory: Directory,
     data: Data,
@@ -52,13 +34,8 @@ def score(
         ),
     ] = None,
     fpr: Fpr = 0.01,
-    batch_size: BatchSize = 32,
-    key: Key = None,
-    split: Split = None,
-    model: ModelOverride = None,
-    argument: Argument = None,
-    device: Device = None,
-    progress: Progress = None,
+    *,
+    scoring: Scoring,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -76,16 +53,12 @@ def score(
         raise ValueError("Expected `--output` beside `--json`: stdout has the rows without it.")
     if output is not None:
         check_output(output)
-    detector, loaded, recipe = load_detector(
-        directory, model=model, arguments=argument, device=device
-    )
+    detector, model, recipe = scoring.detector(directory)
     (detector.fitted.grouped or detector.fitted.calibration).check_fpr(fpr)
-    source = open_samples(data, recipe.images, key=key, split=split)
+    source, size = scoring.samples(data, recipe), scoring.batch_size
     counts = {"samples": 0, "flagged": 0, "invalid": 0}
     with table(output) as write:
-        for ids, scores in scored(
-            detector, loaded, source, batch_size, progress=wants_progress(progress)
-        ):
+        for ids, scores in scored(detector, model, source, size, progress=scoring.shows_progress):
             rows = rows_of(ids, scores, fpr)
             write(rows)
             counts["samples"] += len(rows)

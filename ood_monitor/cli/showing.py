@@ -2,7 +2,7 @@
 
 import typer
 
-import ood_monitor
+from ood_monitor import __version__
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
 from ood_monitor.saving.fitted import Fitted
@@ -13,7 +13,7 @@ __all__ = ["facts_of", "show", "version"]
 @checked
 def version() -> None:
     """Print the version."""
-    typer.echo(ood_monitor.__version__)
+    typer.echo(__version__)
 
 
 @checked

@@ -6,8 +6,15 @@ average. :func:`expected_delay` says how soon a change is found, and a :class:`T
 the gradients of a training.
 """
 
-from ood_monitor.drift.e_detector import EDetector, Evidence
+from ood_monitor.drift.e_detector import EDetector, Evidence, pooled_log_e_value
 from ood_monitor.drift.power import expected_delay
 from ood_monitor.drift.training import TrainingScore, TrainingStream
 
-__all__ = ["EDetector", "Evidence", "TrainingScore", "TrainingStream", "expected_delay"]
+__all__ = [
+    "EDetector",
+    "Evidence",
+    "TrainingScore",
+    "TrainingStream",
+    "expected_delay",
+    "pooled_log_e_value",
+]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -138,7 +137,7 @@ class Monitor:
         self.fpr, self.ert, self.name = fpr, float(ert), name
         self._recovery, self._summary_every, self._thin = recovery, summary_every, thin
         self._cooldown, self._identify = cooldown, identify
-        self._neighbours = Autocorrelation(name, thin)
+        self._autocorrelation = Autocorrelation(name, thin)
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
         self._state = Memory()
         self._lock = threading.RLock()
@@ -284,12 +283,7 @@ class Monitor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _advance(self, scores: Scores, ids: Sequence[Any] | None) -> list[Alert]:
@@ -433,7 +427,7 @@ class Monitor:
         if self._state.samples_seen % self._summary_every:
             return
         if self._state.status != "ALERT":  # a drift, too, makes neighbours alike
-            self._neighbours.look(self._state.episode.scores)
+            self._autocorrelation.look(self._state.episode.scores)
         evidence = self._evidence()
         self._dispatcher.summarise(
             Summary(

@@ -12,8 +12,7 @@ import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-import ood_monitor
-from ood_monitor import plots
+from ood_monitor import __version__, plots
 from ood_monitor.report.findings import findings_of
 from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
 from ood_monitor.saving.fitted import Fitted
@@ -71,7 +70,7 @@ def html_report(
     return template.render(
         title=title,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        version=ood_monitor.__version__,
+        version=__version__,
         facts=dict(facts or {}),
         dropped=fitted.features.log_norms.dropped,
         findings=findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert),

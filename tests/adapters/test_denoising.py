@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from support import diffusers_cases
 from torch import Tensor, nn
 
 import ood_monitor as om
@@ -31,21 +32,9 @@ class Linear(nn.Module):
 
 
 def unet(channels: int = 1, out_channels: int | None = None) -> nn.Module:
-    return (
-        diffusers.UNet2DModel(
-            sample_size=4,
-            in_channels=channels,
-            out_channels=out_channels or channels,
-            layers_per_block=1,
-            block_out_channels=(4, 8),
-            norm_num_groups=2,
-            attention_head_dim=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        )
-        .double()
-        .eval()
-    )
+    sizes = {"in_channels": channels, "out_channels": out_channels or channels}
+    network = diffusers_cases.unet(sample_size=4, attention_head_dim=4, **sizes)
+    return network.double().eval()
 
 
 def noise_at(level: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:

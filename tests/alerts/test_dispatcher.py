@@ -11,8 +11,7 @@ from support import alert_cases
 from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, summary
 from tenacity import wait_fixed, wait_none
 
-from ood_monitor.alerts import Alert, Dispatcher, Summary
-from ood_monitor.alerts import sink_thread as outlet
+from ood_monitor.alerts import Alert, Dispatcher, Summary, sink_thread
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def _no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "_BACK_OFF", wait_none())
+    monkeypatch.setattr(sink_thread, "_BACK_OFF", wait_none())
 
 
 def hang(dispatcher: Dispatcher, gate: Gate) -> None:
@@ -130,7 +129,7 @@ def test_back_off_waits_and_the_others_do_not() -> None:
 
 
 def test_closing_ends_the_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "_BACK_OFF", wait_fixed(LONG))
+    monkeypatch.setattr(sink_thread, "_BACK_OFF", wait_fixed(LONG))
     failed = threading.Event()
 
     def broken(alert: Alert) -> None:

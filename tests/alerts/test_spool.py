@@ -15,8 +15,7 @@ import pytest
 from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, started
 from tenacity import wait_none
 
-from ood_monitor.alerts import Alert, Dispatcher, journal, spool
-from ood_monitor.alerts import sink_thread as outlet
+from ood_monitor.alerts import Alert, Dispatcher, journal, sink_thread, spool
 from ood_monitor.alerts.journal import Journal
 
 HEAD = '{"ood_monitor_spool": 1}\n'
@@ -28,7 +27,7 @@ class Other(Recorder):
 
 @pytest.fixture(autouse=True)
 def _no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "_BACK_OFF", wait_none())
+    monkeypatch.setattr(sink_thread, "_BACK_OFF", wait_none())
 
 
 def delivered(folder: Path, *sinks: Any) -> list[int]:
@@ -177,7 +176,7 @@ def test_a_sink_that_works_again_gets_what_it_refused(tmp_path: Path) -> None:
 
 
 def test_an_idle_sink_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "_AGAIN", 0.01)
+    monkeypatch.setattr(sink_thread, "_AGAIN", 0.01)
     broken = Broken(times=5)
     with Dispatcher([broken], tries=1, spool=tmp_path) as dispatcher:
         dispatcher.send(alert(1))

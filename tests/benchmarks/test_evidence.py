@@ -274,7 +274,7 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
 def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
     page = evidence_page.rendered(tmp_path)
     for name in evidence_page.SECTIONS:
-        assert f"Not measured yet: `python -m benchmarks.{name}`." in page
+        assert f"Not measured yet: `python -m benchmarks.detection.{name}`." in page
 
 
 def test_an_image_that_overflows_is_as_unlikely_as_can_be() -> None:

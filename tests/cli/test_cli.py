@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from support.cli_cases import flow, grey_images, write_images, write_pipeline
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
 from ood_monitor.cli import app
+from ood_monitor.cli.options import Scoring
 
 FLOW = "support.cli_cases:flow"
 
@@ -34,6 +36,14 @@ def failed(*arguments: object) -> str:
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.output
     return result.stderr
+
+
+@pytest.mark.parametrize("command", ["score", "report"])
+def test_commands_that_score_data_have_the_same_options_with_the_same_defaults(
+    command: str,
+) -> None:
+    found = {p.name: p.default for p in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    assert {name: found.get(name, "none such") for name in vars(Scoring())} == vars(Scoring())
 
 
 @pytest.fixture(scope="module")

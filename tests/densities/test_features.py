@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.diffusers_cases import unet
 from torch import Tensor, nn
 
 import ood_monitor as om
@@ -133,18 +134,8 @@ def test_key_bias_of_an_attention_is_dead(dtype: torch.dtype) -> None:
 
 
 def test_key_bias_of_a_unet_is_dead() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    network = diffusers.UNet2DModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    sizes = {"sample_size": 4, "block_out_channels": (4, 4), "attention_head_dim": 2}
+    network = unet(in_channels=1, out_channels=1, **sizes)
     adapter = om.DenoisingBound(network, torch.linspace(0.99, 0.01, 1000), levels=[500])
     names, values = table(om.gradient_norms(adapter, torch.randn(20, 1, 4, 4)))
     dropped = LogNorms.fit(names, values, EPS["float32"]).dropped

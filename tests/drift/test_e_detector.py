@@ -15,7 +15,7 @@ from scipy.integrate import quad
 from scipy.stats import kstest
 
 from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
-from ood_monitor.drift import e_detector as drift
+from ood_monitor.drift import pooled_log_e_value
 from ood_monitor.drift.e_detector import (
     JUMP,
     EDetector,
@@ -521,15 +521,15 @@ def test_refuses_calibration_scores(scores: NDArray, message: str) -> None:
 
 def test_pooled_e_value_is_the_mean_of_e_values() -> None:
     logs = np.log([1.0, 5.0, 0.3])
-    assert drift.pooled_log_e_value(logs) == pytest.approx(np.log(6.3 / 3))
-    assert drift.pooled_log_e_value([-math.inf, math.log(4.0)]) == pytest.approx(math.log(2.0))
-    assert drift.pooled_log_e_value([2000.0, 0.0]) == pytest.approx(2000.0 - math.log(2))
+    assert pooled_log_e_value(logs) == pytest.approx(np.log(6.3 / 3))
+    assert pooled_log_e_value([-math.inf, math.log(4.0)]) == pytest.approx(math.log(2.0))
+    assert pooled_log_e_value([2000.0, 0.0]) == pytest.approx(2000.0 - math.log(2))
 
 
 @pytest.mark.parametrize("values", [[], [0.0, math.nan]])
 def test_no_worker_or_nan_is_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="log e-values of at least one worker, got"):
-        drift.pooled_log_e_value(values)
+        pooled_log_e_value(values)
 
 
 def pooled_run(seed: int, ert: float, shift: float = 0.0, workers: int = 3) -> int:
@@ -539,7 +539,7 @@ def pooled_run(seed: int, ert: float, shift: float = 0.0, workers: int = 3) -> i
     detectors = [EDetector(calibration, ert=ert, seed=i) for i in range(workers)]
     for n in itertools.count(1):
         logs = [d.update(generator.normal(shift)).log_e_value for d in detectors]
-        if drift.pooled_log_e_value(logs) >= math.log(ert) or n == 20 * ert:
+        if pooled_log_e_value(logs) >= math.log(ert) or n == 20 * ert:
             return n
     raise AssertionError
 

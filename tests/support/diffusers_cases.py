@@ -55,31 +55,34 @@ class Family:
 
 
 def unet(**options: Any) -> diffusers.UNet2DModel:
-    sizes = {"sample_size": 8, "in_channels": 3, "out_channels": 3} | options
-    return diffusers.UNet2DModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **sizes,
-    )
+    settings = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return diffusers.UNet2DModel(**(settings | options))
 
 
-def text_unet(**options: Any) -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=6,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **options,
-    )
+def text_unet(text: int = 6, **options: Any) -> nn.Module:
+    """A UNet for embeddings of such a width."""
+    settings = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "cross_attention_dim": text,
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return diffusers.UNet2DConditionModel(**(settings | options))
 
 
 def sdxl_unet() -> nn.Module:
@@ -90,7 +93,7 @@ def sdxl_unet() -> nn.Module:
     )
 
 
-def dit() -> nn.Module:
+def dit(labels: int = 10) -> nn.Module:
     return diffusers.DiTTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -99,11 +102,11 @@ def dit() -> nn.Module:
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=4,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=labels,
     )
 
 
-def pixart() -> nn.Module:
+def pixart(text: int = 6) -> nn.Module:
     return diffusers.PixArtTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -113,7 +116,7 @@ def pixart() -> nn.Module:
         num_attention_heads=2,
         attention_head_dim=4,
         cross_attention_dim=8,
-        caption_channels=6,
+        caption_channels=text,
         use_additional_conditions=False,
     )
 

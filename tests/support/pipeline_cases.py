@@ -114,19 +114,7 @@ def shifted_vae(channels: int) -> Any:
 
 
 def text_unet(**options: Any) -> Any:
-    settings: Arguments = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
-        "norm_num_groups": 2,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return diffusers.UNet2DConditionModel(**(settings | options))
+    return diffusers_cases.text_unet(text=8, **options)
 
 
 def control_unet() -> Any:
@@ -328,17 +316,7 @@ def flux_conditions(t: Tensor, a: Arguments) -> Arguments:
 
 
 def dit() -> Any:
-    network = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=8,  # the variance is learned
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_embeds_ada_norm=1000,
-    )
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    network, scheduler = diffusers_cases.dit(1000), diffusers.DDIMScheduler(clip_sample=False)
     return diffusers.DiTPipeline(transformer=network, vae=vae(), scheduler=scheduler)
 
 
@@ -348,20 +326,8 @@ def predict_dit(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
 
 
 def pixart() -> Any:
-    network = diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        use_additional_conditions=False,
-    )
     return diffusers.PixArtAlphaPipeline(
-        transformer=network,
+        transformer=diffusers_cases.pixart(8),
         vae=vae(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         text_encoder=None,

@@ -58,7 +58,7 @@ def fit_pipeline(
             training data, and its ``source`` says so.
         call: Arguments of all calls.
         levels: Noise levels: each costs a pass; see :func:`plan_costs`. With fewer, more depends on
-            the seed: ``benchmarks/diffusers``.
+            the seed: ``benchmarks/integrations/diffusers.py``.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
             "conv_norm_out.*", "conv_out.*"]``, costs less than all.
         samples: The most samples to use.

@@ -133,18 +133,18 @@ class OODMonitor(Callback):
             name=name,
             prefix=self._prefix,
         )
-        self._watching = TrainerMonitor(settings, self._detectors, self._failures, self._log)
+        self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
         self._batch_idx, self._is_off, self._is_broken = 0, False, False
 
     @property
     def monitor(self) -> Monitor | None:
         """The monitor of the latest stage; None before one is watched."""
-        return self._watching.monitor
+        return self._trainer_monitor.monitor
 
     @property
     def alerts(self) -> list[Alert]:
         """All alerts raised so far, the same in all processes."""
-        return self._watching.alerts
+        return self._trainer_monitor.alerts
 
     @property
     def detector(self) -> Detector | None:
@@ -178,7 +178,7 @@ class OODMonitor(Callback):
             ValueError: As there.
         """
         key = "val" if stage == "validate" else stage
-        found = self._watching.recorded
+        found = self._trainer_monitor.recorded
         if key not in found:
             raise ValueError(f"Expected a stage of {sorted(found)}, got {stage!r}.")
         return found[key]
@@ -299,7 +299,7 @@ class OODMonitor(Callback):
             return
         if self._may_calibrate(trainer):
             self._calibrator.on_validation_start(trainer, pl_module)
-        self._watching.begin(trainer, pl_module, "val", trainer.val_dataloaders)
+        self._trainer_monitor.begin(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_validation_batch_end(
         self,
@@ -311,41 +311,29 @@ class OODMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the batch, and measure it."""
-        self._watching.take(batch, batch_idx, dataloader_idx)
+        self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
         self._calibrator.on_validation_batch_end(
-            trainer, pl_module, batch, batch_idx, dataloader_idx, self._watching.positions
+            trainer, pl_module, batch, batch_idx, dataloader_idx, self._trainer_monitor.positions
         )
 
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide, and log."""
         self._calibrator.on_validation_epoch_end(trainer, pl_module)
-        self._watching.finish(trainer, "val")
+        self._trainer_monitor.finish(trainer, "val")
 
     def on_test_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to watch."""
         if not self._is_off:
-            self._watching.begin(trainer, pl_module, "test", trainer.test_dataloaders)
-
-    def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Score the batch."""
-        self._watching.take(batch, batch_idx, dataloader_idx)
+            self._trainer_monitor.begin(trainer, pl_module, "test", trainer.test_dataloaders)
 
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide, and log."""
-        self._watching.finish(trainer, "test")
+        self._trainer_monitor.finish(trainer, "test")
 
     def on_predict_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to watch."""
         if not self._is_off:
-            self._watching.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
+            self._trainer_monitor.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
 
     def on_predict_batch_end(
         self,
@@ -356,20 +344,21 @@ class OODMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Score the batch; its figures go to the loggers now and then."""
-        self._watching.take(batch, batch_idx, dataloader_idx)
-        self._watching.write_now_and_then(trainer, batch_idx)
+        """Score the batch."""
+        self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end
 
     def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide; `self.log` is not allowed here, the loggers are."""
-        self._watching.finish(trainer, "predict")
+        self._trainer_monitor.finish(trainer, "predict")
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         """Deliver what was raised before the loop broke."""
         self._is_broken = True  # no process may wait for another from here on
-        self._watching.abandon()
+        self._trainer_monitor.abandon()
 
     def _may_calibrate(self, trainer: "Trainer") -> bool:
         is_fit = trainer.state.fn == "fit"

@@ -27,7 +27,7 @@ class Failures:
 
     @contextmanager
     def contained(self, kind: str) -> Iterator[None]:
-        """Make an exception a trouble: days of training must not end on a monitor's account."""
+        """Count an exception and go on: days of training must not end on a monitor's account."""
         try:
             yield
         except Exception as error:  # whatever a foreign model, logger or file system raises

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAILED", "REFUSED", "Settings", "TrainerMonitor"]
 
-#: Kinds of trouble.
+#: Kinds of failure.
 FAILED, REFUSED = "could not score a batch", "will not watch"
 
 
@@ -92,14 +92,7 @@ class TrainerMonitor:
         self.recorded: dict[str, StageScores] = {}
         self._settings, self._detectors = settings, detectors
         self._failures, self._log = failures, log
-        self._is_stale, self._written = False, 0
-
-    def write_now_and_then(self, trainer: "Trainer", batch_idx: int) -> None:
-        """Give the figures so far to the loggers, as often as Lightning logs steps."""
-        every = getattr(trainer, "log_every_n_steps", 0)
-        watch = self.current
-        if watch is not None and watch.is_online and every and (batch_idx + 1) % every == 0:
-            self._write(trainer, watch)
+        self._is_stale, self._stage, self._written = False, "", 0
 
     def abandon(self) -> None:
         """Deliver what was raised so far; the stage ends here."""
@@ -111,7 +104,7 @@ class TrainerMonitor:
         self, trainer: "Trainer", pl_module: "LightningModule", stage: str, loaders: object
     ) -> None:
         """A stage begins; it is watched if it should be and there is a detector everywhere."""
-        self.current, self._written = None, 0
+        self.current, self._stage, self._written = None, stage, 0
         self.positions = Positions(loaders, World.of(trainer))
         if stage not in self._settings.stages:
             return
@@ -152,14 +145,18 @@ class TrainerMonitor:
             told = "the model in training is no longer the one that the detector was fitted on."
             self._failures.tell("watches with a stale calibration", told)
 
-    def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
-        """Score a batch of the stage."""
-        if self.current is None or batch_idx % self._settings.every:
+    def take(self, trainer: "Trainer", batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        """Score a batch of the stage; while predicting, the loggers get figures now and then."""
+        watch = self.current
+        if watch is None:
             return
-        invalid = self.current.monitor.invalid
-        with self._failures.contained(FAILED):
-            self.alerts += self.current.take(batch, batch_idx, dataloader_idx)
-        self._tell_invalid(self.current.monitor.invalid - invalid)
+        if batch_idx % self._settings.every == 0:
+            invalid = watch.monitor.invalid
+            with self._failures.contained(FAILED):
+                self.alerts += watch.take(batch, batch_idx, dataloader_idx)
+            self._tell_invalid(watch.monitor.invalid - invalid)
+        if self._stage == "predict":
+            self._write_now_and_then(trainer, watch, batch_idx)
 
     def finish(self, trainer: "Trainer", stage: str) -> None:
         """The stage is over: decide on what is left, log and write."""
@@ -185,6 +182,12 @@ class TrainerMonitor:
             several = not watch.is_online
             self._log({rate: metrics.pop(rate)}, on_epoch=True, prog_bar=True, sync_dist=several)
             self._log(metrics, on_epoch=True, sync_dist=several)
+
+    def _write_now_and_then(self, trainer: "Trainer", watch: StageMonitor, batch_idx: int) -> None:
+        """As often as Lightning logs steps: it takes no metrics of a prediction itself."""
+        every = getattr(trainer, "log_every_n_steps", 0)
+        if watch.is_online and every and (batch_idx + 1) % every == 0:
+            self._write(trainer, watch)
 
     def _write(self, trainer: "Trainer", watch: StageMonitor) -> None:
         step = watch.monitor.samples_seen

@@ -153,6 +153,18 @@ def test_predict_writes_its_figures_to_the_loggers(
     assert [row[header.index("step")] for row in values] == ["64", "128"]
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_other_stages_log_their_figures_once_at_their_end(
+    stage: str, fitted: tuple[OODMonitor, str], tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(watcher(watch=["val", "test"]), logger=logger, log_every_n_steps=1)
+    run_stage(run, stage, Flow(), loader(drifting()), ckpt_path=fitted[1])
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert "ood/score_mean" in rows[0]
+
+
 def test_a_calibration_that_goes_stale_in_training_is_warned_of_once(
     fitted: tuple[OODMonitor, str], recwarn: pytest.WarningsRecorder
 ) -> None:
