@@ -104,11 +104,6 @@ def check_deployment(pipe: Any, module: nn.Module, mode: Mode, *, partly: bool =
         _check_floating(module)
     if mode == "background" and _is_cached(module):
         raise ValueError(f"Expected mode='sync' for {name} with a cache, which scoring suspends.")
-    if mode == "background" and _compiled_in_place(module):
-        raise ValueError(
-            f"Expected mode='sync' for {name} compiled in place, which scoring suspends, or one "
-            "compiled by `torch.compile(module)`."
-        )
     if mode == "background" and _is_offloaded(pipe):
         raise ValueError("Expected mode='sync' with model offloading, which calls rely on.")
 
@@ -118,26 +113,12 @@ def scorable(pipe: Any, module: nn.Module) -> Iterator[None]:
     """The denoiser ready to be scored: outside caches, and where it computes; then as it was."""
     module = original_of(module)
     with ExitStack() as stack:
-        stack.enter_context(_interpreted(module))
         if _is_cached(module):
             stack.enter_context(_without_cache(module))
         if _is_offloaded(pipe):
             stack.callback(pipe.maybe_free_model_hooks)
             module.to(pipe._offload_device)
         yield
-
-
-@contextmanager
-def _interpreted(module: nn.Module) -> Iterator[None]:
-    """Modules that are compiled in place (`module.compile()`) as they were before."""
-    compiled = [(m, m._compiled_call_impl) for m in _compiled_in_place(module)]
-    try:
-        for owner, _ in compiled:
-            owner._compiled_call_impl = None
-        yield
-    finally:
-        for owner, call in compiled:
-            owner._compiled_call_impl = call
 
 
 @contextmanager
@@ -148,10 +129,6 @@ def _without_cache(module: Any) -> Iterator[None]:
         yield
     finally:
         module.enable_cache(config)
-
-
-def _compiled_in_place(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if m._compiled_call_impl is not None]
 
 
 def _is_cached(module: Any) -> bool:
