@@ -9,6 +9,7 @@ import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "batch_size",
     "checked_range",
     "checked_terms",
+    "cpu_generator",
     "describe",
     "first_tensor",
     "map_tensors",
@@ -30,6 +32,7 @@ __all__ = [
     "pieces",
     "reseeded",
     "tensors_in",
+    "uniform_draw",
 ]
 
 #: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
@@ -198,9 +201,24 @@ def no_condition(batch: Batch) -> Mapping[str, Any]:
 
 
 def normal_draws(shape: Sequence[int], draws: int, seed: int) -> Tensor:
-    """Standard normal noise, shape (draws, *shape), float32; fewer draws are the first of more."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(*shape, generator=generator) for _ in range(draws)])
+    """Standard normal noise, shape (draws, *shape), float32; fewer draws are the first of more.
+
+    It is drawn on the CPU, whatever the process's default dtype and device are.
+    """
+    generator = cpu_generator(seed)
+    one = partial(torch.randn, tuple(shape), dtype=torch.float32, device="cpu")
+    return torch.stack([one(generator=generator) for _ in range(draws)])
+
+
+def uniform_draw(shape: Sequence[int], seed: int) -> Tensor:
+    """Uniform noise in [0, 1), float32, drawn on the CPU as :func:`normal_draws` does."""
+    generator = cpu_generator(seed)
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def cpu_generator(seed: int) -> torch.Generator:
+    """A generator of the CPU's, which no default device changes."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def reseeded(adapter: Adapter, seed: int) -> Adapter | None:

@@ -269,6 +269,9 @@ class DenoisingBound(Adapter):
     def _told(self, x: Tensor, level: int) -> Tensor:
         """The time that the network is told of a level."""
         t = self._time(self.schedule.t[level])
+        if t.is_floating_point():
+            # Again, of a double: an integer divided takes the process's default dtype.
+            t = self._time(self.schedule.t[level].double())
         dtype = torch.promote_types(x.dtype, torch.float32) if t.is_floating_point() else t.dtype
         return t.to(x.device, dtype)
 

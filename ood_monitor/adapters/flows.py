@@ -96,9 +96,14 @@ def _by_log_prob(module: Any, x: Tensor, **condition: Any) -> Tensor:
     return module.log_prob(x, **condition)  # type: ignore[no-any-return]
 
 
-def _normflows(module: Any, x: Tensor) -> dict[str, Tensor]:
-    z, log_det = module.inverse_and_log_det(x)
-    return {"latent": module.q0.log_prob(z), "log_det": log_det}
+def _normflows(module: Any, x: Tensor, **context: Any) -> dict[str, Tensor]:
+    """Of a conditional flow ``context`` is the condition, (B, ...)."""
+    # Added up here: the module adds into zeros of the process's default dtype, which rounds.
+    log_det = x.new_zeros(len(x))
+    for flow in reversed(module.flows):
+        x, of_flow = flow.inverse(x, **context)
+        log_det = log_det + of_flow.to(x)
+    return {"latent": module.q0.log_prob(x, **context), "log_det": log_det}
 
 
 def _normflows_multiscale(module: Any, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

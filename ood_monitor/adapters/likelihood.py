@@ -14,6 +14,7 @@ from ood_monitor.adapters.base import (
     describe,
     first_tensor,
     no_condition,
+    uniform_draw,
 )
 from ood_monitor.adapters.flows import Density, density_of
 
@@ -89,16 +90,15 @@ class LogLikelihood(Adapter):
     def bits_per_dimension(self, batch: Batch) -> Tensor:
         """-log2 p(x) / D of each sample, shape (B,), of D dimensions; without gradients."""
         dimensions = self._inputs(batch)[0].numel()
-        total = sum(value for _, value in self.log_likelihood(batch))
-        return -torch.as_tensor(total) / (dimensions * math.log(2))
+        values = [value for _, value in self.log_likelihood(batch)]
+        return -torch.stack(values).sum(0) / (dimensions * math.log(2))
 
     def _dequantised(self, x: Tensor) -> tuple[Tensor, float]:
         if self._bins is None:
             return x, 0.0
         low, high = self._range
         checked_range(x, low, high, f"bins={self._bins}")
-        generator = torch.Generator().manual_seed(self.seed)
-        u = torch.rand(x.shape[1:], generator=generator).to(x)
+        u = uniform_draw(x.shape[1:], self.seed).to(x)
         unit = ((x - low) / (high - low) * (self._bins - 1) + u) / self._bins
         log_volume = x[0].numel() * math.log((high - low) / self._bins)
         return low + (high - low) * unit, log_volume

@@ -77,7 +77,7 @@ class NoiseSchedule:
                 "Expected cumulative products in [0, 1] that do not increase, got values from "
                 f"{values[0]:.4g} to {values[-1]:.4g}."
             )
-        return cls(values.sqrt(), (1 - values).sqrt(), torch.arange(len(values)))
+        return cls(values.sqrt(), (1 - values).sqrt(), torch.arange(len(values), device="cpu"))
 
     @classmethod
     def flow(cls, steps: int = 1000, shift: float = 1.0) -> Self:
@@ -91,7 +91,7 @@ class NoiseSchedule:
             Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
             2024), https://arxiv.org/abs/2403.03206
         """
-        sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return cls(1 - sigma, sigma, steps * sigma, "flow_prediction")
 

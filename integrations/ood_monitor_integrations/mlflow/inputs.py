@@ -75,7 +75,7 @@ class Inputs:
         if not self.samples or (self.names and len(self.names) != len(self.samples)):
             return None
         specs: list[ColSpec | TensorSpec] = [
-            TensorSpec(_array(torch.empty(0, dtype=dtype)).dtype, (-1, *shape), name)
+            TensorSpec(_array(torch.empty(0, dtype=dtype, device="cpu")).dtype, (-1, *shape), name)
             for (shape, dtype), name in zip(self.samples, self.names or (None,), strict=True)
         ]
         return ModelSignature(Schema(specs), Schema([ColSpec(v, k) for k, v in COLUMNS.items()]))
