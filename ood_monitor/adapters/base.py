@@ -21,6 +21,7 @@ __all__ = [
     "Condition",
     "OnePass",
     "batch_size",
+    "checked_floating",
     "checked_range",
     "checked_terms",
     "cpu_generator",
@@ -230,16 +231,42 @@ def reseeded(adapter: Adapter, seed: int) -> Adapter | None:
     return other
 
 
-def checked_range(x: Tensor, low: float, high: float, told: str) -> Tensor:
-    """x, if its values are within [low, high].
+def checked_floating(x: Tensor) -> Tensor:
+    """x, if its numbers are real, not whole.
+
+    Raises:
+        ValueError: They are whole, as bytes are.
+    """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"Expected floating-point samples, got {describe(x)}: give the values that the model "
+            "was trained on, `x.float() / 255` if those are bytes in [0, 1]."
+        )
+    return x
+
+
+def checked_range(
+    x: Tensor, low: float, high: float, told: str, *, slack: float = 0.0, remedy: str = ""
+) -> Tensor:
+    """x, if its finite values are within [low, high]; the engine refuses the others.
+
+    Args:
+        x: Of any shape.
+        low: The smallest value.
+        high: The largest.
+        told: What the range is of, for the message.
+        slack: How far beyond a value may be for rounding.
+        remedy: What to do, for the message.
 
     Raises:
         ValueError: They are not.
     """
-    if x.numel() and (x.min() < low or x.max() > high):
+    outside = (x < low - slack) | (x > high + slack)
+    if (x.isfinite() & outside).any():
+        finite = x[x.isfinite()]
         raise ValueError(
-            f"Expected values in [{low:g}, {high:g}] for {told}, got values from {x.min():.4g} to "
-            f"{x.max():.4g}."
+            f"Expected values in [{low:g}, {high:g}] for {told}, got values from "
+            f"{finite.min():.4g} to {finite.max():.4g}.{remedy and ' ' + remedy}"
         )
     return x
 

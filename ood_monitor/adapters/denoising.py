@@ -42,6 +42,7 @@ from ood_monitor.adapters.base import (
     Batch,
     Condition,
     OnePass,
+    checked_floating,
     describe,
     first_tensor,
     map_tensors,
@@ -254,9 +255,9 @@ class DenoisingBound(Adapter):
         return values.view(-1, self._copies).mean(1)
 
     def _checked_inputs(self, batch: Batch) -> Tensor:
-        x = self._inputs(batch)
-        if not x.is_floating_point() or x.ndim < 2:
-            raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
+        x = checked_floating(self._inputs(batch))
+        if x.ndim < 2:
+            raise ValueError(f"Expected samples (B, C, ...), got {describe(x)}.")
         return x
 
     def _noise(self, x: Tensor, level: int) -> Tensor:
