@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import pytest
@@ -109,8 +110,9 @@ def test_a_time_that_is_divided_is_the_same_under_any_default() -> None:
 @pytest.mark.parametrize("default", DEFAULTS, ids=str)
 def test_schedules_are_the_same_under_any_default(default: Default) -> None:
     products = torch.linspace(0.99, 0.01, 10)
+    flow = partial(om.NoiseSchedule.flow, convention="data_minus_noise")
     with process_of(default):
-        schedules = om.NoiseSchedule.of(products), om.NoiseSchedule.flow(10)
+        schedules = om.NoiseSchedule.of(products), flow(10)
     assert torch.equal(schedules[0].t, torch.arange(10))
     assert torch.equal(schedules[1].sigma, torch.arange(1, 11, dtype=torch.float64) / 10)
 
