@@ -25,6 +25,7 @@ from ood_monitor.adapters.base import (
     Batch,
     batch_size,
     checked_terms,
+    cpu_generator,
     map_tensors,
     pieces,
     tensors_in,
@@ -98,7 +99,7 @@ def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> N
     for term, value in terms.items():
         if not value.isfinite().all():
             raise AssertionError(f"Expected finite values of {term!r}, got {value.tolist()}.")
-    torch.rand(1)  # moves the global random state, which `scoring_in_place` puts back
+    torch.rand(1, device="cpu")  # moves the global random state, which `scoring_in_place` puts back
     _check_same("a second time", terms, _terms(adapter, batch))
     first = map_tensors(lambda tensor: tensor[:1], batch)
     _check_same("alone", _first(terms), _terms(adapter, first))
@@ -195,20 +196,26 @@ def _along(adapter: Adapter, samples: Batch) -> np.ndarray:
     """Means of v . gradient, of its square and of v . Hessian . v, shape (3, directions)."""
     with leaf_parameters(adapter.module) as named, sdpa_kernel(SDPBackend.MATH):
         leaves = list(named.values())
-        weights = torch.ones(batch_size(samples), requires_grad=True)
+        weights = torch.ones(
+            batch_size(samples), dtype=torch.float32, device="cpu", requires_grad=True
+        )
         terms = checked_terms(adapter, samples)
         total = torch.stack([(value * weights.to(value)).sum() for _, value in terms]).sum()
         gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-        generator = torch.Generator().manual_seed(0)
+        generator = cpu_generator(0)
         found = []
         for _ in range(_DIRECTIONS):
-            v = [torch.randn(p.shape, generator=generator).to(p) for p in leaves]
+            v = [_standard_normal(p, generator) for p in leaves]
             # Of weighted samples' total, so that its derivative by a weight is that sample's own.
             (slope,) = torch.autograd.grad(_inner(gradients, v), weights, create_graph=True)
             twice = torch.autograd.grad(slope.sum(), leaves, retain_graph=True, allow_unused=True)
             curvature = _inner(twice, v) / len(weights)
             found.append([slope.mean().item(), slope.square().mean().item(), curvature.item()])
     return np.array(found).T
+
+
+def _standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 def _inner(gradients: Sequence[Tensor | None], direction: list[Tensor]) -> Tensor:

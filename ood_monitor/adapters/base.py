@@ -9,6 +9,7 @@ import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,8 +23,10 @@ __all__ = [
     "Condition",
     "OnePass",
     "batch_size",
+    "checked_floating",
     "checked_range",
     "checked_terms",
+    "cpu_generator",
     "describe",
     "first_tensor",
     "map_tensors",
@@ -33,6 +36,7 @@ __all__ = [
     "reseeded",
     "tensors_in",
     "term_values",
+    "uniform_draw",
 ]
 
 #: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
@@ -217,9 +221,24 @@ def no_condition(batch: Batch) -> Mapping[str, Any]:
 
 
 def normal_draws(shape: Sequence[int], draws: int, seed: int) -> Tensor:
-    """Standard normal noise, shape (draws, *shape), float32; fewer draws are the first of more."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(*shape, generator=generator) for _ in range(draws)])
+    """Standard normal noise, shape (draws, *shape), float32; fewer draws are the first of more.
+
+    It is drawn on the CPU, whatever the process's default dtype and device are.
+    """
+    generator = cpu_generator(seed)
+    one = partial(torch.randn, tuple(shape), dtype=torch.float32, device="cpu")
+    return torch.stack([one(generator=generator) for _ in range(draws)])
+
+
+def uniform_draw(shape: Sequence[int], seed: int) -> Tensor:
+    """Uniform noise in [0, 1), float32, drawn on the CPU as :func:`normal_draws` does."""
+    generator = cpu_generator(seed)
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def cpu_generator(seed: int) -> torch.Generator:
+    """A generator of the CPU's, which no default device changes."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def reseeded(adapter: Adapter, seed: int) -> Adapter | None:
@@ -231,16 +250,42 @@ def reseeded(adapter: Adapter, seed: int) -> Adapter | None:
     return other
 
 
-def checked_range(x: Tensor, low: float, high: float, told: str) -> Tensor:
-    """x, if its values are within [low, high].
+def checked_floating(x: Tensor) -> Tensor:
+    """x, if its numbers are real, not whole.
+
+    Raises:
+        ValueError: They are whole, as bytes are.
+    """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"Expected floating-point samples, got {describe(x)}: give the values that the model "
+            "was trained on, `x.float() / 255` if those are bytes in [0, 1]."
+        )
+    return x
+
+
+def checked_range(
+    x: Tensor, low: float, high: float, told: str, *, slack: float = 0.0, remedy: str = ""
+) -> Tensor:
+    """x, if its finite values are within [low, high]; the engine refuses the others.
+
+    Args:
+        x: Of any shape.
+        low: The smallest value.
+        high: The largest.
+        told: What the range is of, for the message.
+        slack: How far beyond a value may be for rounding.
+        remedy: What to do, for the message.
 
     Raises:
         ValueError: They are not.
     """
-    if x.numel() and (x.min() < low or x.max() > high):
+    outside = (x < low - slack) | (x > high + slack)
+    if (x.isfinite() & outside).any():
+        finite = x[x.isfinite()]
         raise ValueError(
-            f"Expected values in [{low:g}, {high:g}] for {told}, got values from {x.min():.4g} to "
-            f"{x.max():.4g}."
+            f"Expected values in [{low:g}, {high:g}] for {told}, got values from "
+            f"{finite.min():.4g} to {finite.max():.4g}.{remedy and ' ' + remedy}"
         )
     return x
 

@@ -8,6 +8,7 @@ network's prediction :math:`\hat y(x_t, t)` is compared with what it should be, 
 ``"sample"``              :math:`x`
 ``"v_prediction"``        :math:`\alpha_t \epsilon - \sigma_t x`
 ``"flow_prediction"``     :math:`\epsilon - x`
+``"velocity"``            :math:`x - \epsilon`
 ========================  =================================================
 
 The term is minus a loss of that comparison, summed over dimensions:
@@ -42,13 +43,15 @@ from ood_monitor.adapters.base import (
     Batch,
     Condition,
     OnePass,
+    checked_floating,
+    checked_range,
     describe,
     first_tensor,
     map_tensors,
     no_condition,
     normal_draws,
 )
-from ood_monitor.adapters.schedules import NoiseSchedule
+from ood_monitor.adapters.schedules import NoiseSchedule, stated_prediction
 from ood_monitor.modules import dtype_of
 
 __all__ = ["DenoisingBound", "DenoisingLoss"]
@@ -83,7 +86,14 @@ _PREDICTIONS = {
     "flow_prediction": _Prediction(
         lambda x, noise, alpha, sigma: noise - x, lambda alpha, sigma: sigma / (alpha + sigma)
     ),
+    "velocity": _Prediction(
+        lambda x, noise, alpha, sigma: x - noise, lambda alpha, sigma: sigma / (alpha + sigma)
+    ),
 }
+
+
+#: Names of a time, where a forward takes it before the sample.
+_TIMES = ("t", "time", "times", "timestep", "timesteps", "time_steps")
 
 
 class DenoisingBound(Adapter):
@@ -91,16 +101,20 @@ class DenoisingBound(Adapter):
 
     Args:
         network: ``network(x_t, t, **condition)`` with x_t of shape (B, C, ...) and t of shape
-            (B,), which goes by the keyword ``timestep`` where there is one. It gives a tensor, a
-            tuple that begins with one, or an object with ``.sample`` (diffusers). Of twice as many
-            channels as x (learned variance) the first half is used.
+            (B,), which goes by the keyword ``timestep`` where there is one, and first where its
+            ``forward`` names a time first (torchcfm). It gives a tensor, a tuple that begins with
+            one, or an object with ``.sample`` (diffusers). Of twice as many channels as x (learned
+            variance) the first half is used.
         schedule: A :class:`NoiseSchedule`, the cumulative products :math:`\bar\alpha`, shape (T,),
-            or a diffusers scheduler, of which the numbers are copied.
+            or an object that has them as ``alphas_cumprod``, such as a diffusers scheduler or
+            lucidrains' ``GaussianDiffusion``. Its numbers are copied. Where it normalises images
+            (lucidrains), x is given in [0, 1] and normalised as it does.
         levels: Noise levels, in [0, T). The default suits T = 1 000: little noise and much. Each
             costs a pass, and more of them, spread over T, detect more: no rule of
             ``benchmarks/detection/noise_levels.py`` chose two better ones from held-out data.
-        prediction_type: What the network predicts; by default what the schedule's ``config`` says,
-            else epsilon, or flow_prediction for flow matching.
+        prediction_type: What the network predicts; by default what the schedule says of it
+            (``config.prediction_type``, ``objective``). Cumulative products alone say nothing:
+            epsilon.
         loss: ``"l2"``, ``"l1"`` or ``"vlb"``, as above.
         draws: Draws of the noise a level; the term is their mean.
         antithetic: Whether each draw comes with its negative, which doubles the passes.
@@ -112,8 +126,9 @@ class DenoisingBound(Adapter):
         seed: Seed of the noise, which all samples share.
 
     Raises:
-        ValueError: An unknown schedule, prediction type or loss, no level or one outside [0, T),
-            no draw, or the bound of an epsilon prediction at a level without signal.
+        ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what
+            its network predicts, no level or one outside [0, T), no draw, or the bound of an
+            epsilon prediction at a level without signal.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020)
@@ -145,18 +160,21 @@ class DenoisingBound(Adapter):
         time: Callable[[Tensor], Tensor] = lambda t: t,
         seed: int = 0,
     ) -> None:
-        self.module = network
-        self._by_keyword = _takes_timestep(network)
+        if network is schedule:
+            raise ValueError(
+                f"Expected a network that predicts, got {type(network).__name__} for both network "
+                "and schedule, whose forward is a loss: pass its network, such as `.model`."
+            )
+        self.module, self._normalise = network, _normaliser(schedule)
+        self._order = _order(network)
         self.schedule = NoiseSchedule.of(schedule)
         self.seed = seed
         if loss not in get_args(DenoisingLoss):
             raise ValueError(f"Expected a loss of {get_args(DenoisingLoss)}, got {loss!r}.")
         if draws < 1:
             raise ValueError(f"Expected at least one draw, got {draws}.")
-        name = prediction_type or _stated_prediction(schedule) or self.schedule.prediction_type
-        if name not in _PREDICTIONS:
-            raise ValueError(f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}.")
-        self._prediction, self._loss = _PREDICTIONS[name], loss
+        self._prediction = _prediction(prediction_type, schedule, self.schedule)
+        self._loss = loss
         self._draws, self._antithetic = draws, antithetic
         self._inputs, self._condition, self._time = inputs, condition, time
         self.levels = self._checked(levels)
@@ -254,10 +272,10 @@ class DenoisingBound(Adapter):
         return values.view(-1, self._copies).mean(1)
 
     def _checked_inputs(self, batch: Batch) -> Tensor:
-        x = self._inputs(batch)
-        if not x.is_floating_point() or x.ndim < 2:
+        x = checked_floating(self._inputs(batch))
+        if x.ndim < 2:
             raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
-        return x
+        return x if self._normalise is None else _normalised(x, self._normalise)
 
     def _noise(self, x: Tensor, level: int) -> Tensor:
         """All draws at a level, shape (draws, C, ...), or twice as many with their negatives."""
@@ -268,15 +286,16 @@ class DenoisingBound(Adapter):
 
     def _told(self, x: Tensor, level: int) -> Tensor:
         """The time that the network is told of a level."""
-        t = self._time(self.schedule.t[level])
+        t = _precise(self._time, self.schedule.t[level])
         dtype = torch.promote_types(x.dtype, torch.float32) if t.is_floating_point() else t.dtype
         return t.to(x.device, dtype)
 
     def _predicted(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         given = x_t.to(dtype_of(self.module, x_t.dtype))
-        if self._by_keyword:
+        if self._order == "keyword":
             return _like(x_t, self.module(given, timestep=t, **condition))
-        return _like(x_t, self.module(given, t, **condition))
+        arguments = (t, given) if self._order == "time first" else (given, t)
+        return _like(x_t, self.module(*arguments, **condition))
 
     def _bound(self, x: Tensor, squared_error: Tensor, level: int) -> Tensor:
         """The level's term of the variational bound; x has shape (B, D)."""
@@ -314,24 +333,72 @@ def _repeated(batch: Batch, copies: int) -> Batch:
     return map_tensors(lambda tensor: tensor.repeat_interleave(copies, 0), batch)
 
 
-def _stated_prediction(schedule: Any) -> str | None:
-    """What a diffusers scheduler says that the network predicts."""
-    return dict(getattr(schedule, "config", {})).get("prediction_type")
+def _prediction(given: str | None, stated: Any, schedule: NoiseSchedule) -> _Prediction:
+    """As the argument says, the foreign schedule of itself, or our own."""
+    name = given or stated_prediction(stated)
+    silent = not isinstance(stated, Tensor) and schedule.prediction_type == "epsilon"
+    if name is None and silent:
+        raise ValueError(
+            f"Expected {type(stated).__name__} to say what its network predicts, by `config`'s "
+            "`prediction_type` or by `objective`, got neither: pass `prediction_type=`."
+        )
+    name = name or schedule.prediction_type
+    if name not in _PREDICTIONS:
+        raise ValueError(
+            f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}: pass "
+            "`prediction_type=`."
+        )
+    return _PREDICTIONS[name]
 
 
-def _takes_timestep(network: nn.Module) -> bool:
+def _normaliser(schedule: Any) -> Callable[[Tensor], Tensor] | None:
+    """How a diffusion maps images in [0, 1] to what its network takes; None if it does not."""
+    normalise: Callable[[Tensor], Tensor] | None = getattr(schedule, "normalize", None)
+    if not callable(normalise):
+        return None
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
+    return None if torch.equal(normalise(ends), ends) else normalise
+
+
+def _normalised(x: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    remedy = (
+        "It normalises them itself; to give what its network takes, pass its `alphas_cumprod` and "
+        "`prediction_type=`."
+    )
+    return normalise(checked_range(x, 0, 1, "the schedule's images", slack=1e-3, remedy=remedy))
+
+
+def _precise(time: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The time of a level, in double precision: t / 1000 of an integer has the default dtype."""
+    told = time(t)
+    if not told.is_floating_point() or t.is_floating_point():
+        return told
+    try:
+        return time(t.double())
+    except (IndexError, RuntimeError, TypeError):  # of a table, which whole numbers alone index
+        return told
+
+
+def _order(network: nn.Module) -> Literal["keyword", "time first", "time second"]:
+    """Where a network takes the time, as its forward names it."""
     forward = getattr(network, "_orig_mod", network).forward  # under torch.compile
-    return "timestep" in inspect.signature(forward).parameters
+    names = list(inspect.signature(forward).parameters)
+    if len(names) > 1 and names[0] in _TIMES:
+        return "time first"
+    return "keyword" if "timestep" in names else "time second"
 
 
 def _like(x: Tensor, output: Any) -> Tensor:
     """The prediction in what a network gives: of the shape of x."""
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    if output.shape[1] == 2 * x.shape[1]:
+    found = tuple(getattr(output, "shape", ()))
+    if found[1:2] == (2 * x.shape[1],):
         output = output.chunk(2, 1)[0]
-    if output.shape != x.shape:
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        # As a training module's forward gives it.
+        loss = "" if found else " If that is a loss: pass the network in it, such as `.model`."
         raise ValueError(
             f"Expected the network's prediction to have the shape {tuple(x.shape)} of its input, "
-            f"got {tuple(output.shape)}."
+            f"got {found or describe(output)}.{loss}"
         )
-    return output  # type: ignore[no-any-return]
+    return output

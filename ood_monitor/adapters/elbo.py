@@ -15,7 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ood_monitor.adapters.base import Adapter, Batch, describe, first_tensor, normal_draws
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    checked_floating,
+    describe,
+    first_tensor,
+    normal_draws,
+)
 from ood_monitor.adapters.observations import Gaussian, Observation
 
 __all__ = ["ELBO"]
@@ -80,9 +87,7 @@ class ELBO(Adapter):
         Both are means over the draws. With importance weights ``importance`` follows: what the
         weighted bound is above their sum.
         """
-        x = self._inputs(batch)
-        if not x.is_floating_point():
-            raise ValueError(f"Expected floating-point samples, got {describe(x)}.")
+        x = checked_floating(self._inputs(batch))
         mean, log_variance = _posterior(self.module.encode(x))  # type: ignore[operator]
         eps = normal_draws(mean.shape[1:], self._draws, self.seed).to(mean)
         # A sample's draws are neighbours in a batch of B K: it still has its own rows.

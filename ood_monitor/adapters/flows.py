@@ -51,7 +51,8 @@ def latents_and_log_det(module: nn.Module, x: Tensor, **condition: Any) -> dict[
     To pass as ``function=`` for flows as FrEIA's; z is a tensor or a list or tuple of them.
 
     Args:
-        module: ``module(x, **condition)`` gives ``(z, log |det dz/dx|)``, the latter of shape (B,).
+        module: ``module(x, **condition)`` gives ``(z, log |det dz/dx|)``, the latter of shape (B,),
+            or a number if it is the same for all samples. z has as many elements as x.
         x: Samples, shape (B, ...).
         **condition: The module's further keywords.
 
@@ -59,7 +60,8 @@ def latents_and_log_det(module: nn.Module, x: Tensor, **condition: Any) -> dict[
         ``latent`` (of several: ``latent_1``, ...) and ``log_det``, in nats.
 
     Raises:
-        ValueError: The module gives something else.
+        ValueError: The module gives something else: also a log-determinant of each pixel, (B, H,
+            W), of which it cannot be told whether a step's of each sample was spread over it.
 
     References:
         Framework for Easily Invertible Architectures (Ardizzone et al., 2018-2022),
@@ -70,8 +72,34 @@ def latents_and_log_det(module: nn.Module, x: Tensor, **condition: Any) -> dict[
         raise ValueError(f"Expected (z, log-determinant), got {describe(output)}.")
     z, log_det = output
     latents = list(z) if isinstance(z, list | tuple) else [z]
+    log_det = _per_sample(log_det, x)
+    _check_elements(latents, x)
     terms = {name: _standard_normal(z) for name, z in _named(latents).items()}
     return terms | {"log_det": log_det}
+
+
+def _per_sample(log_det: Any, x: Tensor) -> Tensor:
+    """The log-determinant, of shape (B,)."""
+    if isinstance(log_det, int | float):  # as of steps that keep the volume
+        return x.new_full((len(x),), log_det)
+    if isinstance(log_det, Tensor) and log_det.shape in ((len(x),), (len(x), 1)):
+        return log_det.reshape(len(x))
+    raise ValueError(
+        f"Expected a log-determinant of shape ({len(x)},), one a sample, got {describe(log_det)}. "
+        "Its parts may have been added up across samples: sum each over a sample's dimensions, in "
+        "the module or in a `function=lambda module, x: ...` that gives the log-likelihood, (B,)."
+    )
+
+
+def _check_elements(latents: list[Any], x: Tensor) -> None:
+    """Refuse latents of other samples, or of more or fewer dimensions than x: no bijection's."""
+    hold = all(isinstance(z, Tensor) and z.shape[:1] == x.shape[:1] for z in latents)
+    if not hold or sum(z.numel() for z in latents) != x.numel():
+        raise ValueError(
+            f"Expected latents of {x[:1].numel()} elements a sample, as x of shape "
+            f"{tuple(x.shape)} has, got {', '.join(map(describe, latents))}: pass "
+            "`function=lambda module, x: ...` for a model of another kind."
+        )
 
 
 def _has(module: nn.Module, *names: str) -> bool:
@@ -85,7 +113,7 @@ def _named(latents: list[Any]) -> dict[str, Any]:
 
 
 def _standard_normal(z: Tensor) -> Tensor:
-    return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return -0.5 * (z.square() + math.log(2 * math.pi)).reshape(len(z), -1).sum(1)
 
 
 def _by_terms(module: Any, x: Tensor, **condition: Any) -> Mapping[str, Tensor]:
@@ -96,9 +124,14 @@ def _by_log_prob(module: Any, x: Tensor, **condition: Any) -> Tensor:
     return module.log_prob(x, **condition)  # type: ignore[no-any-return]
 
 
-def _normflows(module: Any, x: Tensor) -> dict[str, Tensor]:
-    z, log_det = module.inverse_and_log_det(x)
-    return {"latent": module.q0.log_prob(z), "log_det": log_det}
+def _normflows(module: Any, x: Tensor, **context: Any) -> dict[str, Tensor]:
+    """Of a conditional flow ``context`` is the condition, (B, ...)."""
+    # Added up here: the module adds into zeros of the process's default dtype, which rounds.
+    log_det = x.new_zeros(len(x))
+    for flow in reversed(module.flows):
+        x, of_flow = flow.inverse(x, **context)
+        log_det = log_det + of_flow.to(x)
+    return {"latent": module.q0.log_prob(x, **context), "log_det": log_det}
 
 
 def _normflows_multiscale(module: Any, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -6,14 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.adapters.base import Batch, describe, first_tensor
+from ood_monitor.adapters.base import Batch, checked_floating, checked_range, describe, first_tensor
 from ood_monitor.modules import device_of, dtype_of, scoring_view
 
 __all__ = ["latent_mean"]
 
+#: For rounding in sixteen bits, and what to do beyond it.
+_RANGE: dict[str, Any] = {
+    "slack": 1e-3,
+    "remedy": "Map bytes by `x / 127.5 - 1`; pass `value_range=` for an autoencoder of another.",
+}
+
 
 def latent_mean(
-    vae: nn.Module, *, inputs: Callable[[Batch], Tensor] = first_tensor
+    vae: nn.Module,
+    *,
+    inputs: Callable[[Batch], Tensor] = first_tensor,
+    value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> Callable[[Batch], Tensor]:
     """Encode images as a diffusers pipeline does, by the posterior's mean instead of a draw.
 
@@ -25,16 +34,20 @@ def latent_mean(
         vae: A diffusers autoencoder, whose ``encode(x)`` gives an object with ``latent_dist``
             (``AutoencoderKL``), or with ``latents`` or ``latent`` (deterministic ones).
         inputs: Takes the images, shape (B, C, H, W), from a batch as the loader yields it.
+        value_range: The smallest and the largest value of images, (low, high): diffusers'
+            autoencoders were trained on [-1, 1].
 
     Returns:
         A function from a batch to latents, shape (B, C', H', W').
 
     Raises:
-        ValueError: The encoder's output is none of these.
+        ValueError: The encoder's output is none of these; images of whole numbers, as bytes are,
+            or outside the range.
     """
 
     def encode(batch: Batch) -> Tensor:
-        images = inputs(batch)
+        images = checked_floating(inputs(batch))
+        checked_range(images, *value_range, "an autoencoder's images", **_RANGE)
         given = images.to(device_of(vae), dtype_of(vae, images.dtype))
         with scoring_view(vae) as view, torch.no_grad():
             latents = _deterministic(view.encode(given))  # type: ignore[operator]

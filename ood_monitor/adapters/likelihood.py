@@ -10,11 +10,12 @@ from ood_monitor.adapters.base import (
     Adapter,
     Batch,
     Condition,
+    checked_floating,
     checked_range,
-    describe,
     first_tensor,
     no_condition,
     term_values,
+    uniform_draw,
 )
 from ood_monitor.adapters.flows import Density, density_of
 
@@ -78,7 +79,7 @@ class LogLikelihood(Adapter):
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms, all of one forward pass."""
-        x, log_volume = self._dequantised(_floating(self._inputs(batch)))
+        x, log_volume = self._dequantised(checked_floating(self._inputs(batch)))
         result = self._function(self.module, x, **self._condition(batch))
         terms = dict(result) if isinstance(result, Mapping) else {"log_likelihood": result}
         # A change of variables: it belongs to the last term, the log-determinant if there is one.
@@ -100,14 +101,7 @@ class LogLikelihood(Adapter):
             return x, 0.0
         low, high = self._range
         checked_range(x, low, high, f"bins={self._bins}")
-        generator = torch.Generator().manual_seed(self.seed)
-        u = torch.rand(x.shape[1:], generator=generator).to(x)
+        u = uniform_draw(x.shape[1:], self.seed).to(x)
         unit = ((x - low) / (high - low) * (self._bins - 1) + u) / self._bins
         log_volume = x[0].numel() * math.log((high - low) / self._bins)
         return low + (high - low) * unit, log_volume
-
-
-def _floating(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        raise ValueError(f"Expected floating-point samples, got {describe(x)}.")
-    return x

@@ -11,14 +11,31 @@ scheduler is never used: after a pipeline's call its step index and its sigmas a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import describe
 
-__all__ = ["NoiseSchedule"]
+__all__ = ["FlowConvention", "NoiseSchedule", "stated_prediction"]
+
+#: What a network of flow matching predicts, and so which way its time runs.
+FlowConvention: TypeAlias = Literal["noise_minus_data", "data_minus_noise"]
+
+#: Where schedules of other libraries say what their networks predict: diffusers and MONAI,
+#: lucidrains (two names), CompVis' latent diffusion.
+_STATEMENTS = ("prediction_type", "objective", "pred_objective", "parameterization")
+
+#: Their names for it, and ours.
+_PREDICTIONS = {
+    "pred_noise": "epsilon",
+    "eps": "epsilon",
+    "pred_x0": "sample",
+    "x0": "sample",
+    "pred_v": "v_prediction",
+    "v": "v_prediction",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +94,42 @@ class NoiseSchedule:
                 "Expected cumulative products in [0, 1] that do not increase, got values from "
                 f"{values[0]:.4g} to {values[-1]:.4g}."
             )
-        return cls(values.sqrt(), (1 - values).sqrt(), torch.arange(len(values)))
+        return cls(values.sqrt(), (1 - values).sqrt(), torch.arange(len(values), device="cpu"))
 
     @classmethod
-    def flow(cls, steps: int = 1000, shift: float = 1.0) -> Self:
-        """Straight lines from data to noise, as the networks of SD3 and Flux were trained on.
+    def flow(
+        cls, steps: int = 1000, shift: float = 1.0, *, convention: FlowConvention | None = None
+    ) -> Self:
+        """Straight lines between data and noise.
 
         Args:
-            steps: T; sigma is (t + 1) / T before the shift, and the network is given T sigma.
+            steps: T; sigma is (t + 1) / T before the shift.
             shift: Moves levels to more noise, sigma -> shift sigma / (1 + (shift - 1) sigma).
+            convention: ``"noise_minus_data"``, as the networks of diffusers (SD3, Flux) were
+                trained: they predict noise less data and are given T sigma, 0 for data.
+                ``"data_minus_noise"``, as those of torchcfm and of Meta's flow_matching: they
+                predict data less noise and are given 1 - sigma, 1 for data. A network says nothing
+                of it, so it has no default.
+
+        Raises:
+            ValueError: No convention, or an unknown one.
 
         References:
-            Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
-            2024), https://arxiv.org/abs/2403.03206
+            | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
+              2024), https://arxiv.org/abs/2403.03206
+            | Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal
+              Transport (Tong et al., 2024), https://arxiv.org/abs/2302.00482
         """
-        sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        if convention not in get_args(FlowConvention):
+            raise ValueError(
+                "Expected convention='noise_minus_data' (networks of diffusers: SD3, Flux) or "
+                "'data_minus_noise' (of torchcfm and Meta's flow_matching), which a network does "
+                f"not say itself, got {convention!r}."
+            )
+        sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        if convention == "data_minus_noise":
+            return cls(1 - sigma, sigma, 1 - sigma, "velocity")
         return cls(1 - sigma, sigma, steps * sigma, "flow_prediction")
 
     @classmethod
@@ -104,19 +141,35 @@ class NoiseSchedule:
         """
         if isinstance(schedule, NoiseSchedule):
             return schedule
-        config: Mapping[str, Any] = getattr(schedule, "config", {})
+        config = _config(schedule)
         if config.get("use_flow_sigmas") or (
             hasattr(schedule, "scale_noise") and not hasattr(schedule, "alphas_cumprod")
         ):
-            return cls.flow(config["num_train_timesteps"], _shift(config))
+            steps, shift = config["num_train_timesteps"], _shift(config)
+            return cls.flow(steps, shift, convention="noise_minus_data")
         products = getattr(schedule, "alphas_cumprod", schedule)
         if not isinstance(products, Tensor) or products.ndim != 1 or not len(products):
             raise ValueError(
                 "Expected a schedule as a NoiseSchedule, a tensor of cumulative products (T,), or "
                 "a diffusers scheduler that is variance-preserving (`alphas_cumprod`) or for flow "
-                f"matching (`scale_noise`), got {describe(schedule)}."
+                f"matching (`scale_noise`), got {describe(schedule)}. For a network of torchcfm or "
+                "Meta's flow_matching: NoiseSchedule.flow(convention='data_minus_noise')."
             )
         return cls.variance_preserving(products)
+
+
+def stated_prediction(schedule: Any) -> str | None:
+    """What a schedule says that its network predicts, by our names; None if it says nothing."""
+    said = _config(schedule).get("prediction_type")
+    for name in _STATEMENTS:
+        said = getattr(schedule, name, None) if said is None else said
+    said = getattr(said, "value", said)  # of an enumeration
+    return None if said is None else _PREDICTIONS.get(str(said), str(said))
+
+
+def _config(schedule: Any) -> Mapping[str, Any]:
+    config = getattr(schedule, "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def _shift(config: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ood_monitor.cli.images import MODES, ImageFormat, is_image, opened
+from ood_monitor.cli.images import MODES, ImageFormat, is_image, no_image, opened
 
 __all__ = ["Samples", "batches", "open_samples", "readable"]
 
@@ -145,7 +145,7 @@ def readable(samples: Samples, indices: Sequence[int]) -> tuple[Tensor, dict[str
         except (OSError, ValueError) as error:
             reasons[samples.ids[i]] = str(error)
     shape = next(iter(rows.values())).shape if rows else samples.images.shape
-    nothing = torch.full(tuple(shape), torch.nan)
+    nothing = no_image(shape)
     return torch.stack([rows.get(i, nothing) for i in indices]), reasons
 
 

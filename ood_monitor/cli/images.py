@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["MODES", "ImageFormat", "is_image"]
+__all__ = ["MODES", "ImageFormat", "is_image", "no_image"]
 
 #: PIL's names of grey and colour images, with their channels.
 MODES = {"L": 1, "RGB": 3}
@@ -106,6 +106,11 @@ class ImageFormat:
             )
         values = _values(image, str(self.mode), (width, height))
         return torch.from_numpy(values).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def no_image(shape: Sequence[int]) -> Tensor:
+    """What stands for an image that cannot be read: nan, of the type of those that can."""
+    return torch.full(tuple(shape), torch.nan, dtype=torch.float32, device="cpu")
 
 
 def opened(path: str | PathLike[str]) -> Image.Image:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ood_monitor.alerts.alert import Status
 from ood_monitor.cli.console import AsJson, Debug, checked, say
-from ood_monitor.cli.images import ImageFormat
+from ood_monitor.cli.images import ImageFormat, no_image
 from ood_monitor.cli.models import Model
 from ood_monitor.cli.options import (
     Argument,
@@ -179,7 +179,7 @@ class _Watch:
             except (OSError, ValueError) as error:
                 self._unreadable += 1
                 say(f"unreadable: {error}")
-                images.append(torch.full(self._shape, torch.nan))
+                images.append(no_image(self._shape))
         return torch.stack(images)
 
     def _tell_flagged(self, files: Sequence[Path]) -> None:

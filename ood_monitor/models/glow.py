@@ -158,15 +158,15 @@ class InvertibleConv1x1(Bijection):
     def __init__(self, channels: int, *, generator: torch.Generator) -> None:
         super().__init__()
         # Decomposed in double precision, so that rounding to the default dtype is the only error.
-        weight = torch.empty(channels, channels, dtype=torch.float64)
+        weight = torch.empty(channels, channels, dtype=torch.float64, device="cpu")
         nn.init.orthogonal_(weight, generator=generator)
         permutation, lower, upper = torch.linalg.lu(weight)
-        dtype = torch.get_default_dtype()
-        self.register_buffer("permutation", permutation.to(dtype))
-        self.register_buffer("sign", upper.diagonal().sign().to(dtype))
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.log_s = nn.Parameter(upper.diagonal().abs().log().to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        as_default = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+        self.register_buffer("permutation", permutation.to(**as_default))
+        self.register_buffer("sign", upper.diagonal().sign().to(**as_default))
+        self.lower = nn.Parameter(lower.tril(-1).to(**as_default))
+        self.log_s = nn.Parameter(upper.diagonal().abs().log().to(**as_default))
+        self.upper = nn.Parameter(upper.triu(1).to(**as_default))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Multiply the channels of each pixel by W; see `Bijection.forward`."""
@@ -324,7 +324,7 @@ class Glow(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         _check_divisible(height, width, 2**levels)
         self.shape = (channels, height, width)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         # Each squeeze quadruples the channels and each split halves them.
         widths = [channels * 2 ** (level + 1) for level in range(1, levels + 1)]
         step = functools.partial(_step, hidden=hidden, bound=log_scale_bound, generator=generator)
@@ -475,14 +475,18 @@ def _conv(
     in_channels: int, out_channels: int, kernel: int, generator: torch.Generator
 ) -> nn.Conv2d:
     conv = _zero_conv(in_channels, out_channels, kernel)
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
+    # Drawn in one type and on one device, so that a seed gives the same weights under any default.
+    weight = torch.empty(conv.weight.shape, dtype=torch.float32, device="cpu")
+    nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+    with torch.no_grad():
+        conv.weight.copy_(weight)
     return conv
 
 
 def _zero_conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d:
     # Built without storage, because the constructor would draw from the global random state.
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, device="meta")
-    conv = conv.to_empty(device="cpu")
+    conv = conv.to_empty(device=torch.get_default_device())
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv

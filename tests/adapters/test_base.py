@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.foreign_cases import small_autoencoder
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import (
     Batch,
     batch_size,
+    checked_range,
     checked_terms,
     describe,
     first_tensor,
@@ -225,3 +227,40 @@ def test_samples_come_from_anywhere_in_a_batch(make: Callable[[], om.Adapter]) -
     adapter._inputs = lambda batch: batch["deep"][1]  # type: ignore[attr-defined]
     found = dict(adapter.log_likelihood({"deep": ["text", batch]}))
     assert all(torch.equal(found[term], expected[term]) for term in expected)
+
+
+def network_of_images() -> nn.Module:
+    network = nn.Conv2d(1, 1, 1)
+    network.forward = lambda x, t: network._conv_forward(x, network.weight, None)  # type: ignore[method-assign]
+    return network
+
+
+#: Every adapter that takes real numbers.
+OF_REAL_NUMBERS: dict[str, Callable[[], om.Adapter]] = {
+    "flow": lambda: om.LogLikelihood(om.models.Glow(1, 4, levels=1, steps=1, hidden=4)),
+    "bytes of a flow": lambda: om.LogLikelihood(
+        om.models.Glow(1, 4, levels=1, steps=1, hidden=4), bins=256
+    ),
+    "autoencoder": lambda: om.ELBO(small_autoencoder()),
+    "denoiser": lambda: om.DenoisingBound(
+        network_of_images(), torch.linspace(0.9, 0.1, 10), levels=[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("name", OF_REAL_NUMBERS)
+def test_whole_numbers_are_refused_with_what_to_do(name: str, dtype: torch.dtype) -> None:
+    batch = torch.ones(2, 1, 4, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=r"Expected floating-point samples, got .* / 255"):
+        list(OF_REAL_NUMBERS[name]().log_likelihood(batch))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0), (0.5, 1.01)])
+def test_a_value_outside_a_range_is_found_beside_one_that_is_no_number(
+    low: float, high: float
+) -> None:
+    x = torch.tensor([low, torch.nan, high])
+    with pytest.raises(ValueError, match=f"got values from {low:.4g} to {high:.4g}"):
+        checked_range(x, 0, 1, "a test")
+    assert checked_range(torch.tensor([0.0, torch.nan, 1.0]), 0, 1, "a test") is not None

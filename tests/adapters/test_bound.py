@@ -1,6 +1,7 @@
 """The variational bound against one written out with Normals, and against a known likelihood."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,10 +34,11 @@ SCHEDULES = {
         torch.cumprod(1 - torch.linspace(1e-4, 20 / steps, steps, dtype=torch.float64), 0)
     ),
     "cosine": cosine,
-    "flow": NoiseSchedule.flow,
-    "shifted flow": lambda steps: NoiseSchedule.flow(steps, shift=3.0),
+    "flow": partial(NoiseSchedule.flow, convention="noise_minus_data"),
+    "shifted flow": partial(NoiseSchedule.flow, shift=3.0, convention="noise_minus_data"),
+    "flow to data": partial(NoiseSchedule.flow, convention="data_minus_noise"),
 }
-PREDICTIONS = ["epsilon", "sample", "v_prediction", "flow_prediction"]
+PREDICTIONS = ["epsilon", "sample", "v_prediction", "flow_prediction", "velocity"]
 
 
 class Optimal(nn.Module):
@@ -59,6 +61,7 @@ class Optimal(nn.Module):
             "sample": x,
             "v_prediction": alpha * noise - sigma * x,
             "flow_prediction": noise - x,
+            "velocity": x - noise,
         }[self._type]
 
 
@@ -161,7 +164,7 @@ def test_epsilon_without_signal_is_refused(level: int, prediction: str) -> None:
     with pytest.raises(ValueError, match=rf"signal and noise for loss='vlb', got t={level} with"):
         om.DenoisingBound(
             nn.Linear(3, 3),
-            NoiseSchedule.flow(10),
+            SCHEDULES["flow"](10),
             levels=[level],
             prediction_type=prediction,
             loss="vlb",

@@ -74,3 +74,34 @@ def test_an_encoder_without_latents_is_refused() -> None:
     vae.encode = lambda x: SimpleNamespace(code=x)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"`latent_dist`, `latents` or `latent`, got SimpleN"):
         om.latent_mean(vae)(images())
+
+
+#: Images that an autoencoder of [-1, 1] was not trained on, and what is said of them.
+OTHER_RANGES: dict[str, tuple[Tensor, str]] = {
+    "bytes": (torch.full((2, 3, 8, 8), 7, dtype=torch.uint8), "floating-point.*torch.uint8"),
+    "whole numbers": (torch.full((2, 3, 8, 8), 7), "floating-point.*torch.int64"),
+    "numbers of bytes": (torch.full((2, 3, 8, 8), 255.0), "values from 255 to 255"),
+    "one value beyond": (torch.zeros(2, 3, 8, 8).index_fill(3, torch.tensor(0), 1.1), "0 to 1.1"),
+    "one not a number": (
+        torch.full((2, 3, 8, 8), 9.0).index_fill(3, torch.tensor(0), torch.nan),
+        "from 9 to 9",
+    ),
+}
+
+
+@pytest.mark.parametrize(("x", "told"), OTHER_RANGES.values(), ids=OTHER_RANGES)
+def test_images_of_another_range_are_refused(x: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        om.latent_mean(small_autoencoder())(x)
+
+
+def test_an_autoencoder_of_another_range_takes_it() -> None:
+    x = torch.full((2, 3, 8, 8), 7.0)
+    assert om.latent_mean(small_autoencoder(), value_range=(0, 255))(x).isfinite().all()
+
+
+def test_an_image_with_a_value_that_is_not_finite_is_for_the_monitor_to_count() -> None:
+    x = images()
+    x[1, 0, 0, 0] = torch.inf
+    latents = om.latent_mean(small_autoencoder().eval())(x)
+    assert latents.isfinite().flatten(1).all(1).tolist() == [True, False, True]

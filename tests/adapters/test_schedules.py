@@ -1,5 +1,6 @@
 """Schedules against diffusers' own numbers, and what is no schedule."""
 
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -9,6 +10,8 @@ from torch import Tensor
 
 import ood_monitor as om
 from ood_monitor import NoiseSchedule
+
+flow = partial(NoiseSchedule.flow, convention="noise_minus_data")
 
 FLOW: dict[str, Any] = {
     "euler": diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -43,7 +46,7 @@ def test_flow_is_what_the_scheduler_has_before_any_call(scheduler: Any) -> None:
 )
 def test_a_solver_on_flow_sigmas_is_flow(make: Any) -> None:
     scheduler = make(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
-    found, expected = NoiseSchedule.of(scheduler), NoiseSchedule.flow(shift=3.0)
+    found, expected = NoiseSchedule.of(scheduler), flow(shift=3.0)
     assert torch.equal(found.sigma, expected.sigma)
 
 
@@ -57,7 +60,7 @@ def test_variance_is_preserved(scheduler: Any) -> None:
 
 
 def test_signal_to_noise_ratio_falls() -> None:
-    snr = NoiseSchedule.flow(10).snr
+    snr = flow(10).snr
     assert (snr.diff() < 0).all()
     assert snr[-1] == 0
     assert snr[4] == 1

@@ -158,9 +158,9 @@ def flux(
 
 def positions(x: Tensor) -> Tensors:
     """Flux's ids of 3 x 3 image tokens and 5 text tokens, the same for all samples."""
-    image_ids = torch.zeros(9, 3).to(x)
-    image_ids[:, 1:] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).to(x)
-    return {"img_ids": image_ids, "txt_ids": torch.zeros(5, 3).to(x)}
+    image_ids, axis = x.new_zeros(9, 3), torch.arange(3, device=x.device)
+    image_ids[:, 1:] = torch.cartesian_prod(axis, axis).to(x)
+    return {"img_ids": image_ids, "txt_ids": x.new_zeros(5, 3)}
 
 
 FAMILIES: tuple[Family, ...] = (

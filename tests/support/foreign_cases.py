@@ -41,7 +41,7 @@ def latent_diffusion() -> Case:
     vae = small_autoencoder(latent_channels=3)
     inputs = om.latent_mean(nn.Module.double(vae.eval()))  # the same alone and in a batch
     adapter = om.DenoisingBound(unet(sample_size=4), diffusers.DDPMScheduler(), inputs=inputs)
-    return adapter, torch.randn(4, 3, 8, 8)
+    return adapter, 2 * torch.rand(4, 3, 8, 8) - 1
 
 
 # Autoencoders

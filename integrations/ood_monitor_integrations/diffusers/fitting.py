@@ -14,7 +14,7 @@ from ood_monitor.gradients.layers import Layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
-from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
+from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
 from ood_monitor_integrations.diffusers.recorded_call import RecordedCall, record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
@@ -72,7 +72,8 @@ def fit_pipeline(
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: A pipeline that cannot be replayed, a call with conditions for other than one or
-            all of its images, or too little data.
+            all of its images, or too little data; images of whole numbers, as bytes are, or
+            outside [0, 1].
     """
     recordings: Iterator[_Recording] = (
         _own_samples(pipe, dict(call or {}), seed)
@@ -138,6 +139,7 @@ def _held_out(
     common: RecordedCall | None = None
     for item in data:
         images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
+        check_images(pipe, images)  # before the pipeline is called with them
         arguments = _with_images(pipe, call | dict(own or {}), images)
         # What does not depend on the batch is recorded once.
         if common is None or own is not None or arguments.keys() != call.keys():

@@ -1,18 +1,24 @@
 """The user's images as the denoiser sees them, by the pipeline's own processor and encoder."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
 from ood_monitor import latent_mean
-from ood_monitor.adapters.base import describe
+from ood_monitor.adapters.base import checked_floating, checked_range, describe
 
-__all__ = ["copied", "count_of", "encoded", "image_argument"]
+__all__ = ["check_images", "copied", "count_of", "encoded", "image_argument"]
 
 #: Arguments of pipelines that hold the user's image, the first that a pipeline has.
 _IMAGES = ("image", "control_image")
+
+#: PIL's modes of 8 bits a channel that are brightnesses; those of fewer, more or real numbers.
+_BRIGHTNESS, _OF_OTHER_BITS = ("L", "LA", "RGB", "RGBA"), ("F", "I")
 
 
 def image_argument(parameters: Any) -> str:
@@ -45,6 +51,73 @@ def copied(images: Any) -> Any:
     return images.detach().clone() if isinstance(images, Tensor) else images.copy()
 
 
+def check_images(pipe: Any, images: Any) -> None:
+    """Refuse images that the pipeline's processor would take for others, without a word.
+
+    Args:
+        pipe: The pipeline.
+        images: As :func:`encoded` takes them. Latents have no range.
+
+    Raises:
+        ValueError: Arrays of whole numbers, as bytes are, or outside [0, 1]; PIL images whose
+            numbers are no brightnesses of 8 bits.
+    """
+    processor, autoencoder = _processor(pipe), _autoencoder(pipe)
+    for image in _each(images):
+        if isinstance(image, Image.Image):
+            _check_mode(image, processor)
+        elif isinstance(image, np.ndarray):
+            _check_values(torch.from_numpy(np.ascontiguousarray(image)))
+        elif isinstance(image, Tensor) and not _is_latent(image, autoencoder):
+            _check_values(image)
+
+
+def _each(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple):
+        for image in images:
+            yield from _each(image)
+    else:
+        yield images
+
+
+def _check_values(pixels: Tensor) -> None:
+    remedy = "Divide bytes by 255; map values in [-1, 1] by `(x + 1) / 2`."
+    checked_range(checked_floating(pixels), 0, 1, "a pipeline's images", slack=1e-3, remedy=remedy)
+
+
+def _check_mode(image: Image.Image, processor: Any) -> None:
+    config = getattr(processor, "config", {})
+    converts = config.get("do_convert_rgb") or config.get("do_convert_grayscale")
+    odd = image.mode.startswith(_OF_OTHER_BITS)
+    if odd or not (converts or image.mode in _BRIGHTNESS):
+        raise ValueError(
+            f"Expected PIL images of mode {', '.join(_BRIGHTNESS)}, got mode {image.mode!r}, whose "
+            "numbers the pipeline takes for brightnesses: convert it first, as "
+            "`image.convert('RGB')` does for 8 bits."
+        )
+
+
+def _is_latent(image: Tensor, autoencoder: Any) -> bool:
+    """Pipelines take latents for images too, told by their channels."""
+    if autoencoder is None or image.ndim < 3:
+        return False
+    return bool(image.shape[-3] != autoencoder.config.in_channels)
+
+
+def _autoencoder(pipe: Any) -> Any:
+    return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+
+
+def _processor(pipe: Any) -> Any:
+    known = getattr(pipe, "image_processor", None)
+    if known is not None:
+        return known
+    autoencoder = _autoencoder(pipe)
+    # Without an autoencoder there are no latents, which images of four channels would count as.
+    channels = {} if autoencoder is not None else {"vae_latent_channels": 0}
+    return VaeImageProcessor(vae_scale_factor=_factor(pipe, autoencoder), **channels)
+
+
 def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Images in the layout of what a pipeline denoises, encoded by the posterior's mean.
 
@@ -59,17 +132,16 @@ def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None =
         (B, ...), of the shape of ``like`` but for B.
 
     Raises:
-        ValueError: It comes out in another shape.
+        ValueError: As :func:`check_images`, or it comes out in another shape.
     """
-    autoencoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    check_images(pipe, images)
+    autoencoder = _autoencoder(pipe)
     factor = _factor(pipe, autoencoder)
     if like.ndim == 4:
         size = like.shape[2] * factor, like.shape[3] * factor
-    processor = getattr(pipe, "image_processor", None) or VaeImageProcessor(vae_scale_factor=factor)
-    pixels = processor.preprocess(images, *(size or (None, None)))
+    pixels = _processor(pipe).preprocess(images, *(size or (None, None)))
     found: Tensor = pixels.to(like.device, torch.promote_types(like.dtype, torch.float32))
-    # Pipelines take latents for images too, told by their channels.
-    if autoencoder is not None and found.shape[1] == autoencoder.config.in_channels:
+    if autoencoder is not None and not _is_latent(found, autoencoder):
         found = latent_mean(autoencoder)(found)
     if like.ndim == 3 and found.ndim == 4:
         found = pipe._pack_latents(found, *found.shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ood_monitor.adapters.base import cpu_generator
 from ood_monitor.modules import device_of
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
@@ -54,7 +55,7 @@ def record_call(
     kind, twin = original_class(pipe), _twin(pipe)
     parameters = inspect.signature(kind.__call__).parameters
     if "generator" in parameters:
-        arguments = {"generator": torch.Generator().manual_seed(seed)} | arguments
+        arguments = {"generator": cpu_generator(seed)} | arguments
     if not whole:
         arguments = _steps(parameters, arguments) | arguments
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)

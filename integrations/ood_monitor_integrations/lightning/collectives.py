@@ -51,7 +51,7 @@ class World:
             raise RuntimeError(f"Expected all processes to succeed, got a failure in {failed}.")
         if self.size == 1:
             return [data]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=_CPU)
         padded[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
             : len(data)
         ]
@@ -63,7 +63,7 @@ class World:
     def _lengths(self, own: int) -> list[int]:
         if self.size == 1:
             return [own]
-        return [int(length) for length in self._all_gather(torch.tensor([own]))]
+        return [int(length) for length in self._all_gather(torch.tensor([own], device=_CPU))]
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         own = own.to(self.device)

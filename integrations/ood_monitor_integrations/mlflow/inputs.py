@@ -75,7 +75,7 @@ class Inputs:
         if not self.samples or (self.names and len(self.names) != len(self.samples)):
             return None
         specs: list[ColSpec | TensorSpec] = [
-            TensorSpec(_array(torch.empty(0, dtype=dtype)).dtype, (-1, *shape), name)
+            TensorSpec(_array(torch.empty(0, dtype=dtype, device="cpu")).dtype, (-1, *shape), name)
             for (shape, dtype), name in zip(self.samples, self.names or (None,), strict=True)
         ]
         return ModelSignature(Schema(specs), Schema([ColSpec(v, k) for k, v in COLUMNS.items()]))
@@ -113,6 +113,11 @@ class Inputs:
         shape, dtype = self.samples[position]
         if tensor.is_floating_point() and not dtype.is_floating_point:
             raise ValueError(f"Expected {dtype}, got {tensor.dtype}.")
+        if dtype.is_floating_point and not tensor.is_floating_point():
+            raise ValueError(
+                f"Expected {dtype}, got {tensor.dtype}: give the values that the detector was "
+                "fitted on, `x / 255` if those are bytes in [0, 1]."
+            )
         rows = tensor.to(dtype)
         # Tables and Spark's columns hold samples as rows; of another size the detector refuses.
         return rows.reshape(-1, *shape) if rows[:1].numel() == np.prod(shape, dtype=int) else rows

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ood_monitor_integrations.diffusers import (
     plan_costs,
     replayed_bound,
 )
+from ood_monitor_integrations.diffusers.inputs import encoded
 from support.pipeline_cases import case_of, seeded_call
 
 import ood_monitor as om
@@ -71,6 +73,55 @@ def test_each_batch_has_conditions_of_its_own() -> None:
 def test_conditions_of_another_number_of_images_are_refused() -> None:
     with pytest.raises(ValueError, match="conditions for 1 or all 44 images of a batch, got 2"):
         fit_pipeline(TEXT(), [TEXT.images(44)], call=TEXT.arguments(), progress=False)
+
+
+def as_bytes(case: Any) -> torch.Tensor:
+    return (case.images(44) * 255).to(torch.uint8)
+
+
+def picture(mode: str, value: Any) -> PIL.Image.Image:
+    return PIL.Image.new(mode, (8, 8), value)
+
+
+#: Images of another kind than the pipeline takes, and what is said of them.
+OTHER_IMAGES: dict[str, tuple[Any, str]] = {
+    "bytes": (as_bytes, "floating-point samples, got .*uint8"),
+    "bytes as real numbers": (lambda case: as_bytes(case).float(), r"values in \[0, 1\].*to 25"),
+    "from -1 to 1": (lambda case: 2 * case.images(44) - 1, r"\[0, 1\].*map values in \[-1, 1\]"),
+    "arrays of bytes": (lambda case: as_bytes(case).permute(0, 2, 3, 1).numpy(), "uint8"),
+    "flipped arrays of bytes": (
+        lambda case: as_bytes(case).permute(0, 2, 3, 1).double().numpy()[:, ::-1],
+        r"values in \[0, 1\]",
+    ),
+    "a list of bytes": (lambda case: list(as_bytes(case)), "uint8"),
+    "bits": (lambda case: case.images(44) > 0.5, "torch.bool"),
+    "one beyond": (lambda case: case.images(44).index_fill(0, torch.tensor(9), 1.5), "to 1.5"),
+    "16 bits": (lambda case: [picture("I;16", 40_000)] * 44, "got mode 'I;16'"),
+    "black and white": (lambda case: [picture("1", 1)] * 44, "got mode '1'"),
+    "a palette": (lambda case: [picture("P", 7)] * 44, "got mode 'P'"),
+}
+
+
+@pytest.mark.parametrize("case", [TEXT, PIXELS], ids=["latents", "pixels"])
+@pytest.mark.parametrize(("make", "told"), OTHER_IMAGES.values(), ids=OTHER_IMAGES)
+def test_images_of_another_range_are_refused(case: Any, make: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        fitted(case(), [make(case)], case)
+
+
+def test_inputs_of_another_range_are_refused() -> None:
+    pipe = case_of("img2img")()
+    like = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"floating-point samples, got .*uint8"):
+        encoded(pipe, as_bytes(case_of("img2img")), like)
+    latents = 9 * torch.randn(2, 4, 8, 8)
+    assert torch.equal(encoded(pipe, latents, like), latents), "latents have no range"
+
+
+def test_four_channels_without_an_autoencoder_are_pixels() -> None:
+    images = torch.rand(2, 4, 8, 8)
+    found = encoded(SimpleNamespace(), images, torch.zeros(1, 4, 8, 8))
+    torch.testing.assert_close(found, 2 * images - 1)
 
 
 def test_no_data_are_refused() -> None:

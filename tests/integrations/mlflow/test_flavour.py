@@ -303,6 +303,19 @@ def test_inputs_that_are_none_are_refused(given: Any, saved: Path) -> None:
         flavour._load_pyfunc(str(saved)).predict(given)
 
 
+BYTES = (X * 255).to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [BYTES, BYTES.astype(np.int64), pd.DataFrame({"x": list(BYTES)}), {"x": BYTES}],
+    ids=["bytes", "whole numbers", "a column of bytes", "named bytes"],
+)
+def test_whole_numbers_where_real_ones_were_fitted_are_refused(given: Any, saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"Expected torch.float32, got torch.(uint8|int64).*/ 255"):
+        flavour._load_pyfunc(str(saved)).predict(given)
+
+
 def test_a_batch_size_of_none_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
         mlflow.pyfunc.load_model(str(saved), model_config={"batch_size": 0})
