@@ -175,7 +175,9 @@ RULES: dict[Callable[..., Any], Rule] = {
 #: Operations that are made of others, by a function that makes them of those above; it may decline
 #: with NotImplemented.
 REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: multi_head_attention
+    F.multi_head_attention_forward: multi_head_attention,
+    # An iterator's tensors would not be seen.
+    Tensor.__iter__: lambda x: iter(x.unbind(0)),
 }
 
 #: Operations (tensors, dimension) that put tensors side by side.

@@ -15,12 +15,15 @@ class Data:
     """What is known of a tensor that depends on the batch.
 
     Attributes:
-        in_order: Its rows are those of the batch, as far as operations tell.
+        dimension: Along which the samples lie, in order; None where that is not known.
         anchored: A backward pass to the anchors goes through it.
+        created: It depends on the batch's shape alone: its rows are those of the samples only as
+            long as what they meet is in order.
     """
 
-    in_order: bool
+    dimension: int | None
     anchored: bool
+    created: bool = False
 
 
 class DataMarks:
