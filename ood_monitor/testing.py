@@ -186,7 +186,8 @@ def _along(adapter: Adapter, samples: Batch) -> np.ndarray:
 
 def _inner(gradients: Sequence[Tensor | None], direction: list[Tensor]) -> Tensor:
     pairs = zip(gradients, direction, strict=True)
-    return torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum()
+    # Of complex numbers, the derivative along v is the real part of the product with conj(g).
+    return torch.stack([(g.conj() * v).real.sum() for g, v in pairs if g is not None]).sum()
 
 
 def _t_value(values: np.ndarray) -> np.ndarray:

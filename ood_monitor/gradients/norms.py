@@ -26,7 +26,7 @@ from ood_monitor.adapters.base import (
     pieces,
     tensors_in,
 )
-from ood_monitor.gradients.check import Facts, facts_of
+from ood_monitor.gradients.check import Facts, facts_after, facts_of
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
@@ -127,11 +127,16 @@ def terms_and_norms(
     with undisturbed(adapter.module, adapter):
         batch = map_tensors(lambda t: _usable(t, device), batch)
         facts = facts_of(adapter, batch, group)
-        parts = [
-            _chunk_norms(adapter, chunk, group, selected, granularity == "row", facts)
-            for chunk in pieces(batch, chunk_size or size)
-        ]
-    return _joined(parts)
+
+        def scored(facts: Facts) -> GradientNorms:
+            by_row, chunks = granularity == "row", pieces(batch, chunk_size or size)
+            return _joined(
+                [_chunk_norms(adapter, c, group, selected, by_row, facts) for c in chunks]
+            )
+
+        found = scored(facts)
+        settled = facts_after(adapter, batch, group, facts, found.norms)
+        return found if settled is facts else scored(settled)
 
 
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:

@@ -81,7 +81,7 @@ def _pointwise_names() -> Iterator[str]:
     """Of all operations that PyTorch itself marks as such, and of what is made of them."""
     for name in {name for owner in _OWNERS for name in dir(owner)}:
         packet = getattr(torch.ops.aten, name.rstrip("_"), None)
-        overloads = getattr(packet, "overloads", list)()
+        overloads: list[str] = getattr(packet, "overloads", list)()
         if any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads):
             yield name.rstrip("_")
     yield from _ALSO_POINTWISE.split()

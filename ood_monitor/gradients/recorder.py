@@ -110,7 +110,9 @@ class Recorder(TorchFunctionMode):
             # Aliases of the storage, so that no flag of the module's own tensors is ever set.
             value = parameter.detach()
             self._plain[id(parameter)] = value
-            if selected(name) and parameter.is_floating_point():
+            if selected(name) and (parameter.is_floating_point() or parameter.is_complex()):
+                if parameter.is_complex():  # the rules are those of real numbers
+                    self.left_over.add(name)
                 leaf = value.detach().requires_grad_()
                 self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
@@ -134,6 +136,10 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside `torch.func`, whose tensors stand for others, as do their gradients.
+            self._leave(self._sources.values())
+            return func(*self._substituted(args), **self._substituted(kwargs))
         if func in REWRITES:
             with self:  # so that what it is made of comes here too
                 result = REWRITES[func](*args, **kwargs)
@@ -255,7 +261,9 @@ class Recorder(TorchFunctionMode):
         dimensions: list[int | None],
     ) -> Any:
         changed_in_place = any(result is tensor for tensor in tensors_of(plain))
-        covered = dimensions == [0] and isinstance(result, Tensor) and not changed_in_place
+        numbers = [source.tensor for source in sources] + tensors_of((result,))
+        real = not any(tensor.is_complex() for tensor in numbers)
+        covered = real and dimensions == [0] and isinstance(result, Tensor) and not changed_in_place
         factors = self._factors(func, given, plain, result) if covered else None
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)

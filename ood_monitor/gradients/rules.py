@@ -127,7 +127,7 @@ def _batch_norm(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
 
 
 def _embedding(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
-    if a.get("max_norm") is not None or a.get("scale_grad_by_freq") or a.get("sparse"):
+    if a.get("max_norm") is not None or a.get("scale_grad_by_freq"):
         raise NotImplementedError("an embedding that renormalises or rescales")
     index, padding = a["input"].reshape(n, -1), a.get("padding_idx")
     g = g.reshape(*index.shape, -1)
