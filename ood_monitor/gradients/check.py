@@ -22,7 +22,7 @@ from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import precision_of
 
-__all__ = ["Facts", "facts_after", "facts_of"]
+__all__ = ["Facts", "disagreeing", "facts_after", "facts_of"]
 
 #: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
 #: the loop itself is off by 2e-3 in single precision.
@@ -109,7 +109,7 @@ def facts_after(
         norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``.
     """
     left = next(o[adapter] for k, o in _stores(batch_size(batch) // group) if adapter in k)
-    totals = {key: value if value.ndim == 1 else value.sum(1) for key, value in norms.items()}
+    totals = _totals(norms)
     largest = _largest(totals)
     signs = [
         values
@@ -179,7 +179,7 @@ def _compare(
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
     done = fast.left_over | wrong_before
-    wrong = _disagreeing(fast.norms, exact, dtypes, done)
+    wrong = disagreeing(fast.norms, exact, dtypes, done)
     if wrong:
         warnings.warn(
             f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
@@ -242,26 +242,33 @@ def _gives_the_same(
     except ValueError:  # a network that looks at the time of its first row, say
         return False
     exact = {key: rows for key, rows in exact.items() if key.split("/", 1)[1] in rest}
-    return not found.left_over and not _disagreeing(found.norms, exact, dtypes, set())
+    return not found.left_over and not disagreeing(found.norms, exact, dtypes)
 
 
-def _disagreeing(
-    fast: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    dtypes: dict[str, torch.dtype],
-    done: Set[str],
+def disagreeing(
+    fast: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    done: Set[str] = frozenset(),
 ) -> set[str]:
-    """Parameters, but those done with, that have a norm which differs by more than rounding."""
-    totals = {key: rows.sum(1) for key, rows in exact.items()}
+    """Parameters with a norm that differs by more than rounding, where the exact one is finite.
+
+    Args:
+        fast: ``{"term/parameter": (n,)}``, or ``(n, rows)``.
+        exact: Likewise, with the keys to compare.
+        dtypes: The precision of each parameter.
+        done: Parameters to leave out.
+    """
+    totals = _totals(exact)
     largest = _largest(totals)
     wrong = set()
     for key, values in totals.items():
         term, name = key.split("/", 1)
         if name in done:
             continue
-        noise = _noise(largest[term], dtypes[name])
         rtol = _TOLERANCES.get(dtypes[name], _TOLERANCE_IN_HALF)
-        close = torch.isclose(fast[key].sum(1), values, rtol=rtol, atol=noise)
+        found, noise = _total(fast[key]), _noise(largest[term], dtypes[name])
+        close = torch.isclose(found, values, rtol=rtol, atol=noise)
         if not (close | ~values.isfinite()).all():
             wrong.add(name)
     return wrong
@@ -269,7 +276,7 @@ def _disagreeing(
 
 def _without_verdict(exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> set[str]:
     """Norms that are zero, up to rounding, or not finite for one of the samples."""
-    totals = {key: rows.sum(1) for key, rows in exact.items()}
+    totals = _totals(exact)
     largest = _largest(totals)
     return {
         key
@@ -277,6 +284,14 @@ def _without_verdict(exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -
         if not values.isfinite().all()
         or not (values > _noise(largest[key.split("/", 1)[0]], dtypes[key.split("/", 1)[1]])).all()
     }
+
+
+def _total(norms: Tensor) -> Tensor:
+    return norms if norms.ndim == 1 else norms.sum(1)
+
+
+def _totals(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: _total(rows) for key, rows in norms.items()}
 
 
 def _largest(totals: dict[str, Tensor]) -> dict[str, float]:
