@@ -155,10 +155,10 @@ def _compared(
     probe = map_tensors(lambda t: t[own], batch)
     facts, unsettled = _compare(adapter, probe, n, frozenset() if before is None else before.looped)
     known, opened = _stores(2)[0] if n > 1 else _stores(1)[1]
-    left: _Open | None = opened.get(adapter)
-    if left is None:
+    if adapter not in opened:
         opened[adapter] = _Open(unsettled, _state(adapter.module))
     else:
+        left: _Open = opened[adapter]
         if left.keys & unsettled != left.keys:
             left.signs = _BackOff()
         left.keys &= unsettled

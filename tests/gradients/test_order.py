@@ -75,6 +75,29 @@ def written(x: Tensor, lengths: Tensor) -> Tensor:
     return rows
 
 
+def as_many_rows(x: Tensor, lengths: Tensor) -> Tensor:
+    """As lengths have in all, in order."""
+    return x[:, : int(lengths.sum()) // len(x)].flatten(0, 1).clone()
+
+
+def regrouped_in_place(x: Tensor, lengths: Tensor) -> Tensor:
+    """Through views of a tensor whose rows were in order."""
+    rows, start = as_many_rows(x, lengths), 0
+    for i, k in enumerate(lengths.tolist()):
+        rows.narrow(0, start, k).copy_(x[i, :k])
+        start += k
+    return rows
+
+
+def regrouped_under_a_view(x: Tensor, lengths: Tensor) -> Tensor:
+    rows, start = as_many_rows(x, lengths), 0
+    view = rows.view_as(rows)
+    for i, k in enumerate(lengths.tolist()):
+        rows[start : start + k] = x[i, :k]
+        start += k
+    return view
+
+
 def indexed_copy(x: Tensor, lengths: Tensor) -> Tensor:
     kept = torch.tensor(positions(lengths.tolist()))
     rows = x.new_zeros(len(kept), x.shape[2])
@@ -142,6 +165,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "padding": padded,
     "copy_": copied,
     "writing": written,
+    "views of rows": regrouped_in_place,
+    "rows of a view": regrouped_under_a_view,
     "index_copy": indexed_copy,
     "a nested tensor": nested,
     "a product with a selection": lambda x, n: (
