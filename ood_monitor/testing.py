@@ -12,6 +12,7 @@ the left side as c squared and the right one as c.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,17 @@ from ood_monitor.adapters.base import (
     tensors_in,
 )
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.modules import leaf_parameters, scoring_in_place
+from ood_monitor.gradients.check import disagreeing
+from ood_monitor.modules import leaf_parameters, precision_of, scoring_in_place
 
 __all__ = ["check_adapter"]
 
 #: Random directions and parts of the samples over which the identities are averaged, and the
 #: t-value that refutes them: of true ones, less than one in 1 000 is refused.
 _DIRECTIONS, _PARTS, _T = 16, 20, 4.0
+
+#: Samples whose gradient norms are computed alone, too.
+_ALONE = 8
 
 #: Columns of padding that are added on a side.
 _COLUMNS = 3
@@ -58,9 +63,10 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
 
     Its terms are finite and of shape (B,), the same each time, whatever the global random state,
     and of each sample the same alone, in the batch and in another order; some parameter has a
-    gradient, and all are finite; and computing them leaves no trace in the model, the batch or the
-    global random state. Those of a :class:`~ood_monitor.SequenceLikelihood` that tells padding from
-    text, by ``padding`` or a mask, are the same with more padding on either side, or refused.
+    gradient, all are finite, and their norms are the same alone and in the batch; and computing
+    them leaves no trace in the model, the batch or the global random state. Terms of a
+    :class:`~ood_monitor.SequenceLikelihood` that tells padding from text, by ``padding`` or a mask,
+    are the same with more padding on either side, or refused.
 
     Args:
         adapter: The adapter.
@@ -85,7 +91,7 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
         with _no_trace(adapter, batch):
             terms = _terms(adapter, batch)
         _check_values(adapter, batch, terms)
-    _check_gradients(gradient_norms(adapter, batch))
+    _check_gradients(adapter, batch)
     if samples is not None:
         with scoring_in_place(adapter.module, adapter):
             _check_nats(adapter, samples)
@@ -137,10 +143,22 @@ def _check_same(
             )
 
 
-def _check_gradients(norms: dict[str, Tensor]) -> None:
+def _check_gradients(adapter: Adapter, batch: Batch) -> None:
+    norms = gradient_norms(adapter, batch)
     for name, value in norms.items():
         if not value.isfinite().all():
             raise AssertionError(f"Expected finite gradient norms of {name!r}, got {value}.")
+    singles = [gradient_norms(adapter, single) for single in islice(pieces(batch, 1), _ALONE)]
+    alone = {name: torch.cat([single[name] for single in singles]) for name in norms}
+    dtypes = {name: precision_of(p).to_real() for name, p in adapter.module.named_parameters()}
+    together = {name: value[: len(singles)] for name, value in norms.items()}
+    wrong = disagreeing(together, alone, dtypes)
+    if wrong:
+        raise AssertionError(
+            "Expected the gradient norms of a sample to be the same alone and in a batch, got "
+            f"others for {sorted(wrong)}. Please report this, with the model: the fast path takes "
+            "another's gradients for a sample's. Until then score samples one by one."
+        )
 
 
 @contextmanager
@@ -220,7 +238,8 @@ def _standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _inner(gradients: Sequence[Tensor | None], direction: list[Tensor]) -> Tensor:
     pairs = zip(gradients, direction, strict=True)
-    return torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum()
+    # Of complex numbers, the derivative along v is the real part of the product with conj(g).
+    return torch.stack([(g.conj() * v).real.sum() for g, v in pairs if g is not None]).sum()
 
 
 def _t_value(values: np.ndarray) -> np.ndarray:

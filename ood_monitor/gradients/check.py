@@ -1,19 +1,28 @@
-"""The fast path compared with the loop, on first use of a model."""
+"""The fast path compared with the loop, on first use of a model, and until all is compared.
+
+Where a gradient is zero, as all are before an output layer that starts at zero, or not finite, two
+ways to compute it agree whatever they do: that is no verdict. Such norms are compared again on
+later uses: when the fast path gives one that is not zero, when weights have changed, and now and
+then. A comparison costs a forward and backward pass of two samples together and of each alone.
+Some gradients are always zero (a key's bias before a softmax), so of the uses that ask for another
+comparison only the 1st, 2nd, 4th, 8th ... get it: of a million uses, twenty.
+"""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, pieces
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, map_tensors
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import Passes, precision_of
 
-__all__ = ["Facts", "facts_of"]
+__all__ = ["Facts", "disagreeing", "facts_after", "facts_of"]
 
 #: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
 #: the loop itself is off by 2e-3 in single precision.
@@ -36,46 +45,160 @@ class Facts:
     at_once: bool = False
 
 
+@dataclass
+class _BackOff:
+    """Says yes the 1st, 2nd, 4th, 8th ... time that it is asked."""
+
+    asked: int = 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return not self.asked & (self.asked - 1)
+
+
+@dataclass
+class _Open:
+    """What has not been compared yet, of one adapter.
+
+    Attributes:
+        keys: "term/parameter" whose exact norm was zero or not finite.
+        weights: The state of the parameters at the last comparison.
+    """
+
+    keys: set[str]
+    weights: int
+    uses: _BackOff = field(default_factory=lambda: _BackOff(1))  # the first is behind it
+    changes: _BackOff = field(default_factory=_BackOff)
+    signs: _BackOff = field(default_factory=_BackOff)
+
+
 #: By adapter: found on two gradients, and on one, which does not show what samples do to others.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _known_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_open: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_open_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def facts_of(passes: Passes[Adapter], batch: Batch, group: int) -> Facts:
     """Compare the fast path with the loop on two samples, once per adapter; on one until two come.
 
+    Again where that gave no verdict; see above.
+
     Raises:
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
     adapter, n = passes.holder, min(2, batch_size(batch) // group)
-    for found in (_known,) if n > 1 else (_known, _known_of_one):
+    for found, unsettled in _stores(n):
         if adapter in found:
             known: Facts = found[adapter]
-            return known
+            left: _Open = unsettled[adapter]
+            return _compared(passes, batch, group, known) if _is_due(left, adapter) else known
+    return _compared(passes, batch, group, None)
+
+
+def facts_after(
+    passes: Passes[Adapter], batch: Batch, group: int, facts: Facts, norms: Mapping[str, Tensor]
+) -> Facts:
+    """Facts that hold for these norms: the same, or new ones from where a norm is the first.
+
+    Args:
+        passes: The model.
+        batch: As :func:`facts_of` got it.
+        group: Likewise.
+        facts: What the norms rest on.
+        norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``.
+    """
+    stores = _stores(batch_size(batch) // group)
+    left = next(o[passes.holder] for k, o in stores if passes.holder in k)
+    totals = _totals(norms)
+    largest = _largest(totals)
+    signs = [
+        values
+        for key, values in totals.items()
+        if key in left.keys and key.split("/", 1)[1] not in facts.looped
+        if (values > _noise(largest[key.split("/", 1)[0]], values.dtype)).any()
+        if values.isfinite().all()
+    ]
+    if not signs or not left.signs():
+        return facts
+    return _compared(passes, batch, group, facts, start=int(signs[0].argmax()))
+
+
+def _stores(n: int) -> list[tuple[WeakIdKeyDictionary, WeakIdKeyDictionary]]:
+    two, one = (_known, _open), (_known_of_one, _open_of_one)
+    return [two] if n > 1 else [two, one]
+
+
+def _is_due(left: _Open, adapter: Adapter) -> bool:
+    """Whether what is not compared yet should be, on this use."""
+    if not left.keys:
+        return False
+    now = _state(adapter.module)
+    changed, left.weights = now != left.weights, now
+    by_change, by_use = changed and left.changes(), left.uses()
+    return by_change or by_use
+
+
+def _state(module: nn.Module) -> int:
+    """A number that changes with the weights: their places and how often they were written."""
+    return hash(
+        tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+    )
+
+
+def _compared(
+    passes: Passes[Adapter], batch: Batch, group: int, before: Facts | None, start: int = 0
+) -> Facts:
+    """Compare on two samples from ``start`` on, and remember what is found with what was."""
+    adapter, size = passes.holder, batch_size(batch) // group
+    n, start = min(2, size), min(start, max(0, size - 2))
+    own = slice(start * group, (start + n) * group)
+    probe = map_tensors(lambda t: t[own], batch)
+    facts, unsettled = _compare(passes, probe, n, frozenset() if before is None else before.looped)
+    known, opened = _stores(2)[0] if n > 1 else _stores(1)[1]
+    if adapter not in opened:
+        opened[adapter] = _Open(unsettled, _state(adapter.module))
+    else:
+        left: _Open = opened[adapter]
+        if left.keys & unsettled != left.keys:
+            left.signs = _BackOff()
+        left.keys &= unsettled
+    known[adapter] = facts
+    return facts
+
+
+def _compare(
+    passes: Passes[Adapter], probe: Batch, n: int, wrong_before: frozenset[str]
+) -> tuple[Facts, set[str]]:
+    """What two samples show, and the norms of which they show nothing."""
+    adapter = passes.holder
     chosen = supported(adapter.module)
     parameters = adapter.module.named_parameters()
-    dtypes = {name: precision_of(p) for name, p in parameters if name in chosen}
-    probe, every = next(iter(pieces(batch, n * group))), chosen.__contains__
+    dtypes = {name: precision_of(p).to_real() for name, p in parameters if name in chosen}
+    every = chosen.__contains__
     fast = recorded_norms(passes, probe, n, every, by_row=True)
     values, exact = loop_norms(passes, probe, n, every)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
+    _check_dependence(adapter, exact)
+    done = fast.left_over | wrong_before
+    wrong = disagreeing(fast.norms, exact, dtypes, done)
+    if wrong:
+        warnings.warn(
+            f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
+            "parameters are scored by the loop: exact, but slower.",
+            stacklevel=6,
+        )
+    looped = frozenset(wrong | done)
+    at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
+    return Facts(looped, fast.last_of_graph, at_once), _without_verdict(exact, dtypes)
+
+
+def _check_dependence(adapter: Adapter, exact: dict[str, Tensor]) -> None:
     if not any(rows.any() for rows in exact.values()):
         raise ValueError(
             f"Expected the terms of {type(adapter).__name__} to depend on the parameters of "
             f"{type(adapter.module).__name__}, got no gradient for any of them."
         )
-    wrong = _disagreeing(fast.norms, exact, dtypes) - fast.left_over
-    if wrong:
-        warnings.warn(
-            f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
-            "parameters are scored by the loop: exact, but slower.",
-            stacklevel=4,
-        )
-    looped = frozenset(wrong | fast.left_over)
-    at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
-    facts = Facts(looped, fast.last_of_graph, at_once)
-    (_known if n > 1 else _known_of_one)[adapter] = facts
-    return facts
 
 
 def _check_independence(
@@ -121,24 +244,69 @@ def _gives_the_same(
     except ValueError:  # a network that looks at the time of its first row, say
         return False
     exact = {key: rows for key, rows in exact.items() if key.split("/", 1)[1] in rest}
-    return not found.left_over and not _disagreeing(found.norms, exact, dtypes)
+    return not found.left_over and not disagreeing(found.norms, exact, dtypes)
 
 
-def _disagreeing(
-    fast: dict[str, Tensor], exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]
+def disagreeing(
+    fast: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    done: Set[str] = frozenset(),
 ) -> set[str]:
-    """Parameters with a norm that differs by more than rounding."""
-    largest: dict[str, float] = {}
-    for key, rows in exact.items():
-        term = key.split("/", 1)[0]
-        largest[term] = max(largest.get(term, 0.0), float(rows.sum(1).max()))
+    """Parameters with a norm that differs by more than rounding, where the exact one is finite.
+
+    Args:
+        fast: ``{"term/parameter": (n,)}``, or ``(n, rows)``.
+        exact: Likewise, with the keys to compare.
+        dtypes: The precision of each parameter.
+        done: Parameters to leave out.
+    """
+    totals = _totals(exact)
+    largest = _largest(totals)
     wrong = set()
-    for key, rows in exact.items():
+    for key, values in totals.items():
         term, name = key.split("/", 1)
-        # Below this a norm is rounding noise (a key bias before a softmax), whoever computes it.
-        eps = torch.finfo(dtypes[name]).eps
-        noise = largest[term] * ((32 if eps < 1e-6 else 8) * eps) ** 2
+        if name in done:
+            continue
         rtol = _TOLERANCES.get(dtypes[name], _TOLERANCE_IN_HALF)
-        if not torch.allclose(fast[key].sum(1), rows.sum(1), rtol=rtol, atol=noise):
+        found, noise = _total(fast[key]), _noise(largest[term], dtypes[name])
+        close = torch.isclose(found, values, rtol=rtol, atol=noise)
+        if not (close | ~values.isfinite()).all():
             wrong.add(name)
     return wrong
+
+
+def _without_verdict(exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> set[str]:
+    """Norms that are zero, up to rounding, or not finite for one of the samples."""
+    totals = _totals(exact)
+    largest = _largest(totals)
+    return {
+        key
+        for key, values in totals.items()
+        if not values.isfinite().all()
+        or not (values > _noise(largest[key.split("/", 1)[0]], dtypes[key.split("/", 1)[1]])).all()
+    }
+
+
+def _total(norms: Tensor) -> Tensor:
+    return norms if norms.ndim == 1 else norms.sum(1)
+
+
+def _totals(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: _total(rows) for key, rows in norms.items()}
+
+
+def _largest(totals: dict[str, Tensor]) -> dict[str, float]:
+    """The largest finite norm of each term."""
+    largest: dict[str, float] = {}
+    for key, values in totals.items():
+        term, finite = key.split("/", 1)[0], values[values.isfinite()]
+        found = float(finite.max()) if len(finite) else 0.0
+        largest[term] = max(largest.get(term, 0.0), found)
+    return largest
+
+
+def _noise(largest: float, dtype: torch.dtype) -> float:
+    """Below this a norm is rounding noise (a key bias before a softmax), whoever computes it."""
+    eps = torch.finfo(dtype).eps
+    return largest * ((32 if eps < 1e-6 else 8) * eps) ** 2

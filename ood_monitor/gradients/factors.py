@@ -63,11 +63,19 @@ class Factor(Protocol):
 
 def full_precision(tensor: Tensor) -> Tensor:
     """At least single: squares of half precision overflow, and their sums round."""
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def rows_of(gradient: Tensor) -> Tensor:
-    """Squared norm of each row of one gradient, shape (rows,); one row for a scalar."""
+    """Squared norm of each row of one gradient, shape (rows,); one row for a scalar.
+
+    A sparse gradient, as of ``nn.Embedding(sparse=True)``, is that of its dense form; of a complex
+    one the absolute values are squared.
+    """
+    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    gradient = gradient.abs() if gradient.is_complex() else gradient
     return gradient.reshape(gradient.shape[0] if gradient.ndim else 1, -1).square().sum(1)
 
 

@@ -14,7 +14,7 @@ Layers: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
-    """The chosen floating-point parameters of ``module`` as a predicate on names.
+    """The chosen floating-point or complex parameters of ``module`` as a predicate on names.
 
     Args:
         module: The model.
@@ -25,7 +25,7 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
             one is sharded, quantised or not initialised.
     """
     parameters = dict(module.named_parameters())
-    names = [name for name, p in parameters.items() if p.is_floating_point()]
+    names = [name for name, p in parameters.items() if p.is_floating_point() or p.is_complex()]
     if not names:
         raise ValueError(
             f"Expected a model with floating-point parameters, got {type(module).__name__} with "
@@ -57,8 +57,9 @@ def _unsupported(parameter: Tensor) -> str | None:
         return "a shard by DeepSpeed ZeRO-3"
     if hasattr(parameter, "__tensor_flatten__"):
         return f"a {type(parameter).__name__}: sharded (FSDP2) or quantised"
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
-        return f"quantised or not real: {parameter.dtype}"
+    continuous = parameter.is_floating_point() or parameter.is_complex()
+    if not continuous or parameter.element_size() < 2:
+        return f"quantised or of integers: {parameter.dtype}"
     return None
 
 

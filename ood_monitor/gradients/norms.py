@@ -26,7 +26,7 @@ from ood_monitor.adapters.base import (
     pieces,
     tensors_in,
 )
-from ood_monitor.gradients.check import Facts, facts_of
+from ood_monitor.gradients.check import Facts, facts_after, facts_of
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
@@ -125,15 +125,18 @@ def terms_and_norms(
     selected = selection(adapter.module, layers)
     device = device_of(adapter.module)
 
-    def measured(passes: Passes[Adapter]) -> list[GradientNorms]:
+    def of_facts(passes: Passes[Adapter], usable: Batch, facts: Facts) -> GradientNorms:
+        by_row, chunks = granularity == "row", pieces(usable, chunk_size or size)
+        return _joined([_chunk_norms(passes, c, group, selected, by_row, facts) for c in chunks])
+
+    def measured(passes: Passes[Adapter]) -> GradientNorms:
         usable = map_tensors(lambda t: _usable(t, device), batch)
         facts = facts_of(passes, usable, group)
-        return [
-            _chunk_norms(passes, chunk, group, selected, granularity == "row", facts)
-            for chunk in pieces(usable, chunk_size or size)
-        ]
+        found = of_facts(passes, usable, facts)
+        settled = facts_after(passes, usable, group, facts, found.norms)
+        return found if settled is facts else of_facts(passes, usable, settled)
 
-    return _joined(scored(measured, adapter, adapter.module))
+    return scored(measured, adapter, adapter.module)
 
 
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:

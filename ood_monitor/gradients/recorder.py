@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from ood_monitor.gradients.factors import Factor, Materialised, full_precision
-from ood_monitor.gradients.order import may_reorder
+from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
 from ood_monitor.gradients.rules import (
     JOINING,
     POINTWISE,
@@ -110,14 +110,18 @@ class Recorder(TorchFunctionMode):
             # Aliases of the storage, so that no flag of the module's own tensors is ever set.
             value = parameter.detach()
             self._plain[id(parameter)] = value
-            if selected(name) and parameter.is_floating_point():
+            if selected(name) and (parameter.is_floating_point() or parameter.is_complex()):
+                if parameter.is_complex():  # the rules are those of real numbers
+                    self.left_over.add(name)
                 leaf = value.detach().requires_grad_()
                 self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
         self._parameters = list(module.parameters())  # keeps the ids above valid
         self._data = DataMarks()
         for tensor in data:
-            self._data.set(tensor, Data(in_order=True, anchored=False))
+            self._data.set(tensor, Data(dimension=0, anchored=False))
+        #: Parameters that met data of rows created alone.
+        self._met_created: set[str] = set()
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._keep_graph = True
@@ -132,28 +136,34 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside `torch.func`, whose tensors stand for others, as do their gradients.
+            self._leave(self._sources.values())
+            return func(*self._substituted(args), **self._substituted(kwargs))
         if func in REWRITES:
             with self:  # so that what it is made of comes here too
                 result = REWRITES[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
         tensors = tensors_of(args) + tensors_of(kwargs.values())
+        of_shape = func in SHAPED_BY_OTHERS
         sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
-        data = [(t, known) for t in tensors if (known := self._data.get(t)) is not None]
+        data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
-        in_order = all(known.in_order for _, known in data) and not may_reorder(
-            func, args, kwargs, self._n, self._is_data
-        )
-        if sources and torch.is_grad_enabled():
-            self.used |= dict.fromkeys(name for source in sources for name in source.names)
-            result = self._consume(func, args, kwargs, sources, data, in_order)
-        elif any(id(tensor) in self._plain for tensor in tensors):
-            result = func(*self._substituted(args), **self._substituted(kwargs))
+        consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
+        if consumed or any(id(tensor) in self._plain for tensor in tensors):
+            plain = self._substituted(args), self._substituted(kwargs)
         else:
-            result = func(*args, **kwargs)
-        # Writing into a tensor has no result of its own.
-        self._mark(args[0] if func is torch.Tensor.__setitem__ else result, data, in_order)
+            plain = args, dict(kwargs)
+        result = func(*plain[0], **plain[1])
+        changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
+        dimensions = self._dimensions(func, args, kwargs, changed, data)
+        if consumed:
+            self.used |= dict.fromkeys(name for source in sources for name in source.names)
+            result = self._consume(func, (args, kwargs), plain, result, sources, data, dimensions)
+            changed = args[0] if func is Tensor.__setitem__ else result
+        self._mark(func, changed, data, dimensions)
         return result
 
     def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
@@ -197,16 +207,37 @@ class Recorder(TorchFunctionMode):
 
         return map_arguments(substitute, arguments)
 
-    def _is_data(self, tensor: Tensor) -> bool:
-        return self._data.get(tensor) is not None
+    def _dimensions(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        changed: Any,
+        data: list[tuple[Tensor, Data]],
+    ) -> list[int | None]:
+        """The sample dimension of each tensor of ``changed``; left over is what it refutes."""
+        known = [(tensor, d.dimension) for tensor, d in data]
+        found = sample_dimensions(func, args, kwargs, tensors_of((changed,)), self._n, known)
+        if None in found and func not in CREATING and any(d.created for _, d in data):
+            self.left_over |= self._met_created
+        return found
 
-    def _mark(self, changed: Any, data: list[tuple[Tensor, Data]], in_order: bool) -> None:
+    def _mark(
+        self,
+        func: Callable[..., Any],
+        changed: Any,
+        data: list[tuple[Tensor, Data]],
+        dimensions: list[int | None],
+    ) -> None:
         """Take what a call on data gave, or wrote into, for data."""
         anchored = any(known.anchored for _, known in data)
-        for tensor in tensors_of((changed,)):
+        created = func in CREATING or all(known.created for _, known in data)
+        for tensor, dimension in zip(tensors_of((changed,)), dimensions, strict=True):
             known = self._data.get(tensor)
             through = tensor.requires_grad and (anchored or bool(known and known.anchored))
-            self._data.set(tensor, Data(in_order, through))
+            number = dimension is None and tensor.ndim == 0 and not tensor.requires_grad
+            if not (number or (dimension is None and func in CREATING)):  # else constants
+                self._data.set(tensor, Data(dimension, through, created))
 
     def _constant_or_derived(
         self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
@@ -222,23 +253,26 @@ class Recorder(TorchFunctionMode):
     def _consume(
         self,
         func: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
+        given: Any,
+        plain: Any,
+        result: Any,
         sources: list[_Source],
         data: list[tuple[Tensor, Data]],
-        in_order: bool,
+        dimensions: list[int | None],
     ) -> Any:
-        plain = self._substituted(args), self._substituted(kwargs)
-        result = func(*plain[0], **plain[1])
         changed_in_place = any(result is tensor for tensor in tensors_of(plain))
-        covered = in_order and isinstance(result, Tensor) and not changed_in_place
-        factors = self._factors(func, (args, kwargs), plain, result) if covered else None
+        numbers = [source.tensor for source in sources] + tensors_of((result,))
+        real = not any(tensor.is_complex() for tensor in numbers)
+        covered = real and dimensions == [0] and isinstance(result, Tensor) and not changed_in_place
+        factors = self._factors(func, given, plain, result) if covered else None
         if factors is None:  # exact all the same: the loop takes these parameters
             self._leave(sources)
             return result
+        if all(known.created for _, known in data):
+            self._met_created.update(name for source in sources for name in source.names)
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
-            self._data.set(result, Data(in_order, anchored=True))
+            self._data.set(result, Data(0, anchored=True))
         saved = [(tensor.detach(), tensor._version) for tensor, _ in data]
         use = _Use(self._term, sources, factors, saved)
         for name in {name for source in sources for name in source.names}:
@@ -250,8 +284,6 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
     ) -> Callable[[Tensor], list[Factor]] | None:
         """What gives the factors of the sources in order, or None if no rule covers the call."""
-        if not self._is_batch_first(result):
-            return None
         if func in POINTWISE:
             return self._pointwise_factors(func, given, plain, result)
         if func in JOINING:
@@ -269,11 +301,7 @@ class Recorder(TorchFunctionMode):
             k for k, v in arguments.items() if isinstance(v, Tensor) and id(v) in self._sources
         ]
         x = arguments["input"]
-        if (
-            not set(names) <= {"weight", "bias"}
-            or not self._is_data(x)
-            or not self._is_batch_first(x)
-        ):
+        if not set(names) <= {"weight", "bias"} or not self._is_batch_first(x):
             return None
 
         def factors(g: Tensor) -> list[Factor]:
@@ -287,10 +315,7 @@ class Recorder(TorchFunctionMode):
     ) -> Callable[[Tensor], list[Factor]] | None:
         (args, _), (values, options) = given, map_arguments(Tensor.detach, plain)
         tensors = {i: v for i, v in enumerate(args) if isinstance(v, Tensor)}
-        followed = any(
-            v.ndim == result.ndim and len(v) == len(result) and self._is_data(v)
-            for v in tensors.values()
-        )
+        followed = any(v.ndim == result.ndim and self._is_batch_first(v) for v in tensors.values())
         taken = {i: s for i, v in tensors.items() if (s := self._sources.get(id(v))) is not None}
         # A parameter of so many rows as the batch has would not fit any other batch.
         fixed = any(s.is_parameter and is_of_each_sample(args[i], result) for i, s in taken.items())
@@ -316,7 +341,9 @@ class Recorder(TorchFunctionMode):
         return lambda g: [joined(n, g, dim, sizes, i) for i in positions]
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
-        return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
+        known = self._data.get(tensor)
+        whole = tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
+        return whole and known is not None and known.dimension == 0
 
     def _anchor(self, like: Tensor) -> Tensor:
         """A zero that requires a gradient: what makes a result part of the graph."""

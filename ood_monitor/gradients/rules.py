@@ -127,7 +127,7 @@ def _batch_norm(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
 
 
 def _embedding(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
-    if a.get("max_norm") is not None or a.get("scale_grad_by_freq") or a.get("sparse"):
+    if a.get("max_norm") is not None or a.get("scale_grad_by_freq"):
         raise NotImplementedError("an embedding that renormalises or rescales")
     index, padding = a["input"].reshape(n, -1), a.get("padding_idx")
     g = g.reshape(*index.shape, -1)
@@ -175,7 +175,9 @@ RULES: dict[Callable[..., Any], Rule] = {
 #: Operations that are made of others, by a function that makes them of those above; it may decline
 #: with NotImplemented.
 REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: multi_head_attention
+    F.multi_head_attention_forward: multi_head_attention,
+    # An iterator's tensors would not be seen.
+    Tensor.__iter__: lambda x: iter(x.unbind(0)),
 }
 
 #: Operations (tensors, dimension) that put tensors side by side.

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +15,15 @@ class Data:
     """What is known of a tensor that depends on the batch.
 
     Attributes:
-        in_order: Its rows are those of the batch, as far as operations tell.
+        dimension: Along which the samples lie, in order; None where that is not known.
         anchored: A backward pass to the anchors goes through it.
+        created: It depends on the batch's shape alone: its rows are those of the samples only as
+            long as what they meet is in order.
     """
 
-    in_order: bool
+    dimension: int | None
     anchored: bool
+    created: bool = False
 
 
 class DataMarks:
@@ -28,20 +31,24 @@ class DataMarks:
 
     By identity, with a weak reference to tell a tensor from a later one at its address. This is
     asked for every argument of every call, for which `WeakTensorKeyDictionary` makes, hashes and
-    compares a reference object.
+    compares a reference object. Of a tensor that was written through another, a view of it or its
+    base, it is not known any more where the samples lie.
     """
 
     def __init__(self) -> None:
-        self._marks: dict[int, tuple[weakref.ref[Tensor], Data]] = {}
+        self._marks: dict[int, tuple[weakref.ref[Tensor], Data, int]] = {}
 
     def get(self, tensor: Tensor) -> Data | None:
         """What is known of it; None if it is no data."""
         found = self._marks.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
+        if found is None or found[0]() is not tensor:
+            return None
+        _, known, version = found
+        return known if tensor._version == version else replace(known, dimension=None)
 
     def set(self, tensor: Tensor, known: Data) -> None:
         """Remember a data tensor, or what is now known of it."""
-        self._marks[id(tensor)] = weakref.ref(tensor), known
+        self._marks[id(tensor)] = weakref.ref(tensor), known, tensor._version
 
 
 def tensors_of(arguments: Iterable[Any]) -> list[Tensor]:

@@ -42,8 +42,12 @@ def precision_of(tensor: Tensor) -> torch.dtype:
 
 @contextmanager
 def leaf_parameters(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The floating-point parameters as leaves that require gradients, by name, in module order."""
-    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    """The parameters as leaves that require gradients, by name, in module order.
+
+    The floating-point and the complex ones, that is.
+    """
+    parameters = module.named_parameters()
+    named = {name: p for name, p in parameters if p.is_floating_point() or p.is_complex()}
     flags = {name: p.requires_grad for name, p in named.items()}
     try:
         for parameter in named.values():

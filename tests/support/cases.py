@@ -343,7 +343,6 @@ MODELS: tuple[Model, ...] = (
         "vmap",
         lambda: function(lambda m, x: torch.vmap(m.f)(x).tanh(), f=nn.Linear(3, 2)),
         ("*",),
-        warns=True,
     ),
     Model(
         "score-of-an-energy",

@@ -197,8 +197,7 @@ FOREIGN: tuple[Model, ...] = (
     Model("normflows-glow", normflows_glow, ("q0.*", "flows.*.log_S", "flows.*.flows.2.s")),
     Model("normflows-real-nvp", normflows_real_nvp),
     Model("zuko-maf", lambda: zuko_flow(zuko.flows.MAF)),
-    # A spline unbinds pairs, which the two samples of the comparison look like.
-    Model("zuko-nsf", lambda: zuko_flow(zuko.flows.NSF), ("transform.transforms.1.*",)),
+    Model("zuko-nsf", lambda: zuko_flow(zuko.flows.NSF)),
     Model("latents-and-log-det", latents_and_log_det),
     Model("gpt2", gpt2),
     Model("gpt2-masked", masked_gpt2),

@@ -1,0 +1,177 @@
+"""Where the samples lie after operations along other dimensions: sums, products, layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ood_monitor.gradients.call import Call, Found, listed
+from ood_monitor.gradients.moves import pointwise
+
+__all__ = [
+    "along",
+    "attention",
+    "batch_first",
+    "convolved",
+    "einstein_sum",
+    "extremes",
+    "leading",
+    "loss",
+    "matrices",
+    "normalised",
+    "outer",
+    "product_of",
+    "recurrent",
+    "searched",
+    "time_first_attention",
+]
+
+
+def along(position: int, default: Any = None) -> Callable[[Call], Found]:
+    """Of an operation along dimensions that are given there, which it may take away."""
+
+    def found(call: Call) -> Found:
+        d, x = call.common(), call.args[0]
+        given = call.argument(position, "dim", "dims", "axis", default=default)
+        if d is None or given is None or given == () or not isinstance(x, Tensor):
+            return None
+        dims = {i % x.ndim for i in ([given] if isinstance(given, int) else given)}
+        if d in dims or call.dimension_of(x) is None or call.result.ndim > x.ndim:
+            return None
+        return d if call.result.ndim == x.ndim else d - sum(i < d for i in dims)
+
+    return found
+
+
+def extremes(call: Call) -> Found:
+    """`max` and `min`, of two tensors or along a dimension."""
+    both = isinstance(call.argument(1, "other"), Tensor)
+    return pointwise(call) if both else along(1)(call)
+
+
+def loss(call: Call) -> Found:
+    """Of elements, not of their mean."""
+    return pointwise(call) if call.kwargs.get("reduction") == "none" else None
+
+
+def product_of(first: int, second: int) -> Callable[[Call], Found]:
+    """Of matrices, whose other dimensions broadcast, as does what is added."""
+
+    def found(call: Call) -> Found:
+        x, y = call.args[first], call.args[second]
+        pair = [(tensor, d) for tensor, d in call.data if tensor is x or tensor is y]
+        if y.ndim == 1:
+            return _before(call, 1) if x is call.args[0] else None
+        if x.ndim < 2 or any(_inner(t, d, t is x, t is y) for t, d in pair):
+            return None
+        # Rows of x by columns of y mix the samples if both are of samples.
+        mixing = any(tensor.ndim - d <= 2 for tensor, d in pair) and len(pair) > 1
+        return None if mixing else pointwise(call)
+
+    return found
+
+
+def _inner(tensor: Tensor, d: int, left: bool, right: bool) -> bool:
+    """Whether the product sums over the dimension."""
+    from_last = tensor.ndim - d
+    return (left and from_last == 1) or (right and from_last == 2)
+
+
+def outer(call: Call) -> Found:
+    """Of two vectors, one of which has the samples."""
+    x = call.args[0]
+    if len(call.data) > 1:
+        return None
+    return 0 if call.dimension_of(x) == 0 else 1
+
+
+def einstein_sum(call: Call) -> Found:
+    """By the letter of the sample dimension."""
+    equation, *given = call.args
+    operands = given[0] if isinstance(given[0], list | tuple) else given
+    inputs, output = equation.replace(" ", "").split("->")
+    letters = {
+        _spelled(term, operand.ndim)[d]
+        for term, operand in zip(inputs.split(","), operands, strict=True)
+        if (d := call.dimension_of(operand)) is not None
+    }
+    return _spelled(output, call.result.ndim).index(letters.pop()) if len(letters) == 1 else None
+
+
+def _spelled(term: str, ndim: int) -> list[str]:
+    """A letter for each dimension; for those that dots stand for, their place from the last."""
+    head, dots, tail = term.partition("...")
+    hidden = ndim - len(head) - len(tail) if dots else 0
+    return [*head, *(f"-{i}" for i in range(hidden, 0, -1)), *tail]
+
+
+def attention(call: Call) -> Found:
+    """Of queries, keys, values and a mask, of which only the last two dimensions meet."""
+    meets = any(tensor.ndim - d <= 2 for tensor, d in call.data)
+    return None if meets else pointwise(call)
+
+
+def time_first_attention(call: Call) -> Found:
+    """The output (L, B, E) and weights (B, L, S) of `multi_head_attention_forward`."""
+    queries, keys, values = call.args[:3]
+    own = [call.dimension_of(x) for x in (queries, keys, values)]
+    if own[0] != 1 or set(own) - {1, None} or queries.ndim != 3:
+        return None
+    return [1, 0] if call.kwargs.get("need_weights", True) else [1]
+
+
+def recurrent(call: Call) -> Found:
+    """Outputs, and last states (layers, B, H). Packed sequences come in other arguments."""
+    x, state, parameters = call.args[:3]
+    packed = isinstance(state, Tensor) and state.ndim < 3  # the sizes of its batches
+    if packed or not isinstance(parameters, list | tuple):
+        return None
+    d = 0 if call.args[-1] else 1
+    if call.dimension_of(x) != d or any(k != 1 for t, k in call.data if t is not x):
+        return None
+    return [d, *[1] * len(listed(state))]
+
+
+def leading(last: int) -> Callable[[Call], Found]:
+    """Of an operation on so many last dimensions of its first argument."""
+    return lambda call: _before(call, last)
+
+
+def normalised(call: Call) -> Found:
+    """Of a normalisation over the last dimensions, of a given shape."""
+    return _before(call, len(call.argument(1, "normalized_shape")))
+
+
+def _before(call: Call, last: int) -> int | None:
+    x = call.args[0]
+    d = call.only(x)
+    return None if d is None or d >= x.ndim - last else d
+
+
+def matrices(call: Call) -> Found:
+    """Of linear algebra on the last two dimensions."""
+    d, x = call.common(), call.data[0][0]
+    return None if d is None or d >= x.ndim - 2 or call.result.ndim > x.ndim else d
+
+
+def searched(call: Call) -> Found:
+    """Of values, sorted into sequences along the last dimension."""
+    d, values = call.common(), call.argument(1, "input", "values")
+    return None if d is None or d >= values.ndim - 1 else d
+
+
+def batch_first(least: int) -> Callable[[Call], Found]:
+    """Of layers whose input is (B, ...), of so many dimensions at least; fewer are no batch."""
+
+    def found(call: Call) -> Found:
+        x = call.args[0]
+        first = call.dimension_of(x) == 0 and all(d == 0 for _, d in call.data)
+        return 0 if first and x.ndim >= least and len(call.result) == len(x) else None
+
+    return found
+
+
+def convolved(call: Call) -> Found:
+    """Of a batch; an input of one dimension less has none."""
+    x, weight = call.args[0], call.argument(1, "weight")
+    return 0 if call.only(x) == 0 and x.ndim == weight.ndim else None
