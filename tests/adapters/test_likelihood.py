@@ -1,5 +1,6 @@
 """Log-likelihoods and their terms; dequantisation against the discrete probability it bounds."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -260,6 +261,26 @@ def test_bits_per_dimension_of_uniform_bytes_are_eight() -> None:
     found = adapter.bits_per_dimension(x)
     torch.testing.assert_close(found, torch.full((5,), 8.0, dtype=torch.float64))
     assert not found.requires_grad
+
+
+def test_bits_per_dimension_are_those_of_scoring_and_leave_no_trace() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            return -self.linear(self.norm(x)).square().sum(1)
+
+    module, x = Centred(), torch.rand(8, 6)
+    adapter, kept, state = om.LogLikelihood(module), x.clone(), copy.deepcopy(module.state_dict())
+    found = adapter.bits_per_dimension(x)
+    assert torch.equal(x, kept)
+    assert module.training
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    expected = -module.eval().log_prob(kept) / (6 * math.log(2))
+    torch.testing.assert_close(found, expected.detach())
 
 
 def test_bits_per_dimension_take_all_terms() -> None:

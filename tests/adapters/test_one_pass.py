@@ -7,14 +7,13 @@ import pytest
 import torch
 from support.diffusers_cases import FAMILIES, Family
 from support.model_case import perturbed
+from support.reference import looped
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, OnePass, map_tensors
 from ood_monitor.gradients import terms_and_norms
-from ood_monitor.gradients.loop import loop_norms
-from ood_monitor.modules import scored
 
 LEVELS = [10, 500, 999]
 TEN = torch.linspace(0.9, 0.1, 10, dtype=torch.float64)
@@ -63,9 +62,7 @@ def passes(adapter: om.Adapter, batch: Batch, **options: Any) -> int:
 def check(adapter: om.Adapter, batch: Batch, n: int, group: int = 1) -> None:
     """Terms and norms by row against the loop over samples."""
     found = terms_and_norms(adapter, batch, granularity="row", group=group)
-    values, norms = scored(
-        lambda passes: loop_norms(passes, batch, n, lambda name: True), adapter, adapter.module
-    )
+    values, norms = looped(adapter, batch, n)
     torch.testing.assert_close(found.log_likelihood, values, rtol=1e-6, atol=1e-9)
     assert list(found.norms) == list(norms)
     noise = 1e-12 * max(float(rows.max()) for rows in norms.values())

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from support.cases import Scale, model
 from support.model_case import Function, Gaussian
+from support.reference import looped
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.gradients import check, gradient_norms
-from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.rules import RULES, Materialised, Rule
 from ood_monitor.testing import check_adapter
 
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
 
 
 def exact(adapter: om.Adapter, batch: Tensor) -> dict[str, Tensor]:
-    names = dict(adapter.module.named_parameters())
-    norms = loop_norms(adapter, batch, len(batch), names.__contains__)[1]
-    return {key: rows.sum(1) for key, rows in norms.items()}
+    return {key: rows.sum(1) for key, rows in looped(adapter, batch)[1].items()}
 
 
 def assert_exact(adapter: om.Adapter, batch: Tensor) -> None:

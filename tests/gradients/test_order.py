@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.model_case import Function
+from support.reference import looped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import ood_monitor as om
-from ood_monitor.adapters.base import batch_size, map_tensors
+from ood_monitor.adapters.base import map_tensors
 from ood_monitor.gradients import gradient_norms
 from ood_monitor.gradients.check import facts_of
-from ood_monitor.gradients.loop import loop_norms
+from ood_monitor.modules import scored
 
 LENGTH = 6
 EQUAL = torch.tensor([6, 6, 2, 2])
@@ -199,10 +200,7 @@ class Rows(om.Adapter):
 
 def assert_exact(adapter: om.Adapter, batch: Any, **options: Any) -> None:
     found = gradient_norms(adapter, batch)
-    n = batch_size(batch)
-    names = dict(adapter.module.named_parameters())
-    exact = loop_norms(adapter, map_tensors(torch.clone, batch), n, names.__contains__)[1]
-    for key, rows in exact.items():
+    for key, rows in looped(adapter, map_tensors(torch.clone, batch))[1].items():
         torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
 
 
@@ -293,7 +291,7 @@ def test_rows_that_stay_in_order_need_no_loop(
     adapter = om.LogLikelihood(net, lambda m, x: -m(x).square().flatten(1).sum(1))
     x = torch.randn(4, *shape).double()
     assert_exact(adapter, x)
-    assert not facts_of(adapter, x, 1).looped
+    assert not scored(lambda passes: facts_of(passes, x, 1), adapter, adapter.module).looped
 
 
 def sorted_with_created_times(m: Any, x: Tensor) -> Tensor:

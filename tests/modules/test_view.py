@@ -1,5 +1,6 @@
 """Scoring leaves no trace: on success, and when the model fails midway."""
 
+import gc
 import random
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,23 @@ def test_no_trace_on_a_model_made_in_inference_mode() -> None:
     before = {name: of_tensor(p) for name, p in net.named_parameters()}
     gradient_norms(Gaussian(net), torch.randn(4, 3))
     assert {name: of_tensor(p) for name, p in net.named_parameters()} == before
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+
+def test_a_thousand_scores_leave_state_and_memory_as_they_were() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+    net[0].register_forward_hook(lambda *_: None)
+    adapter, batch = Gaussian(net), torch.randn(2, 3)
+    gradient_norms(adapter, batch)
+    before, tensors = state(net, batch), live_tensors()
+    for _ in range(1000):
+        gradient_norms(adapter, batch)
+    assert state(net, batch) == before
+    assert live_tensors() == tensors
 
 
 # Models that change themselves
