@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import Scale, model
 from support.model_case import Function, Gaussian
-from support.reference import looped
+from support.reference import counted, looped
 from torch import Tensor, nn
 
 import ood_monitor as om
@@ -113,12 +113,10 @@ def test_a_norm_that_is_not_finite_gives_no_verdict() -> None:
 
 def passes(adapter: om.Adapter, uses: int) -> int:
     """Forward passes that so many uses take."""
-    seen: list[int] = []
-    handle = adapter.module.register_forward_pre_hook(lambda m, args: seen.append(1))
-    for _ in range(uses):
-        gradient_norms(adapter, X)
-    handle.remove()
-    return len(seen)
+    with counted(adapter.module) as calls:
+        for _ in range(uses):
+            gradient_norms(adapter, X)
+    return len(calls)
 
 
 def test_a_gradient_that_is_always_zero_is_compared_less_and_less() -> None:

@@ -1,13 +1,34 @@
-"""The reference for norms: the loop over samples, on views of the model."""
+"""The reference for norms, the loop over samples on views of the model; and calls, counted."""
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, batch_size
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import scored
 
-__all__ = ["looped"]
+__all__ = ["counted", "looped"]
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """A list that grows with each call of a module or of a view of it.
+
+    A hook on the module itself would run in the view with a list of its own.
+    """
+    calls: list[int] = []
+    kind = type(module)
+    handle = register_module_forward_pre_hook(
+        lambda called, _: calls.append(1) if type(called) is kind else None
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def looped(
