@@ -46,11 +46,13 @@ def images(n: int) -> Tensor:
 
 def passes(adapter: om.Adapter, batch: Batch, **options: Any) -> int:
     """How often the network is called, once the model is known."""
-    for _ in range(2):  # a second use compares again what gave no verdict on the first
-        om.gradient_norms(adapter, batch, **options)
-    with counted(adapter.module) as calls:
-        om.gradient_norms(adapter, batch, **options)
-    return len(calls)
+    om.gradient_norms(adapter, batch, **options)
+    found = []
+    for _ in range(4):  # some of which compare again what gave no verdict on the first
+        with counted(adapter.module) as calls:
+            om.gradient_norms(adapter, batch, **options)
+        found.append(len(calls))
+    return min(found)
 
 
 def check(adapter: om.Adapter, batch: Batch, n: int, group: int = 1) -> None:
