@@ -51,7 +51,7 @@ class Call:
 
 def numbers(shape: list[int], d: int, n: int) -> Tensor:
     """Which of n equal parts along d an element is in; takes no memory for other dimensions."""
-    rows = torch.arange(shape[d]) // (shape[d] // n)
+    rows = torch.arange(shape[d], device="cpu") // (shape[d] // n)
     return rows.reshape([-1 if i == d else 1 for i in range(len(shape))]).expand(shape)
 
 
