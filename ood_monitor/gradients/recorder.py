@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
         self._met_created: set[str] = set()
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._keep_graph = True
+        self._keep_graph, self._backward = True, False
         self._collected: list[tuple[_Source, Factor]] = []
         self._norms: dict[str, Tensor] = {}
 
@@ -149,6 +149,10 @@ class Recorder(TorchFunctionMode):
         of_shape = func in SHAPED_BY_OTHERS
         sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
         data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
+        if any(self._is_unknown(tensor) for tensor in tensors):
+            self._leave(self._sources.values())
+        if sources and data and not torch.is_grad_enabled():
+            self._leave(sources)  # as in the forward of an `autograd.Function`
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
         consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
@@ -183,13 +187,15 @@ class Recorder(TorchFunctionMode):
         elif value.requires_grad and self._anchors:
             # Asking for the gradients of the anchors alone drives the whole backward pass.
             anchors = list(self._anchors.values())
-            self._keep_graph = keep_graph
+            self._keep_graph, self._backward = keep_graph, True
             try:
                 torch.autograd.grad(
                     value.sum(), anchors, retain_graph=keep_graph, allow_unused=True
                 )
             except CheckpointError:  # gradient checkpointing runs a forward pass unrecorded
                 self._leave(self._sources.values())
+            finally:
+                self._backward = False
         self._sum_up_uses()
         self._term += 1
         return self._norms
@@ -352,6 +358,11 @@ class Recorder(TorchFunctionMode):
             self._anchors[key] = like.new_zeros(()).requires_grad_()
         return self._anchors[key]
 
+    def _is_unknown(self, tensor: Tensor) -> bool:
+        """Whether a gradient goes through it that no call has shown: of a write through a view."""
+        known = id(tensor) in self._sources or id(tensor) in self._plain
+        return not known and tensor.requires_grad and self._data.get(tensor) is None
+
     def _leave(self, sources: Iterable[_Source]) -> None:
         self.left_over.update(name for source in sources for name in source.names)
 
@@ -359,6 +370,9 @@ class Recorder(TorchFunctionMode):
 
     def _on_gradient(self, use: _Use, g: Tensor) -> None:
         self.shared.update(range(use.term, self._term))
+        if not self._backward:  # a gradient in the forward pass: its own gradient is not seen
+            self._leave(self._sources.values())
+            return
         if not use.is_intact():
             self._leave(use.sources)
             return

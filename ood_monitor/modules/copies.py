@@ -6,7 +6,8 @@ the original ones. So what a forward pass of the copy changes is the copy's alon
 the original's parameters do to gradients does not happen here. What holds a module is copied with
 it: an adapter, a bound method, a function that closes over it.
 
-Left as they are: functions' globals, and objects that cannot be copied, such as those with locks.
+Left as they are: functions' globals, objects that own a resource (an open file, a thread, what has
+a `__del__`), and what is far larger than a part of a model.
 """
 
 import copy
@@ -27,6 +28,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.modules.substitutes import Unwrapped, settle, wrapped_in
 
@@ -46,11 +48,12 @@ _ATOMS = frozenset(
 #: Containers that can be made empty.
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
-#: What nothing that holds it can be copied with: its state is the process's.
+#: What has no copy: its state is the process's.
 _OPAQUE = (
-    *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local),
-    *(io.IOBase, socket.socket, types.GeneratorType, types.CoroutineType, types.FrameType),
+    *(threading.Thread, io.IOBase, socket.socket),
+    *(types.GeneratorType, types.CoroutineType, types.FrameType),
 )
+_LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 
 #: Objects below one attribute, after which it is taken for no part of a model.
 _MOST_OBJECTS = 2_000
@@ -71,8 +74,8 @@ _SHARED = frozenset(
 #: What a module keeps its parts in.
 _TABLES = frozenset({"_buffers", "_modules", "_parameters"})
 
-#: Types whose objects could not be copied.
-_left_alone: "weakref.WeakSet[type]" = weakref.WeakSet()
+#: Objects that could not be copied.
+_left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _CannotBeCopiedError(Exception):
@@ -114,8 +117,6 @@ class Structure:
             that meets one of them has left it.
             A tensor that was computed from parameters before, with its graph, is shared and one
             of them too: it needs the original parameters.
-        keeping: Copies of modules with tensors among their Python attributes, which may have been
-            computed from weights.
     """
 
     def __init__(self, tensors: Tensors, *, shares_weights: bool = True) -> None:
@@ -123,30 +124,32 @@ class Structure:
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []  # so that no identity in the memo is used again
         self._objects = 0
-        self._met_tensor = False
+        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self.originals: set[int] = set()
-        self.keeping: list[nn.Module] = []
 
     def of(self, value: T) -> T:
         """The copy of a module, or of what holds one: each attribute that can be copied is."""
         if isinstance(value, nn.Module):
             return cast(T, self._of(value))
         copied = self._remember(value, object.__new__(type(value)))
+        computed = _computed(cast(Any, type(value)))
         for name, held in list(vars(value).items()):
-            vars(copied)[name] = self._attribute_of(held)
+            if name not in computed:
+                vars(copied)[name] = self._attribute_of(held)
+        self._slots(value, copied)
         return copied
 
     def _attribute_of(self, value: Any) -> Any:
         """The copy of an attribute, or the attribute itself if something in it has no copy."""
-        if type(value) in _ATOMS or type(value) in _left_alone:
+        if type(value) in _ATOMS or value in _left_alone:
             return value
         objects, self._objects, known = self._objects, 0, len(self._kept)
         try:
             return self._of(value)
-        except _CannotBeCopiedError:
+        except (_CannotBeCopiedError, RecursionError):
             self._forget(known)
-            if _is_plain(value):
-                _left_alone.add(type(value))
+            if _is_plain(value) and hasattr(value, "__weakref__"):
+                _left_alone[value] = True
             return value
         finally:
             self._objects = objects
@@ -191,22 +194,38 @@ class Structure:
         return self._remember(parameter, alias)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        self._met_tensor = True
         if tensor.grad_fn is not None:
             self.originals.add(id(tensor))
             return self._remember(tensor, tensor)
-        copied = self._tensors.copy(tensor)
+        copied = self._in_one_storage(tensor)
         if tensor.requires_grad:
             copied = copied.detach().requires_grad_()
         return self._remember(tensor, copied)
+
+    def _in_one_storage(self, tensor: Tensor) -> Tensor:
+        """A copy that shares its storage with the copies of what the tensor shares its own with."""
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
+            return self._tensors.copy(tensor)
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        if known is None and storage.nbytes() == tensor.nbytes:
+            copied = self._tensors.copy(tensor)
+            self._storages[storage.data_ptr()] = copied.untyped_storage(), tensor
+            return copied
+        whole: Any = storage
+        own, first = (whole.clone(), tensor) if known is None else known
+        self._storages[storage.data_ptr()] = own, first
+        self._tensors.made.pop(id(first), None)  # of which a write elsewhere would not tell
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        return tensor.new_empty(0).set_(own, *place)
 
     def _module(self, module: nn.Module) -> nn.Module:
         inner = wrapped_in(module)
         if inner is not None:
             return self._wrapper(module, inner)
-        view = self._remember(module, object.__new__(type(module)))
-        own, outside = vars(view), self._met_tensor
-        self._met_tensor = False
+        kind = _without_del(cast(Any, type(module)))
+        view: nn.Module = self._remember(module, object.__new__(kind))
+        own = vars(view)
         computed = _computed(cast(Any, type(module)))
         for name, value in list(vars(module).items()):
             kind = type(value)
@@ -217,22 +236,14 @@ class Structure:
             elif name in _SHARED:
                 own[name] = value
             elif name in _TABLES:
-                own[name] = self._table(value)
+                own[name] = {k: self._of(part) for k, part in list(value.items())}
             elif name not in computed:
                 own[name] = self._attribute_of(value)
         own.update(training=False, _compiled_call_impl=None)
         self.originals.update(id(b) for b in module._buffers.values() if b is not None)
-        if self._met_tensor:
-            self.keeping.append(view)
-        self._met_tensor = outside
+        self._slots(module, view)
         settle(view)
         return view
-
-    def _table(self, table: dict[str, Any]) -> dict[str, Any]:
-        met = self._met_tensor
-        copied = {name: self._of(part) for name, part in list(table.items())}
-        self._met_tensor = met
-        return copied
 
     def _wrapper(self, module: nn.Module, inner: str) -> nn.Module:
         view = self._remember(module, Unwrapped(inner))
@@ -253,7 +264,11 @@ class Structure:
         items = self._each(value)
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
-        made = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        kind = type(value)
+        try:  # past a constructor of the class's own
+            made = tuple.__new__(kind, items)
+        except TypeError:  # one of PyTorch's results
+            made = kind(items)
         return self._remember(value, made)
 
     def _set(self, value: Any) -> Any:
@@ -265,15 +280,17 @@ class Structure:
         return copied
 
     def _dict(self, value: Any) -> Any:
-        kind: Any = type(value)
-        copied = kind.__new__(kind)
+        bases = (OrderedDict, defaultdict, dict)
+        base: Any = next(kind for kind in bases if isinstance(value, kind))
+        copied = base.__new__(type(value))
         if isinstance(value, defaultdict):
             copied.default_factory = value.default_factory
         self._remember(value, copied)
         # Past a class's own `__setitem__`, which may refuse (diffusers' FrozenDict).
         put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
         for key, item in list(value.items()):
-            self._count()
+            if type(item) not in _ATOMS:
+                self._count()
             put(copied, self._of(key), self._of(item))
         if hasattr(value, "__dict__") and type(value) not in (OrderedDict, defaultdict):
             vars(copied).update({k: self._of(v) for k, v in list(vars(value).items())})
@@ -281,7 +298,7 @@ class Structure:
 
     def _each(self, values: Iterable[Any]) -> list[Any]:
         values = list(values)
-        self._objects += len(values)
+        self._objects += sum(type(value) not in _ATOMS for value in values)
         return [self._of(item) for item in values]
 
     # Callables and objects
@@ -300,6 +317,8 @@ class Structure:
             self._fill(old, new)
         copied.__defaults__, copied.__kwdefaults__ = map(self._of, given)
         copied.__dict__.update(function.__dict__)
+        copied.__qualname__, copied.__module__ = function.__qualname__, function.__module__
+        copied.__annotations__ = function.__annotations__
         return copied
 
     def _cell(self, cell: types.CellType) -> types.CellType:
@@ -314,6 +333,10 @@ class Structure:
         self._count()
         new.cell_contents = self._of(held)
 
+    def _memoised(self, function: Any) -> Any:
+        kept = functools.lru_cache(**function.cache_parameters())
+        return self._remember(function, kept(self._of(function.__wrapped__)))
+
     def _method(self, method: types.MethodType) -> Any:
         owner = self._of(method.__self__)
         if owner is method.__self__:
@@ -327,7 +350,8 @@ class Structure:
         )
 
     def _reference(self, reference: "weakref.ref[Any]") -> Any:
-        known = self._memo.get(id(reference()))
+        target = reference()
+        known = self._of(target) if isinstance(target, nn.Module) else self._memo.get(id(target))
         return reference if known is None else weakref.ref(known)
 
     def _generator(self, generator: torch.Generator) -> Any:
@@ -336,20 +360,28 @@ class Structure:
     def _array(self, array: "np.ndarray[Any, Any]") -> Any:
         return self._remember(array, array.copy())
 
-    def _opaque(self, value: Any) -> Any:
-        raise _CannotBeCopiedError(type(value).__name__)
+    def _lock(self, lock: Any) -> Any:
+        return self._remember(lock, type(lock)() if isinstance(lock, _RLOCK) else threading.Lock())
+
+    def _local(self, local: threading.local) -> Any:
+        copied = self._remember(local, threading.local())
+        vars(copied).update(self._of(vars(local)))
+        return copied
+
+    def _slots(self, value: Any, copied: Any) -> None:
+        for name in _slots_of(value):
+            if hasattr(value, name):
+                object.__setattr__(copied, name, self._of(getattr(value, name)))
 
     def _plain(self, value: Any) -> Any:
         """An object of a class written in Python, by its attributes and slots."""
         self._count()
-        names = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
         state = dict(getattr(value, "__dict__", {}))
-        if not state and not names:
-            return value  # it has nothing to change, and may be known by its identity
+        if (not state and not _slots_of(value)) or hasattr(type(value), "__del__"):
+            # It has nothing to change and may be known by its identity, or owns a resource.
+            return value
         copied = self._remember(value, object.__new__(type(value)))
-        for name in names:
-            if hasattr(value, name):
-                object.__setattr__(copied, name, self._of(getattr(value, name)))
+        self._slots(value, copied)
         computed = _computed(cast(Any, type(value)))
         for name, held in state.items():
             if name not in computed:
@@ -357,11 +389,24 @@ class Structure:
         return copied
 
 
+def _slots_of(value: Any) -> list[str]:
+    return copyreg._slotnames(type(value))  # type: ignore[attr-defined, no-any-return]
+
+
 def _is_plain(value: Any) -> bool:
     """Whether `object` made it, so that its attributes are all that it is."""
     kind: Any = type(value)
     has_state = hasattr(value, "__dict__") or hasattr(kind, "__slots__")
     return has_state and kind.__new__ is object.__new__ and not isinstance(value, type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_del(kind: Any) -> Any:
+    """The class, or one of it whose objects end without a word: they own none of its resources."""
+    if not hasattr(kind, "__del__"):
+        return kind
+    own = {"__del__": lambda self: None, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), own)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -383,19 +428,22 @@ _COPIERS: tuple[tuple[Any, _Copier], ...] = (
     (nn.Parameter, Structure._parameter),
     (Tensor, Structure._tensor),
     (nn.Module, Structure._module),
-    ((Enum, PurePath, np.dtype, np.generic, logging.Logger), _itself),
+    ((Enum, PurePath, np.dtype, np.generic, np.memmap), _itself),
+    ((logging.Logger, *weakref.ProxyTypes, *_OPAQUE), _itself),
+    ((_LOCK, _RLOCK), Structure._lock),
+    (threading.local, Structure._local),
     ((list, deque), Structure._list),
     (dict, Structure._dict),
     (tuple, Structure._tuple),
     ((set, frozenset), Structure._set),
     (types.FunctionType, Structure._function),
     (types.MethodType, Structure._method),
+    (functools._lru_cache_wrapper, Structure._memoised),
     (types.SimpleNamespace, Structure._namespace),
     (functools.partial, Structure._partial),
     (weakref.ref, Structure._reference),
     (torch.Generator, Structure._generator),
     (np.ndarray, Structure._array),
-    (_OPAQUE, Structure._opaque),
 )
 
 

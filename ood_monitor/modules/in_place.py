@@ -2,15 +2,16 @@
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["restored"]
+__all__ = ["PythonState", "restored"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -33,6 +34,40 @@ def restored(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_refusing_others(module))
         stack.enter_context(_eval_mode(module))
         yield
+
+
+class PythonState:
+    """Attributes of a module's parts, and of what these hold, to be put back after each pass.
+
+    Args:
+        module: The module, as it is scored.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept: list[tuple[Any, Any]] = []
+        for part in module.modules():
+            self._keep(vars(part))
+            for value in list(vars(part).values()):
+                if isinstance(value, dict | list):
+                    self._keep(value)
+                elif not isinstance(value, nn.Module | Tensor) and hasattr(value, "__dict__"):
+                    self._keep(vars(value))
+
+    def _keep(self, value: Any) -> None:
+        if type(value) in (dict, list, OrderedDict):
+            self._kept.append((value, value.copy()))
+
+    def put_back(self) -> None:
+        """What was added is gone, and what was replaced is back."""
+        for value, held in self._kept:
+            if isinstance(value, list):
+                value[:] = held
+                continue
+            for key in [key for key in value if key not in held]:
+                del value[key]
+            for key, item in held.items():
+                if value.get(key) is not item:
+                    value[key] = item
 
 
 @contextmanager
@@ -68,7 +103,11 @@ def _lock_of(module: nn.Module) -> threading.RLock:
 @contextmanager
 def _refusing_others(module: nn.Module) -> Iterator[None]:
     refuse = partial(_refuse, threading.get_ident())
-    training = [m for m in module.modules() if m.training and m._parameters]
+    training = [
+        m
+        for m in module.modules()
+        if m.training and m._parameters and not isinstance(m, torch.jit.ScriptModule)
+    ]
     handles = [m.register_forward_pre_hook(refuse, prepend=True) for m in training]
     try:
         yield

@@ -17,7 +17,8 @@ _WRAPPERS = {
 
 def wrapped_in(module: nn.Module) -> str | None:
     """The attribute in which a compiled or parallel module holds the module that it wraps."""
-    name = _WRAPPERS.get(type(module).__name__)
+    classes = (kind.__name__ for kind in type(module).__mro__)
+    name = next((_WRAPPERS[kind] for kind in classes if kind in _WRAPPERS), None)
     return name if name in module._modules else None
 
 

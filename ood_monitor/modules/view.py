@@ -21,9 +21,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ood_monitor.modules.caches import without_caches
+from ood_monitor.modules.caches import overrides_train, renew, renew_if_harmless
 from ood_monitor.modules.copies import Structure, Tensors
-from ood_monitor.modules.in_place import restored
+from ood_monitor.modules.in_place import PythonState, restored
 from ood_monitor.modules.random_state import kept_random_state
 from ood_monitor.modules.substitutes import renormalises
 from ood_monitor.modules.weights import device_of
@@ -42,6 +42,10 @@ _in_place: WeakIdKeyDictionary = WeakIdKeyDictionary()
 #: What has not written into its weights in its first pass, which is made on copies of them, and
 #: bytes of weights up to which it is.
 _first_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+#: Models that throw away in train mode what they have computed, and write into no weight there.
+_renewable: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 _MOST_BYTES = 1 << 30
 
 
@@ -61,6 +65,7 @@ class Passes(Generic[T]):
     _tensors: Tensors = field(default_factory=Tensors)
     _originals: set[int] = field(default_factory=set)
     _first: "_First | None" = None
+    _state: PythonState | None = None
 
     def fresh(self) -> T:
         """The holder on a view of the model as it is now, for one pass.
@@ -69,18 +74,28 @@ class Passes(Generic[T]):
             ValueError: The model writes into its parameters when it is called.
         """
         if self.in_place:
+            if self._state is not None:
+                self._state.put_back()
             return self.holder
         with torch._C.DisableTorchFunction():
             self._check_first()
             is_first = self.holder not in _first_looked_at and _bytes(self.module) <= _MOST_BYTES
-            structure = Structure(self._tensors, shares_weights=not is_first)
-            view, module = structure.of(self.holder), structure.of(self.module)
-            without_caches(structure.keeping)
+            view, module = self._copied(shares_weights=not is_first)
+            if is_first and overrides_train(module):
+                _renewable[self.module] = renew_if_harmless(module, self.module)
+                view, module = self._copied(shares_weights=False)
+            if _renewable.get(self.module):  # type: ignore[no-untyped-call]
+                renew(module)
         if getattr(view, "module", module) is not module:
             raise _LeftError  # it holds the model in its class, say
-        self._originals |= structure.originals
         self._first = _First(self.module, module) if is_first else None
         return view
+
+    def _copied(self, *, shares_weights: bool) -> tuple[T, nn.Module]:
+        structure = Structure(self._tensors, shares_weights=shares_weights)
+        copies = structure.of(self.holder), structure.of(self.module)
+        self._originals |= structure.originals
+        return copies
 
     def end(self) -> None:
         """Look at what the last pass did.
@@ -115,7 +130,8 @@ class _First:
 
     def __init__(self, module: nn.Module, view: nn.Module) -> None:
         self._parts = list(zip(module.named_modules(), view.modules(), strict=True))
-        self._versions = {id(p): _version(p) for p in module.parameters()}
+        parameters = (p for m in module.modules() for p in m._parameters.values())
+        self._versions = {id(p): _version(p) for p in parameters if p is not None}
 
     def written(self) -> list[str]:
         """Names of parameters that the pass wrote into."""
@@ -173,7 +189,11 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
         _in_place[holder] = True
         _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
     with scoring_in_place(module, holder):
-        return function(Passes(holder, module, in_place=True))
+        state = PythonState(module)
+        try:
+            return function(Passes(holder, module, in_place=True, _state=state))
+        finally:
+            state.put_back()
 
 
 @contextmanager
