@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import gc
+import io
+import threading
 import weakref
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -135,7 +138,90 @@ class InAMemo(nn.Module):
         return F.linear(x, self._memoize_cache["weight"])
 
 
-CACHING = [InAnObject, InADictionary, InAnAttribute, InAProperty, InAMemo]
+class BesideALock(InAnObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache.lock = threading.Lock()  # type: ignore[attr-defined]
+
+
+class OfAThread(Cached):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = threading.local()
+
+    def forget(self) -> None:
+        self.cache.weight = None
+
+    def kept(self) -> Tensor | None:
+        return getattr(self.cache, "weight", None)
+
+    def keep(self, weight: Tensor) -> None:
+        self.cache.weight = weight
+
+
+class InABuffer(Cached):
+    computed: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("computed", None, persistent=False)
+
+    def forget(self) -> None:
+        self.computed = None
+
+    def kept(self) -> Tensor | None:
+        return self.computed
+
+    def keep(self, weight: Tensor) -> None:
+        self.computed = weight
+
+
+class ComputedWithTheMode(nn.Module):
+    """When eval mode begins, and so never in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def train(self, mode: bool = True) -> "ComputedWithTheMode":
+        self.weight = None if mode else self.raw.tanh()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.raw.tanh() if self.weight is None else self.weight)
+
+
+class Part(nn.Module):
+    """Keeps a weight that what it belongs to throws away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            self.weight = self.raw.tanh()
+        return F.linear(x, self.weight)
+
+
+class OfAPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part()
+
+    def train(self, mode: bool = True) -> "OfAPart":
+        self.part.weight = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+CACHING = [
+    *(InAnObject, InADictionary, InAnAttribute, InAProperty, InAMemo, BesideALock, OfAThread),
+    *(InABuffer, ComputedWithTheMode, OfAPart),
+]
 
 
 def made(kind: Callable[[], nn.Module]) -> nn.Module:
@@ -164,6 +250,8 @@ def values_of(value: Any) -> Any:
         return values_of(value.weight)
     if isinstance(value, dict):
         return {key: values_of(item) for key, item in value.items()}
+    if isinstance(value, threading.local):
+        return values_of(vars(value))
     return id(value)
 
 
@@ -349,7 +437,7 @@ def test_layers_of_a_compiled_model_can_be_hooked(in_place: bool) -> None:
 
 
 @dataclass
-class Part:
+class Pieces:
     net: nn.Module
     others: tuple[nn.Module, ...] = ()
 
@@ -374,7 +462,7 @@ HOLDERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any]]] = {
     "default": (lambda m: defaultdict(list, a=m), lambda h: h["a"]),
     "deque": (lambda m: deque([m], maxlen=3), lambda h: h[0]),
     "set": (lambda m: {m}, lambda h: next(iter(h))),
-    "dataclass": (lambda m: Part(nn.Identity(), (m,)), lambda h: h.others[0]),
+    "dataclass": (lambda m: Pieces(nn.Identity(), (m,)), lambda h: h.others[0]),
     "slots": (Slotted, lambda h: h.net),
     "namespace": (lambda m: SimpleNamespace(a=[m]), lambda h: h.a[0]),
     "bound method": (lambda m: m.forward, lambda h: h.__self__),
@@ -382,6 +470,9 @@ HOLDERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any]]] = {
     "closure": (lambda m: lambda: m, lambda h: h()),
     "default argument": (lambda m: lambda m=m: m, lambda h: h()),
     "weak reference": (weakref.ref, lambda h: h()),
+    "beside a lock": (lambda m: {"a": threading.RLock(), "b": m}, lambda h: h["b"]),
+    "beside a file": (lambda m: [io.StringIO(), m], lambda h: h[1]),
+    "memoised": (lambda m: functools.lru_cache(lambda: m), lambda h: h()),
 }
 
 
@@ -452,6 +543,65 @@ def test_parameters_share_their_storage_and_buffers_do_not() -> None:
             assert own.data_ptr() != original.data_ptr()
             assert torch.equal(own, original)
         assert all(a is b for a, b in zip(view[1]._flat_weights, view[1].parameters(), strict=True))
+
+
+def test_tensors_that_share_a_storage_share_one_in_a_view() -> None:
+    class Window(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("whole", torch.zeros(2, 3))
+            self.register_buffer("last", self.whole[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.whole[1] = 2.0
+            return self.linear(x) * self.last
+
+    net = Window().double()
+    net.last = net.whole[1]  # `double` parts them
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x).square().sum(1))
+    found = om.gradient_norms(adapter, X)["log_likelihood/linear.bias"]
+    assert (net.whole == 0).all()
+    expected = (2 * net.linear(X) * 2).square().sum(1)
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_what_owns_a_resource_ends_with_its_user() -> None:
+    ended = list[str]()
+
+    class Owner:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __del__(self) -> None:
+            ended.append(self.name)
+
+    class Module(nn.Linear):
+        def __del__(self) -> None:
+            ended.append("module")
+
+    net = nn.Sequential(Module(3, 3), nn.Linear(3, 2)).double()
+    net.held = Owner("held")
+    om.gradient_norms(Gaussian(net), X)
+    gc.collect()
+    assert ended == []
+
+
+class Slots:
+    __slots__ = ("__weakref__", "scale")
+
+
+class Slotted3(nn.Linear, Slots):
+    """With an attribute in a slot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+def test_attributes_in_slots_and_proxies_are_there() -> None:
+    net = nn.Sequential(Slotted3(3, 3), nn.Linear(3, 2)).double()
+    net[0].scale, net.held = 3.0, [weakref.proxy(net[0])]
+    assert (om.gradient_norms(Gaussian(net), X)["log_likelihood/0.weight"] > 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")

@@ -118,6 +118,38 @@ def test_what_reaches_its_model_by_a_global_is_scored_in_place_and_put_back() ->
     assert not torch.equal(found["log_likelihood/0.weight"], torch.zeros(8))
 
 
+class Keeping(nn.Module):
+    """Keeps a weight that it has computed, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw, self.cache = nn.Parameter(torch.ones(3, 3)), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ self.raw.tanh()
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.raw.tanh()
+        return x @ self.cache["weight"]
+
+
+KEEPING = Keeping()
+
+
+def test_what_a_model_in_place_keeps_of_a_pass_is_gone_for_the_next() -> None:
+    class OfKeeping(om.Adapter):
+        module = KEEPING
+
+        def log_likelihood(self, batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+            yield "log_likelihood", -0.5 * KEEPING(batch).square().sum(1)
+
+    found = om.gradient_norms(OfKeeping(), X)["log_likelihood/raw"]
+    exact = om.gradient_norms(Gaussian(Keeping(), lambda m, x: m(x)), X)
+    assert (found > 0).all()
+    assert KEEPING.cache == {}
+    assert found.shape == exact["log_likelihood/raw"].shape
+
+
 def test_a_model_in_place_refuses_other_threads_train_mode_and_only_that() -> None:
     model = net()
     with restored(model), ThreadPoolExecutor(1) as pool:
