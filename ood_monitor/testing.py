@@ -10,6 +10,7 @@ the left side as c squared and the right one as c.
 """
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -176,6 +177,11 @@ def _no_trace(adapter: Adapter, batch: Batch) -> Iterator[None]:
 def _state(adapter: Adapter, batch: Batch) -> dict[str, Any]:
     module = adapter.module
     state: dict[str, Any] = {"the global random state": torch.get_rng_state()}
+    state["Python's random state"] = random.getstate()
+    state["NumPy's random state"] = str(np.random.get_state())
+    for name, part in module.named_modules():
+        hooks = (len(v) for k, v in vars(part).items() if k.endswith("_hooks"))
+        state[f"{name}.hooks".lstrip(".")] = sum(hooks)
     state |= {f"batch[{i}]": tensor.clone() for i, tensor in enumerate(tensors_in(batch))}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         state[name] = tensor.detach().clone()

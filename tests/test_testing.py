@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zuko
@@ -62,6 +63,16 @@ def leaves_a_gradient(adapter: Custom, x: Tensor) -> Tensor:
     return right(adapter, x)
 
 
+def hooks(adapter: Custom, x: Tensor) -> Tensor:
+    adapter.module.register_forward_hook(lambda *_: None)
+    return right(adapter, x)
+
+
+def moves_numpys_state(adapter: Custom, x: Tensor) -> Tensor:
+    np.random.rand()
+    return right(adapter, x)
+
+
 def trains(adapter: Custom, x: Tensor) -> Tensor:
     adapter.module.train()
     return right(adapter, x)
@@ -91,6 +102,8 @@ BROKEN: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "a weight": (writes_a_weight, r"no trace, got a change of \['bias'\]"),
     "a buffer": (writes_a_buffer, r"no trace, got a change of \['running_mean'\]"),
     "a gradient left": (leaves_a_gradient, r"no trace.*'weight\.grad', 'bias\.grad'"),
+    "a hook": (hooks, r"no trace, got a change of \['hooks'\]"),
+    "NumPy's random state": (moves_numpys_state, "no trace.*NumPy"),
     "train mode": (trains, r"no trace.*training"),
 }
 

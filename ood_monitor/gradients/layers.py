@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -11,6 +12,9 @@ __all__ = ["Layers", "selection", "supported"]
 
 #: All (None), names by shell-style pattern(s), or a predicate on the parameter's name.
 Layers: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+
+#: Of parameters that are an order or a mask (FrEIA's permutations), and no quantised weight.
+_NO_WEIGHTS = frozenset({torch.int64, torch.bool})
 
 
 def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
@@ -36,7 +40,8 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
         raise ValueError("Expected whole parameters, got a model that FSDP has sharded.")
     for name, parameter in parameters.items():
         reason = _unsupported(parameter)
-        if reason and (name in chosen or layers is None):
+        is_weight = parameter.dtype not in _NO_WEIGHTS
+        if reason and (name in chosen or (layers is None and is_weight)):
             raise ValueError(
                 f"Expected whole parameters of 16 bits or more, got {name!r}, {reason}. Pass "
                 "`layers=` to choose others."

@@ -74,6 +74,10 @@ class _Use:
         return all(tensor._version == version for tensor, version in self.saved)
 
 
+#: Puts other data under a tensor, past its graph.
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 class Recorder(TorchFunctionMode):
     """Records the forward pass that runs inside it; :meth:`squared_norms` makes the backward one.
 
@@ -149,7 +153,7 @@ class Recorder(TorchFunctionMode):
         of_shape = func in SHAPED_BY_OTHERS
         sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
         data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
-        if any(self._is_unknown(tensor) for tensor in tensors):
+        if any(self._is_unknown(tensor) for tensor in tensors) or (data and func == _SET_DATA):
             self._leave(self._sources.values())
         if sources and data and not torch.is_grad_enabled():
             self._leave(sources)  # as in the forward of an `autograd.Function`

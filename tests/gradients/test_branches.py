@@ -1,0 +1,133 @@
+"""Models that do for later samples what the comparison on first use did not see."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.model_case import Function
+from support.reference import looped
+from torch import Tensor, nn
+
+import ood_monitor as om
+from ood_monitor.gradients import gradient_norms
+
+SEEN = torch.linspace(-1, 1, 24).double().reshape(4, 2, 3)
+LATER = torch.cat([SEEN[:2], 3 + SEEN[2:]])
+
+Branch = Callable[[Any, Tensor], Tensor]
+
+
+class Multiply(torch.autograd.Function):
+    """x W, written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return g @ weight, g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class ThroughNumPy(torch.autograd.Function):
+    """Twice x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scripted = torch.jit.script(twice)
+
+
+def filled(write: Callable[[Tensor, Tensor], object]) -> Branch:
+    """Rows put one by one, in another order, into a tensor that was empty."""
+
+    def branch(m: Any, h: Tensor) -> Tensor:
+        out = torch.zeros(h.shape, dtype=h.dtype)
+        write(out, 2 * h)
+        return F.linear(out, m.between.weight)
+
+    return branch
+
+
+def each_row(out: Tensor, h: Tensor) -> None:
+    for i in reversed(range(len(h))):
+        out[i].add_(h[i])
+
+
+def slope(m: Any, h: Tensor) -> Tensor:
+    """A gradient by the input inside the forward pass."""
+    energy = m.between(h).square().sum()
+    (found,) = torch.autograd.grad(energy, h, create_graph=True)
+    return found
+
+
+BRANCHES: dict[str, Branch] = {
+    "set through a view": filled(
+        lambda out, h: out.view(-1, 3).__setitem__(slice(None), h.view(-1, 3))
+    ),
+    "copied into a view": filled(lambda out, h: out[:].copy_(h)),
+    "added to a view": filled(lambda out, h: out.narrow(0, 0, len(h)).add_(h)),
+    "added by an index": filled(
+        lambda out, h: out.view(-1, 3).index_add_(0, torch.arange(2 * len(h)), h.view(-1, 3))
+    ),
+    "each row added": filled(each_row),
+    "a function with a weight": lambda m, h: Multiply.apply(h, m.between.weight),
+    "a function through numpy": lambda m, h: m.between(ThroughNumPy.apply(h)),
+    "a scripted function": lambda m, h: m.between(scripted(h)),
+    "a gradient inside": slope,
+}
+
+
+def model(branch: Branch) -> om.Adapter:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.before(x).tanh()
+        h = branch(m, h) if x.max() > 2 else m.between(h)
+        return m.after(h.tanh())
+
+    torch.manual_seed(0)
+    parts = {name: nn.Linear(3, 3) for name in ("before", "between", "after")}
+    net = Function(forward, **parts).double()
+    return om.LogLikelihood(net, lambda m, x: -0.5 * m(x).square().flatten(1).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
+@pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
+def test_a_branch_that_the_first_samples_did_not_take_has_exact_norms(branch: Branch) -> None:
+    adapter = model(branch)
+    for batch in (SEEN, LATER, SEEN, LATER):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_rows_moved_by_other_data_of_a_tensor_keep_their_gradients() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].argsort(stable=True)
+        h = m.before(x).tanh() * 1
+        h.data = h.data[order]
+        return m.after(h).flatten(1).square().sum(1)[order.argsort()]
+
+    torch.manual_seed(0)
+    net = Function(forward, before=nn.Linear(3, 3), after=nn.Linear(3, 3)).double()
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x))
+    for batch in (SEEN, SEEN[[2, 0, 3, 1]]):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
