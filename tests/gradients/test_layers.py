@@ -227,6 +227,6 @@ def test_an_order_kept_as_a_parameter_is_no_weight() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     net.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
     adapter = Gaussian(net, lambda m, x: m[1](m[0](x)[:, m.order]))
-    found = om.gradient_norms(adapter, torch.randn(4, 3).double())
+    found = gradient_norms(adapter, torch.randn(4, 3).double())
     assert [key.split("/")[1] for key in found] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert all((norms > 0).all() for norms in found.values())
