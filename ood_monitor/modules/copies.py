@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.modules.substitutes import Unwrapped, settle, wrapped_in
+from ood_monitor.modules.tensors import Tensors, TensorsOfAPass
 
-__all__ = ["Structure", "Tensors"]
+__all__ = ["Structure"]
 
 T = TypeVar("T")
 
@@ -82,27 +83,6 @@ class _CannotBeCopiedError(Exception):
     pass
 
 
-class Tensors:
-    """Private copies of buffers and other tensors, made once and again after a write into them.
-
-    Attributes:
-        made: The copies by the original's identity, each with the original and its own version.
-    """
-
-    def __init__(self) -> None:
-        self.made: dict[int, tuple[Tensor, Tensor, int]] = {}
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """The tensor's values as a tensor of our own, which requires no gradient."""
-        known = self.made.get(id(tensor))
-        if known is not None and known[1]._version == known[2]:
-            return known[1]
-        with torch.no_grad():
-            copied = tensor.clone()
-        self.made[id(tensor)] = tensor, copied, copied._version
-        return copied
-
-
 class Structure:
     """One structural copy of whatever is asked for, with one copy of each object that is met.
 
@@ -114,17 +94,15 @@ class Structure:
 
     Attributes:
         originals: Identities of the parameters and buffers that were copied: a pass over the copy
-            that meets one of them has left it.
-            A tensor that was computed from parameters before, with its graph, is shared and one
-            of them too: it needs the original parameters.
+            that meets one of them has left it. A tensor that was computed from parameters before,
+            with its graph, is shared and one of them too: it needs the original parameters.
     """
 
     def __init__(self, tensors: Tensors, *, shares_weights: bool = True) -> None:
-        self._tensors, self._shares_weights = tensors, shares_weights
+        self._tensors, self._shares_weights = TensorsOfAPass(tensors), shares_weights
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []  # so that no identity in the memo is used again
         self._objects = 0
-        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self.originals: set[int] = set()
 
     def of(self, value: T) -> T:
@@ -141,7 +119,7 @@ class Structure:
 
     def _attribute_of(self, value: Any) -> Any:
         """The copy of an attribute, or the attribute itself if something in it has no copy."""
-        if type(value) in _ATOMS or value in _left_alone:
+        if type(value) in _ATOMS or (_left_alone and value in _left_alone):
             return value
         objects, self._objects, known = self._objects, 0, len(self._kept)
         try:
@@ -197,27 +175,10 @@ class Structure:
         if tensor.grad_fn is not None:
             self.originals.add(id(tensor))
             return self._remember(tensor, tensor)
-        copied = self._in_one_storage(tensor)
+        copied = self._tensors.copy(tensor)
         if tensor.requires_grad:
             copied = copied.detach().requires_grad_()
         return self._remember(tensor, copied)
-
-    def _in_one_storage(self, tensor: Tensor) -> Tensor:
-        """A copy that shares its storage with the copies of what the tensor shares its own with."""
-        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
-            return self._tensors.copy(tensor)
-        storage = tensor.untyped_storage()
-        known = self._storages.get(storage.data_ptr())
-        if known is None and storage.nbytes() == tensor.nbytes:
-            copied = self._tensors.copy(tensor)
-            self._storages[storage.data_ptr()] = copied.untyped_storage(), tensor
-            return copied
-        whole: Any = storage
-        own, first = (whole.clone(), tensor) if known is None else known
-        self._storages[storage.data_ptr()] = own, first
-        self._tensors.made.pop(id(first), None)  # of which a write elsewhere would not tell
-        place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        return tensor.new_empty(0).set_(own, *place)
 
     def _module(self, module: nn.Module) -> nn.Module:
         inner = wrapped_in(module)
@@ -225,6 +186,13 @@ class Structure:
             return self._wrapper(module, inner)
         kind = _without_del(cast(Any, type(module)))
         view: nn.Module = self._remember(module, object.__new__(kind))
+        self._fill_module(module, view)
+        self.originals.update(id(b) for b in module._buffers.values() if b is not None)
+        self._slots(module, view)
+        settle(view)
+        return view
+
+    def _fill_module(self, module: nn.Module, view: nn.Module) -> None:
         own = vars(view)
         computed = _computed(cast(Any, type(module)))
         for name, value in list(vars(module).items()):
@@ -240,10 +208,6 @@ class Structure:
             elif name not in computed:
                 own[name] = self._attribute_of(value)
         own.update(training=False, _compiled_call_impl=None)
-        self.originals.update(id(b) for b in module._buffers.values() if b is not None)
-        self._slots(module, view)
-        settle(view)
-        return view
 
     def _wrapper(self, module: nn.Module, inner: str) -> nn.Module:
         view = self._remember(module, Unwrapped(inner))

@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.modules.caches import overrides_train, renew, renew_if_harmless
-from ood_monitor.modules.copies import Structure, Tensors
+from ood_monitor.modules.copies import Structure
 from ood_monitor.modules.in_place import PythonState, restored
 from ood_monitor.modules.random_state import kept_random_state
 from ood_monitor.modules.substitutes import renormalises
+from ood_monitor.modules.tensors import Tensors
 from ood_monitor.modules.weights import device_of
 
 __all__ = ["Passes", "scored", "scoring_in_place", "scoring_view"]
