@@ -364,8 +364,10 @@ class Recorder(TorchFunctionMode):
 
     def _is_unknown(self, tensor: Tensor) -> bool:
         """Whether a gradient goes through it that no call has shown: of a write through a view."""
+        if not tensor.requires_grad or isinstance(tensor, nn.Parameter):  # of another module
+            return False
         known = id(tensor) in self._sources or id(tensor) in self._plain
-        return not known and tensor.requires_grad and self._data.get(tensor) is None
+        return not known and self._data.get(tensor) is None
 
     def _leave(self, sources: Iterable[_Source]) -> None:
         self.left_over.update(name for source in sources for name in source.names)

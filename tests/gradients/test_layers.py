@@ -145,7 +145,6 @@ def partitioned() -> nn.Module:
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "integers": (lambda: holding(torch.ones(2).to(torch.int8)), "quantised.*torch.int8"),
     "fp8": (lambda: holding(torch.ones(2).to(torch.float8_e4m3fn)), "quantised.*float8_e4m3fn"),
-    "complex": (lambda: holding(torch.ones(2).cfloat()), "not real.*torch.complex64"),
     "zero-3": (partitioned, "a shard by DeepSpeed ZeRO-3"),
 }
 

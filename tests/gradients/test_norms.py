@@ -321,13 +321,18 @@ def test_one_sample_does_not_settle_what_is_looped() -> None:
     assert adapter not in _known
 
 
+#: Sizes of passes, and what is alive of them. Of a list that a model holds, its view has its own.
+passes: list[int] = []
+marks: list["weakref.ref[Mark]"] = []
+
+
+def counted(m: Any, x: Tensor) -> Tensor:
+    passes.append(len(x))
+    return m.f(x)
+
+
 def test_single_samples_are_compared_with_the_loop_once() -> None:
-    passes: list[int] = []
-
-    def counted(m: Any, x: Tensor) -> Tensor:
-        passes.append(len(x))
-        return m.f(x)
-
+    passes.clear()
     adapter = Gaussian(Function(counted, f=nn.Linear(3, 2)).double())
     for i in range(3):
         gradient_norms(adapter, X[i : i + 1])
@@ -551,7 +556,7 @@ def test_no_graph_outlives_the_scoring_of_a_model_that_writes_in_place() -> None
 
 
 def test_no_graph_is_alive_when_the_next_forward_pass_begins() -> None:
-    marks: list[weakref.ref[Mark]] = []
+    marks.clear()
 
     def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:
         assert not [mark for mark in marks if mark()]

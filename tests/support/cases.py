@@ -330,7 +330,7 @@ MODELS: tuple[Model, ...] = (
             **parts(w=(3,)),
         ),
         ("w",),
-        warns=True,
+        warns=False,
     ),
     Model(
         "time-first",
@@ -347,8 +347,7 @@ MODELS: tuple[Model, ...] = (
     Model(
         "score-of-an-energy",
         lambda: function(score_of_an_energy, energy=nn.Linear(3, 3), **parts(shift=(3,))),
-        ("energy.weight",),
-        warns=True,
+        ("energy.weight", "energy.bias", "shift"),
     ),
     Model(
         "experts",
