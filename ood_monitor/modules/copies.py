@@ -96,6 +96,7 @@ class Structure:
         originals: Identities of the parameters and buffers that were copied: a pass over the copy
             that meets one of them has left it. A tensor that was computed from parameters before,
             with its graph, is shared and one of them too: it needs the original parameters.
+        has_derived: Whether there is such a tensor.
     """
 
     def __init__(self, tensors: Tensors, *, shares_weights: bool = True) -> None:
@@ -104,6 +105,7 @@ class Structure:
         self._kept: list[Any] = []  # so that no identity in the memo is used again
         self._objects = 0
         self.originals: set[int] = set()
+        self.has_derived = False
 
     def of(self, value: T) -> T:
         """The copy of a module, or of what holds one: each attribute that can be copied is."""
@@ -174,6 +176,7 @@ class Structure:
     def _tensor(self, tensor: Tensor) -> Tensor:
         if tensor.grad_fn is not None:
             self.originals.add(id(tensor))
+            self.has_derived = True
             return self._remember(tensor, tensor)
         copied = self._tensors.copy(tensor)
         if tensor.requires_grad:

@@ -40,6 +40,9 @@ R = TypeVar("R")
 _in_place: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+#: Holders whose passes were seen to stay in their views.
+_staying: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 #: What has not written into its weights in its first pass, which is made on copies of them, and
 #: bytes of weights up to which it is.
 _first_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -58,11 +61,13 @@ class Passes(Generic[T]):
         holder: What holds the model, or the model itself.
         module: The model.
         in_place: Whether it is scored where it stands.
+        is_watched: Whether a pass may still be one that leaves the view.
     """
 
     holder: T
     module: nn.Module
     in_place: bool = False
+    is_watched: bool = True
     _tensors: Tensors = field(default_factory=Tensors)
     _originals: set[int] = field(default_factory=set)
     _first: "_First | None" = None
@@ -96,6 +101,7 @@ class Passes(Generic[T]):
         structure = Structure(self._tensors, shares_weights=shares_weights)
         copies = structure.of(self.holder), structure.of(self.module)
         self._originals |= structure.originals
+        self.is_watched |= structure.has_derived
         return copies
 
     def end(self) -> None:
@@ -176,13 +182,14 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
             "weights between passes; end it first."
         )
     if holder not in _in_place and not _has_no_copy(module):
-        passes = Passes(holder, module)
-        watch = _Watch(passes._originals)
+        passes = Passes(holder, module, is_watched=holder not in _staying)
+        watch = _Watch(passes)
         try:
             with _modes(module, holder), watch:
                 result = function(passes)
                 passes.end()
             if not watch.left:
+                _staying[holder] = True
                 return result
         except Exception as error:
             if not watch.left and not isinstance(error, _LeftError):
@@ -273,9 +280,9 @@ class _Watch(TorchFunctionMode):
         left: Whether one did.
     """
 
-    def __init__(self, originals: set[int]) -> None:
+    def __init__(self, passes: "Passes[Any]") -> None:
         super().__init__()
-        self._originals = originals
+        self._passes = passes
         self.left = False
 
     def __torch_function__(
@@ -286,6 +293,8 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._passes.is_watched:  # this sees each operation, and each look at a shape
+            return func(*args, **kwargs)
         if func in _ASKING or not (self._has_original(args) or self._has_original(kwargs.values())):
             return func(*args, **kwargs)
         # A property, which writes nothing, may tell a shape or give the weights in another form.
@@ -296,7 +305,7 @@ class _Watch(TorchFunctionMode):
 
     def _has_original(self, values: Iterable[Any]) -> bool:
         return any(
-            id(value) in self._originals
+            id(value) in self._passes._originals
             or (isinstance(value, list | tuple) and self._has_original(value))
             for value in values
         )
