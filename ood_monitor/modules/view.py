@@ -191,7 +191,7 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
             if not watch.left:
                 _staying[holder] = True
                 return result
-        except Exception as error:
+        except Exception as error:  # of any kind: the model met its user's tensors in train mode
             if not watch.left and not isinstance(error, _LeftError):
                 raise
         _in_place[holder] = True

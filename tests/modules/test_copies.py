@@ -97,7 +97,14 @@ class InADictionary(Cached):
 
 
 class InAnAttribute(Cached):
-    computed: Tensor | None = None
+    computed: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        self.computed = None
 
     def forget(self) -> None:
         self.computed = None
@@ -159,21 +166,9 @@ class OfAThread(Cached):
         self.cache.weight = weight
 
 
-class InABuffer(Cached):
-    computed: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
+class InABuffer(InAnAttribute):
+    def begin(self) -> None:
         self.register_buffer("computed", None, persistent=False)
-
-    def forget(self) -> None:
-        self.computed = None
-
-    def kept(self) -> Tensor | None:
-        return self.computed
-
-    def keep(self, weight: Tensor) -> None:
-        self.computed = weight
 
 
 class ComputedWithTheMode(nn.Module):
