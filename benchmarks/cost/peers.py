@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import scored
 
@@ -31,7 +32,7 @@ def plain(adapter: om.Adapter, batch: Tensor) -> Callable[[], Norms]:
 
 
 def total(adapter: om.Adapter, batch: Tensor) -> Tensor:
-    terms: Iterable[tuple[str, Tensor]] = adapter.log_likelihood(batch)
+    terms: Iterable[tuple[str, Tensor]] = checked_terms(adapter, batch)
     return torch.stack([value.sum() for _, value in terms]).sum()
 
 

@@ -17,6 +17,7 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.protocol import Method, View
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import ratios
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities import GaussianMixture, StudentT
 from ood_monitor.densities.baselines import (
     ComplexityCorrected,
@@ -63,7 +64,7 @@ class Whole(om.Adapter):
         self.module, self._adapter = adapter.module, adapter
 
     def log_likelihood(self, batch: Tensor) -> Any:
-        yield "log_likelihood", sum(value for _, value in self._adapter.log_likelihood(batch))
+        yield "log_likelihood", sum(value for _, value in checked_terms(self._adapter, batch))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from benchmarks.detection.pixelcnn import PixelCNN
 from benchmarks.detection.protocol import Array, Sizes
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim, machine, save
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities.baselines import Typicality
 from ood_monitor.densities.features import layer_of
 
@@ -93,7 +94,7 @@ def fisher(case: Case, samples: int, weights: int = 50, layers: int = 3) -> Row:
     picked, gradients = random_weights(case.module, weights, layers), []
     adapter = of_samples(case)
     for sample in x.split(1):
-        likelihood = sum(value.sum() for _, value in adapter.log_likelihood(sample))
+        likelihood = sum(value.sum() for _, value in checked_terms(adapter, sample))
         parts = torch.autograd.grad(likelihood, [p for p, _ in picked])
         flat = [g.flatten()[i] for g, (_, i) in zip(parts, picked, strict=True)]
         gradients.append(torch.cat(flat).double().numpy())

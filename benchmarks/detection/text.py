@@ -37,6 +37,7 @@ from benchmarks.detection.corpora import (
     stored_texts,
 )
 from benchmarks.harness.measurement import claim, machine, save
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.baselines import LowLikelihood, TotalNorm, Typicality
@@ -109,7 +110,7 @@ def adapter(size: Size) -> om.SequenceLikelihood:
 
 
 def nats_per_byte(model: om.SequenceLikelihood, tokens: Tensor) -> Tensor:
-    terms = [value for _, value in model.log_likelihood(tokens)]
+    terms = [value for _, value in checked_terms(model, tokens)]
     return -torch.stack(terms).mean() / (tokens.shape[1] - 1)
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import ood_monitor as om
 from benchmarks.harness.measurement import claim, machine, ratios, save
 from benchmarks.harness.models import Case, made, small_unet
+from ood_monitor.adapters.base import checked_terms
 
 #: What a step may cost with the training stream, a validation pass with one batch in ten scored.
 TRAINING, ONE_IN_TEN = 1.02, 1.6
@@ -62,7 +63,7 @@ class Module(pl.LightningModule):
         return self._case
 
     def _loss(self, x: Tensor) -> Tensor:
-        terms = [value.mean() for _, value in self._case.log_likelihood(x)]
+        terms = [value.mean() for _, value in checked_terms(self._case, x)]
         return -torch.stack(terms).sum()
 
     def training_step(self, x: Tensor, index: int) -> Tensor:

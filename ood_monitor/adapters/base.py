@@ -10,11 +10,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.adapters.elements import Elements, checked
 from ood_monitor.modules import Passes, scored
 
 __all__ = [
@@ -22,17 +23,23 @@ __all__ = [
     "Batch",
     "Condition",
     "OnePass",
+    "SampleKind",
     "batch_size",
+    "checked_elements",
     "checked_floating",
     "checked_range",
+    "checked_sample",
     "checked_terms",
     "cpu_generator",
     "describe",
     "first_tensor",
+    "images_in",
+    "is_plain_image",
     "map_tensors",
     "no_condition",
     "normal_draws",
     "pieces",
+    "repeated",
     "reseeded",
     "tensors_in",
     "term_values",
@@ -45,6 +52,13 @@ Batch: TypeAlias = Any
 #: Gives, from a batch, the keywords that a model takes beside the samples. They are made of the
 #: batch's tensors, so that a piece of it has its own, or are the same for all samples.
 Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
+
+#: What a sample is: an image, a sequence of tokens, or a row of a table, whose columns are its
+#: numbers. It decides by which statistics a detector judges it.
+SampleKind: TypeAlias = Literal["image", "sequence", "row"]
+
+#: The least height and width of what is taken for an image without being called one.
+_LEAST_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class Adapter(abc.ABC):
 
     Attributes:
         module: The module whose parameters are differentiated; put in eval mode while scoring.
+        sample: What a sample is, where the adapter was told.
 
     Example:
         >>> class Gaussian(Adapter):
@@ -88,9 +103,10 @@ class Adapter(abc.ABC):
     """
 
     module: nn.Module
+    sample: SampleKind | None = None
 
     @abc.abstractmethod
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
         """Yield each term as (name, values).
 
         Terms of one forward pass are yielded one after the other. Where terms need passes of their
@@ -101,8 +117,8 @@ class Adapter(abc.ABC):
             batch: B samples, as :data:`~ood_monitor.adapters.base.Batch`.
 
         Yields:
-            The term's name and its values, shape (B,), in nats; the terms add up to the
-            log-likelihood or to its bound.
+            The term's name and its values, shape (B,), in nats, or its elements where the law of
+            each is known; the terms add up to the log-likelihood or to its bound.
         """
 
     def one_pass(self, batch: Batch) -> OnePass | None:
@@ -111,6 +127,28 @@ class Adapter(abc.ABC):
         For terms that need passes of their own: where samples are few, one pass over K times the
         rows is quicker than K passes. The engine takes it where the first use of a model shows that
         it gives the same.
+        """
+        return None
+
+    def sample_of(self, batch: Batch) -> SampleKind | None:
+        """What the samples of a batch are, or None where that is not plain."""
+        return self.sample
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """The samples as images as they would be shown, or None where they are none.
+
+        Returns:
+            Real numbers, shape (B, C, H, W) with C of 1 or 3. They are in [0, 1] if the samples
+            are in the range that the adapter was told; nothing is clipped.
+        """
+        return None
+
+    def positions(self, batch: Batch) -> Tensor | None:
+        """Which positions of the module's input are text: neither padding nor prompt.
+
+        Returns:
+            Bool, shape (B, T), of the T tokens that the module is given; None for all but
+            sequences.
         """
         return None
 
@@ -144,11 +182,13 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
         yield map_tensors(lambda t, start=start: t[start : start + size], batch)  # type: ignore[misc]
 
 
-def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """The adapter's terms, each checked to be a tensor of shape (B,).
+def checked_elements(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor | Elements]]:
+    """The adapter's terms, each checked to be of shape (B,), or elements of B samples.
+
+    What elements expect is computed, and checked, when it is asked for.
 
     Raises:
-        ValueError: A term of another shape, two of one name, or no term at all.
+        ValueError: A term or elements of another shape, two of one name, or no term at all.
     """
     size = batch_size(batch)
     terms: set[str] = set()
@@ -159,15 +199,37 @@ def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]
         if not term or "/" in term:
             raise ValueError(f"Expected a term's name without '/', got {term!r}.")
         terms.add(term)
-        if not isinstance(value, Tensor) or value.shape != (size,):
-            raise ValueError(
-                f"Expected term {term!r} of {type(adapter).__name__} to be of shape ({size},), one "
-                f"value a sample, got {describe(value)} for a batch of {size} samples."
-            )
-        yield term, value
+        if isinstance(value, Elements):
+            yield term, checked(value, f"term {term!r} of {type(adapter).__name__}", size)
+        else:
+            yield term, _checked_value(value, term, adapter, size)
         del value
     if not terms:
         raise ValueError(f"Expected {type(adapter).__name__} to yield a term, got none.")
+
+
+def checked_terms(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's terms, each checked to be of shape (B,); elements are taken together.
+
+    Raises:
+        ValueError: As :func:`checked_elements`.
+    """
+    size = batch_size(batch)
+    for term, value in checked_elements(adapter, batch):
+        if isinstance(value, Elements):
+            yield term, _checked_value(value.total(), term, adapter, size)
+        else:
+            yield term, value
+        del value  # the graph of a term is free before the next forward pass
+
+
+def _checked_value(value: Any, term: str, adapter: Adapter, size: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (size,):
+        raise ValueError(
+            f"Expected term {term!r} of {type(adapter).__name__} to be of shape ({size},), one "
+            f"value a sample, got {describe(value)} for a batch of {size} samples."
+        )
+    return value
 
 
 def term_values(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
@@ -213,6 +275,49 @@ def first_tensor(batch: Batch) -> Tensor:
             "Pass `inputs=` to say where the sample is."
         )
     return candidate
+
+
+def checked_sample(sample: SampleKind | None) -> SampleKind | None:
+    """What a sample was said to be.
+
+    Raises:
+        ValueError: It is no word for that.
+    """
+    if sample is not None and sample not in get_args(SampleKind):
+        raise ValueError(
+            f"Expected `sample=` to be one of {get_args(SampleKind)}, got {sample!r}: leave it out "
+            "for samples of another kind."
+        )
+    return sample
+
+
+def is_plain_image(x: Tensor) -> bool:
+    """Whether real numbers are plainly images: (B, C, H, W), grey or of three colours, not tiny."""
+    is_large = x.ndim == 4 and min(x.shape[2:]) >= _LEAST_SIZE
+    return x.is_floating_point() and is_large and x.shape[1] in (1, 3)
+
+
+def images_in(
+    x: Tensor, kind: SampleKind | None, value_range: tuple[float, float]
+) -> Tensor | None:
+    """Samples in a range as images in [0, 1], as :meth:`Adapter.images` gives them.
+
+    Args:
+        x: Samples, shape (B, ...).
+        kind: What they are.
+        value_range: What is shown black, and what white.
+    """
+    if kind != "image" or x.ndim != 4 or x.shape[1] not in (1, 3) or not x.is_floating_point():
+        return None
+    low, high = value_range
+    return (x - low) / (high - low)
+
+
+def repeated(batch: Batch, copies: int) -> Batch:
+    """Each sample several times, as neighbours."""
+    if copies == 1:
+        return batch
+    return map_tensors(lambda tensor: tensor.repeat_interleave(copies, 0), batch)
 
 
 def no_condition(batch: Batch) -> Mapping[str, Any]:

@@ -50,6 +50,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     no_condition,
     normal_draws,
+    repeated,
 )
 from ood_monitor.adapters.schedules import NoiseSchedule, stated_prediction
 from ood_monitor.modules import dtype_of
@@ -202,8 +203,8 @@ class DenoisingBound(Adapter):
         """Yield the terms ``t=<level>``, each of a forward pass of its own."""
         x = self._checked_inputs(batch)
         # Copies of a sample are neighbours, so that it still has its own rows of the batch.
-        condition = self._condition(_repeated(batch, self._copies))
-        x = _repeated(x, self._copies)
+        condition = self._condition(repeated(batch, self._copies))
+        x = repeated(x, self._copies)
         for level in self.levels:  # nothing here holds a term while the next is computed
             yield f"t={level}", self._mean(self._term(x, condition, level))
 
@@ -227,10 +228,8 @@ class DenoisingBound(Adapter):
 
     def _rows(self, rows: Mapping[str, Any]) -> Tensor:
         """The term of each row of :meth:`one_pass`."""
-        condition = self._condition(_repeated(rows["batch"], self._copies))
-        x, t, alpha, sigma = _repeated(
-            [rows[k] for k in ("x", "t", "alpha", "sigma")], self._copies
-        )
+        condition = self._condition(repeated(rows["batch"], self._copies))
+        x, t, alpha, sigma = repeated([rows[k] for k in ("x", "t", "alpha", "sigma")], self._copies)
         alpha, sigma = (value.view(-1, *[1] * (x.ndim - 1)) for value in (alpha, sigma))
         noise = rows["noise"].flatten(0, 1)
         return self._mean(-self._loss_of(self._error(x, noise, alpha, sigma, t, condition)))
@@ -325,12 +324,6 @@ class DenoisingBound(Adapter):
                     f"alpha = {alpha:.4g} and sigma = {sigma:.4g}."
                 )
         return chosen
-
-
-def _repeated(batch: Batch, copies: int) -> Batch:
-    if copies == 1:
-        return batch
-    return map_tensors(lambda tensor: tensor.repeat_interleave(copies, 0), batch)
 
 
 def _prediction(given: str | None, stated: Any, schedule: NoiseSchedule) -> _Prediction:

@@ -213,19 +213,19 @@ def test_values_and_the_random_state_do_not_depend_on_each_other(
     adapter = make()
     batch = (X > 4).long() if isinstance(adapter, om.SequenceLikelihood) else X
     before = torch.get_rng_state()
-    first = [value.tolist() for _, value in adapter.log_likelihood(batch)]
+    first = [value.tolist() for _, value in checked_terms(adapter, batch)]
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    assert [value.tolist() for _, value in adapter.log_likelihood(batch)] == first
+    assert [value.tolist() for _, value in checked_terms(adapter, batch)] == first
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_samples_come_from_anywhere_in_a_batch(make: Callable[[], om.Adapter]) -> None:
     adapter = make()
     batch = (X > 4).long() if isinstance(adapter, om.SequenceLikelihood) else X
-    expected = dict(adapter.log_likelihood(batch))
+    expected = dict(checked_terms(adapter, batch))
     adapter._inputs = lambda batch: batch["deep"][1]  # type: ignore[attr-defined]
-    found = dict(adapter.log_likelihood({"deep": ["text", batch]}))
+    found = dict(checked_terms(adapter, {"deep": ["text", batch]}))
     assert all(torch.equal(found[term], expected[term]) for term in expected)
 
 
@@ -253,7 +253,7 @@ OF_REAL_NUMBERS: dict[str, Callable[[], om.Adapter]] = {
 def test_whole_numbers_are_refused_with_what_to_do(name: str, dtype: torch.dtype) -> None:
     batch = torch.ones(2, 1, 4, 4, dtype=dtype)
     with pytest.raises(ValueError, match=r"Expected floating-point samples, got .* / 255"):
-        list(OF_REAL_NUMBERS[name]().log_likelihood(batch))
+        list(checked_terms(OF_REAL_NUMBERS[name](), batch))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0), (0.5, 1.01)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.adapters.observations import Gaussian
 
 
@@ -42,7 +43,7 @@ class Diffusers(VAE):
 
 
 def bound(adapter: om.Adapter, batch: Any) -> dict[str, Tensor]:
-    return {term: value.detach() for term, value in adapter.log_likelihood(batch)}
+    return {term: value.detach() for term, value in checked_terms(adapter, batch)}
 
 
 def elbo(module: VAE, x: Tensor, variance: float, seed: int, **options: Any) -> Tensor:

@@ -15,13 +15,14 @@ from support.model_case import Function, perturbed
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities.baselines import Typicality
 
 Terms = dict[str, Tensor]
 
 
 def terms_of(adapter: om.Adapter, batch: Any) -> Terms:
-    return {term: value.detach() for term, value in adapter.log_likelihood(batch)}
+    return {term: value.detach() for term, value in checked_terms(adapter, batch)}
 
 
 def total(adapter: om.Adapter, batch: Any) -> Tensor:
@@ -142,7 +143,7 @@ def test_gradient_is_zero_on_average_over_the_models_samples(name: str) -> None:
     x, gradients = sample(flow, n).detach(), []
     parameters = list(flow.parameters())
     for one in x:
-        [value] = [sum(v for _, v in om.LogLikelihood(flow).log_likelihood(one[None]))]
+        [value] = [sum(v for _, v in checked_terms(om.LogLikelihood(flow), one[None]))]
         found = torch.autograd.grad(torch.as_tensor(value).sum(), parameters, allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
     table = torch.stack(gradients)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor import NoiseSchedule
+from ood_monitor.adapters.base import checked_terms
 
 PRODUCTS = torch.linspace(0.99, 0.01, 20, dtype=torch.float64)
 LEVEL = 9
@@ -26,7 +27,7 @@ def images(n: int = 3) -> Tensor:
 
 
 def terms(adapter: om.Adapter, batch: Tensor) -> dict[str, Tensor]:
-    return {term: value.detach() for term, value in adapter.log_likelihood(batch)}
+    return {term: value.detach() for term, value in checked_terms(adapter, batch)}
 
 
 class Unet(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Beta, Normal
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 
 
 class Diagonal(nn.Module):
@@ -47,7 +48,7 @@ class Cube(nn.Module):
 
 
 def log_likelihood(adapter: om.Adapter, batch: Any) -> Tensor:
-    return sum(value for _, value in adapter.log_likelihood(batch)).detach()  # type: ignore[attr-defined]
+    return sum(value for _, value in checked_terms(adapter, batch)).detach()  # type: ignore[attr-defined]
 
 
 def bits(n: int, *shape: int, bins: int = 256) -> Tensor:
@@ -60,14 +61,14 @@ def bits(n: int, *shape: int, bins: int = 256) -> Tensor:
 
 def test_log_prob_is_one_term() -> None:
     x = torch.randn(5, 3)
-    [(term, value)] = om.LogLikelihood(Diagonal()).log_likelihood(x)
+    [(term, value)] = checked_terms(om.LogLikelihood(Diagonal()), x)
     assert term == "log_likelihood"
     assert torch.equal(value, Diagonal().log_prob(x))
 
 
 def test_terms_come_before_log_prob_and_add_up_to_it() -> None:
     x, adapter = torch.randn(5, 3), om.LogLikelihood(Terms())
-    assert [term for term, _ in adapter.log_likelihood(x)] == ["base", "log_det"]
+    assert [term for term, _ in checked_terms(adapter, x)] == ["base", "log_det"]
     torch.testing.assert_close(log_likelihood(adapter, x), Diagonal().log_prob(x).detach())
 
 
@@ -103,7 +104,7 @@ def test_density_of_a_flow_integrates_to_one() -> None:
 
 def test_glow_shows_its_levels() -> None:
     flow = om.models.Glow(channels=1, size=4, steps=1, hidden=2)
-    terms = [term for term, _ in om.LogLikelihood(flow).log_likelihood(torch.rand(2, 1, 4, 4))]
+    terms = [term for term, _ in checked_terms(om.LogLikelihood(flow), torch.rand(2, 1, 4, 4))]
     assert terms == ["latent_1", "latent_2", "log_det"]
 
 
@@ -166,8 +167,8 @@ def test_dequantised_values_stay_in_their_bins(bins: int) -> None:
 
 def test_volume_belongs_to_the_last_term() -> None:
     x = bits(5, 3)
-    found = dict(om.LogLikelihood(Terms().double(), bins=256).log_likelihood(x))
-    plain = dict(om.LogLikelihood(Terms().double()).log_likelihood(x))
+    found = dict(checked_terms(om.LogLikelihood(Terms().double(), bins=256), x))
+    plain = dict(checked_terms(om.LogLikelihood(Terms().double()), x))
     shift = found["log_det"] - plain["log_det"]
     torch.testing.assert_close(shift, torch.full_like(shift, -3 * math.log(256)))
     assert torch.all((found["base"] - plain["base"]).abs() < 1)
@@ -204,7 +205,7 @@ def test_dequantisation_leaves_the_global_random_state_and_the_input() -> None:
 def test_values_outside_the_unit_interval_are_refused_with_bins(x: float) -> None:
     adapter = om.LogLikelihood(Diagonal(), bins=256)
     with pytest.raises(ValueError, match=r"values in \[0, 1\] for bins=256, got values from"):
-        list(adapter.log_likelihood(torch.full((2, 3), x)))
+        list(checked_terms(adapter, torch.full((2, 3), x)))
 
 
 @pytest.mark.parametrize("bins", [1, 0, -3])
@@ -222,7 +223,7 @@ def test_a_module_without_a_density_needs_a_function() -> None:
 
 def test_integer_samples_are_refused() -> None:
     with pytest.raises(ValueError, match=r"floating-point samples.*\(2, 3\) and dtype torch.int64"):
-        list(om.LogLikelihood(Diagonal()).log_likelihood(torch.ones(2, 3, dtype=torch.long)))
+        list(checked_terms(om.LogLikelihood(Diagonal()), torch.ones(2, 3, dtype=torch.long)))
 
 
 def test_a_mapping_without_a_term_is_refused() -> None:

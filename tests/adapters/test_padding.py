@@ -123,7 +123,7 @@ def texts(n: int = 3, length: int = 6) -> Tensor:
 
 def value(adapter: om.Adapter, batch: Any) -> Tensor:
     [(_, found)] = adapter.log_likelihood(batch)
-    return found.detach()
+    return found.total().detach()  # type: ignore[union-attr]
 
 
 def by_loop(module: nn.Module, text: Tensor, given: int = 1) -> Tensor:

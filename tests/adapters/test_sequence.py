@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 
 VOCABULARY = 11
 
@@ -51,7 +52,7 @@ def tokens(n: int = 4, length: int = 7) -> Tensor:
 
 
 def log_likelihood(adapter: om.Adapter, batch: Any) -> Tensor:
-    [(term, value)] = adapter.log_likelihood(batch)
+    [(term, value)] = checked_terms(adapter, batch)
     assert term == "log_likelihood"
     return value.detach()
 
@@ -101,7 +102,7 @@ def test_probabilities_of_all_sequences_add_up_to_one() -> None:
 
 
 def test_first_token_is_given() -> None:
-    [(_, one)] = om.SequenceLikelihood(Bigram()).log_likelihood(torch.tensor([[3, 5]]))
+    [(_, one)] = checked_terms(om.SequenceLikelihood(Bigram()), torch.tensor([[3, 5]]))
     assert one.item() < 0
     all_seconds = torch.stack([torch.full((VOCABULARY,), 3), torch.arange(VOCABULARY)], 1)
     total = log_likelihood(om.SequenceLikelihood(Bigram()), all_seconds).exp().sum()

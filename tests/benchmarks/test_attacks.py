@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from benchmarks.detection.attacks import Sign, fgsm, input_gradient, pgd
+from ood_monitor.adapters.base import checked_terms
 
 EPSILON = 2 / 255
 
@@ -47,7 +48,7 @@ def batch() -> Tensor:
 
 @torch.no_grad()
 def total(adapter: om.Adapter, batch: Tensor) -> Tensor:
-    return torch.stack([value for _, value in adapter.log_likelihood(batch)]).sum(0)
+    return torch.stack([value for _, value in checked_terms(adapter, batch)]).sum(0)
 
 
 @ATTACKS

@@ -10,6 +10,7 @@ from support.model_case import Case, Function, Gaussian
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.gradients import gradient_norms, last_layers
 
 TOKENS = torch.tensor([[0, 1, 1], [2, 4, 2], [3, 3, 3], [4, 0, 1]])
@@ -102,7 +103,7 @@ def alone(adapter: om.Adapter, batch: Any, granularity: str) -> dict[str, Tensor
     """By plain autograd, one sample at a time."""
     named, found = dict(adapter.module.named_parameters()), {}
     for i in range(len(batch)):
-        ((term, value),) = adapter.log_likelihood(batch[i : i + 1])
+        ((term, value),) = checked_terms(adapter, batch[i : i + 1])
         gradients = torch.autograd.grad(value.sum(), list(named.values()), allow_unused=True)
         for (name, leaf), gradient in zip(named.items(), gradients, strict=True):
             dense = torch.zeros_like(leaf) if gradient is None else gradient.to_dense()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.adapters.base import Batch, batch_size, checked_terms, map_tensors
 from ood_monitor.gradients import gradient_norms, terms_and_norms
 from ood_monitor.gradients.check import _known
 from ood_monitor.gradients.rules import RULES, Materialised, Rule
@@ -52,7 +52,7 @@ def gradients(adapter: om.Adapter, batch: Batch, group: int = 1) -> Norms:
     found: dict[str, list[Tensor]] = {}
     for start in range(0, batch_size(batch), group):
         samples = map_tensors(lambda t: t[start : start + group].clone(), batch)  # noqa: B023
-        for term, value in adapter.log_likelihood(samples):
+        for term, value in checked_terms(adapter, samples):
             parts = torch.autograd.grad(
                 value.sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
             )
@@ -126,7 +126,7 @@ def test_keys_are_terms_then_parameters_in_module_order() -> None:
     adapter, batch = model("glow")()
     result = terms_and_norms(adapter, batch)
     names = [name for name, _ in adapter.module.named_parameters()]
-    terms = dict(adapter.log_likelihood(batch))
+    terms = dict(checked_terms(adapter, batch))
     assert list(result.norms) == [f"{term}/{name}" for term in terms for name in names]
     assert list(result.log_likelihood) == list(terms)
     for term, values in terms.items():
@@ -493,8 +493,8 @@ def test_a_batch_may_be_nested(batch: Batch) -> None:
 def test_terms_of_one_forward_pass_equal_those_of_their_own() -> None:
     adapter, batch = model("glow")()
     norms = gradient_norms(adapter, batch)
-    for term, _ in adapter.log_likelihood(batch):
-        alone = Terms(lambda m, x: [item for item in adapter.log_likelihood(x) if item[0] == term])  # noqa: B023
+    for term, _ in checked_terms(adapter, batch):
+        alone = Terms(lambda m, x: [item for item in checked_terms(adapter, x) if item[0] == term])  # noqa: B023
         alone.module = adapter.module
         assert_norms(
             gradient_norms(alone, batch),

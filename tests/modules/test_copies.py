@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import ood_monitor as om
+from ood_monitor.adapters.base import checked_terms
 from ood_monitor.modules import scored, scoring_view
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
@@ -230,7 +231,7 @@ def reference(kind: Callable[[], nn.Module], x: Tensor) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
     for sample in x.split(1):
         adapter = Gaussian(made(kind).eval())
-        (value,) = dict(adapter.log_likelihood(sample)).values()
+        (value,) = dict(checked_terms(adapter, sample)).values()
         named = dict(adapter.module.named_parameters())
         for name, g in zip(named, torch.autograd.grad(value.sum(), [*named.values()]), strict=True):
             rows.setdefault(f"log_likelihood/{name}", []).append(g.square().sum())
