@@ -9,8 +9,9 @@ draws the importance-weighted bound is tighter,
 .. math:: \log \frac1K \sum_k w_k, \quad w_k = p(x|z_k) \, N(z_k; 0, I) / q(z_k|x).
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +19,19 @@ from torch import Tensor, nn
 from ood_monitor.adapters.base import (
     Adapter,
     Batch,
+    Condition,
+    SampleKind,
     checked_floating,
+    checked_sample,
     describe,
     first_tensor,
+    images_in,
+    is_plain_image,
+    no_condition,
     normal_draws,
+    repeated,
 )
+from ood_monitor.adapters.elements import Elements, averaged
 from ood_monitor.adapters.observations import Gaussian, Observation
 
 __all__ = ["ELBO"]
@@ -40,10 +49,14 @@ class ELBO(Adapter):
         importance_weighted: Whether the terms add up to the importance-weighted bound, by a third
             term, which needs at least two draws.
         inputs: Takes x, shape (B, ...), from a batch as the loader yields it.
+        condition: Gives further keywords of ``encode`` and ``decode`` from a batch: labels. A
+            method that does not name one is not given it.
         seed: Seed of the draws, which all samples share.
+        sample: What a sample is; by default ``"image"`` for grey or colour images (B, C, H, W) of
+            at least 4 x 4 pixels.
 
     Raises:
-        ValueError: The module lacks a method, no draw, or one to weight.
+        ValueError: The module lacks a method, no draw, or one to weight, or ``sample`` is no kind.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114
@@ -55,9 +68,9 @@ class ELBO(Adapter):
         >>> vae = nn.Module()
         >>> vae.encoder, vae.decode = nn.Linear(6, 4), nn.Linear(2, 6)
         >>> vae.encode = lambda x: vae.encoder(x).chunk(2, 1)
-        >>> terms = ELBO(vae, observation=Gaussian(0.1)).log_likelihood(torch.zeros(3, 6))
-        >>> [(term, tuple(values.shape)) for term, values in terms]
-        [('reconstruction', (3,)), ('kl', (3,))]
+        >>> terms = dict(ELBO(vae, observation=Gaussian(0.1)).log_likelihood(torch.zeros(3, 6)))
+        >>> tuple(terms["reconstruction"].total().shape), tuple(terms["kl"].shape)
+        ((3,), (3,))
     """
 
     def __init__(
@@ -68,7 +81,9 @@ class ELBO(Adapter):
         draws: int = 1,
         importance_weighted: bool = False,
         inputs: Callable[[Batch], Tensor] = first_tensor,
+        condition: Condition = no_condition,
         seed: int = 0,
+        sample: SampleKind | None = None,
     ) -> None:
         missing = [name for name in ("encode", "decode") if not hasattr(module, name)]
         if missing:
@@ -79,37 +94,93 @@ class ELBO(Adapter):
         self.module, self.seed = module, seed
         self._observation = Gaussian() if observation is None else observation
         self._draws, self._importance_weighted = draws, importance_weighted
-        self._inputs = inputs
+        self._inputs, self._condition = inputs, condition
+        self.sample = checked_sample(sample)
 
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
         """Yield ``reconstruction``, log p(x|z), and ``kl``, the negative divergence.
 
-        Both are means over the draws. With importance weights ``importance`` follows: what the
-        weighted bound is above their sum.
+        Both are means over the draws. The first is by element where the observation has
+        ``elements``. With importance weights ``importance`` follows: what the weighted bound is
+        above their sum.
+
+        Raises:
+            ValueError: Samples of whole numbers, what ``encode`` or ``decode`` gives is of another
+                kind, or a keyword that neither names.
         """
         x = checked_floating(self._inputs(batch))
-        mean, log_variance = _posterior(self.module.encode(x))  # type: ignore[operator]
+        mean, log_variance = _posterior(self._call("encode", x, batch))
         eps = normal_draws(mean.shape[1:], self._draws, self.seed).to(mean)
         # A sample's draws are neighbours in a batch of B K: it still has its own rows.
         z = mean[:, None] + (0.5 * log_variance).exp()[:, None] * eps
-        log_likelihood = self._reconstruction(x, z)
+        found = self._reconstruction(x, z, batch)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        reconstruction, kl = log_likelihood.mean(1), -divergence.flatten(1).sum(1)
+        reconstruction, kl = self._averaged(found), -divergence.flatten(1).sum(1)
         yield "reconstruction", reconstruction
         yield "kl", kl
         if self._importance_weighted:
             # log N(z; 0, I) - log q(z|x), in which the normalisers cancel.
             prior = 0.5 * (eps.square() + log_variance[:, None] - z.square()).flatten(2).sum(2)
+            log_likelihood = _summed(found).view(-1, self._draws)
             # Weights beside the sum so far, since a difference of two bounds would be rounding.
-            log_weights = log_likelihood + prior - (reconstruction + kl)[:, None]
+            bound = log_likelihood.mean(1) + kl
+            log_weights = log_likelihood + prior - bound[:, None]
             yield "importance", log_weights.logsumexp(1) - math.log(self._draws)
 
-    def _reconstruction(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log p(x|z) of each draw, shape (B, K)."""
-        decoded = self.module.decode(z.flatten(0, 1))  # type: ignore[operator]
+    def sample_of(self, batch: Batch) -> SampleKind | None:
+        """As said, or an image where that is plain."""
+        plain: SampleKind | None = "image" if is_plain_image(self._inputs(batch)) else None
+        return self.sample or plain
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """Images in the range of the observation, [0, 1] if it has none, mapped to [0, 1]."""
+        ends = [getattr(self._observation, name, None) for name in ("low", "high")]
+        low, high = (0.0, 1.0) if None in ends else map(float, ends)  # type: ignore[arg-type]
+        return images_in(self._inputs(batch), self.sample_of(batch), (low, high))
+
+    def _reconstruction(self, x: Tensor, z: Tensor, batch: Batch) -> Tensor | Elements:
+        """Log p(x|z) of each draw, B K rows."""
+        decoded = self._call("decode", z.flatten(0, 1), repeated(batch, self._draws))
+        decoded = getattr(decoded, "sample", decoded)
         copies = x.repeat_interleave(self._draws, 0) if self._draws > 1 else x
-        log_prob = self._observation.log_prob(copies, getattr(decoded, "sample", decoded))
-        return log_prob.flatten(1).sum(1).view(-1, self._draws)
+        elements = getattr(self._observation, "elements", None)
+        if elements is None:
+            return self._observation.log_prob(copies, decoded).flatten(1).sum(1)
+        return elements(copies, decoded)  # type: ignore[no-any-return]
+
+    def _averaged(self, found: Tensor | Elements) -> Tensor | Elements:
+        if isinstance(found, Elements):
+            return averaged(found, self._draws)
+        return found.view(-1, self._draws).mean(1)
+
+    def _call(self, name: str, x: Tensor, batch: Batch) -> Any:
+        """``encode`` or ``decode`` of x, with the keywords that it names."""
+        condition = self._condition(batch)
+        method: Callable[..., Any] = getattr(self.module, name)
+        if not condition:
+            return method(x)
+        other = getattr(self.module, "decode" if name == "encode" else "encode")
+        unknown = [key for key in condition if not (_names(method, key) or _names(other, key))]
+        if unknown:
+            raise ValueError(
+                f"Expected keywords that `encode` or `decode` of {type(self.module).__name__} "
+                f"names, got {unknown}: name them in the method that takes them."
+            )
+        return method(x, **{k: value for k, value in condition.items() if _names(method, k)})
+
+
+def _summed(found: Tensor | Elements) -> Tensor:
+    return found.total() if isinstance(found, Elements) else found
+
+
+def _names(method: Callable[..., Any], keyword: str) -> bool:
+    """Whether a method takes a keyword; one whose signature is not known does."""
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(method).parameters
+    except (TypeError, ValueError):  # compiled code
+        return True
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return keyword in parameters or takes_all
 
 
 def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:

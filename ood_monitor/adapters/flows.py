@@ -1,33 +1,44 @@
 """Flows of other libraries, read term by term: each latent's log-density, the log-determinant.
 
 A reader takes the module, a batch of samples and the module's further keywords, and gives
-``{term: (B,)}`` in nats, which add up to the log-likelihood. Modules are known by what they have,
-so that no library is imported.
+``{term: (B,)}`` in nats, which add up to the log-likelihood, or elements in the place of (B,).
+Modules are known by what they have, so that no library is imported.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
 
 from ood_monitor.adapters.base import describe
+from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.laws import gaussian, of_distribution
 
 __all__ = ["Density", "density_of", "latents_and_log_det"]
 
-#: ``function(module, x, **condition)``, giving log p(x), shape (B,), or its terms by name.
-Density: TypeAlias = Callable[..., Tensor | Mapping[str, Tensor]]
+#: A term: its values, shape (B,), or its elements.
+Term: TypeAlias = Tensor | Elements
+
+#: ``function(module, x, **condition)``, giving log p(x), shape (B,) or by element, its terms by
+#: name, or the distribution of x.
+Density: TypeAlias = Callable[..., Term | Distribution | Mapping[str, Term]]
 
 
 def density_of(module: nn.Module) -> Density:
     """How to read a module's log-density, in terms where they can be told apart.
 
-    Known are modules with ``log_prob_terms`` (:class:`ood_monitor.models.Glow`), normflows'
+    Known are modules with ``log_prob_elements`` (:class:`ood_monitor.models.Glow`) or
+    ``log_prob_terms``, a mapping of elements or of values of shape (B,), normflows'
     ``MultiscaleFlow`` and ``NormalizingFlow``, zuko's flows, and anything with ``log_prob``.
 
     Raises:
         ValueError: None of these.
     """
+    if callable(getattr(module, "log_prob_elements", None)):
+        return _by_elements
     if callable(getattr(module, "log_prob_terms", None)):
         return _by_terms
     if _has(module, "q0", "flows", "merges", "inverse_and_log_det"):
@@ -102,7 +113,7 @@ def _check_elements(latents: list[Any], x: Tensor) -> None:
         )
 
 
-def _has(module: nn.Module, *names: str) -> bool:
+def _has(module: Any, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
@@ -116,6 +127,10 @@ def _standard_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square() + math.log(2 * math.pi)).reshape(len(z), -1).sum(1)
 
 
+def _by_elements(module: Any, x: Tensor, **condition: Any) -> Mapping[str, Term]:
+    return module.log_prob_elements(x, **condition)  # type: ignore[no-any-return]
+
+
 def _by_terms(module: Any, x: Tensor, **condition: Any) -> Mapping[str, Tensor]:
     return module.log_prob_terms(x, **condition)  # type: ignore[no-any-return]
 
@@ -124,29 +139,97 @@ def _by_log_prob(module: Any, x: Tensor, **condition: Any) -> Tensor:
     return module.log_prob(x, **condition)  # type: ignore[no-any-return]
 
 
-def _normflows(module: Any, x: Tensor, **context: Any) -> dict[str, Tensor]:
+def _normflows(module: Any, x: Tensor, **context: Any) -> dict[str, Term]:
     """Of a conditional flow ``context`` is the condition, (B, ...)."""
     # Added up here: the module adds into zeros of the process's default dtype, which rounds.
     log_det = x.new_zeros(len(x))
     for flow in reversed(module.flows):
         x, of_flow = flow.inverse(x, **context)
         log_det = log_det + of_flow.to(x)
-    return {"latent": module.q0.log_prob(x, **context), "log_det": log_det}
+    return {"latent": _normflows_latent(module.q0, x, **context), "log_det": log_det}
 
 
-def _normflows_multiscale(module: Any, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+def _normflows_multiscale(module: Any, x: Tensor, y: Tensor | None = None) -> dict[str, Term]:
     """Of a class-conditional flow y, shape (B,), is the label; the top level is the last latent."""
     latents, log_det = module.inverse_and_log_det(x)
     label = (y,) if module.class_cond else ()
     levels = reversed(list(zip(module.q0, latents, strict=True)))
-    values = [q0.log_prob(z, *label) for q0, z in levels]
+    values = [_normflows_latent(q0, z, *label) for q0, z in levels]
     return _named(values) | {"log_det": log_det}
 
 
-def _zuko(module: Any, x: Tensor, c: Tensor | None = None) -> dict[str, Tensor]:
-    """C is the context, shape (B, C)."""
+def _normflows_latent(q0: Any, z: Tensor, *label: Any, **context: Any) -> Term:
+    """By element under a Gaussian that differs between samples."""
+    condition = [*label, *context.values()]
+    moments = _moments(q0, *condition) if len(condition) == 1 else None
+    if moments is None:
+        return q0.log_prob(z, *label, **context)  # type: ignore[no-any-return]
+    mean, log_sd = moments
+    temperature = getattr(q0, "temperature", None)
+    return gaussian(z, mean, log_sd if temperature is None else log_sd + math.log(temperature))
+
+
+def _moments(q0: Any, condition: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and log standard deviation of normflows' conditional Gaussians, or None for another."""
+    if _has(q0, "context_encoder", "shape", "d"):
+        encoded = q0.context_encoder(condition)
+        return encoded.tensor_split([encoded.shape[-1] // 2], -1)  # type: ignore[no-any-return]
+    classes = getattr(q0, "num_classes", None)
+    if not classes or not _has(q0, "loc", "log_scale"):
+        return None
+    one_hot = condition
+    if condition.ndim == 1:
+        one_hot = q0.loc.new_zeros(len(condition), classes).scatter(1, condition[:, None], 1)
+    if _has(q0, "loc_cc", "log_scale_cc", "logscale_factor"):
+
+        def of_channels(shared: Tensor, logs: Tensor, of_class: Tensor) -> Tensor:
+            each = (one_hot @ of_class).view(len(one_hot), -1, *[1] * (shared.ndim - 2))
+            return shared * torch.exp(logs * q0.logscale_factor) + each
+
+        mean = of_channels(q0.loc, q0.loc_logs, q0.loc_cc)
+        return mean, of_channels(q0.log_scale, q0.log_scale_logs, q0.log_scale_cc)
+    if q0.loc.shape[-1] == q0.log_scale.shape[-1] == classes and _has(q0, "perm"):
+        mean, log_sd = (part @ one_hot.t() for part in (q0.loc, q0.log_scale))
+        return mean.permute(*q0.perm), log_sd.permute(*q0.perm)
+    return None
+
+
+def _zuko(module: Any, x: Tensor, c: Tensor | None = None) -> dict[str, Term]:
+    """C is the context, shape (B, C). Of rows of a table, elements are its columns."""
     flow = module(c)
+    is_shared = _has_shared_base(module, c)
+    if (columns := _columns(flow, x)) is not None:
+        z, log_det = columns
+        return {"latent": of_distribution(flow.base, z, is_shared=is_shared), "log_det": log_det}
     z, log_det = flow.transform.call_and_ladj(x)
     # A transform of single numbers leaves the sum over them to be taken.
     log_det = log_det.flatten(1).sum(1) if log_det.ndim > 1 else log_det
-    return {"latent": flow.base.log_prob(z), "log_det": log_det}
+    latent = flow.base.log_prob(z) if is_shared else of_distribution(flow.base, z)
+    return {"latent": latent, "log_det": log_det}
+
+
+def _has_shared_base(module: Any, c: Tensor | None) -> bool:
+    """Whether the base is the same for all samples: it has no dimension of theirs."""
+    with torch.no_grad():  # seen before the flow expands it to the context's samples
+        base = module.base(c)
+    return not isinstance(base, Distribution) or not base.batch_shape
+
+
+def _columns(flow: Any, x: Tensor) -> tuple[Tensor, Elements] | None:
+    """Latents and log-derivatives by column of an autoregressive flow on (B, D), or None.
+
+    Column i stays column i: each step maps it by a function of itself, given others.
+    """
+    base = flow.base
+    if x.ndim != 2 or not isinstance(base, Independent) or base.reinterpreted_batch_ndims != 1:
+        return None
+    log_det = torch.zeros_like(x)
+    for transform in getattr(flow.transform, "transforms", [flow.transform]):
+        step = transform.meta(x) if _has(transform, "meta", "passes") else transform
+        if getattr(step, "reinterpreted", None) == 1 and hasattr(step, "base"):
+            step = step.base  # before it sums over the columns
+        if getattr(getattr(step, "domain", None), "event_dim", None) != 0:
+            return None
+        x, of_step = step.call_and_ladj(x)
+        log_det = log_det + of_step
+    return x, Elements(log_det)

@@ -5,19 +5,26 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ood_monitor.adapters.base import (
     Adapter,
     Batch,
     Condition,
+    SampleKind,
     checked_floating,
     checked_range,
+    checked_sample,
     first_tensor,
+    images_in,
+    is_plain_image,
     no_condition,
     term_values,
     uniform_draw,
 )
+from ood_monitor.adapters.elements import Elements, shifted
 from ood_monitor.adapters.flows import Density, density_of
+from ood_monitor.adapters.laws import of_distribution
 
 __all__ = ["LogLikelihood"]
 
@@ -29,7 +36,9 @@ class LogLikelihood(Adapter):
         module: The model. Without ``function`` it must have ``log_prob_terms(x)``, a mapping of
             terms of shape (B,) whose sum is the log-likelihood, or ``log_prob(x)``, of shape (B,),
             or be a flow of normflows or zuko, whose terms are known.
-        function: ``function(module, x, **condition)`` in their place, returning either.
+        function: ``function(module, x, **condition)`` in their place, returning either. It may
+            also give :class:`~ood_monitor.Elements` in the place of (B,) values, or a
+            ``torch.distributions`` object, whose log-probabilities of x and entropies are taken.
         inputs: Takes the sample x, shape (B, ...), from a batch as the loader yields it; by default
             the batch itself, or the first item of a list or tuple.
         condition: Gives the further keywords from a batch: normflows' label ``y``, zuko's context
@@ -40,10 +49,12 @@ class LogLikelihood(Adapter):
             over u.
         value_range: The smallest and the largest value, (low, high).
         seed: Seed of u, one draw shared by all samples.
+        sample: What a sample is; by default ``"image"`` for grey or colour images (B, C, H, W) of
+            at least 4 x 4 pixels. Say ``"row"`` for rows of a table, (B, D).
 
     Raises:
-        ValueError: The module has no log-density and no ``function`` was given, bins < 2, or a
-            range that is none.
+        ValueError: The module has no log-density and no ``function`` was given, bins < 2, a range
+            that is none, or ``sample`` is no kind.
 
     References:
         A note on the evaluation of generative models (Theis, van den Oord, Bethge, 2016),
@@ -52,9 +63,9 @@ class LogLikelihood(Adapter):
     Example:
         >>> import zuko
         >>> flow = zuko.flows.NSF(features=2, transforms=1)
-        >>> terms = LogLikelihood(flow).log_likelihood(torch.rand(4, 2))
-        >>> [(term, tuple(value.shape)) for term, value in terms]
-        [('latent', (4,)), ('log_det', (4,))]
+        >>> terms = LogLikelihood(flow, sample="row").log_likelihood(torch.rand(4, 2))
+        >>> [(term, tuple(columns.log_prob.shape)) for term, columns in terms]
+        [('latent', (4, 2)), ('log_det', (4, 2))]
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class LogLikelihood(Adapter):
         bins: int | None = None,
         value_range: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
+        sample: SampleKind | None = None,
     ) -> None:
         if bins is not None and bins < 2:
             raise ValueError(f"Expected at least 2 bins, got {bins}.")
@@ -76,16 +88,27 @@ class LogLikelihood(Adapter):
         self._function = function or density_of(module)
         self._inputs, self._condition = inputs, condition
         self._bins, self._range = bins, value_range
+        self.sample = checked_sample(sample)
 
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
-        """Yield the terms, all of one forward pass."""
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
+        """Yield the terms, all of one forward pass, by element where their laws are known."""
         x, log_volume = self._dequantised(checked_floating(self._inputs(batch)))
         result = self._function(self.module, x, **self._condition(batch))
-        terms = dict(result) if isinstance(result, Mapping) else {"log_likelihood": result}
+        found = of_distribution(result, x) if isinstance(result, Distribution) else result
+        terms = dict(found) if isinstance(found, Mapping) else {"log_likelihood": found}
         # A change of variables: it belongs to the last term, the log-determinant if there is one.
         for last in list(terms)[-1:]:
-            terms[last] = terms[last] + log_volume
+            terms[last] = _with(terms[last], log_volume)
         yield from terms.items()
+
+    def sample_of(self, batch: Batch) -> SampleKind | None:
+        """As said, or an image where that is plain."""
+        plain: SampleKind | None = "image" if is_plain_image(self._inputs(batch)) else None
+        return self.sample or plain
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """Images of ``value_range``, mapped to [0, 1]."""
+        return images_in(self._inputs(batch), self.sample_of(batch), self._range)
 
     def bits_per_dimension(self, batch: Batch) -> Tensor:
         """-log2 p(x) / D of each sample, shape (B,), of D dimensions; without gradients.
@@ -105,3 +128,7 @@ class LogLikelihood(Adapter):
         unit = ((x - low) / (high - low) * (self._bins - 1) + u) / self._bins
         log_volume = x[0].numel() * math.log((high - low) / self._bins)
         return low + (high - low) * unit, log_volume
+
+
+def _with(term: Tensor | Elements, constant: float) -> Tensor | Elements:
+    return shifted(term, constant) if isinstance(term, Elements) else term + constant

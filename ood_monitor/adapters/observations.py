@@ -1,9 +1,11 @@
 """What a decoder's output says of the data: the observation models p(x|z) of autoencoders.
 
 Each has ``log_prob(x, decoded)``, the log-probability of every dimension, in nats, of the shape of
-x; your own may stand in their place.
+x; your own may stand in their place. Ours also have ``elements(x, decoded)``, which adds what the
+law expects of each dimension.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +15,18 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ood_monitor.adapters.base import checked_range, describe
+from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.laws import bernoulli, expectation_of_normal, in_single, places
 
 __all__ = ["Bernoulli", "DiscretizedLogistic", "Gaussian", "Observation"]
 
 
 class Observation(Protocol):
-    """A density of x given what ``decode`` gave."""
+    """A density of x given what ``decode`` gave.
+
+    It may also have ``elements(x, decoded)``, giving :class:`~ood_monitor.Elements` of the same
+    log-probabilities and what is expected of each.
+    """
 
     def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
         """Log-probability of each dimension, in nats, of the shape of x, (B, ...)."""
@@ -52,6 +60,17 @@ class Gaussian:
         normal = Normal(mean, sd, validate_args=False)
         return normal.log_prob(x)  # type: ignore[no-any-return, no-untyped-call]
 
+    def elements(self, x: Tensor, decoded: Any) -> Elements:
+        """With a learned variance, what each expects: -log sd - 1/2 - 1/2 log 2 pi, in nats.
+
+        With a stated one that is the same for every sample, and None.
+        """
+        log_prob = self.log_prob(x, decoded)
+        if self.variance is not None:
+            return Elements(log_prob, axes=places(x))
+        _, log_variance = decoded
+        return Elements(log_prob, lambda: expectation_of_normal(0.5 * log_variance), axes=places(x))
+
 
 @dataclass(frozen=True)
 class Bernoulli:
@@ -68,6 +87,10 @@ class Bernoulli:
         """
         checked_range(x, 0.0, 1.0, "a Bernoulli observation")
         return -F.binary_cross_entropy_with_logits(_like(x, decoded), x, reduction="none")
+
+    def elements(self, x: Tensor, decoded: Any) -> Elements:
+        """With minus the entropy of each coin, and the squared distance from its probability."""
+        return bernoulli(self.log_prob(x, decoded), x, decoded)
 
 
 @dataclass(frozen=True)
@@ -107,8 +130,29 @@ class DiscretizedLogistic:
             ValueError: Values outside [low, high].
         """
         checked_range(x, self.low, self.high, f"{self.bins} bins")
-        mean, log_scale = _pair(x, decoded, "log_scale")
-        half = 0.5 * (self.high - self.low) / (self.bins - 1)
+        return self._log_mass(x, *_pair(x, decoded, "log_scale"))
+
+    def elements(self, x: Tensor, decoded: Any) -> Elements:
+        """With the expectation over all bins of each, and the quadratic pair of their masses.
+
+        Both are computed bin by bin, so that no more than a few tensors of x's size are in memory.
+        """
+        log_prob = self.log_prob(x, decoded)
+        mean, log_scale = (in_single(part) for part in decoded)
+        moments = functools.cache(lambda: self._moments(x.to(mean), mean, log_scale))
+
+        def quadratic() -> tuple[Tensor, Tensor]:
+            return moments()[1], moments()[2]
+
+        return Elements(log_prob, lambda: moments()[0], quadratic, axes=places(x))
+
+    @property
+    def _half(self) -> float:
+        """Half of the width of a bin."""
+        return 0.5 * (self.high - self.low) / (self.bins - 1)
+
+    def _log_mass(self, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        half = self._half
         inverse_scale = (-log_scale).exp()
         above = (x - mean + half) * inverse_scale
         below = (x - mean - half) * inverse_scale
@@ -117,6 +161,18 @@ class DiscretizedLogistic:
         mass = F.logsigmoid(above) + F.logsigmoid(-below) + width
         mass = torch.where(x < self.low + half, F.logsigmoid(above), mass)
         return torch.where(x > self.high - half, F.logsigmoid(-below), mass)
+
+    def _moments(self, x: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[log p], the squared distance of the bin that came from the masses, and E of that."""
+        came = ((x - self.low) / (2 * self._half)).round()
+        expected, distance, law = (torch.zeros_like(mean) for _ in range(3))
+        for i in range(self.bins):
+            log_p = self._log_mass(x.new_tensor(self.low + 2 * self._half * i), mean, log_scale)
+            p = log_p.exp()
+            expected = expected + torch.where(p > 0, p * log_p, torch.zeros_like(p))
+            distance = distance + ((came == i).to(p) - p).square()
+            law = law + p * (1 - p)
+        return expected, distance, law
 
 
 def _pair(x: Tensor, decoded: Any, second: str) -> tuple[Tensor, Tensor]:

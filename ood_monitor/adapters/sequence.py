@@ -5,6 +5,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -15,10 +16,16 @@ from ood_monitor.adapters.base import (
     Adapter,
     Batch,
     Condition,
+    SampleKind,
+    checked_sample,
     describe,
     first_tensor,
+    images_in,
+    map_tensors,
     no_condition,
 )
+from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.laws import categorical, places
 from ood_monitor.adapters.padding import (
     check_ends,
     check_starts,
@@ -29,8 +36,26 @@ from ood_monitor.adapters.padding import (
     starts_of,
     text_with_end,
 )
+from ood_monitor.modules import Passes, scored
 
 __all__ = ["SequenceLikelihood"]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the module is given of a batch.
+
+    Attributes:
+        tokens: Shape (B, T) or (B, ...).
+        text: Which are no padding, bool, of that shape.
+        counted: Which are neither padding nor a prompt, bool, of that shape.
+        condition: Keywords.
+    """
+
+    tokens: Tensor
+    text: Tensor
+    counted: Tensor
+    condition: Mapping[str, Any]
 
 
 class SequenceLikelihood(Adapter):
@@ -67,6 +92,8 @@ class SequenceLikelihood(Adapter):
             yields it.
         condition: Gives the module's further keywords from a batch.
         scale: What the module takes for the tokens, if not themselves: pixels as real numbers.
+        sample: What a sample is. By default ``"sequence"`` for tokens (B, T), and ``"image"`` for
+            those of grey or colour images, (B, C, H, W).
 
     References:
         | A Neural Probabilistic Language Model (Bengio et al., 2003)
@@ -75,14 +102,14 @@ class SequenceLikelihood(Adapter):
         | https://arxiv.org/abs/1601.06759
 
     Raises:
-        ValueError: ``padding_is_end`` goes without a ``padding``.
+        ValueError: ``padding_is_end`` goes without a ``padding``, or ``sample`` is no kind.
 
     Example:
         >>> bigram = nn.Embedding(5, 5)
         >>> adapter = SequenceLikelihood(bigram, padding=0)
-        >>> terms = adapter.log_likelihood(torch.tensor([[3, 1, 4], [2, 4, 0]]))
-        >>> [(term, tuple(value.shape)) for term, value in terms]
-        [('log_likelihood', (2,))]
+        >>> [(term, tokens)] = adapter.log_likelihood(torch.tensor([[3, 1, 4], [2, 4, 0]]))
+        >>> term, tuple(tokens.log_prob.shape), tuple(tokens.total().shape)
+        ('log_likelihood', (2, 2), (2,))
     """
 
     def __init__(
@@ -98,6 +125,7 @@ class SequenceLikelihood(Adapter):
         inputs: Callable[[Batch], Tensor] = first_tensor,
         condition: Condition = no_condition,
         scale: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        sample: SampleKind | None = None,
     ) -> None:
         if padding_is_end and padding is None:
             raise ValueError("Expected `padding=` with padding_is_end=True, got none.")
@@ -106,9 +134,13 @@ class SequenceLikelihood(Adapter):
         self._padding, self._padding_is_end, self._given = padding, padding_is_end, given
         self._inputs, self._condition = inputs, condition
         self._scale = scale
+        self.sample = checked_sample(sample)
+        self._vocabulary: int | None = None  # unknown until images are asked for
 
-    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
-        """Yield one term, of shape (B,), in nats.
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Elements]]:
+        """Yield one term, whose elements are the tokens that are predicted, in nats.
+
+        Of tokens (B, T) they are (B, T - 1) if shifted, of texts from their first token on.
 
         Raises:
             ValueError: What are no tokens, a text longer than the model's context or without a
@@ -119,19 +151,66 @@ class SequenceLikelihood(Adapter):
             UserWarning: Whether the padding token also ends texts is not known: a transformers
                 model that names neither its end token nor this padding token.
         """
+        given = self._given_to_module(batch)
+        tokens, counted, logits = given.tokens, given.counted, self._logits(given)
+        if self._shifted:
+            logits, tokens, counted = logits[:, :-1], tokens[:, 1:], counted[:, 1:]
+        axes = (1,) if tokens.ndim == 2 else places(tokens)
+        options = {"counted": counted, "mean": self._per_token, "axes": axes}
+        yield "log_likelihood", categorical(logits, tokens, **options)
+
+    def sample_of(self, batch: Batch) -> SampleKind | None:
+        """As said, or by the tokens' shape: a sequence (B, T), or an image (B, C, H, W)."""
+        if self.sample is not None:
+            return self.sample
+        tokens = self._inputs(batch)
+        if tokens.ndim == 2:
+            return "sequence"
+        return "image" if tokens.ndim == 4 and tokens.shape[1] in (1, 3) else None
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """Pixels of V values as real numbers from 0 to 1, in single precision.
+
+        V is told by the logits: by a pass of one sample, when images are first asked for.
+        """
+        kind, tokens = self.sample_of(batch), self._inputs(batch)
+        if kind != "image" or tokens.ndim != 4:
+            return None
+        if self._vocabulary is None:
+            self._vocabulary = self._values_of_a_token(batch)
+        return images_in(tokens.float(), kind, (0.0, max(1.0, self._vocabulary - 1.0)))
+
+    def positions(self, batch: Batch) -> Tensor | None:
+        """Which tokens are neither padding nor prompt, bool, of texts from their first token on.
+
+        Of shape (B, T), with T the columns that the module is given; the first token of a text is
+        among them, although it is not predicted where logits are shifted. None for images.
+        """
+        given = self._given_to_module(batch)
+        return given.counted if given.tokens.ndim == 2 else None
+
+    def _given_to_module(self, batch: Batch) -> _Given:
         tokens, condition = self._inputs(batch), self._condition(batch)
         self._check(tokens)
         text = self._text(tokens, condition)
         if tokens.ndim == 2:
             tokens, text, condition = self._text_first(tokens, text, condition)
-        counted = self._counted(text, self._given_in(batch, tokens))
-        output = self.module(self._scale(tokens), **self._keywords(condition, text))
-        logits = self._checked_logits(getattr(output, "logits", output), tokens)
-        if self._shifted:
-            logits, tokens, counted = logits[:, :-1], tokens[:, 1:], counted[:, 1:]
-        log_p = logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-        total = torch.where(counted, log_p, torch.zeros_like(log_p)).flatten(1).sum(1)
-        yield "log_likelihood", total / counted.flatten(1).sum(1) if self._per_token else total
+        return _Given(tokens, text, self._counted(text, self._given_in(batch, tokens)), condition)
+
+    def _logits(self, given: _Given) -> Tensor:
+        """Of shape (*tokens.shape, V)."""
+        keywords = self._keywords(given.condition, given.text)
+        output = self.module(self._scale(given.tokens), **keywords)
+        return self._checked_logits(getattr(output, "logits", output), given.tokens)
+
+    def _values_of_a_token(self, batch: Batch) -> int:
+        def size(passes: Passes[Self]) -> int:
+            adapter = passes.fresh()
+            with torch.no_grad():
+                first = map_tensors(lambda tensor: tensor[:1].clone(), batch)
+                return adapter._logits(adapter._given_to_module(first)).shape[-1]
+
+        return scored(size, self, self.module)
 
     def padded_length(self, batch: Batch) -> int | None:
         """T of tokens (B, T) that padding may fill up to any width, or None.

@@ -32,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.laws import gaussian, places
+
 LOG_SCALE_BOUND = 3.0
 """Default bound on each log-scale that a network computes, so that no exponential overflows."""
 
@@ -261,8 +264,11 @@ class ConditionalGaussian(nn.Module):
 
     def forward(self, z: Tensor, h: Tensor) -> Tensor:
         """Log-density of z given h, in nats, with shape (B,); z and h have shape (B, C, H, W)."""
-        mean, log_sd = self._moments(h)
-        return _standard_log_prob((z - mean) * torch.exp(-log_sd)) - _sum_per_sample(log_sd)
+        return self.elements(z, h).total()
+
+    def elements(self, z: Tensor, h: Tensor) -> Elements:
+        """Log-density of each element of z given h, and what it expects, all in nats."""
+        return gaussian(z, *self._moments(h))
 
     def sample(self, noise: Tensor, h: Tensor) -> Tensor:
         """Turn standard Gaussian noise into a sample given h, all with shape (B, C, H, W)."""
@@ -362,6 +368,22 @@ class Glow(nn.Module):
         Raises:
             ValueError: x has another shape, or is not floating-point.
         """
+        return {name: term.total() for name, term in self.log_prob_elements(x).items()}
+
+    def log_prob_elements(self, x: Tensor) -> dict[str, Elements]:
+        """The terms of `log_prob_terms` element by element.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+
+        Returns:
+            Under the names of `log_prob_terms`, elements in nats: of each level's latent, with the
+            shape documented in `encode`, and of the log-determinant that of each level apart, with
+            shape (B, L). What is expected of the top level is the same for every image: None.
+
+        Raises:
+            ValueError: x has another shape, or is not floating-point.
+        """
         return self._encode(x)[1]
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -415,19 +437,19 @@ class Glow(nn.Module):
         priors = self._priors()
         return self._assemble(noise[-1], lambda level, h: priors[level].sample(noise[level], h))
 
-    def _encode(self, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _encode(self, x: Tensor) -> tuple[list[Tensor], dict[str, Elements]]:
         _check_images(x, self.shape)
         *lower, top = self._levels()
-        latents, terms, log_det = [], {}, _zeros_per_sample(x)
+        latents, terms, log_dets = [], {}, []
         for number, (level, prior) in enumerate(zip(lower, self._priors(), strict=True), start=1):
             x, level_log_det = level(x)
             x, z = x.chunk(2, dim=1)
             latents.append(z)
-            terms[f"latent_{number}"] = prior(z, x)
-            log_det = log_det + level_log_det
+            terms[f"latent_{number}"] = prior.elements(z, x)
+            log_dets.append(level_log_det)
         z, level_log_det = top(x)
-        terms[f"latent_{len(lower) + 1}"] = _standard_log_prob(z)
-        terms["log_det"] = log_det + level_log_det
+        terms[f"latent_{len(lower) + 1}"] = Elements(_standard_log_prob(z), axes=places(z))
+        terms["log_det"] = Elements(torch.stack([*log_dets, level_log_det], 1), apart=True)
         return [*latents, z], terms
 
     def _assemble(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -497,7 +519,8 @@ def _bounded(raw: Tensor, bound: float) -> Tensor:
 
 
 def _standard_log_prob(z: Tensor) -> Tensor:
-    return _sum_per_sample(-0.5 * (z * z + math.log(2 * math.pi)))
+    """Of each element."""
+    return -0.5 * (z * z + math.log(2 * math.pi))
 
 
 def _sum_per_sample(x: Tensor) -> Tensor:
