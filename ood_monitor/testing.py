@@ -6,7 +6,8 @@ in nats and normalised. For them the expected gradient is zero, and along direct
 .. math:: E[(v^\top \nabla \log p)^2] = -E[v^\top \nabla^2 \log p \, v]
 
 (Bartlett's identities): a factor c, such as bits instead of nats or a mean instead of a sum, enters
-the left side as c squared and the right one as c.
+the left side as c squared and the right one as c. Where a term comes by element, what the model is
+said to expect of it is that on average over its samples.
 """
 
 import math
@@ -26,12 +27,14 @@ from ood_monitor.adapters.base import (
     Adapter,
     Batch,
     batch_size,
+    checked_elements,
     checked_terms,
     cpu_generator,
     map_tensors,
     pieces,
     tensors_in,
 )
+from ood_monitor.adapters.elements import Elements, resolved, total_of
 from ood_monitor.gradients import gradient_norms
 from ood_monitor.gradients.check import disagreeing
 from ood_monitor.modules import leaf_parameters, precision_of, scoring_in_place
@@ -65,7 +68,8 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     Its terms are finite and of shape (B,), the same each time, whatever the global random state,
     and of each sample the same alone, in the batch and in another order; some parameter has a
     gradient, all are finite, and their norms are the same alone and in the batch; and computing
-    them leaves no trace in the model, the batch or the global random state. Terms of a
+    them leaves no trace in the model, the batch or the global random state. Elements add up to
+    their term, and what they expect is finite and of their shape. Terms of a
     :class:`~ood_monitor.SequenceLikelihood` that tells padding from text, by ``padding`` or a mask,
     are the same with more padding on either side, or refused.
 
@@ -73,12 +77,13 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
         adapter: The adapter.
         batch: At least two different samples.
         samples: 1 000 or so samples drawn from the model itself, to check that the terms add up to
-            its log-likelihood in nats. Not for lower bounds, nor for models that cannot be
-            differentiated twice.
+            its log-likelihood in nats, and that what elements expect is their expectation. Not for
+            lower bounds, nor for models that cannot be differentiated twice.
 
     Raises:
         AssertionError: What it does not keep, in words.
-        ValueError: Fewer samples than that, or a batch that the adapter refuses.
+        ValueError: Fewer samples than that, a batch that the adapter refuses, or elements of the
+            wrong shape or whose expectation is not finite.
 
     Example:
         >>> import ood_monitor as om
@@ -91,11 +96,13 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     with scoring_in_place(adapter.module, adapter):
         with _no_trace(adapter, batch):
             terms = _terms(adapter, batch)
+            _check_elements(adapter, batch)
         _check_values(adapter, batch, terms)
     _check_gradients(adapter, batch)
     if samples is not None:
         with scoring_in_place(adapter.module, adapter):
             _check_nats(adapter, samples)
+            _check_expectations(adapter, samples)
 
 
 def _terms(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
@@ -115,6 +122,56 @@ def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> N
     _check_same("in another order", terms, reversed_terms)
     if isinstance(adapter, SequenceLikelihood) and adapter.padded_length(batch) is not None:
         _check_padding(adapter, batch, terms)
+
+
+def _check_elements(adapter: Adapter, batch: Batch) -> None:
+    """That elements add up to their term; what they expect is checked as it is asked for."""
+    with torch.no_grad():
+        for term, value in checked_elements(adapter, batch):
+            if not isinstance(value, Elements):
+                continue
+            found, total = total_of(value, value.log_prob.double()), value.total().double()
+            rtol = 1e3 * torch.finfo(value.log_prob.dtype).eps
+            size = total_of(value, value.log_prob.double().abs())
+            if not (found - total).abs().le(rtol * size).all():
+                raise AssertionError(
+                    f"Expected the elements of {term!r} to add up to it, got {found.tolist()} "
+                    f"instead of {total.tolist()}: leave `total` to `Elements`, and say by "
+                    "`counted=` and `mean=` what the term is."
+                )
+            _differences(value)
+
+
+def _differences(value: Elements) -> dict[str, Tensor]:
+    """What came less its expectation, by sample, (B,): of means zero over samples of the model."""
+    found = {}
+    if value.expected is not None:
+        found["log_prob"] = value.log_prob.double() - resolved(value.expected).double()
+    if value.quadratic is not None:
+        came, expected = value.quadratic()
+        found["quadratic"] = came.double() - expected.double()
+    return {name: total_of(value, each) for name, each in found.items()}
+
+
+def _check_expectations(adapter: Adapter, samples: Batch) -> None:
+    """Check by a t-test over the samples that what each term expects is its mean."""
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    with torch.no_grad():
+        for piece in pieces(samples, max(1, batch_size(samples) // _PARTS)):
+            for term, value in checked_elements(adapter, piece):
+                found = _differences(value) if isinstance(value, Elements) else {}
+                for what, each in found.items():
+                    parts.setdefault((term, what), []).append(each.cpu())
+    for (term, what), values in parts.items():
+        differences = torch.cat(values).numpy()
+        if not abs(_t_value(differences)) < _T:
+            expected = "`expected`" if what == "log_prob" else "the second of `quadratic`"
+            raise AssertionError(
+                f"Expected {expected} of {term!r} to be the mean of what comes, {what}, over the "
+                f"model's samples, got a mean that is {differences.mean():.4g} beside it, "
+                f"{abs(_t_value(differences)):.1f} standard errors: E_p[log p] is minus the "
+                "entropy of the law that log_prob is of."
+            )
 
 
 def _check_padding(adapter: SequenceLikelihood, batch: Batch, terms: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The contract: kept by every adapter here, and each way of breaking it is told apart."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 import zuko
 from support.foreign_cases import FOREIGN
-from support.model_case import Model
+from support.model_case import Model, perturbed
 from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.elements import resolved
 from ood_monitor.testing import check_adapter
 
 
@@ -200,3 +202,115 @@ def test_too_few_samples_of_the_model_are_refused() -> None:
     model = flow()
     with pytest.raises(ValueError, match="at least 400 samples of the model, got 399"):
         check_adapter(om.LogLikelihood(model), torch.randn(3, 3), samples=samples(model, 399))
+
+
+# Expectations
+
+
+class Bigram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Embedding(5, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(tokens)  # type: ignore[no-any-return]
+
+
+def texts(module: Bigram, n: int = 1000, length: int = 6) -> Tensor:
+    tokens = torch.randint(5, (n, 1))
+    with torch.no_grad():
+        for _ in range(length - 1):
+            p = module(tokens[:, -1]).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1)], 1)
+    return tokens
+
+
+def glow_with_priors() -> om.models.Glow:
+    flow = om.models.Glow(channels=1, size=4, levels=2, steps=1, hidden=4)
+    perturbed(flow, 0.3)
+    return flow.eval()
+
+
+class Changed(om.Adapter):
+    """The elements of another adapter, changed."""
+
+    def __init__(self, adapter: om.Adapter, change: Callable[[om.Elements], om.Elements]) -> None:
+        self.module, self._adapter, self._change = adapter.module, adapter, change
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | om.Elements]]:
+        for term, value in self._adapter.log_likelihood(batch):
+            yield term, self._change(value) if isinstance(value, om.Elements) else value
+
+
+def test_expectations_of_our_adapters_are_taken_for_them() -> None:
+    module = Bigram()
+    tokens = texts(module)
+    check_adapter(om.SequenceLikelihood(module), tokens[:3], samples=tokens)
+    flow = glow_with_priors()
+    images = flow.sample(1000)
+    check_adapter(om.LogLikelihood(flow), images[:3], samples=images)
+
+
+def test_the_law_of_samples_by_element_is_taken_for_it() -> None:
+    net, x = nn.Linear(2, 4).double(), torch.randn(1000, 2).double()
+
+    def law(net: nn.Module, x: Tensor, given: Tensor) -> torch.distributions.Distribution:
+        mean, log_sd = net(given).chunk(2, 1)
+        return torch.distributions.Normal(mean, log_sd.exp())
+
+    adapter = om.LogLikelihood(net, law, condition=lambda batch: {"given": batch[1]})
+    with torch.no_grad():
+        drawn = law(net, x, x).sample()  # type: ignore[no-untyped-call]
+    check_adapter(adapter, (drawn[:3], x[:3]), samples=(drawn, x))
+
+
+def off(value: om.Elements, by: float) -> om.Elements:
+    expected = value.expected
+    assert callable(expected)
+    return replace(value, expected=lambda: expected() + by)
+
+
+def other_pair(value: om.Elements) -> om.Elements:
+    pair = value.quadratic
+    assert pair is not None
+    return replace(value, quadratic=lambda: (pair()[0], 1.1 * pair()[1]))
+
+
+def not_finite(value: om.Elements) -> om.Elements:
+    return replace(value, expected=lambda: value.log_prob / 0)
+
+
+class Doubled(om.Elements):
+    def total(self) -> Tensor:
+        return 2 * super().total()
+
+
+def doubled(value: om.Elements) -> om.Elements:
+    return Doubled(value.log_prob)
+
+
+WRONG: dict[str, tuple[Callable[[om.Elements], om.Elements], str]] = {
+    "minus the entropy and more": (lambda e: off(e, 0.1), r"`expected` of 'log_likelihood' to be"),
+    "the entropy": (
+        lambda e: replace(e, expected=lambda: -resolved(e.expected)),  # type: ignore[arg-type]
+        "minus the entropy of the law",
+    ),
+    "what came": (lambda e: replace(e, expected=torch.zeros_like(e.log_prob)), "`expected` of"),
+    "another pair": (other_pair, "the second of `quadratic` of 'log_likelihood' to be the mean"),
+    "not finite": (not_finite, "expected of term 'log_likelihood' of Changed to be finite"),
+    "the wrong shape": (
+        lambda e: replace(e, expected=lambda: e.log_prob[:, :1]),
+        "expected of term 'log_likelihood' of Changed to be of the shape",
+    ),
+    "another total": (doubled, "elements of 'log_likelihood' to add up to it, got"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_expectation_is_named(name: str) -> None:
+    change, message = WRONG[name]
+    module = Bigram()
+    tokens = texts(module)
+    adapter = Changed(om.SequenceLikelihood(module), change)
+    with pytest.raises((AssertionError, ValueError), match=message):
+        check_adapter(adapter, tokens[:3], samples=tokens)

@@ -110,6 +110,21 @@ def function(batch: Any) -> Any:
     return batch
 
 
+@pytest.mark.parametrize("sample", [None, "row"])
+def test_what_a_sample_is_is_told_and_a_condition_is_named(sample: Any) -> None:
+    vae = nn.Module()
+    vae.encode = vae.decode = nn.Identity()
+    plain = recipe(om.ELBO(vae, sample=sample))
+    assert plain["arguments"]["sample"] == sample
+    assert "condition" not in plain["arguments"]  # the default
+    found = recipe(om.ELBO(vae, condition=function))
+    assert found["arguments"]["condition"] == {"object": f"{__name__}.function"}
+    older = {**plain, "arguments": {k: v for k, v in plain["arguments"].items() if k != "sample"}}
+    assert differences(older, plain) == {}
+    told = differences(plain, recipe(om.ELBO(vae, sample="image")))
+    assert told == {"sample": (sample, "image")}
+
+
 def test_functions_and_objects_are_named() -> None:
     adapter = om.LogLikelihood(BRANCHES.model(), inputs=function)
     found = recipe(adapter)["arguments"]
