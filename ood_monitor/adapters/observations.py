@@ -165,13 +165,23 @@ class DiscretizedLogistic:
     def _moments(self, x: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """E[log p], the squared distance of the bin that came from the masses, and E of that."""
         came = ((x - self.low) / (2 * self._half)).round()
+        inverse_scale = (-log_scale).exp().clamp(max=1e30)  # else an edge may be no number
+        width = 2 * self._half * inverse_scale
+        first = (self.low + self._half - mean) * inverse_scale
+        log_width = torch.log1p(-torch.exp(-width))
         expected, distance, law = (torch.zeros_like(mean) for _ in range(3))
+        log_beyond = first  # of the mass above a bin's lower edge; the first bin has none
         for i in range(self.bins):
-            log_p = self._log_mass(x.new_tensor(self.low + 2 * self._half * i), mean, log_scale)
+            # An edge is that of two bins. The sums are those of `_log_mass`.
+            above = first + i * width
+            log_p = F.logsigmoid(above) if i < self.bins - 1 else log_beyond
+            if 0 < i < self.bins - 1:
+                log_p = log_p + log_beyond + log_width
+            log_beyond = F.logsigmoid(-above)
             p = log_p.exp()
-            expected = expected + torch.where(p > 0, p * log_p, torch.zeros_like(p))
-            distance = distance + ((came == i).to(p) - p).square()
-            law = law + p * (1 - p)
+            expected.addcmul_(p, log_p)
+            distance += ((came == i).to(p) - p).square_()
+            law.addcmul_(p, 1 - p)
         return expected, distance, law
 
 
