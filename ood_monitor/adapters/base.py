@@ -53,8 +53,8 @@ Batch: TypeAlias = Any
 #: batch's tensors, so that a piece of it has its own, or are the same for all samples.
 Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
 
-#: What a sample is: an image, a sequence of tokens, or a row of a table, whose columns are its
-#: numbers. It decides by which statistics a detector judges it.
+#: What a sample is, which decides by which statistics a detector judges it. It is an image, a
+#: sequence of tokens, or a row of a table, whose columns are its numbers.
 SampleKind: TypeAlias = Literal["image", "sequence", "row"]
 
 #: The least height and width of what is taken for an image without being called one.

@@ -24,7 +24,7 @@ class Elements:
     """A term element by element: log p_i(x_i), and what the model expected of it.
 
     Attributes:
-        log_prob: log p_i(x_i) of each element, shape (B, *shape), in nats.
+        log_prob: log p_i(x_i) of each element, shape (B, ...), in nats.
         expected: E_{p_i}[log p_i], of the same shape, in nats; None where it is the same for every
             sample, or not known.
         quadratic: Gives, for discrete laws, the squared distance of what came from the
@@ -56,7 +56,7 @@ class Elements:
 
 
 def total_of(elements: Elements, values: Tensor) -> Tensor:
-    """Values of the elements, (B, *shape), as the term takes its own together, shape (B,)."""
+    """Values of the elements, (B, ...), as the term takes its own together, shape (B,)."""
     counted = elements.counted
     if counted is not None:
         values = torch.where(counted, values, torch.zeros_like(values))

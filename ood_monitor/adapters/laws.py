@@ -39,7 +39,7 @@ def gaussian(z: Tensor, mean: Tensor, log_sd: Tensor) -> Elements:
     """Independent Normals, which expect -log sd - 1/2 - 1/2 log 2 pi.
 
     Args:
-        z: Shape (B, *shape).
+        z: Shape (B, ...).
         mean: Of a shape that expands to it.
         log_sd: As ``mean``.
     """
@@ -60,7 +60,7 @@ def bernoulli(log_prob: Tensor, x: Tensor, logits: Tensor) -> Elements:
     """Coins, of which x may also be the mean of many: it expects minus the entropy.
 
     Args:
-        log_prob: Of each element, shape (B, *shape).
+        log_prob: Of each element, shape (B, ...).
         x: In [0, 1], of that shape.
         logits: Of that shape.
     """
@@ -80,8 +80,8 @@ def categorical(logits: Tensor, values: Tensor, **options: Any) -> Elements:
     """Whole numbers of a finite vocabulary.
 
     Args:
-        logits: Shape (B, *shape, V).
-        values: What came, shape (B, *shape).
+        logits: Shape (B, ..., V).
+        values: What came, shape (B, ...).
         **options: Further attributes of the elements.
     """
     log_p = logits.log_softmax(-1)
