@@ -11,7 +11,7 @@ a global variable), is scored where it stands and put back afterwards.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -62,12 +62,14 @@ class Passes(Generic[T]):
         module: The model.
         in_place: Whether it is scored where it stands.
         is_watched: Whether a pass may still be one that leaves the view.
+        has_derived: Whether a view shared what was computed from the user's own parameters.
     """
 
     holder: T
     module: nn.Module
     in_place: bool = False
     is_watched: bool = True
+    has_derived: bool = False
     _tensors: Tensors = field(default_factory=Tensors)
     _originals: set[int] = field(default_factory=set)
     _first: "_First | None" = None
@@ -101,7 +103,9 @@ class Passes(Generic[T]):
         structure = Structure(self._tensors, shares_weights=shares_weights)
         copies = structure.of(self.holder), structure.of(self.module)
         self._originals |= structure.originals
-        self.is_watched |= structure.has_derived
+        self.has_derived |= structure.has_derived
+        if self.has_derived and not self.is_watched:
+            raise _UnwatchedError
         return copies
 
     def end(self) -> None:
@@ -185,12 +189,17 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
         passes = Passes(holder, module, is_watched=holder not in _staying)
         watch = _Watch(passes)
         try:
-            with _modes(module, holder), watch:
+            # Not for nothing: it sees each operation, and each look at a shape.
+            with _modes(module, holder), watch if passes.is_watched else nullcontext():
                 result = function(passes)
                 passes.end()
             if not watch.left:
-                _staying[holder] = True
+                if not passes.has_derived:
+                    _staying[holder] = True
                 return result
+        except _UnwatchedError:
+            del _staying[holder]
+            return scored(function, holder, module)
         except Exception as error:  # of any kind: the model met its user's tensors in train mode
             if not watch.left and not isinstance(error, _LeftError):
                 raise
@@ -252,14 +261,18 @@ def _has_no_copy(module: nn.Module) -> bool:
     return any(
         isinstance(m, torch.jit.ScriptModule)
         or type(m).__name__ == "FullyShardedDataParallel"
-        or hasattr(m, "_hf_hook")
-        or getattr(m, "_diffusers_hook", None) is not None
+        or "_hf_hook" in vars(m)
+        or vars(m).get("_diffusers_hook") is not None
         for m in module.modules()
     )
 
 
 class _LeftError(Exception):
     """The holder has the user's own module where its view should be."""
+
+
+class _UnwatchedError(Exception):
+    """A pass may leave the view after all: it is to be watched again."""
 
 
 #: What asks a tensor for no more than its form.
@@ -293,8 +306,6 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._passes.is_watched:  # this sees each operation, and each look at a shape
-            return func(*args, **kwargs)
         if func in _ASKING or not (self._has_original(args) or self._has_original(kwargs.values())):
             return func(*args, **kwargs)
         # A property, which writes nothing, may tell a shape or give the weights in another form.
