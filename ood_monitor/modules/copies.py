@@ -200,7 +200,7 @@ class Structure:
         computed = _computed(cast(Any, type(module)))
         for name, value in list(vars(module).items()):
             kind = type(value)
-            if kind in _ATOMS:
+            if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
                 own[name] = value
             elif name in _EMPTIED or (kind in _CONTAINERS and not value):
                 own[name] = kind()
@@ -226,7 +226,7 @@ class Structure:
         return copied
 
     def _tuple(self, value: Any) -> Any:
-        if all(type(item) in _ATOMS for item in value):
+        if _ATOMS.issuperset(map(type, value)):
             return value
         items = self._each(value)
         if all(a is b for a, b in zip(items, value, strict=True)):

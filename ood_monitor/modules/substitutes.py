@@ -1,6 +1,7 @@
 """Where a copy of a module is not of the module's class, or needs a word more."""
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,9 +18,14 @@ _WRAPPERS = {
 
 def wrapped_in(module: nn.Module) -> str | None:
     """The attribute in which a compiled or parallel module holds the module that it wraps."""
-    classes = (kind.__name__ for kind in type(module).__mro__)
-    name = next((_WRAPPERS[kind] for kind in classes if kind in _WRAPPERS), None)
+    name = _attribute_of_wrapper(cast(Any, type(module)))
     return name if name in module._modules else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _attribute_of_wrapper(kind: Any) -> str | None:
+    classes = (base.__name__ for base in kind.__mro__)
+    return next((_WRAPPERS[name] for name in classes if name in _WRAPPERS), None)
 
 
 def renormalises(module: nn.Module) -> bool:
