@@ -76,14 +76,15 @@ def known_layers(
     known = _found_of(passes.holder)
     if layers is None:
         return known or discovered(passes, batch)
-    parts = dict(passes.module.named_modules())
-    strange = [name for name in layers if name not in parts]
+    new = [name for name in layers if name not in known]
+    parts = dict(passes.module.named_modules()) if new else {}
+    strange = [name for name in new if name not in parts]
     if strange:
         raise ValueError(
             f"Expected `layers` to be names of modules of {type(passes.module).__name__}, got "
             f"{strange}: take those that `expected_layers` gives."
         )
-    if not all(name in known for name in layers):
+    if new:
         known = {**known, **discovered(passes, batch)}
     return {name: known.get(name) for name in layers}
 
