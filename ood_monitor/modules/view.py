@@ -198,7 +198,7 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
                     _staying[holder] = True
                 return result
         except _UnwatchedError:
-            del _staying[holder]
+            _staying.pop(holder, None)  # type: ignore[no-untyped-call]
             return scored(function, holder, module)
         except Exception as error:  # of any kind: the model met its user's tensors in train mode
             if not watch.left and not isinstance(error, _LeftError):
