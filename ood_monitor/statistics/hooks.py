@@ -22,8 +22,9 @@ from ood_monitor.statistics.layers import GROUPS, Layer, first_tensor_of
 
 __all__ = ["Sums", "Taken"]
 
-#: Pieces of a padded sequence that are looked at one after the other, for the sake of memory.
-_PIECES = 8
+#: Pieces of an input that are looked at one after the other, for the sake of memory, and numbers
+#: that are so few that a piece may have them.
+_PIECES, _FEW = 8, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,11 @@ def _squares(h: Tensor, *dimensions: int) -> Tensor:
 
 def _in_pieces(h: Tensor, dimensions: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The same where channels are neighbours: there the CPU's norm is six times as slow."""
+    if h.numel() <= _FEW:
+        return h.to(dtype).square().sum(dimensions)
     longest = max(dimensions, key=h.size)
     total = None
-    for piece in h.chunk(_PIECES, longest):
+    for piece in h.chunk(min(_PIECES, h.numel() // _FEW), longest):
         found = piece.to(dtype).square().sum(dimensions)
         total = found if total is None else total.add_(found)
     assert total is not None

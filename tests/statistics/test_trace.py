@@ -149,7 +149,7 @@ def sizes(run: Callable[[], object]) -> list[int]:
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)), (4, 400, 8)),
+        (nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)), (8, 800, 8)),
         (nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)), (4, 8, 20, 20)),
     ],
 )
