@@ -96,28 +96,37 @@ def test_two_hundred_scores_leave_memory_as_it_was() -> None:
     assert state_of(module) == state
 
 
-def test_another_thread_that_trains_the_model_is_not_counted() -> None:
+INSIDE, DONE = threading.Event(), threading.Event()
+
+
+class Slow(nn.Module):
+    """Waits in the main thread until another has run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if threading.current_thread() is threading.main_thread():
+            INSIDE.set()
+            assert DONE.wait(30)
+        return x
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_another_thread_that_runs_the_model_is_not_counted(in_place: bool) -> None:
+    """One that trains it; where it is scored in place, one that runs it in eval mode."""
     torch.manual_seed(0)
-    inside, done = threading.Event(), threading.Event()
+    INSIDE.clear()
+    DONE.clear()
+    module = nn.Sequential(nn.Linear(3, 3), Slow(), nn.Linear(3, 3)).train(not in_place)
+    WHERE["it stands"] = module
+    adapter, x = Own(module) if in_place else Gaussian(module), torch.randn(4, 3)
 
-    class Slow(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            if threading.current_thread() is threading.main_thread():
-                inside.set()
-                assert done.wait(10)
-            return x
-
-    module = nn.Sequential(nn.Linear(3, 3), Slow(), nn.Linear(3, 3)).train()
-    adapter, x = Gaussian(module), torch.randn(4, 3)
-
-    def train() -> None:
-        for _ in range(100):
-            inside.wait(10)
-            assert module.training
+    def run() -> None:
+        assert INSIDE.wait(30)
+        assert module.training != in_place
+        for _ in range(5):
             module(torch.randn(7, 3)).sum().backward()
-            done.set()
+        DONE.set()
 
-    other = threading.Thread(target=train)
+    other = threading.Thread(target=run)
     other.start()
     found = forward_statistics(adapter, x, sample=None)
     other.join()
