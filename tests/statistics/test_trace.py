@@ -117,7 +117,7 @@ def test_another_thread_that_runs_the_model_is_not_counted(in_place: bool) -> No
     DONE.clear()
     module = nn.Sequential(nn.Linear(3, 3), Slow(), nn.Linear(3, 3)).train(not in_place)
     WHERE["it stands"] = module
-    adapter, x = Own(module) if in_place else Gaussian(module), torch.randn(4, 3)
+    adapter, x = Own(module) if in_place else Gaussian(module), torch.randn(1, 3)
 
     def run() -> None:
         assert INSIDE.wait(30)
