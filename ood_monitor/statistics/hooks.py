@@ -189,5 +189,6 @@ def _grouped(squares: Tensor) -> Tensor:
     channels = squares.shape[1]
     if channels <= GROUPS:
         return squares
-    padded = F.pad(squares, (0, -channels % GROUPS))
+    rest = -channels % GROUPS
+    padded = F.pad(squares, (0, rest)) if rest else squares
     return padded.view(len(squares), -1, GROUPS).sum(1)
