@@ -113,11 +113,13 @@ class Slow(nn.Module):
 def test_another_thread_that_runs_the_model_is_not_counted(in_place: bool) -> None:
     """One that trains it; where it is scored in place, one that runs it in eval mode."""
     torch.manual_seed(0)
-    INSIDE.clear()
-    DONE.clear()
+    DONE.set()
     module = nn.Sequential(nn.Linear(3, 3), Slow(), nn.Linear(3, 3)).train(not in_place)
     WHERE["it stands"] = module
     adapter, x = Own(module) if in_place else Gaussian(module), torch.randn(1, 3)
+    layers = expected_layers(adapter, x)
+    INSIDE.clear()
+    DONE.clear()
 
     def run() -> None:
         assert INSIDE.wait(30)
@@ -128,7 +130,7 @@ def test_another_thread_that_runs_the_model_is_not_counted(in_place: bool) -> No
 
     other = threading.Thread(target=run)
     other.start()
-    found = forward_statistics(adapter, x, sample=None)
+    found = forward_statistics(adapter, x, sample=None, layers=layers)
     other.join()
     torch.testing.assert_close(found.expected_norms["0"], x.square())
     hidden = module[0](x).detach()
