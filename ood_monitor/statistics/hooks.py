@@ -83,7 +83,7 @@ class Sums:
         try:
             for name, layer in self._layers.items():
                 hook = functools.partial(self._take, name, layer)
-                part = self._module.get_submodule(name)
+                part = _part_of(self._module, name)
                 handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
             yield self
         finally:
@@ -142,6 +142,14 @@ class Sums:
         if self._size == 1:
             return h.numel() == rows * h.shape[-1]
         return h.shape[:-1] in ((rows,), (self._size, self._length))
+
+
+def _part_of(module: nn.Module, name: str) -> Any:
+    """As `get_submodule`, which asks each time whether there is one."""
+    part: Any = module
+    for key in name.split(".") if name else ():
+        part = part._modules[key]
+    return part
 
 
 def _totals(h: Tensor, axis: int) -> Tensor:
