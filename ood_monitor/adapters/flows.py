@@ -37,7 +37,7 @@ def density_of(module: nn.Module) -> Density:
     Raises:
         ValueError: None of these.
     """
-    if callable(getattr(module, "log_prob_elements", None)):
+    if _has_elements(module):
         return _by_elements
     if callable(getattr(module, "log_prob_terms", None)):
         return _by_terms
@@ -125,6 +125,20 @@ def _named(latents: list[Any]) -> dict[str, Any]:
 
 def _standard_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square() + math.log(2 * math.pi)).reshape(len(z), -1).sum(1)
+
+
+def _has_elements(module: nn.Module) -> bool:
+    """Whether it has elements, which a subclass with terms of its own has not overridden."""
+    if not callable(getattr(module, "log_prob_elements", None)):
+        return False
+    has = [(vars(kind).keys() & {"log_prob_elements", "log_prob_terms"}) for kind in _kinds(module)]
+    nearest = next((names for names in has if names), {"log_prob_elements"})
+    return "log_prob_elements" in nearest
+
+
+def _kinds(module: nn.Module) -> tuple[Any, ...]:
+    """The module itself, then its classes, in the order in which an attribute is looked for."""
+    return (module, *type(module).__mro__)
 
 
 def _by_elements(module: Any, x: Tensor, **condition: Any) -> Mapping[str, Term]:

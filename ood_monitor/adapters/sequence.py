@@ -160,13 +160,16 @@ class SequenceLikelihood(Adapter):
         yield "log_likelihood", categorical(logits, tokens, **options)
 
     def sample_of(self, batch: Batch) -> SampleKind | None:
-        """As said, or by the tokens' shape: a sequence (B, T), or an image (B, C, H, W)."""
+        """As said, or by the tokens: a sequence (B, T), an image (B, C, H, W) or (B, H, W)."""
         if self.sample is not None:
             return self.sample
         tokens = self._inputs(batch)
         if tokens.ndim == 2:
             return "sequence"
-        return "image" if tokens.ndim == 4 and tokens.shape[1] in (1, 3) else None
+        has_channels = tokens.ndim == 4 and tokens.shape[1] in (1, 3)
+        # Of three dimensions, a class dimension before two others says that these are places.
+        is_grey = tokens.ndim == 3 and self._class_dim == 1 and not self._shifted
+        return "image" if has_channels or is_grey else None
 
     def images(self, batch: Batch) -> Tensor | None:
         """Pixels of V values as real numbers from 0 to 1, in single precision.
@@ -174,11 +177,12 @@ class SequenceLikelihood(Adapter):
         V is told by the logits: by a pass of one sample, when images are first asked for.
         """
         kind, tokens = self.sample_of(batch), self._inputs(batch)
-        if kind != "image" or tokens.ndim != 4:
+        if kind != "image" or tokens.ndim not in (3, 4):
             return None
+        pixels = tokens.float() if tokens.ndim == 4 else tokens.float().unsqueeze(1)
         if self._vocabulary is None:
             self._vocabulary = self._values_of_a_token(batch)
-        return images_in(tokens.float(), kind, (0.0, max(1.0, self._vocabulary - 1.0)))
+        return images_in(pixels, kind, (0.0, max(1.0, self._vocabulary - 1.0)))
 
     def positions(self, batch: Batch) -> Tensor | None:
         """Which tokens are neither padding nor prompt, bool, of texts from their first token on.

@@ -762,3 +762,23 @@ def test_a_method_of_any_keywords_is_given_all() -> None:
     assert [{k: v.tolist() for k, v in found.items()} for found in seen] == [
         {"label": [5, 5, 7, 7]}
     ]
+
+
+def test_tokens_with_two_places_and_classes_before_them_are_a_grey_image() -> None:
+    adapter, x = pixelcnn()
+    flat = x[:, 0]
+    assert adapter.sample_of(flat) == "image"
+    assert om.SequenceLikelihood(gpt2_model()).sample_of(TOKENS) == "sequence"
+
+
+def test_terms_of_a_subclass_s_own_are_those_that_count() -> None:
+    class Own(om.models.Glow):
+        def log_prob_terms(self, x: Tensor) -> dict[str, Tensor]:
+            return {"own": x.flatten(1).sum(1)}
+
+    x, options = torch.rand(2, 1, 4, 4), {"channels": 1, "size": 4, "steps": 1, "hidden": 4}
+    terms = dict(om.LogLikelihood(Own(**options)).log_likelihood(x))
+    assert terms.keys() == {"own"}
+    instance = om.models.Glow(**options)
+    instance.log_prob_terms = lambda x: {"mine": x.flatten(1).sum(1)}  # type: ignore[method-assign]
+    assert dict(om.LogLikelihood(instance).log_likelihood(x)).keys() == {"mine"}
