@@ -24,7 +24,7 @@ from ood_monitor.statistics.expected_norms import (
     norms_of,
     one_pass,
 )
-from ood_monitor.statistics.png import png_bits
+from ood_monitor.statistics.png import PNG_BITS, png_bits
 from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.surprise import surprise_map, value_columns
 
@@ -185,9 +185,7 @@ def _parts(
     if wanted.values and wanted.sample == "image":
         images = passes.holder.images(chunk)
         if images is not None:
-            columns.values["png_bits"] = png_bits(images).to(
-                next(iter(single.terms.values())).device
-            )
+            columns.values[PNG_BITS] = png_bits(images).to(next(iter(single.terms.values())).device)
     expected = norms_of(single, layout, layers, wanted.groups, size)
     return [ForwardStatistics(dict(single.terms), columns.values, columns.map, expected)]
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import describe
 
-__all__ = ["in_range", "png_bits"]
+__all__ = ["PNG_BITS", "in_range", "png_bits"]
+
+#: The name of their column.
+PNG_BITS = "png_bits"
 
 #: Half a step of eight bits, which rounding takes away.
 _SLACK = 0.5 / 255
