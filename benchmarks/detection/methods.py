@@ -98,7 +98,7 @@ def measured(
     # A flow overflows on an image far from all that it knows: as unlikely as can be.
     values = [np.nan_to_num(v, nan=-_HUGE, neginf=-_HUGE, posinf=_HUGE) for v in values]
     norms = np.nan_to_num(norms, nan=_HUGE, posinf=_HUGE)
-    return Measurements(tuple(found.log_likelihood), np.stack(values, 1), names, norms, ())
+    return Measurements.of_norms(tuple(found.log_likelihood), np.stack(values, 1), names, norms)
 
 
 def seen(watched: Watched, module: Any, images: Tensor, group: int) -> Seen:

@@ -108,12 +108,11 @@ def of(
     columns = [first.terms.index(term) for term in terms]
     features = [i for i, name in enumerate(first.features) if kept(name, terms, patterns)]
     return {
-        name: Measurements(
+        name: Measurements.of_norms(
             tuple(terms),
             m.log_likelihood[:, columns],
             tuple(m.features[i] for i in features),
             m.norms[:, features],
-            (),
         )
         for name, m in seen.items()
     }

@@ -21,6 +21,7 @@ from ood_monitor.densities.gaussian import PrincipalGaussian, Shrinkage, ShrunkG
 from ood_monitor.densities.independent import DiagonalGaussian, FisherCombination, StudentT
 from ood_monitor.densities.maximum import Maximum
 from ood_monitor.densities.mixture import GaussianMixture
+from ood_monitor.densities.one_sided import OneSided
 from ood_monitor.densities.terms import TermsAndNorms
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "FisherCombination",
     "GaussianMixture",
     "Maximum",
+    "OneSided",
     "PrincipalGaussian",
     "Shrinkage",
     "ShrunkGaussian",
@@ -42,7 +44,9 @@ __all__ = [
 DENSITIES: dict[str, Callable[[], Density]] = {
     "DiagonalGaussian": DiagonalGaussian,
     "FisherCombination": FisherCombination,
+    "GaussianMixture": GaussianMixture,
     "Maximum": Maximum,
+    "OneSided": OneSided,
     "PrincipalGaussian": PrincipalGaussian,
     "ShrunkGaussian": ShrunkGaussian,
     "StudentT": StudentT,

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
-from ood_monitor.densities import Array
+from ood_monitor.densities.base import Array
 from ood_monitor.densities.measurements import Measurements
 
 __all__ = ["Features", "LogNorms", "TermValues", "layer_of", "table"]

@@ -1,43 +1,93 @@
-"""What a pass over samples gives, before anything is fitted: to keep, gather and put in order."""
+"""What passes over samples give, before anything is fitted: to keep, gather and put in order."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ood_monitor.densities import Array
+from ood_monitor.adapters.base import SampleKind
+from ood_monitor.densities.base import Array
 
-__all__ = ["Measurements"]
+__all__ = ["GRADIENT_NORMS", "Measurements", "Table"]
 
-_NAMES = ("terms", "features", "samples", "groups")
+#: The table of squared gradient norms.
+GRADIENT_NORMS = "gradient_norms"
+
+_NAMES = ("terms", "samples", "groups")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of N samples.
+
+    Attributes:
+        names: Of the columns, F of them.
+        values: (N, F).
+    """
+
+    names: tuple[str, ...]
+    values: Array
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Some of the samples, in the order of their indices."""
+        return type(self)(self.names, self.values[indices])
+
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """The samples of several tables of the same columns, one after the other."""
+        return cls(parts[0].names, np.concatenate([part.values for part in parts]))
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Terms and gradient norms of N samples of one model.
+    """Terms and statistics of N samples of one model.
 
     Attributes:
         terms: Names of the likelihood's terms, T of them.
         log_likelihood: (N, T), nats.
-        features: Names of the norms, "term/parameter" or "term/parameter[row]", F of them.
-        norms: (N, F), squared.
+        tables: Columns by what they are of: squared gradient norms under ``"gradient_norms"``,
+            named "term/parameter" or "term/parameter[row]"; what one forward pass gives under the
+            names of :data:`~ood_monitor.densities.parts.KINDS`.
         samples: Shape and type of each tensor of a batch, without B; empty if they varied.
         groups: The group of each sample, or none.
+        sample: What a sample is, as the adapter said, or None.
     """
 
     terms: tuple[str, ...]
     log_likelihood: Array
-    features: tuple[str, ...]
-    norms: Array
-    samples: tuple[str, ...]
+    tables: Mapping[str, Table] = field(default_factory=lambda: MappingProxyType({}))
+    samples: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    sample: SampleKind | None = None
 
     def __len__(self) -> int:
-        return len(self.norms)
+        return len(self.log_likelihood)
+
+    @classmethod
+    def of_norms(
+        cls,
+        terms: tuple[str, ...],
+        log_likelihood: Array,
+        features: tuple[str, ...],
+        norms: Array,
+    ) -> Self:
+        """Of squared gradient norms (N, F) alone, named "term/parameter"."""
+        return cls(terms, log_likelihood, {GRADIENT_NORMS: Table(features, norms)})
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the gradient norms."""
+        return self.tables[GRADIENT_NORMS].names
+
+    @property
+    def norms(self) -> Array:
+        """Squared gradient norms, (N, F)."""
+        return self.tables[GRADIENT_NORMS].values
 
     @classmethod
     def together(cls, parts: Iterable[Self]) -> Self:
@@ -50,29 +100,36 @@ class Measurements:
         if not parts:
             raise ValueError("Expected held-out batches, got an empty loader.")
         first, kinds = parts[0], {part.samples for part in parts}
-        if any((part.terms, part.features) != (first.terms, first.features) for part in parts):
+        if any(part._columns() != first._columns() for part in parts):
             raise ValueError("Expected samples of the same terms and layers, got different ones.")
         return cls(
             first.terms,
             np.concatenate([part.log_likelihood for part in parts]),
-            first.features,
-            np.concatenate([part.norms for part in parts]),
+            {name: Table.together([p.tables[name] for p in parts]) for name in first.tables},
             kinds.pop() if len(kinds) == 1 else (),
             tuple(group for part in parts for group in part.groups),
+            first.sample,
         )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Some of the samples, in the order of their indices."""
         indices = np.asarray(indices, dtype=np.int64)
         groups = tuple(self.groups[i] for i in indices) if self.groups else ()
-        values, norms = self.log_likelihood[indices], self.norms[indices]
-        return type(self)(self.terms, values, self.features, norms, self.samples, groups)
+        tables = {name: table.take(indices) for name, table in self.tables.items()}
+        return replace(
+            self, log_likelihood=self.log_likelihood[indices], tables=tables, groups=groups
+        )
 
     def dump(self) -> bytes:
         """All of it as safetensors, to send to another process or to keep in a file."""
-        names = json.dumps({name: getattr(self, name) for name in _NAMES})
-        arrays = {"log_likelihood": self.log_likelihood, "norms": self.norms}
-        return save({**arrays, "names": np.frombuffer(names.encode(), dtype=np.uint8)})
+        names: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
+        names["tables"] = {name: table.names for name, table in self.tables.items()}
+        names["sample"] = self.sample
+        arrays = {f"table.{name}": table.values for name, table in self.tables.items()}
+        arrays["log_likelihood"] = self.log_likelihood
+        text = np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save({**arrays, "names": text})
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -84,8 +141,15 @@ class Measurements:
         try:
             arrays = load(data)
             names = json.loads(arrays["names"].tobytes())
-            terms, features, samples, groups = (tuple(names[name]) for name in _NAMES)
-            values, norms = arrays["log_likelihood"], arrays["norms"]
-            return cls(terms, values, features, norms, samples, groups)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            terms, samples, groups = (tuple(names[name]) for name in _NAMES)
+            tables = {
+                name: Table(tuple(columns), arrays[f"table.{name}"])
+                for name, columns in names["tables"].items()
+            }
+            values, sample = arrays["log_likelihood"], names["sample"]
+            return cls(terms, values, tables, samples, groups, sample)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"Expected measured samples, got {error!r}.") from error
+
+    def _columns(self) -> tuple[object, ...]:
+        return self.terms, {name: table.names for name, table in self.tables.items()}, self.sample

@@ -9,7 +9,9 @@ from ood_monitor.densities import (
     Density,
     DiagonalGaussian,
     FisherCombination,
+    GaussianMixture,
     Maximum,
+    OneSided,
     PrincipalGaussian,
     ShrunkGaussian,
     StudentT,
@@ -31,6 +33,8 @@ DENSITIES: dict[str, Callable[[], Density]] = {
     "Maximum": Maximum,
     "Maximum-3": lambda: Maximum(folds=3),
     "TermsAndNorms": TermsAndNorms,
+    "GaussianMixture": GaussianMixture,
+    "OneSided": OneSided,
 }
 
 

@@ -1,0 +1,130 @@
+r"""Columns of a forward pass as a density sees them: live ones, on robust scales.
+
+A column is centred by its median and scaled by 1.4826 times its median absolute deviation: the mean
+and the standard deviation hide an outlier among the samples that they are taken of. A density is
+fitted to columns that are clipped at 10 on that scale, and scores them as they are.
+
+Sums of squares, as the expected norms are, become :math:`\log(s + c)`. The floor c belongs to the
+definition: without it a channel that is nearly dead has a logarithm with tails of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias
+
+import numpy as np
+
+from ood_monitor.densities.base import Array
+from ood_monitor.densities.measurements import Table
+
+__all__ = ["FLOORS", "Columns", "Floor", "clipped"]
+
+#: What is added to a sum of squares before its logarithm: .01 of its median over the fit samples;
+#: or .1 of its mean, for layers without positions, whose sum is a single square.
+Floor: TypeAlias = Literal["median", "mean"]
+
+FLOORS: dict[Floor, float] = {"median": 0.01, "mean": 0.1}
+
+#: Scales to a Normal's standard deviation.
+_MAD = 1.4826
+
+#: Where columns are clipped for the fit, on the robust scale; and always, so that squares are
+#: finite.
+_CLIP, _LARGEST = 10.0, 1e100
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is live among columns, and its scale: fitted on normal samples and then frozen.
+
+    Attributes:
+        names: All columns, F of them.
+        dropped: Why each of the others was left out, "not finite", "not called" or "constant".
+        floor: What is added before the logarithm, (F,), or None where none is taken.
+        centre: Medians of the live columns.
+        scale: Their robust standard deviations.
+        rule: What gave the floor.
+    """
+
+    names: tuple[str, ...]
+    dropped: dict[str, str]
+    floor: Array | None
+    centre: Array
+    scale: Array
+    rule: Floor | None = None
+
+    @classmethod
+    def fit(cls, table: Table, eps: float, floor: Floor | None = None) -> Self:
+        """Look at columns (N, F) of normal samples, computed with machine precision ``eps``.
+
+        Args:
+            table: The columns.
+            eps: The precision: what varies by a few of these is constant.
+            floor: For sums of squares, whose logarithm is taken.
+
+        Raises:
+            ValueError: No column varies.
+        """
+        finite = np.asarray(np.isfinite(table.values).all(0))
+        values = np.where(finite, table.values, 0.0)
+        reason = {
+            "not finite": ~finite,
+            "not called": (values == 0).all(0) & (floor is not None),
+            "constant": np.ptp(values, axis=0) <= 8 * eps * np.abs(values).max(0),
+        }
+        dropped = {
+            table.names[i]: next(why for why, where in reason.items() if where[i])
+            for i in np.flatnonzero(np.any(list(reason.values()), axis=0))
+        }
+        live = np.array([name not in dropped for name in table.names], dtype=bool)
+        if not live.any():
+            counts = {why: int(where.sum()) for why, where in reason.items()}
+            raise ValueError(f"Expected columns that vary, got none: {counts}.")
+        added = None if floor is None else _floor(values, floor)
+        seen = values[:, live] if added is None else np.log(values + added)[:, live]
+        centre = np.median(seen, axis=0)
+        spread = _MAD * np.median(np.abs(seen - centre), axis=0)
+        scale = np.where(spread > 0, spread, np.maximum(seen.std(0), np.finfo(float).tiny))
+        return cls(table.names, dropped, added, centre, scale, floor)
+
+    def __call__(self, table: Table) -> Array:
+        """The live columns on their scales, (N, live).
+
+        Raises:
+            ValueError: Other columns than fitted.
+        """
+        if table.names != self.names:
+            raise ValueError(
+                f"Expected the {len(self.names)} columns that the detector was fitted on, from "
+                f"{self.names[0]!r} on, got {len(table.names)}, from {table.names[:1]} on."
+            )
+        live = self.live
+        values = table.values[:, live]
+        if self.floor is not None:
+            values = np.log(np.minimum(values, np.finfo(float).max / 2) + self.floor[live])
+        return np.asarray(((values - self.centre) / self.scale).clip(-_LARGEST, _LARGEST))
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which columns are kept, (F,), bool."""
+        return np.array([name not in self.dropped for name in self.names], dtype=bool)
+
+    @property
+    def live_names(self) -> tuple[str, ...]:
+        """Names of the live columns, in order."""
+        return tuple(name for name in self.names if name not in self.dropped)
+
+
+def clipped(columns: Array) -> Array:
+    """Columns as a density is fitted to them."""
+    return columns.clip(-_CLIP, _CLIP)
+
+
+def _floor(values: Array, floor: Floor) -> Array:
+    """What is added to sums of squares (N, F), (F,).
+
+    A layer that is called for fewer than half of the samples has median 0: then by its mean.
+    """
+    mean = FLOORS["mean"] * values.mean(0)
+    by_median = FLOORS["median"] * np.median(values, axis=0)
+    found = np.where(by_median > 0, by_median, mean) if floor == "median" else mean
+    return np.maximum(found, np.finfo(float).tiny)
