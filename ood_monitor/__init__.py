@@ -16,6 +16,7 @@ from ood_monitor.adapters import (
 from ood_monitor.alerts import Alert, LoggingSink, WebhookSink
 from ood_monitor.calibration import Diagnosis, Scores, diagnose
 from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian, TermsAndNorms
+from ood_monitor.densities.parts import Part
 from ood_monitor.detector import Detector
 from ood_monitor.drift import EDetector, TrainingStream
 from ood_monitor.gradients import gradient_norms, last_layers
@@ -38,6 +39,7 @@ __all__ = [
     "Maximum",
     "Monitor",
     "NoiseSchedule",
+    "Part",
     "Scores",
     "SequenceLikelihood",
     "ShrunkGaussian",

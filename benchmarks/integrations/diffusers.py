@@ -5,7 +5,6 @@ random, which the cost does not depend on. Detection: a pipeline trained on Fash
 are scored as its detector scores what it draws or is given.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -209,7 +208,7 @@ def measure(detector: om.Detector, images: Tensor, batch: int = 50) -> Measureme
 
 def scores(detector: om.Detector, measured: Measurements) -> Array:
     fitted = detector.fitted
-    found: Array = fitted.density.score(fitted.features(measured))
+    found: Array = fitted.joined.score(measured)
     return found
 
 
@@ -243,12 +242,11 @@ def of_levels(measured: Measurements, levels: tuple[int, ...]) -> Measurements:
     columns = [measured.terms.index(term) for term in terms]
     names = measured.features
     features = [i for i, name in enumerate(names) if name.split("/", 1)[0] in terms]
-    return dataclasses.replace(
-        measured,
-        terms=tuple(terms),
-        log_likelihood=measured.log_likelihood[:, columns],
-        features=tuple(names[i] for i in features),
-        norms=measured.norms[:, features],
+    return Measurements.of_norms(
+        tuple(terms),
+        measured.log_likelihood[:, columns],
+        tuple(names[i] for i in features),
+        measured.norms[:, features],
     )
 
 

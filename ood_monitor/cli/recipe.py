@@ -139,7 +139,7 @@ def recipe_without_file(directory: Path, model: str) -> Recipe:
         ValueError: A file is damaged, or the model is none.
     """
     fitted, options = Fitted.load(directory)
-    kind, terms = kind_of(model), dict.fromkeys(name.partition("/")[0] for name in fitted.layers)
+    kind, terms = kind_of(model), map(str, fitted.provenance.adapter.get("terms") or ())
     levels = tuple(int(term[2:]) for term in terms if _LEVEL.fullmatch(term))
     layers = options.get("layers")
     return Recipe(

@@ -5,6 +5,7 @@ import typer
 from ood_monitor import __version__
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
+from ood_monitor.saving.card import told_method, told_parts
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["facts_of", "show", "version"]
@@ -33,11 +34,12 @@ def facts_of(fitted: Fitted) -> dict[str, str | int | float]:
         "fingerprint": fitted.fingerprint,
         "model weights": fitted.model,
         "dtype": fitted.dtype,
-        "density": type(fitted.density).__name__,
+        "method": told_method(fitted),
+        "parts": told_parts(fitted),
         "samples": ", ".join(fitted.samples) or "of several shapes",
         "layers": len(fitted.layers),
-        "features": len(fitted.features.names),
-        "dropped features": len(fitted.features.log_norms.dropped),
+        "features": len(fitted.joined.names),
+        "dropped features": len(fitted.joined.dropped),
         "fit samples": fitted.fit_count,
         "calibration samples": len(fitted.calibration.scores),
         "smallest p-value": fitted.calibration.smallest,

@@ -1,7 +1,9 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -11,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe
+from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size, describe
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.calibration.scores import Scores
-from ood_monitor.densities import Array, Density, TermsAndNorms
-from ood_monitor.densities.features import table
+from ood_monitor.densities import Array, Density
 from ood_monitor.densities.measurements import Measurements
+from ood_monitor.densities.parts import Method, by_layer
 from ood_monitor.detector.compatibility import (
     check_layers,
     check_samples,
@@ -24,8 +26,10 @@ from ood_monitor.detector.compatibility import (
     samples_of,
     warn_of_other_model,
 )
-from ood_monitor.detector.fitting import Fitting, by_layer
-from ood_monitor.gradients import Granularity, terms_and_norms
+from ood_monitor.detector.fitting import Fitting
+from ood_monitor.detector.measuring import measured_by
+from ood_monitor.detector.plan import Parts, Plan, check_choice, planned
+from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import hub
 from ood_monitor.saving.card import save_card
@@ -43,8 +47,13 @@ class Detector:
 
     Args:
         adapter: The model.
+        method: ``"gradient_norms"``: layer-wise norms and their joint density, as in the paper.
+            ``"forward"``: what one forward pass gives: expected and surprise of the likelihood, and
+            the norms that the model expected. ``"both"``: the two joined. By default gradient
+            norms.
         density: Of the log squared norms, and of nothing else but for the default, which is
             :class:`~ood_monitor.TermsAndNorms`.
+        parts: In place of a method: any of :class:`~ood_monitor.Part`, or their kinds.
         layers: Which parameters are features; all by default.
         granularity: ``"tensor"`` as in the paper, or ``"row"``.
         chunk_size: Samples per pass, to bound memory.
@@ -77,7 +86,9 @@ class Detector:
         self,
         adapter: Adapter,
         *,
+        method: Method | None = None,
         density: Density | None = None,
+        parts: Parts | None = None,
         layers: Layers = None,
         granularity: Granularity = "tensor",
         chunk_size: int | None = None,
@@ -94,14 +105,15 @@ class Detector:
             )
         if not 0 <= trim < 0.5:
             raise ValueError(f"Expected a share to trim in [0, 0.5), got {trim}.")
+        check_choice(method, density, parts)
         self.adapter, self.trim = adapter, float(trim)
+        self.method, self.density, self.parts = method, density, parts
         self.layers, self.granularity = layers, granularity
         # Python's own numbers, since these go into a file.
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self.groups, self.minimum_group = groups, operator.index(minimum_group)
         self.source = source
-        self._density = TermsAndNorms() if density is None else density
         self._fitted: Fitted | None = None
 
     @property
@@ -143,9 +155,11 @@ class Detector:
                 f"Expected an iterable of batches, got {describe(held_out)}: pass `[tensor]`, or a "
                 "loader."
             )
-        bar = tqdm(held_out, desc="gradient norms", unit="batch", disable=not progress)
-        measured = Measurements.together(self.measure(batch) for batch in bar)
-        self._fitted = self._fitting()(self.adapter, measured)
+        fresh = copy.copy(self)
+        fresh._fitted = None  # what an earlier fit has chosen does not bind this one
+        bar = tqdm(held_out, desc="held-out data", unit="batch", disable=not progress)
+        measured = Measurements.together(fresh.measure(batch) for batch in bar)
+        self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
 
     def measure(self, batch: Batch) -> Measurements:
@@ -156,17 +170,20 @@ class Detector:
         Raises:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
-        result = terms_and_norms(
+        batch_size(batch)  # refuses what is none
+        sample = self.adapter.sample_of(batch)
+        plan = self._plan(sample)
+        measured = measured_by(
+            plan,
             self.adapter,
             batch,
             layers=self.layers,
             granularity=self.granularity,
             chunk_size=self.chunk_size,
+            columns={} if self._fitted is None else self._fitted.columns,
         )
-        features, norms = table(result.norms)
-        terms, values = table(result.log_likelihood)
-        groups = () if self.groups is None else _named(self.groups(batch), len(norms))
-        return Measurements(terms, values, features, norms, samples_of(batch), groups)
+        groups = () if self.groups is None else _named(self.groups(batch), len(measured))
+        return replace(measured, samples=samples_of(batch), groups=groups, sample=sample)
 
     def fit_measured(self, measured: Measurements) -> Self:
         """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
@@ -180,7 +197,7 @@ class Detector:
         Warns:
             UserWarning: As :meth:`fit`.
         """
-        self._fitted = self._fitting()(self.adapter, measured)
+        self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
 
     def score(self, batch: Batch) -> Scores:
@@ -201,11 +218,10 @@ class Detector:
         fitted = self.fitted
         self.check(batch)
         measured = self.measure(batch)
-        features = fitted.features(measured)
-        parts = fitted.density.contributions(features)
-        score = parts.sum(1)
-        names = fitted.features.names
-        means, shares = by_layer(names, features, np.mean), by_layer(names, parts, np.sum)
+        parts = fitted.joined.contributions(measured)
+        score, names = parts.sum(1), fitted.joined.names
+        means = by_layer(names, fitted.joined.features(measured), np.mean)
+        shares = by_layer(names, parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(fitted.p_value(score, measured.groups)),
@@ -386,13 +402,22 @@ class Detector:
             )
         check_layers(fitted.parameters, parameters_of(adapter, options.get("layers")))
         warn_of_other_model(fitted, adapter, stacklevel=3)
-        detector = cls(adapter, density=fitted.density, groups=groups, **options)
+        plan = Plan.of(fitted)
+        chosen = {"parts": plan.parts} if plan.method == "parts" else {"method": plan.method}
+        detector = cls(adapter, groups=groups, **chosen, **options)
+        if plan.needs_gradients and plan.method != "parts":
+            detector.density = next(part for part in plan.parts if part.needs_gradients).density
         detector._fitted = fitted
         return detector
 
-    def _fitting(self) -> Fitting:
+    def _plan(self, sample: SampleKind | None) -> Plan:
+        if self._fitted is None:
+            return planned(sample, self.method, self.density, self.parts)
+        return Plan.of(self._fitted)
+
+    def _fitting(self, measured: Measurements) -> Fitting:
         return Fitting(
-            density=self._density,
+            plan=planned(measured.sample, self.method, self.density, self.parts),
             layers=self.layers,
             calibration_fraction=self.calibration_fraction,
             trim=self.trim,

@@ -1,10 +1,8 @@
 """From what was measured of held-out samples to what a detector learned."""
 
-import copy
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +15,21 @@ from ood_monitor.calibration.conformal import (
     autocorrelation_bound,
     lag1_autocorrelation,
 )
-from ood_monitor.densities import Array, Density, TermsAndNorms
-from ood_monitor.densities.features import Features, LogNorms, TermValues, layer_of
-from ood_monitor.densities.measurements import Measurements
+from ood_monitor.densities import Array
+from ood_monitor.densities.features import layer_of
+from ood_monitor.densities.joined import Joined, minimum_samples
+from ood_monitor.densities.measurements import GRADIENT_NORMS, Measurements
+from ood_monitor.densities.parts import by_layer
 from ood_monitor.detector.compatibility import parameters_of
+from ood_monitor.detector.plan import Plan
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.modules import dtype_of
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.provenance import Provenance
+from ood_monitor.statistics.png import PNG_BITS
 
-__all__ = ["Fitting", "by_layer"]
+__all__ = ["Fitting"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Fitting:
     """How a detector learns; attributes are the arguments of :class:`~ood_monitor.Detector`.
 
     Attributes:
-        density: Unfitted; a copy is fitted.
+        plan: What is measured, and its parts, unfitted.
         layers: Which parameters are features.
         calibration_fraction: Share of the samples that calibrates.
         trim: Share of the fit samples that is left out.
@@ -46,7 +48,7 @@ class Fitting:
         minimum_group: The fewest calibration samples that make a group of its own.
     """
 
-    density: Density
+    plan: Plan
     layers: Layers
     calibration_fraction: float
     trim: float
@@ -63,18 +65,22 @@ class Fitting:
         Warns:
             UserWarning: Neighbouring calibration scores are positively correlated.
         """
+        measured = _finite(measured)
         fit, calibrate = self._split(len(measured))
-        _tell_of_no_gradient(measured)
+        if self.plan.needs_gradients:
+            _tell_of_no_gradient(measured)
         dtype = dtype_of(adapter.module)
         eps = torch.finfo(dtype).eps
         seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
-        features, density = self._learned(seen, eps)
-        scores = density.score(features(rest))
+        joined = Joined.fit(self.plan.parts, seen, eps)
+        scores = joined.score(rest)
         _warn_of_autocorrelation(scores)
-        means = by_layer(features.names, features(seen), np.mean)
+        means = by_layer(joined.names, joined.features(seen), np.mean)
         return Fitted(
-            features=features,
-            density=density,
+            joined=joined,
+            method=self.plan.method,
+            sample=self.plan.sample,
+            reason=self.plan.reason,
             calibration=ConformalPValue.fit(scores),
             log_likelihood=rest.log_likelihood.sum(1),
             parameters=parameters_of(adapter, self.layers),
@@ -92,19 +98,8 @@ class Fitting:
         """Without the most anomalous samples under a fit to all."""
         if not self.trim:
             return samples
-        features, density = self._learned(samples, eps)
-        scores = density.score(features(samples))
+        scores = Joined.fit(self.plan.parts, samples, eps).score(samples)
         return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
-
-    def _learned(self, samples: Measurements, eps: float) -> tuple[Features, Density]:
-        """What is a feature of these samples, and the density fitted to them."""
-        log_norms = LogNorms.fit(samples.features, samples.norms, eps)
-        density = copy.deepcopy(self.density)
-        features = Features(log_norms)
-        if isinstance(density, TermsAndNorms):
-            terms = TermValues.fit(samples.terms, samples.log_likelihood, eps)
-            density, features = density.of(int(terms.live.sum())), Features(log_norms, terms)
-        return features, density.fit(features(samples))
 
     def _groups_of(self, scores: Array, groups: tuple[str, ...]) -> GroupedPValue | None:
         return None if not self.grouped else GroupedPValue(scores, groups, self.minimum_group)
@@ -113,9 +108,10 @@ class Fitting:
         """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
         calibration = round(count * self.calibration_fraction)
         fit = count - calibration
-        if fit < self.density.minimum_samples or calibration < MINIMUM_SCORES:
+        fewest = minimum_samples(self.plan.parts)
+        if fit < fewest or calibration < MINIMUM_SCORES:
             raise ValueError(
-                f"Expected at least {self.density.minimum_samples} samples to fit on and "
+                f"Expected at least {fewest} samples to fit on and "
                 f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
                 f"samples at calibration_fraction={self.calibration_fraction}."
             )
@@ -124,12 +120,27 @@ class Fitting:
         return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def by_layer(names: tuple[str, ...], columns: Array, how: Any) -> Array:
-    """Columns (N, F) brought together by layer, (N, L)."""
-    positions: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        positions.setdefault(layer_of(name), []).append(i)
-    return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+def _finite(measured: Measurements) -> Measurements:
+    """Without the samples whose forward pass was not finite, each named by its place.
+
+    What is not finite in most samples is a column's fault, and no sample's. So are bits of an image
+    with values outside the range that it is shown in.
+    """
+    sound = np.ones(len(measured), dtype=bool)
+    for kind, table in measured.tables.items():
+        if kind != GRADIENT_NORMS:  # of which an infinite one takes its feature along
+            finite = np.isfinite(table.values)
+            of_column = (finite.mean(0) <= 0.5) | [name == PNG_BITS for name in table.names]
+            sound &= (finite | of_column).all(1)
+    if sound.all():
+        return measured
+    _log.warning(
+        "Left out of the held-out samples, as their forward pass is not finite: %d of %d, at %s.",
+        (~sound).sum(),
+        len(sound),
+        np.flatnonzero(~sound)[:20].tolist(),
+    )
+    return measured.take(np.flatnonzero(sound))
 
 
 def _tell_of_no_gradient(measured: Measurements) -> None:

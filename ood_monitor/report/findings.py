@@ -68,7 +68,7 @@ def _of_calibration(fitted: Fitted, fpr: float) -> Iterator[Finding]:
 
 
 def _of_features(fitted: Fitted) -> Iterator[Finding]:
-    names, dropped = fitted.features.log_norms.names, fitted.features.log_norms.dropped
+    names, dropped = fitted.joined.all_names, fitted.joined.dropped
     share = len(dropped) / len(names)
     text = f"{len(dropped):,} of {len(names):,} features were left out as dead or constant"
     if share > _DROPPED:

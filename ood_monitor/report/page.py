@@ -72,7 +72,7 @@ def html_report(
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=__version__,
         facts=dict(facts or {}),
-        dropped=fitted.features.log_norms.dropped,
+        dropped=fitted.joined.dropped,
         findings=findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert),
         scores=_shown_scores(fitted, stream if has_valid else None),
         fit=[] if held_out is None else _shown_fit(held_out),

@@ -18,7 +18,7 @@ from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autoco
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.saving.fitted import Fitted, replace_files
 
-__all__ = ["CARD", "FIGURE", "is_own", "model_card", "save_card"]
+__all__ = ["CARD", "FIGURE", "is_own", "model_card", "save_card", "told_method", "told_parts"]
 
 CARD, FIGURE = "README.md", "calibration.png"
 
@@ -152,20 +152,31 @@ def _precondition(fitted: Fitted) -> str:
 
 
 def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
-    provenance, dropped = fitted.provenance, fitted.features.log_norms.dropped
+    provenance, dropped = fitted.provenance, fitted.joined.dropped
     if terms := provenance.adapter.get("terms"):
         yield "terms of the log-likelihood", ", ".join(terms)
     yield "layers", f"{len(fitted.layers):,}"
     reasons = ", ".join(f"{count:,} {why}" for why, count in Counter(dropped.values()).items())
-    total = len(fitted.features.log_norms.names)
+    total = len(fitted.joined.all_names)
     yield "features", f"{total:,}, of which left out: {reasons or 'none'}"
-    yield "density", type(fitted.density).__name__
+    yield "method", told_method(fitted)
+    yield "parts", told_parts(fitted)
     yield "fit samples", f"{fitted.fit_count:,}"
     yield "calibration samples", f"{len(fitted.calibration.scores):,}"
     if fitted.grouped is not None:
         yield "groups of their own", f"{len(fitted.grouped.sizes):,}"
     if provenance.libraries:
         yield "fitted with", ", ".join(f"{k} {v}" for k, v in provenance.libraries.items())
+
+
+def told_method(fitted: Fitted) -> str:
+    """The method of a detector, and why it is that."""
+    return f"{fitted.method} ({fitted.reason})" if fitted.reason else fitted.method
+
+
+def told_parts(fitted: Fitted) -> str:
+    """The parts of a detector, each with its density."""
+    return ", ".join(f"{it.kind} ({type(it.density).__name__})" for it in fitted.joined.parts)
 
 
 def _diagnostics(fitted: Fitted) -> Iterator[tuple[str, str]]:

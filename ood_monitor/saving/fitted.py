@@ -4,21 +4,27 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ood_monitor.adapters.base import SampleKind
 from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue
-from ood_monitor.densities import DENSITIES, Array, Density
-from ood_monitor.densities.features import Features, LogNorms, TermValues
+from ood_monitor.densities import Array
+from ood_monitor.densities.columns import Columns
+from ood_monitor.densities.features import layer_of
+from ood_monitor.densities.joined import Joined
+from ood_monitor.densities.parts import Method
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.format import check_arrays, check_settings, strict_json
+from ood_monitor.saving.parts import arrays_of, dump_part, parse_joined
 from ood_monitor.saving.provenance import Provenance
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
@@ -27,7 +33,7 @@ CONFIG, TENSORS = "config.json", "detector.safetensors"
 
 #: Version of the two files together; a newer one is refused. It grows when an older reader would
 #: misread what a newer one wrote, not when there is more to read.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,10 @@ class Fitted:
     """What fitting learned, and nothing that scoring changes.
 
     Attributes:
-        features: Which features are live, and their floors.
-        density: The density of the live features.
+        joined: The parts, each with its live columns and their density.
+        method: The detector's method, ``"parts"`` for parts that were chosen one by one.
+        sample: What a sample is, as the adapter said.
+        reason: Why this method and these parts, in words.
         calibration: Scores of the calibration samples.
         log_likelihood: (n,), nats, of the calibration samples, in the order of their scores' fit.
         parameters: Shapes of the parameters that are features, in module order.
@@ -51,8 +59,10 @@ class Fitted:
         provenance: How it was made.
     """
 
-    features: Features
-    density: Density
+    joined: Joined
+    method: Method | Literal["parts"]
+    sample: SampleKind | None
+    reason: str
     calibration: ConformalPValue
     log_likelihood: Array
     parameters: dict[str, tuple[int, ...]]
@@ -67,8 +77,20 @@ class Fitted:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Those of the features, in module order within terms."""
-        return self.features.layers
+        """What the live columns are of: "term/parameter", "term" or "part/name", in order."""
+        return self.joined.layers
+
+    @property
+    def columns(self) -> dict[str, dict[str, int]]:
+        """What each part's columns are of, by its kind, and how many each has; also those left out.
+
+        Of all parts but gradient norms.
+        """
+        return {
+            part.kind: dict(Counter(map(layer_of, part.columns.names)))
+            for part in self.joined.parts
+            if isinstance(part.columns, Columns)
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -108,14 +130,12 @@ class Fitted:
         Raises:
             ValueError: A density of your own, which no file can name.
         """
-        density = type(self.density).__name__
-        if type(self.density) not in DENSITIES.values():
-            raise ValueError(f"Expected a density of {sorted(DENSITIES)} to save, got {density}.")
         config = {
             "format": FORMAT,
-            "density": density,
-            "features": list(self.features.log_norms.names),
-            "dropped": self.features.log_norms.dropped,
+            "method": self.method,
+            "sample": self.sample,
+            "reason": self.reason,
+            "parts": [dump_part(part) for part in self.joined.parts],
             "layers": list(self.layers),
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "samples": list(self.samples),
@@ -126,9 +146,6 @@ class Fitted:
             "fingerprint": self.fingerprint,
             "options": options,
         }
-        if self.features.terms is not None:
-            names, live = self.features.terms.names, self.features.terms.live
-            config["terms"] = dict(zip(names, live.tolist(), strict=True))
         if self.grouped is not None:
             config["groups"] = list(self.grouped.groups)
             config["minimum_group"] = self.grouped.minimum
@@ -170,19 +187,17 @@ class Fitted:
             check_settings(settings)
         with _of_file(TENSORS):
             arrays = _read(tensors)
-            features = _features(settings, arrays)
-            check_arrays(arrays, settings, features.layers)
+            check_arrays(arrays, settings)
         try:
-            return cls._from_parts(settings, arrays, features), dict(settings["options"])
+            return cls._from_parts(settings, arrays), dict(settings["options"])
         except (ArithmeticError, LookupError, TypeError) as error:  # of a density's own reading
             raise ValueError(f"Expected the files of a detector, got {error!r}.") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {f"density.{name}": value for name, value in self.density.state().items()}
+        arrays = arrays_of(self.joined)
         arrays |= {
             "calibration": self.calibration.scores,
             "log_likelihood": self.log_likelihood,
-            "floor": self.features.log_norms.floor,
             "layer_mean": self.layer_mean,
             "layer_sd": self.layer_sd,
         }
@@ -191,22 +206,17 @@ class Fitted:
         return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
     @classmethod
-    def _from_parts(
-        cls, config: dict[str, Any], arrays: dict[str, np.ndarray], features: Features
-    ) -> Self:
-        state = {
-            k.removeprefix("density."): v for k, v in arrays.items() if k.startswith("density.")
-        }
-        # Older files have figures of the layers without a live feature too.
-        kept = np.isin(config["layers"], features.layers)
+    def _from_parts(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         return cls(
-            features=features,
-            density=DENSITIES[config["density"]]().load_state(state),
+            joined=parse_joined(config["parts"], arrays),
+            method=config["method"],
+            sample=config["sample"],
+            reason=str(config.get("reason", "")),
             calibration=ConformalPValue(arrays["calibration"]),
             log_likelihood=arrays["log_likelihood"],
             parameters={name: tuple(shape) for name, shape in config["parameters"].items()},
-            layer_mean=arrays["layer_mean"][kept],
-            layer_sd=arrays["layer_sd"][kept],
+            layer_mean=arrays["layer_mean"],
+            layer_sd=arrays["layer_sd"],
             samples=tuple(config["samples"]),
             model=str(config["model"]),
             dtype=str(config["dtype"]),
@@ -232,20 +242,6 @@ def _read(tensors: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"Expected safetensors, got {error!r}.") from error
 
 
-def _features(config: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Features:
-    names, dropped = tuple(config["features"]), dict(config["dropped"])
-    live = np.array([name not in dropped for name in names])
-    if "floor" not in arrays:
-        raise ValueError(f"Expected an array 'floor', got {sorted(arrays)}.")
-    return Features(LogNorms(names, live, arrays["floor"], dropped), _terms(config))
-
-
-def _terms(config: dict[str, Any]) -> TermValues | None:
-    if "terms" not in config:
-        return None
-    return TermValues(tuple(config["terms"]), np.array(list(config["terms"].values()), dtype=bool))
-
-
 def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPValue | None:
     if "groups" not in config:
         return None
@@ -266,7 +262,11 @@ def _settings(config: str | bytes) -> dict[str, Any]:
         raise ValueError(f"Expected JSON in {CONFIG}, got {error}.") from error
     found = settings.get("format") if isinstance(settings, dict) else None
     if type(found) is not int or found != FORMAT:
-        raise ValueError(f"Expected a detector of format {FORMAT} in {CONFIG}, got {found!r}.")
+        older = type(found) is int and found < FORMAT
+        remedy = " It is of an earlier version: fit it again." if older else ""
+        raise ValueError(
+            f"Expected a detector of format {FORMAT} in {CONFIG}, got {found!r}.{remedy}"
+        )
     return dict(settings)
 
 

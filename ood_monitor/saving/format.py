@@ -13,7 +13,11 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 import torch
 
+from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities import DENSITIES
+from ood_monitor.densities.columns import FLOORS
+from ood_monitor.densities.features import layer_of
+from ood_monitor.densities.parts import CHOSEN, KINDS, Method
 from ood_monitor.gradients import Granularity
 
 __all__ = ["check_arrays", "check_settings", "sample_of", "strict_json"]
@@ -102,10 +106,13 @@ def _is_floating_type(value: Any) -> bool:
     return isinstance(value, str) and isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
+_METHODS, _SAMPLES = (*get_args(Method), CHOSEN), (None, *get_args(SampleKind))
+
 _SETTINGS: dict[str, _Rule] = {
-    "density": _Rule(lambda v: _is_text(v) and v in DENSITIES, f"one of {sorted(DENSITIES)}"),
-    "features": _Rule(lambda v: _are_names(v) and len(v) > 0, "names, each once"),
-    "dropped": _Rule(lambda v: _is_mapping(v, _is_text), "reasons by name"),
+    "method": _Rule(lambda v: _is_text(v) and v in _METHODS, f"one of {_METHODS}"),
+    "sample": _Rule(lambda v: v is None or v in get_args(SampleKind), f"one of {_SAMPLES}"),
+    "reason": _Rule(_is_text, "text", False),
+    "parts": _Rule(lambda v: isinstance(v, list) and len(v) > 0, "a list of parts"),
     "layers": _Rule(_are_names, "names, each once"),
     "parameters": _Rule(lambda v: _is_mapping(v, _is_shape), "shapes by name"),
     "samples": _Rule(
@@ -119,13 +126,21 @@ _SETTINGS: dict[str, _Rule] = {
     "fit_count": _Rule(lambda v: _is_whole(v, 1), "a count"),
     "calibration_count": _Rule(lambda v: _is_whole(v, 1), "a count", required=False),
     "options": _Rule(lambda v: isinstance(v, dict), "a mapping"),
-    "terms": _Rule(lambda v: _is_mapping(v, lambda x: isinstance(x, bool)), "flags", False),
     "groups": _Rule(lambda v: isinstance(v, list) and all(map(_is_text, v)), "names", False),
     "minimum_group": _Rule(lambda v: _is_whole(v, 1), "a count", False),
     "adapter": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
     "base_model": _Rule(_is_text, "a name", False),
     "base_model_revision": _Rule(_is_text, "a name", False),
     "libraries": _Rule(lambda v: _is_mapping(v, _is_text), "versions by name", False),
+}
+
+_PART: dict[str, _Rule] = {
+    "kind": _Rule(lambda v: _is_text(v) and v in KINDS, f"one of {sorted(KINDS)}"),
+    "density": _Rule(lambda v: _is_text(v) and v in DENSITIES, f"one of {sorted(DENSITIES)}"),
+    "columns": _Rule(lambda v: _are_names(v) and len(v) > 0, "names, each once"),
+    "dropped": _Rule(lambda v: _is_mapping(v, _is_text), "reasons by name"),
+    "terms": _Rule(lambda v: _is_mapping(v, lambda x: isinstance(x, bool)), "flags", False),
+    "floor": _Rule(lambda v: _is_text(v) and v in FLOORS, f"one of {sorted(FLOORS)}", False),
 }
 
 _OPTIONS: dict[str, _Rule] = {
@@ -154,13 +169,31 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"Expected options of {sorted(_OPTIONS)}, got also {unknown}.")
     for name in options:
         _check(_OPTIONS[name], f"options.{name}", options[name])
-    features, dropped = set(settings["features"]), settings["dropped"].keys()
-    if not dropped < features:
-        raise ValueError(
-            f"Expected to drop some of the {len(features)} features, got {sorted(dropped)[:5]}."
-        )
+    for i, part in enumerate(settings["parts"]):
+        _check_part(f"parts[{i}]", part)
+    if len({part["kind"] for part in settings["parts"]}) < len(settings["parts"]):
+        raise ValueError("Expected each kind of part once, got one twice.")
     if ("groups" in settings) != ("minimum_group" in settings):
         raise ValueError("Expected groups with their smallest size, got one without the other.")
+
+
+def _check_part(told: str, part: Any) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"Expected {told!r} to be a mapping, got {repr(part)[:80]}.")
+    if unknown := sorted(part.keys() - _PART.keys()):
+        raise ValueError(f"Expected {told!r} with {sorted(_PART)}, got also {unknown}.")
+    for name, rule in _PART.items():
+        if name in part or rule.required:
+            _check(rule, f"{told}.{name}", part.get(name))
+    columns, dropped = set(part["columns"]), part["dropped"].keys()
+    if not dropped < columns:
+        raise ValueError(
+            f"Expected to drop some of the {len(columns)} columns, got {sorted(dropped)[:5]}."
+        )
+    if ("floor" in part) != (part["kind"] == "expected_norms"):
+        raise ValueError(f"Expected a floor of expected norms alone, got another in {told!r}.")
+    if "terms" in part and part["kind"] != "gradient_norms":
+        raise ValueError(f"Expected terms of gradient norms alone, got them of {told!r}.")
 
 
 def _check(rule: _Rule, name: str, value: Any) -> None:
@@ -169,15 +202,12 @@ def _check(rule: _Rule, name: str, value: Any) -> None:
         raise ValueError(f"Expected {name!r} to be {rule.told}, got {text[:80]}.")
 
 
-def check_arrays(
-    arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any], layers: tuple[str, ...]
-) -> None:
+def check_arrays(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
     """Refuse arrays that do not fit the settings, or each other.
 
     Args:
-        arrays: By name, those of the density after ``density.``.
+        arrays: By name, those of a part after its kind.
         settings: What :func:`check_settings` let pass.
-        layers: Those of the live features.
 
     Raises:
         ValueError: An array is missing or too much, or of another type, shape or range.
@@ -188,20 +218,45 @@ def check_arrays(
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         _check_array(name, arrays[name], shape, sizes)
-    terms = sum((settings.get("terms") or {}).values())
-    if "density.sizes" in arrays and arrays["density.sizes"][0] != terms:
-        raise ValueError(f"Expected a density of {terms} terms, got {arrays['density.sizes'][0]}.")
-    if tuple(name for name in settings["layers"] if name in set(layers)) != layers:
-        raise ValueError(f"Expected the layers of the features, got {settings['layers'][:5]}.")
-    known = settings["parameters"].keys() | (settings.get("terms") or {}).keys()
-    for layer in layers:
-        if layer.split("/", 1)[-1] not in known:
-            raise ValueError(f"Expected a shape for each layer's parameter, got none of {layer!r}.")
+    for part in settings["parts"]:
+        _check_terms(part, arrays)
+    _check_layers(settings)
     count = settings.get("calibration_count", sizes["n"])
     if count != sizes["n"] or len(settings.get("groups", ())) not in (0, count):
         raise ValueError(f"Expected {count} calibration samples, got {sizes['n']}.")
     if "grouped" in arrays and (np.sort(arrays["grouped"]) != arrays["calibration"]).any():
         raise ValueError("Expected the calibration scores by group too, got other scores.")
+
+
+def _check_terms(part: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    sizes, terms = arrays.get(f"{part['kind']}.density.sizes"), _live_terms(part)
+    if sizes is not None and sizes[0] != terms:
+        raise ValueError(f"Expected a density of {terms} terms, got {sizes[0]}.")
+
+
+def _check_layers(settings: Mapping[str, Any]) -> None:
+    """Refuse layers that are not those of the parts, or that the model has no shape of."""
+    layers = [layer for part in settings["parts"] for layer in _layers(part)]
+    if settings["layers"] != layers:
+        raise ValueError(f"Expected the layers of the parts, got {settings['layers'][:5]}.")
+    for part in settings["parts"]:
+        known = settings["parameters"].keys() | (part.get("terms") or {}).keys()
+        for layer in _layers(part) if part["kind"] == "gradient_norms" else ():
+            if layer.split("/", 1)[-1] not in known:
+                raise ValueError(f"Expected a shape for each parameter, got none of {layer!r}.")
+
+
+def _layers(part: Mapping[str, Any]) -> list[str]:
+    """What the live columns of a part are of, in order."""
+    live = [name for name in part["columns"] if name not in part["dropped"]]
+    if part["kind"] != "gradient_norms":
+        return list(dict.fromkeys(layer_of(f"{part['kind']}/{name}") for name in live))
+    terms = [name for name, is_live in (part.get("terms") or {}).items() if is_live]
+    return list(dict.fromkeys((*terms, *map(layer_of, live))))
+
+
+def _live_terms(part: Mapping[str, Any]) -> int:
+    return sum((part.get("terms") or {}).values())
 
 
 def _check_array(name: str, array: np.ndarray, shape: _Shape, sizes: dict[str, int]) -> None:
@@ -235,29 +290,49 @@ _RANGES: dict[str, Callable[[np.ndarray], bool]] = {
     "largest_dof": lambda x: x[0] > 4,
     "shrinkage": lambda x: 0 < x[0] <= 1 or x[0] in (2, 3, 4),
     "options": lambda x: x[0] >= 0 and x[1] == int(x[1]) and 0 <= x[1] < 2**32,
+    "tail": lambda x: bool((np.diff(x) >= 0).all()),
     "sizes": lambda x: x[0] >= 0 and 2 <= x[1] < 2**31 and (x == np.floor(x)).all(),
 }
 
 
 def _shapes(settings: Mapping[str, Any]) -> dict[str, _Shape]:
     """Of every array that the settings ask for."""
-    terms = sum((settings.get("terms") or {}).values())
-    norms = len(settings["features"]) - len(settings["dropped"])
     layers = len(settings["layers"])
     shapes: dict[str, _Shape] = {
         "calibration": ("n",),
         "log_likelihood": ("n",),
-        "floor": (len(settings["features"]),),
         "layer_mean": (layers,),
         "layer_sd": (layers,),
     }
     if "groups" in settings:
         shapes["grouped"] = ("n",)
-    return shapes | _named("density.", _of_density(settings["density"], terms, norms))
+    for part in settings["parts"]:
+        kind = part["kind"]
+        shapes |= _named(f"{kind}.", _of_part(part))
+        if len(settings["parts"]) > 1:
+            shapes[f"{kind}.tail"] = (settings["fit_count"],)
+    return shapes
+
+
+def _of_part(part: Mapping[str, Any]) -> dict[str, _Shape]:
+    columns, live = len(part["columns"]), len(part["columns"]) - len(part["dropped"])
+    shapes: dict[str, _Shape] = {}
+    if part["kind"] != "gradient_norms":
+        shapes = {"centre": (live,), "scale": (live,)}
+    if part["kind"] in ("gradient_norms", "expected_norms"):
+        shapes["floor"] = (columns,)
+    density = _of_density(part["density"], _live_terms(part), live)
+    shapes |= _named("density.", density)
+    # Of sizes that only the arrays know, each part has its own.
+    own = {letter: f"{part['kind']} {letter}" for letter in ("r", "K")}
+    return {
+        name: tuple(n if isinstance(n, int) else own.get(n, n) for n in shape)
+        for name, shape in shapes.items()
+    }
 
 
 def _of_density(name: str, terms: int, norms: int) -> dict[str, _Shape]:
-    """Of the state of a density of ``terms`` values of terms and ``norms`` log norms."""
+    """Of the state of a density of ``terms`` values of terms and ``norms`` other columns."""
     features = terms + norms
     independent: dict[str, _Shape] = {"mean": (features,), "sd": (features,)}
     match name:
@@ -268,6 +343,8 @@ def _of_density(name: str, terms: int, norms: int) -> dict[str, _Shape]:
             return _gaussian(features, "shrinkage")
         case "PrincipalGaussian":
             return _gaussian(features, "explained")
+        case "GaussianMixture":
+            return _mixture(features)
         case "Maximum":
             parts = _named("0.", independent) | _named("1.", _gaussian(features, "shrinkage"))
             return {"location": (2,), "scale": (2,), "folds": (1,)} | parts

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.base import Batch, checked_terms
 from ood_monitor.densities import DiagonalGaussian, ShrunkGaussian
 from ood_monitor.densities.features import table
 
@@ -26,7 +26,7 @@ def fitted(small: Small = BRANCHES, n: int = 220, data: int = 0, **options: Any)
 
 
 def log_likelihood(adapter: om.Adapter, x: Tensor) -> Tensor:
-    return torch.stack([value for _, value in adapter.log_likelihood(x)]).sum(0).detach()
+    return torch.stack([value for _, value in checked_terms(adapter, x)]).sum(0).detach()
 
 
 # The paper's claims
@@ -40,7 +40,7 @@ class Composed(om.Adapter):
         self._forward, self._log_volume = forward, log_volume
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
-        *terms, (last, value) = self._adapter.log_likelihood(self._forward(batch))
+        *terms, (last, value) = checked_terms(self._adapter, self._forward(batch))
         yield from terms
         yield last, value + self._log_volume(batch)
 
@@ -101,7 +101,7 @@ def test_representation_of_the_data_changes_no_gradient(small: Small, name: str)
 def test_mean_gradient_over_the_models_own_samples_is_zero(shift: float, is_zero: bool) -> None:
     n, adapter = 4000, ZUKO()
     x = adapter.module().sample((n,)) + shift
-    log_likelihood = dict(adapter.log_likelihood(x))["log_likelihood"]
+    log_likelihood = dict(checked_terms(adapter, x))["log_likelihood"]
     names, parameters = zip(*adapter.module.named_parameters(), strict=True)
     means = torch.autograd.grad(log_likelihood.mean(), parameters)
     norms = om.gradient_norms(adapter, x)
@@ -129,7 +129,7 @@ def test_density_and_calibration_see_different_samples(fraction: float, seed: in
     assert learned.fit_count == 200 - calibrated.sum()
     features = np.log(table(om.gradient_norms(BRANCHES(), x))[1])
     density.fit(features[~calibrated])
-    for name, value in learned.density.state().items():
+    for name, value in learned.joined.parts[0].density.state().items():
         np.testing.assert_allclose(value, density.state()[name], rtol=1e-10)
     expected = np.sort(density.score(features[calibrated]))
     np.testing.assert_allclose(learned.calibration.scores, expected, rtol=1e-10)
@@ -220,7 +220,7 @@ def test_refit_is_independent_of_an_earlier_fit() -> None:
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_is_shown_if_asked_for(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
     om.Detector(BRANCHES()).fit([BRANCHES.data(100)], progress=progress)
-    assert ("gradient norms" in capsys.readouterr().err) == progress
+    assert ("held-out data" in capsys.readouterr().err) == progress
 
 
 def test_parameters_that_are_no_numbers_can_be_left_out() -> None:
@@ -332,7 +332,7 @@ def test_terms_are_features_where_a_model_has_several() -> None:
     glow, x, new = SMALL["glow"], SMALL["glow"].data(400), SMALL["glow"].data(50, seed=1)
     adapter = glow()
     detector = om.Detector(adapter).fit([x], progress=False)
-    scores, terms = detector.score(new), dict(adapter.log_likelihood(new))
+    scores, terms = detector.score(new), dict(checked_terms(adapter, new))
     assert [name for name in scores.layers if "/" not in name] == list(terms)
     torch.testing.assert_close(sum(scores.layers.values()), scores.score)
     for name, values in terms.items():
@@ -351,7 +351,8 @@ class Shifted(om.LogLikelihood):
     def log_likelihood(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         moved = torch.where(batch.flatten(1)[:, 0] > 5, 50.0, 0.0)
         for sign, (name, value) in zip([1, -1, 0], super().log_likelihood(batch), strict=True):
-            yield name, value + sign * moved
+            total = value.total() if isinstance(value, om.Elements) else value
+            yield name, total + sign * moved
 
 
 def test_what_cancels_in_the_likelihood_is_seen_in_its_terms() -> None:
@@ -699,7 +700,7 @@ def test_trimming_forgets_foreign_samples() -> None:
     plain = om.Detector(BRANCHES(), **options).fit([contaminated()], progress=False)
     trimmed = om.Detector(BRANCHES(), trim=0.08, **options).fit([contaminated()], progress=False)
     sd = {
-        name: d.fitted.density.state()["sd"].mean()
+        name: d.fitted.joined.parts[0].density.state()["sd"].mean()
         for name, d in (("clean", clean), ("plain", plain), ("trimmed", trimmed))
     }
     assert sd["plain"] > 1.5 * sd["clean"]

@@ -127,7 +127,7 @@ def test_it_counts_and_names_what_was_left_out(tmp_path: Path) -> None:
     text, fitted = readme(tmp_path), detector.fitted
     assert "| fit samples | 90 |" in text
     assert "| calibration samples | 30 |" in text
-    total, dropped = len(fitted.features.log_norms.names), len(fitted.features.log_norms.dropped)
+    total, dropped = len(fitted.joined.all_names), len(fitted.joined.dropped)
     left_out = re.search(r"\| features \| (\d+), of which left out: (.*) \|", text)
     assert left_out is not None
     assert int(left_out[1]) == total

@@ -23,7 +23,7 @@ OLD = Path(__file__).parents[1] / "data" / "format-1"
 
 
 def two_terms() -> om.Adapter:
-    """Its density has a part for the terms' values, so that every kind of array is in the files."""
+    """Gradient norms' density has values of terms too, so that every kind of array is in files."""
     return SMALL["glow"]()
 
 
@@ -35,7 +35,7 @@ def groups_of(batch: Any) -> list[str]:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("detector")
     x = SMALL["glow"].data(120)
-    detector = om.Detector(two_terms(), groups=groups_of, minimum_group=20)
+    detector = om.Detector(two_terms(), method="both", groups=groups_of, minimum_group=20)
     detector.fit([(x, x[:, 0, 0, 0])], progress=False).save_pretrained(directory, card=False)
     return directory
 
@@ -79,15 +79,15 @@ def test_file_with_a_flipped_bit_is_refused(name: str, mask: int, saved: Path) -
             load_from(saved)
 
 
-@pytest.mark.parametrize("key", ["model", "fit_count", "samples", "dropped", "features", "options"])
+@pytest.mark.parametrize("key", ["model", "fit_count", "samples", "parts", "method", "options"])
 def test_edited_config_is_refused(key: str, saved: Path) -> None:
     config = json.loads((saved / CONFIG).read_text())
     edits = {
         "model": "0123456789ab",
         "fit_count": 61,
         "samples": [],
-        "dropped": {config["features"][0]: "dead"},
-        "features": config["features"][::-1],
+        "parts": config["parts"][::-1],
+        "method": "forward",
         "options": config["options"] | {"seed": 1},
     }
     (saved / CONFIG).write_text(json.dumps(config | {key: edits[key]}))
@@ -175,12 +175,20 @@ def value(name: str, number: float) -> Change:
     return array(name, lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, number, a))
 
 
+NORMS = -1  # the part of gradient norms, the last
+GAUSSIAN, MIXTURE = "gradient_norms.density.norms", "gradient_norms.density.terms"
+
+
+def part(key: str, value: Any, at: int = NORMS) -> Change:
+    return lambda settings, arrays: settings["parts"][at].__setitem__(key, value)
+
+
 def swap(a: str, b: str) -> Change:
     return lambda settings, arrays: arrays.update({a: arrays[b], b: arrays[a]})
 
 
 def rename_feature(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    settings["features"][0] = "latent_1/nowhere.weight"
+    settings["parts"][NORMS]["columns"][0] = "latent_1/nowhere.weight"
 
 
 FORGED: dict[str, Change] = {
@@ -190,35 +198,55 @@ FORGED: dict[str, Change] = {
     "no calibration score": array("calibration", lambda a: a[:0]),
     "one calibration score less": array("calibration", lambda a: a[1:]),
     "other scores by group": array("grouped", lambda a: a + 1),
-    "an infinite floor": value("floor", np.inf),
-    "a negative floor": value("floor", -1.0),
-    "a floor of another length": array("floor", lambda a: a[1:]),
-    "a nan in the density": value("density.norms.mean", np.nan),
-    "a standard deviation of zero": value("density.norms.sd", 0.0),
-    "a mean that would be broadcast": array("density.norms.mean", lambda a: a[:1]),
-    "axes of another width": array("density.norms.axes", lambda a: a[:, 1:]),
-    "fewer variances than axes": array("density.norms.variances", lambda a: a[1:]),
-    "an unknown rule of shrinkage": value("density.norms.shrinkage", 9.0),
-    "weights that do not add up to one": array("density.terms.weights", lambda a: 2 * a),
-    "terms that the density has not": value("density.sizes", 1.0),
+    "an infinite floor": value("gradient_norms.floor", np.inf),
+    "a negative floor": value("gradient_norms.floor", -1.0),
+    "a floor of another length": array("gradient_norms.floor", lambda a: a[1:]),
+    "a nan in the density": value("gradient_norms.density.norms.mean", np.nan),
+    "a standard deviation of zero": value("gradient_norms.density.norms.sd", 0.0),
+    "a mean that would be broadcast": array("gradient_norms.density.norms.mean", lambda a: a[:1]),
+    "axes of another width": array("gradient_norms.density.norms.axes", lambda a: a[:, 1:]),
+    "fewer variances than axes": array("gradient_norms.density.norms.variances", lambda a: a[1:]),
+    "an unknown rule of shrinkage": value("gradient_norms.density.norms.shrinkage", 9.0),
+    "weights that do not add up to one": array(f"{MIXTURE}.weights", lambda a: 2 * a),
+    "terms that the density has not": value("gradient_norms.density.sizes", 1.0),
     "single precision": array("layer_mean", lambda a: a.astype(np.float32)),
     "text in the place of numbers": array("layer_sd", lambda a: np.zeros(len(a), np.uint8)),
     "a scalar in the place of an array": array("layer_sd", lambda a: 1.0),
-    "swapped arrays": swap("density.norms.axes", "density.terms.centres"),
+    "swapped arrays": swap(f"{GAUSSIAN}.axes", f"{MIXTURE}.centres"),
     "an array too few": lambda settings, arrays: arrays.pop("layer_sd"),
     "an array too many": lambda settings, arrays: arrays.update(more=np.zeros(3)),
-    "the arrays of another density": setting("density", "Maximum"),
-    "an unknown density": setting("density", "os.system"),
-    "a density that is no name": setting("density", ["Maximum"]),
-    "no feature": setting("features", []),
-    "a feature twice": lambda settings, arrays: settings["features"].append(
-        settings["features"][0]
+    "the arrays of another density": part("density", "Maximum"),
+    "an unknown density": part("density", "os.system"),
+    "a density that is no name": part("density", ["Maximum"]),
+    "no column": part("columns", []),
+    "a column twice": lambda settings, arrays: settings["parts"][NORMS]["columns"].append(
+        settings["parts"][NORMS]["columns"][0]
     ),
     "a feature of no layer": rename_feature,
-    "every feature dropped": lambda s, arrays: s.update(
-        dropped=dict.fromkeys(s["features"], "dead")
+    "every column dropped": lambda s, arrays: s["parts"][NORMS].update(
+        dropped=dict.fromkeys(s["parts"][NORMS]["columns"], "dead")
     ),
-    "a dropped feature that is none": setting("dropped", {"nowhere": "dead"}),
+    "a dropped column that is none": part("dropped", {"nowhere": "dead"}),
+    "no part": setting("parts", []),
+    "parts that are no list": setting("parts", {"kind": "values"}),
+    "a part that is no mapping": setting("parts", ["values"]),
+    "a part twice": lambda s, arrays: s["parts"].append(s["parts"][0]),
+    "a part too few": lambda s, arrays: s["parts"].pop(),
+    "an unknown kind of part": part("kind", "os.system"),
+    "a kind that is no name": part("kind", ["values"]),
+    "an unknown key of a part": part("more", 1),
+    "a floor of gradient norms": part("floor", "median"),
+    "an unknown floor": part("floor", "most", at=1),
+    "no floor of sums of squares": lambda s, arrays: s["parts"][1].pop("floor"),
+    "terms of a forward pass": part("terms", {"latent_1": True}, at=0),
+    "an unknown method": setting("method", "os.system"),
+    "a method that is no name": setting("method", ["forward"]),
+    "an unknown kind of sample": setting("sample", "sound"),
+    "a reason that is no text": setting("reason", 1),
+    "known scores out of order": array("values.tail", lambda a: a[::-1]),
+    "a known score less": array("values.tail", lambda a: a[1:]),
+    "a scale of zero": value("expected_norms.scale", 0.0),
+    "a centre of another length": array("values.centre", lambda a: a[1:]),
     "layers in another order": lambda settings, arrays: settings["layers"].reverse(),
     "a negative shape": lambda settings, arrays: settings["parameters"].update(a=[3, -1]),
     "a shape of fractions": lambda settings, arrays: settings["parameters"].update(a=[2.5]),
@@ -237,7 +265,7 @@ FORGED: dict[str, Change] = {
     "patterns that are none": option("layers", [1, 2]),
     "groups of other samples": setting("groups", ["a", "b"]),
     "groups without their size": lambda settings, arrays: settings.pop("minimum_group"),
-    "terms that are no flags": setting("terms", {"latent_1": "yes"}),
+    "terms that are no flags": part("terms", {"latent_1": "yes"}),
     "no layers": lambda settings, arrays: settings.pop("layers"),
 }
 
@@ -319,21 +347,9 @@ def test_tensors_that_are_none_are_refused(content: bytes, saved: Path) -> None:
 # Files of older versions
 
 
-def test_a_file_of_the_first_format_is_read() -> None:
-    fitted, options = Fitted.load(OLD / "plain")
-    assert (fitted.fingerprint, fitted.fit_count) == ("a2212d67aa0e", 50)
-    assert options["source"] == "images of March"
-    assert fitted.provenance.adapter == {}
-
-
-@pytest.mark.filterwarnings("ignore:Stale calibration")  # torch may draw other weights
-def test_a_detector_of_the_first_format_scores() -> None:
-    x = BRANCHES.data(9)
-    detector = om.Detector.from_pretrained(
-        OLD / "groups", BRANCHES(), groups=lambda batch: groups_of((None, batch[1]))
-    )
-    assert detector.score((x, x[:, 0])).valid.all()
-    assert detector.fitted.grouped is not None
+def test_a_file_of_the_first_format_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"got 1\. It is of an earlier version: fit it again\."):
+        Fitted.load(OLD / "plain")
 
 
 # A process that dies

@@ -1,0 +1,121 @@
+"""What a detector measures: its method by one word, its parts, and why these.
+
+The defaults are those of models on which they were measured. Nothing is chosen by what a detector
+makes of foreign samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias, get_args
+
+from ood_monitor.adapters.base import SampleKind
+from ood_monitor.densities import Density
+from ood_monitor.densities.parts import CHOSEN, Kind, Method, Part
+from ood_monitor.saving.fitted import Fitted
+
+__all__ = ["Parts", "Plan", "check_choice", "planned"]
+
+#: Parts that a user chooses, by themselves or by their kind.
+Parts: TypeAlias = Sequence[Part | Kind]
+
+_SAMPLES: dict[SampleKind | None, str] = {
+    "image": "samples are images",
+    "sequence": "samples are sequences",
+    "row": "samples are rows of a table",
+    None: "the adapter does not say what a sample is",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of samples, and how it is scored.
+
+    Attributes:
+        method: The word for it; ``"parts"`` if these were chosen one by one.
+        parts: Unfitted.
+        sample: What a sample is, as the adapter says.
+        reason: Why these, in words.
+    """
+
+    method: Method | Literal["parts"]
+    parts: tuple[Part, ...]
+    sample: SampleKind | None
+    reason: str
+
+    @classmethod
+    def of(cls, fitted: Fitted) -> Self:
+        """What a fitted detector measures."""
+        parts = tuple(Part(it.kind, it.density, it.floor) for it in fitted.joined.parts)
+        return cls(fitted.method, parts, fitted.sample, fitted.reason)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a part takes a backward pass."""
+        return any(part.needs_gradients for part in self.parts)
+
+    @property
+    def of_forward(self) -> frozenset[Kind]:
+        """The kinds of its parts that a forward pass gives."""
+        return frozenset(part.kind for part in self.parts if not part.needs_gradients)
+
+
+def planned(
+    sample: SampleKind | None, method: Method | None, density: Density | None, parts: Parts | None
+) -> Plan:
+    """The plan for samples of a kind.
+
+    Args:
+        sample: What a sample is, None if that is not known.
+        method: As the user chose it, or None.
+        density: Of gradient norms, as the user chose it, or None.
+        parts: As the user chose them, or None.
+    """
+    if parts is not None:
+        chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
+        return Plan(CHOSEN, chosen, sample, "parts were chosen")
+    if method is not None or density is not None:
+        reason = "chosen" if method is not None else "a density of gradient norms was chosen"
+        return Plan(
+            word := method or "gradient_norms", _parts(word, sample, density), sample, reason
+        )
+    word = default_method(sample)
+    return Plan(word, _parts(word, sample, None), sample, f"default where {_SAMPLES[sample]}")
+
+
+def default_method(sample: SampleKind | None) -> Method:
+    """The method where none is chosen: the one that was measured to be best on such models."""
+    return "gradient_norms"
+
+
+def check_choice(method: str | None, density: Density | None, parts: Parts | None) -> None:
+    """Refuse words that are none, and choices that speak of the same thing.
+
+    Raises:
+        ValueError: They do, or are.
+    """
+    if method is not None and method not in get_args(Method):
+        raise ValueError(f"Expected a method of {get_args(Method)}, got {method!r}.")
+    if density is not None and (method == "forward" or parts is not None):
+        raise ValueError(
+            f"Expected no `density=`, which is of gradient norms, with "
+            f"{'parts' if parts is not None else repr(method)}; "
+            "give each part its own: `parts=[om.Part('expected_norms', density=...)]`."
+        )
+    if parts is None:
+        return
+    kinds = [part.kind if isinstance(part, Part) else Part(part).kind for part in parts]
+    if method is not None or not kinds or len(set(kinds)) < len(kinds):
+        raise ValueError(
+            f"Expected parts of different kinds and no `method=` beside them, got {kinds} and "
+            f"method={method!r}."
+        )
+
+
+def _parts(method: Method, sample: SampleKind | None, density: Density | None) -> tuple[Part, ...]:
+    norms = (Part("gradient_norms", density),)
+    if method == "gradient_norms":
+        return norms
+    # A table's rows have no paradox, and their layers no positions.
+    of_rows = (Part("log_likelihood"), Part("expected_norms", floor="mean"))
+    forward = of_rows if sample == "row" else (Part("values"), Part("expected_norms"))
+    return forward if method == "forward" else (*forward, *norms)

@@ -1,0 +1,181 @@
+"""Two methods by one word, and what joins them."""
+
+import logging
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from support.fitted_cases import ADAPTERS, adapter_of, batch_of
+from torch import Tensor, nn
+
+import ood_monitor as om
+from ood_monitor.adapters.base import Batch, map_tensors, pieces
+from ood_monitor.densities.parts import Method
+
+METHODS: tuple[Method, ...] = get_args(Method)
+EVERY = [(name, method) for name in ("glow", "vae", "gpt2", "ddpm") for method in METHODS]
+
+every_case = pytest.mark.parametrize(("name", "method"), EVERY)
+
+
+def detector(name: str, method: Method, **options: Any) -> om.Detector:
+    held_out = pieces(batch_of(name, 60, seed=1), 30)
+    made = om.Detector(adapter_of(name), method=method, **options)
+    return made.fit(held_out, progress=False)
+
+
+def first(batch: Batch, count: int) -> Batch:
+    return map_tensors(lambda tensor: tensor[:count], batch)
+
+
+@every_case
+def test_parts_of_the_score_add_up_and_a_sample_has_one_score(name: str, method: Method) -> None:
+    fitted, new = detector(name, method), batch_of(name, 5, seed=2)
+    scores, alone = fitted.score(new), fitted.score(first(new, 1))
+    torch.testing.assert_close(sum(scores.layers.values()), scores.score)
+    torch.testing.assert_close(alone.score, scores.score[:1], rtol=1e-3, atol=1e-3)
+    assert torch.equal(alone.p_value, scores.p_value[:1])
+    assert scores.layers.keys() == scores.z.keys() == set(fitted.fitted.layers)
+    assert fitted.fitted.method == method
+
+
+@every_case
+def test_a_saved_detector_comes_back_and_fits_the_same(
+    name: str, method: Method, tmp_path: Path
+) -> None:
+    fitted, new = detector(name, method), batch_of(name, 5, seed=2)
+    fitted.save_pretrained(tmp_path, card=False)
+    loaded = om.Detector.from_pretrained(tmp_path, fitted.adapter)
+    assert torch.equal(loaded.score(new).score, fitted.score(new).score)
+    assert loaded.fitted.fingerprint == fitted.fitted.fingerprint
+    again = loaded.fit(pieces(batch_of(name, 60, seed=1), 30), progress=False)
+    assert again.fitted.fingerprint == fitted.fitted.fingerprint
+    assert again.fitted.method == method
+
+
+@pytest.mark.parametrize("name", ["glow", "vae", "gpt2", "ddpm"])
+def test_forward_leaves_the_model_as_it_was(name: str) -> None:
+    adapter = adapter_of(name)
+    before = {key: value.clone() for key, value in adapter.module.state_dict().items()}
+    hooks = [dict(module._forward_pre_hooks) for module in adapter.module.modules()]
+    om.Detector(adapter, method="forward").fit([batch_of(name, 40, seed=1)], progress=False)
+    after = adapter.module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [dict(module._forward_pre_hooks) for module in adapter.module.modules()] == hooks
+    assert all(p.grad is None for p in adapter.module.parameters())
+
+
+def test_both_joins_the_parts_of_the_two() -> None:
+    kinds = {
+        method: [part.kind for part in detector("glow", method).fitted.joined.parts]
+        for method in METHODS
+    }
+    assert kinds["gradient_norms"] == ["gradient_norms"]
+    assert kinds["both"] == [*kinds["forward"], "gradient_norms"]
+
+
+def test_parts_are_chosen_one_by_one(tmp_path: Path) -> None:
+    parts = ["log_likelihood", om.Part("expected_norms", om.DiagonalGaussian(), floor="mean")]
+    made = om.Detector(adapter_of("vae"), parts=parts)
+    fitted = made.fit([batch_of("vae", 60, seed=1)], progress=False)
+    fitted.save_pretrained(tmp_path, card=False)
+    loaded = om.Detector.from_pretrained(tmp_path, fitted.adapter)
+    again = loaded.fit([batch_of("vae", 60, seed=1)], progress=False).fitted
+    assert again.fingerprint == fitted.fitted.fingerprint
+    assert again.method == "parts"
+    assert [part.floor for part in again.joined.parts] == [None, "mean"]
+
+
+def test_rows_of_a_table_have_one_sided_likelihood_and_a_floor_by_the_mean() -> None:
+    adapter = adapter_of("vae")
+    adapter.sample = "row"
+    made = om.Detector(adapter, method="forward")
+    found = made.fit([batch_of("vae", 60, seed=1)], progress=False).fitted.joined.parts
+    assert [(part.kind, part.floor) for part in found] == [
+        ("log_likelihood", None),
+        ("expected_norms", "mean"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "norms"}, "Expected a method of .*'gradient_norms'.*, got 'norms'"),
+        ({"method": "forward", "density": om.Maximum()}, "Expected no `density=`.*'forward'"),
+        ({"parts": ["values"], "density": om.Maximum()}, "Expected no `density=`.*with parts"),
+        ({"parts": ["values"], "method": "both"}, "no `method=` beside them"),
+        ({"parts": ["values", "values"]}, "Expected parts of different kinds"),
+        ({"parts": []}, "Expected parts of different kinds"),
+        ({"parts": ["norms"]}, "Expected a part of .*, got 'norms'"),
+    ],
+)
+def test_choices_that_speak_of_one_thing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        om.Detector(adapter_of("vae"), **options)
+
+
+def test_a_method_and_its_reason_are_said(tmp_path: Path) -> None:
+    fitted = detector("glow", "forward").fitted
+    assert (fitted.method, fitted.reason) == ("forward", "chosen")
+    default = om.Detector(adapter_of("glow")).fit([batch_of("glow", 60, seed=1)], progress=False)
+    assert default.fitted.method == "gradient_norms"
+    assert default.fitted.reason == "default where samples are images"
+    default.save_pretrained(tmp_path)
+    assert (
+        "gradient_norms (default where samples are images)" in (tmp_path / "README.md").read_text()
+    )
+
+
+class Exploding(nn.Module):
+    """An autoencoder whose pass is not finite for a marked sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.encoder(torch.where(x > 50, torch.nan, x)).chunk(2, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)  # type: ignore[no-any-return]
+
+
+def exploding(**options: Any) -> tuple[om.Detector, Tensor]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    return (
+        om.Detector(om.ELBO(Exploding()), method="forward", **options),
+        torch.randn(80, 6, generator=generator),
+    )
+
+
+def test_a_held_out_sample_whose_pass_is_not_finite_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, x = exploding()
+    broken = x.clone()
+    broken[17] = 100.0
+    with caplog.at_level(logging.WARNING):
+        found = made.fit([broken], progress=False)
+    assert "1 of 80, at [17]" in caplog.text
+    without = exploding()[0].fit([torch.cat([x[:17], x[18:]])], progress=False)
+    assert found.fitted.fit_count + len(found.fitted.calibration.scores) == 79
+    np.testing.assert_allclose(found.score(x[:5]).score, without.score(x[:5]).score, rtol=1e-4)
+
+
+def test_a_sample_whose_pass_is_not_finite_is_invalid_and_others_are_as_they_were() -> None:
+    made, x = exploding()
+    fitted = made.fit([x], progress=False)
+    broken = torch.cat([x[:4], torch.full((1, 6), 100.0)])
+    scores = fitted.score(broken)
+    assert scores.valid.tolist() == [True, True, True, True, False]
+    assert scores.p_value[4].isnan()
+    torch.testing.assert_close(scores.score[:4], fitted.score(x[:4]).score, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_forward_is_fitted_on_every_kind_of_model(name: str) -> None:
+    scores = detector(name, "forward").score(batch_of(name, 4, seed=2))
+    assert scores.valid.all()
