@@ -162,6 +162,8 @@ class Alert:
             alert is of, or the latest before a drift alert.
         detector: Fingerprint of the detector.
         model: Fingerprint of the model.
+        method: What the detector goes by, such as ``"gradient_norms"`` or ``"forward"``; None in
+            alerts of before there was a choice.
         status: The stream's, with this alert. By default OK with a recovery, ALERT with a drift,
             else WARN.
         time: When it happened; any time zone, kept as UTC.
@@ -182,6 +184,7 @@ class Alert:
     samples: tuple[FlaggedSample, ...] = ()
     detector: str
     model: str
+    method: str | None = None
     status: Status = None  # type: ignore[assignment]  # never None once made
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
     id: str = field(default_factory=lambda: uuid4().hex)

@@ -38,6 +38,14 @@ class GranularityName(StrEnum):
     row = "row"
 
 
+class MethodName(StrEnum):
+    """What a detector goes by."""
+
+    gradient_norms = "gradient_norms"
+    forward = "forward"
+    both = "both"
+
+
 class Mode(StrEnum):
     """Grey or colour."""
 
@@ -84,6 +92,13 @@ def fit(
     batch_size: BatchSize = 32,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Samples per pass, to bound memory.")
+    ] = None,
+    method: Annotated[
+        MethodName | None,
+        typer.Option(
+            help="Layer-wise gradient norms as in the paper, what one forward pass gives, or both; "
+            "by default what is known to be best for such a model.",
+        ),
     ] = None,
     granularity: Annotated[
         GranularityName, typer.Option(help="A feature for each tensor, or for each of its rows.")
@@ -145,6 +160,7 @@ def fit(
         batches(source, chosen, batch_size),
         samples,
         seed=seed,
+        method=None if method is None else method.value,
         chunk_size=chunk_size,
         granularity=granularity.value,
         progress=wants_progress(progress),

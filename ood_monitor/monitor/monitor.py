@@ -404,6 +404,7 @@ class Monitor:
             samples=tuple(samples),
             detector=self._fingerprint,
             model=self.detector.fitted.model,
+            method=self.detector.fitted.method,
             status=self.status,
         )
 

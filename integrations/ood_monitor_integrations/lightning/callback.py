@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
+from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors
+from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
@@ -74,6 +75,8 @@ class OODMonitor(Callback):
         ert: Expected run time to a false drift alarm, in samples.
         fpr: False-positive rate of single samples.
         every_n_batches: Score every n-th batch of a stage only.
+        method: Of the detector that is fitted: ``"gradient_norms"``, ``"forward"`` or ``"both"``;
+            see :class:`~ood_monitor.Detector`.
         layers: Which parameters are features, by name pattern; all by default.
         training: Settings of the training stream, as a fresh
             :class:`~ood_monitor.TrainingStream`.
@@ -87,7 +90,8 @@ class OODMonitor(Callback):
             warned of, and left alone.
 
     Raises:
-        ValueError: ``watch`` names an unknown stage, or ``every_n_batches`` is below 1.
+        ValueError: ``watch`` names an unknown stage, ``every_n_batches`` is below 1, or a
+            method is none, or stands beside a detector that has its own.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class OODMonitor(Callback):
         ert: float = 10_000,
         fpr: float = 0.01,
         every_n_batches: int = 1,
+        method: Method | None = None,
         layers: Layers = None,
         training: TrainingStream | None = None,
         sinks: Sequence[Sink] = (),
@@ -114,10 +119,11 @@ class OODMonitor(Callback):
             raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
         if every_n_batches < 1:
             raise ValueError(f"Expected every_n_batches of at least 1, got {every_n_batches}.")
+        check_method(method, detector)
         self._name, self._strict = name, strict
         self._prefix = "ood" if name == _NAME else f"ood/{name}"
         self._failures = Failures(name)
-        self._detectors = Detectors(adapter, detector, layers, self.state_key)
+        self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
         self._needs_detector = bool(self._stages - {"train"})
         source = calibrate_on if self._needs_detector else None
         self._calibrator = Calibrator(source, self._detectors, self._failures, progress=progress)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
+from ood_monitor.densities.parts import Method
+from ood_monitor.detector.plan import check_choice
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import CONFIG, TENSORS
 from ood_monitor_integrations.lightning.sharding import refuse_sharded_parameters
@@ -16,7 +18,7 @@ from ood_monitor_integrations.lightning.sharding import refuse_sharded_parameter
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-__all__ = ["AdapterLike", "Detectors"]
+__all__ = ["AdapterLike", "Detectors", "check_method"]
 
 #: An adapter, or a function `(module, x) -> (B,)` that gives log-likelihoods in nats.
 AdapterLike: TypeAlias = Adapter | Callable[[nn.Module, Any], Tensor]
@@ -28,7 +30,8 @@ class Detectors:
     Args:
         adapter: The model; None for the LightningModule's own.
         given: A detector, the folder of a saved one, or a checkpoint that has one.
-        layers: Of a detector to be made.
+        method: Of a detector to be made.
+        layers: Likewise.
         key: Of the callback's state in a checkpoint.
 
     Attributes:
@@ -39,10 +42,11 @@ class Detectors:
         self,
         adapter: AdapterLike | None,
         given: str | Path | Detector | None,
+        method: Method | None,
         layers: Layers,
         key: str,
     ) -> None:
-        self._adapter, self._layers, self._key = adapter, layers, key
+        self._adapter, self._method, self._layers, self._key = adapter, method, layers, key
         self._template = given if isinstance(given, Detector) else None
         self._saved = Path(given) if isinstance(given, str | Path) else None
         self._state: Mapping[str, Any] | None = None
@@ -78,7 +82,7 @@ class Detectors:
         refuse_sharded_parameters(pl_module)
         if self._template is not None:
             return copy.copy(self._template)
-        return Detector(self.adapter(pl_module), layers=self._layers)
+        return Detector(self.adapter(pl_module), method=self._method, layers=self._layers)
 
     def ready(self, pl_module: "LightningModule") -> Detector | None:
         """The detector in use, with what a checkpoint or a folder holds; None if there is none."""
@@ -111,3 +115,17 @@ class Detectors:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep a state until the model has its weights."""
         self._state = state
+
+
+def check_method(method: Method | None, detector: str | Path | Detector | None) -> None:
+    """Refuse a method that is none, or that a detector has of its own.
+
+    Raises:
+        ValueError: It is or has.
+    """
+    check_choice(method, None, None)
+    if method is not None and detector is not None:
+        raise ValueError(
+            f"Expected `method=` or a detector, got {method!r} and a detector, which has a method "
+            "of its own: give it there, `Detector(adapter, method=...)`."
+        )

@@ -21,6 +21,7 @@ from ood_monitor_integrations.mlflow.note import note_with
 __all__ = ["MLflowSink"]
 
 _STATUS, _SINCE, _DETECTOR = "ood_monitor.status", "ood_monitor.since", "ood_monitor.detector"
+_METHOD = "ood_monitor.method"
 _RAISED = {"sample": 1.0, "drift": 1.0, "recovered": 0.0}  # other kinds leave `ood/alert` alone
 
 _FILE_STORE = (
@@ -104,6 +105,8 @@ class MLflowSink:
         is_news = alert.time >= self._latest
         tags = self._transition(alert.status, alert.time) if is_news else {}
         tags |= {_DETECTOR: alert.detector}
+        if alert.method is not None:
+            tags |= {_METHOD: alert.method}
         self._log_batch(values, tags, alert.samples_seen, alert.time)
         folder = f"ood/alerts/{alert.id}"
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{folder}.json")
