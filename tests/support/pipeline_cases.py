@@ -4,20 +4,31 @@ A loss is written as the family's training script writes it, from the arguments 
 the pipeline: nothing of it is captured.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
+from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from ood_monitor import Detector
 from support import diffusers_cases
 from support.diffusers_cases import unet
 from support.model_case import perturbed
 
-__all__ = ["PIPELINES", "PipelineCase", "case_of", "control_unet", "seeded_call", "text_unet"]
+__all__ = [
+    "PIPELINES",
+    "PipelineCase",
+    "case_of",
+    "control_unet",
+    "known",
+    "seeded_call",
+    "text_unet",
+]
 
 Arguments = dict[str, Any]
 
@@ -78,6 +89,37 @@ class PipelineCase:
         with torch.no_grad():
             error = self.predict(pipe, x_t, t.expand(len(x)), arguments) - target
         return -0.5 * error.square().flatten(1).sum(1)
+
+
+def known(
+    pipe: Any,
+    case: PipelineCase,
+    *,
+    count: int = 44,
+    levels: tuple[int, ...] = (500,),
+    layers: tuple[str, ...] | None = None,
+) -> Detector:
+    """A detector for a pipeline with a case's weights, fitted once for all tests that ask."""
+    state = _fitted(case.name, count, levels, layers)
+    call = case.call_of_one()
+    adapter = replayed_bound(pipe, call=call, levels=levels, layers=layers and list(layers))
+    return Detector.from_state_dict(state, adapter)
+
+
+@functools.cache
+def _fitted(
+    name: str, count: int, levels: tuple[int, ...], layers: tuple[str, ...] | None
+) -> dict[str, Any]:
+    case = case_of(name)
+    detector = fit_pipeline(
+        case(),
+        [case.images(count)],
+        call=case.call_of_one(),
+        levels=levels,
+        layers=layers and list(layers),
+        progress=False,
+    )
+    return detector.state_dict()
 
 
 def case_of(name: str) -> PipelineCase:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
-from support.pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import case_of, known, seeded_call
 from torch import Tensor
 
 import ood_monitor as om
@@ -22,10 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 TEXT, PIXELS, IMAGE = case_of("stable-diffusion"), case_of("ddim"), case_of("img2img")
 
 
+#: Of the denoiser: what a score of these costs is enough here.
+END = ("up_blocks.1.*", "conv_norm_out.*", "conv_out.*")
+
+
 def fitted(pipe: Any, case: Any = TEXT, **options: Any) -> om.Detector:
-    end = ["up_blocks.1.*", "conv_norm_out.*", "conv_out.*"]
-    settings = {"levels": (500,), "layers": end, "progress": False} | options
-    return fit_pipeline(pipe, [case.images(44)], call=case.call_of_one(), **settings)
+    settings: dict[str, Any] = {"layers": END} | options
+    return known(pipe, case, **settings)
 
 
 def monitor_of(detector: om.Detector) -> om.Monitor:
