@@ -110,14 +110,18 @@ def facts_after(
     """
     stores = _stores(batch_size(batch) // group)
     left = next(o[passes.holder] for k, o in stores if passes.holder in k)
+    unsettled = [
+        key for key in norms if key in left.keys and key.split("/", 1)[1] not in facts.looped
+    ]
+    if not unsettled:
+        return facts
     totals = _totals(norms)
     largest = _largest(totals)
     signs = [
-        values
-        for key, values in totals.items()
-        if key in left.keys and key.split("/", 1)[1] not in facts.looped
-        if (values > _noise(largest[key.split("/", 1)[0]], values.dtype)).any()
-        if values.isfinite().all()
+        totals[key]
+        for key in unsettled
+        if (totals[key] > _noise(largest[key.split("/", 1)[0]], totals[key].dtype)).any()
+        if totals[key].isfinite().all()
     ]
     if not signs or not left.signs():
         return facts
@@ -298,10 +302,13 @@ def _totals(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _largest(totals: dict[str, Tensor]) -> dict[str, float]:
     """The largest finite norm of each term."""
-    largest: dict[str, float] = {}
+    parts: dict[tuple[str, torch.device], list[Tensor]] = {}
     for key, values in totals.items():
-        term, finite = key.split("/", 1)[0], values[values.isfinite()]
-        found = float(finite.max()) if len(finite) else 0.0
+        parts.setdefault((key.split("/", 1)[0], values.device), []).append(values)
+    largest: dict[str, float] = {}
+    for (term, _), every in parts.items():
+        values = torch.cat(every)
+        found = float(values.where(values.isfinite(), 0.0).max())
         largest[term] = max(largest.get(term, 0.0), found)
     return largest
 

@@ -11,7 +11,7 @@ a global variable), is scored where it stands and put back afterwards.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -61,8 +61,8 @@ class Passes(Generic[T]):
         holder: What holds the model, or the model itself.
         module: The model.
         in_place: Whether it is scored where it stands.
-        is_watched: Whether a pass may still be one that leaves the view.
-        has_derived: Whether a view shared what was computed from the user's own parameters.
+        is_watched: Whether a pass that leaves the view is seen.
+        has_derived: Whether a view has shared a tensor that was computed from parameters before.
     """
 
     holder: T
@@ -104,7 +104,7 @@ class Passes(Generic[T]):
         copies = structure.of(self.holder), structure.of(self.module)
         self._originals |= structure.originals
         self.has_derived |= structure.has_derived
-        if self.has_derived and not self.is_watched:
+        if self.has_derived and not (self.is_watched or self.in_place):
             raise _UnwatchedError
         return copies
 
@@ -186,31 +186,52 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
             "weights between passes; end it first."
         )
     if holder not in _in_place and not _has_no_copy(module):
-        passes = Passes(holder, module, is_watched=holder not in _staying)
-        watch = _Watch(passes)
         try:
-            # Not for nothing: it sees each operation, and each look at a shape.
-            with _modes(module, holder), watch if passes.is_watched else nullcontext():
-                result = function(passes)
-                passes.end()
-            if not watch.left:
-                if not passes.has_derived:
-                    _staying[holder] = True
-                return result
-        except _UnwatchedError:
-            _staying.pop(holder, None)  # type: ignore[no-untyped-call]
-            return scored(function, holder, module)
-        except Exception as error:  # of any kind: the model met its user's tensors in train mode
-            if not watch.left and not isinstance(error, _LeftError):
-                raise
-        _in_place[holder] = True
-        _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
+            return _scored_in_views(function, holder, module)
+        except _LeftError:
+            _in_place[holder] = True
+            _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
     with scoring_in_place(module, holder):
         state = PythonState(module)
         try:
             return function(Passes(holder, module, in_place=True, _state=state))
         finally:
             state.put_back()
+
+
+def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> R:
+    """As :func:`scored`, which passes watched until some have stayed in their views.
+
+    The watch sees each operation, and each look at a shape, which costs more than a small model's
+    backward pass.
+
+    Raises:
+        _LeftError: A pass ran the user's own module.
+    """
+    if holder in _staying:
+        try:
+            passes = Passes(holder, module, is_watched=False)
+            with _modes(module, holder):
+                result = function(passes)
+                passes.end()
+            return result
+        except _UnwatchedError:
+            _staying.pop(holder, None)
+    passes = Passes(holder, module)
+    watch = _Watch(passes)
+    try:
+        with _modes(module, holder), watch:
+            result = function(passes)
+            passes.end()
+    except Exception as error:  # of any kind: the model met its user's tensors in train mode
+        if watch.left:
+            raise _LeftError from error
+        raise
+    if watch.left:
+        raise _LeftError
+    if not passes.has_derived:
+        _staying[holder] = True
+    return result
 
 
 @contextmanager
@@ -272,7 +293,7 @@ class _LeftError(Exception):
 
 
 class _UnwatchedError(Exception):
-    """A pass may leave the view after all: it is to be watched again."""
+    """A view has what needs a watch, and there is none."""
 
 
 #: What asks a tensor for no more than its form.
