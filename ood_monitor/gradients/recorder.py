@@ -149,14 +149,15 @@ class Recorder(TorchFunctionMode):
                 result = REWRITES[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        tensors = tensors_of(args) + tensors_of(kwargs.values())
-        of_shape = func in SHAPED_BY_OTHERS
-        sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
-        data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
-        if any(self._is_unknown(tensor) for tensor in tensors) or (data and func == _SET_DATA):
-            self._leave(self._sources.values())
-        if sources and data and not torch.is_grad_enabled():
-            self._leave(sources)  # as in the forward of an `autograd.Function`
+        with torch._C.DisableTorchFunction():  # a look at a tensor is not a call of the model's
+            tensors = tensors_of(args) + tensors_of(kwargs.values())
+            of_shape = func in SHAPED_BY_OTHERS
+            sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
+            data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
+            if any(self._is_unknown(tensor) for tensor in tensors) or (data and func == _SET_DATA):
+                self._leave(self._sources.values())
+            if sources and data and not torch.is_grad_enabled():
+                self._leave(sources)  # as in the forward of an `autograd.Function`
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
         consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
@@ -166,12 +167,14 @@ class Recorder(TorchFunctionMode):
             plain = args, dict(kwargs)
         result = func(*plain[0], **plain[1])
         changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
-        dimensions = self._dimensions(func, args, kwargs, changed, data)
+        with torch._C.DisableTorchFunction():
+            dimensions = self._dimensions(func, args, kwargs, changed, data)
         if consumed:
             self.used |= dict.fromkeys(name for source in sources for name in source.names)
             result = self._consume(func, (args, kwargs), plain, result, sources, data, dimensions)
             changed = args[0] if func is Tensor.__setitem__ else result
-        self._mark(func, changed, data, dimensions)
+        with torch._C.DisableTorchFunction():
+            self._mark(func, changed, data, dimensions)
         return result
 
     def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
@@ -383,7 +386,8 @@ class Recorder(TorchFunctionMode):
             self._leave(use.sources)
             return
         try:
-            factors = use.factors(full_precision(g.detach()))
+            with torch._C.DisableTorchFunction():
+                factors = use.factors(full_precision(g.detach()))
         except NotImplementedError:
             self._leave(use.sources)
             return
@@ -392,7 +396,8 @@ class Recorder(TorchFunctionMode):
         for source, factor in zip(use.sources, factors, strict=True):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:
-                self._store(name, factor.row_norms())
+                with torch._C.DisableTorchFunction():
+                    self._store(name, factor.row_norms())
             else:
                 self._collected.append((source, factor))
 

@@ -1,5 +1,6 @@
 """The monitor on streams: what it raises and when, what it remembers, and what it survives."""
 
+import functools
 import json
 import math
 import threading
@@ -255,16 +256,29 @@ def test_batches_raise_what_singles_raise(
     assert watch.samples_seen == 300
 
 
+STREAM_WITH_ALL = torch.cat([usual(150), far(1), STREAM, invalid(2), usual(60, seed=4)])
+
+
+@functools.cache
+def states_of_singles(recovery: int) -> list[dict[str, Any]]:
+    """The state after each sample."""
+    singles = monitor(recovery=recovery, ert=500, fpr=0.05)
+    states = []
+    for sample in STREAM_WITH_ALL.split(1):
+        singles.update(sample)
+        states.append(singles.state_dict())
+    return states
+
+
 @pytest.mark.parametrize("size", [7, 32])
 @pytest.mark.parametrize("recovery", [3, 10, 60])
 def test_batches_leave_the_state_that_singles_leave(size: int, recovery: int) -> None:
-    stream = torch.cat([usual(150), far(1), STREAM, invalid(2), usual(60, seed=4)])
-    batches, singles = (monitor(recovery=recovery, ert=500, fpr=0.05) for _ in range(2))
-    statuses = set()
-    for batch in stream.split(size):
+    batches = monitor(recovery=recovery, ert=500, fpr=0.05)
+    singles, statuses, seen = states_of_singles(recovery), set(), 0
+    for batch in STREAM_WITH_ALL.split(size):
         batches.update(batch)
-        feed(singles, batch)
-        found, expected = batches.state_dict(), singles.state_dict()
+        seen += len(batch)
+        found, expected = batches.state_dict(), singles[seen - 1]
         statuses.add(expected["status"])
         for name in ("status", "quiet", "valid_run", "samples_seen", "invalid", "seen", "flags"):
             assert found[name] == expected[name], name

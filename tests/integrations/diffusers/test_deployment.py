@@ -34,6 +34,13 @@ def call(pipe: Any, case: Any = TEXT, seed: int = 0, **more: Any) -> Any:
     return pipe(**seeded_call(case.arguments() | more, seed))
 
 
+@pytest.fixture(scope="module")
+def expected() -> om.Scores:
+    """Of a call of the text pipeline as it is."""
+    found: om.Scores = call(watch(TEXT())).ood
+    return found
+
+
 def check_as_before(pipe: Any, plain: Any, expected: Any, case: Any = TEXT) -> None:
     """The same images as unwatched, and the scores of the plain denoiser."""
     output = call(pipe, case)
@@ -45,17 +52,16 @@ def check_as_before(pipe: Any, plain: Any, expected: Any, case: Any = TEXT) -> N
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str) -> None:
-    pipe, original = TEXT(), TEXT()
+def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str, expected: om.Scores) -> None:
+    pipe = TEXT()
     detector = fitted(pipe)
-    expected = call(watch(original)).ood
     compiled = torch.compile(pipe.unet, backend="eager")
     if when == "before":
         pipe.unet = compiled
     watched = watch(pipe, detector=detector)
     if when == "after":
         pipe.unet = compiled
-    check_as_before(watched, call(original), expected)
+    check_as_before(watched, call(TEXT()), expected)
     watched.ood_monitor.detach()
     assert not compiled._forward_pre_hooks
     assert not detector.adapter.module._forward_pre_hooks
@@ -76,9 +82,8 @@ def test_a_denoiser_compiled_by_inductor_gives_the_images_that_it_gives_unwatche
 
 
 @pytest.mark.parametrize("part", ["", "up_blocks.1"])
-def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str) -> None:
-    pipe, original = TEXT(), TEXT()
-    plain, expected = call(original), call(watch(original)).ood
+def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: om.Scores) -> None:
+    pipe, plain = TEXT(), call(TEXT())
     detector = fitted(pipe)
     watched = watch(pipe, detector=detector)
     pipe.unet.get_submodule(part).compile(backend="eager")
@@ -113,10 +118,10 @@ def test_a_cache_and_the_background_do_not_go_together() -> None:
         watch(pipe, FLUX, detector, mode="background")
 
 
-def test_model_offloading_is_undone_for_scoring_and_done_again() -> None:
+def test_model_offloading_is_undone_for_scoring_and_done_again(expected: om.Scores) -> None:
     pytest.importorskip("accelerate")
     pipe, original = TEXT(), TEXT()
-    detector, expected = fitted(pipe), call(watch(original)).ood
+    detector = fitted(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     watched = watch(pipe, detector=detector)
     for _ in range(2):
@@ -137,22 +142,20 @@ TILED: list[Callable[[Any], None]] = [
 
 
 @pytest.mark.parametrize("change", TILED, ids=range(len(TILED)))
-def test_ways_to_save_memory_change_no_score(change: Callable[[Any], None]) -> None:
+def test_ways_to_save_memory_change_no_score(
+    change: Callable[[Any], None], expected: om.Scores
+) -> None:
     pipe, original = TEXT(), TEXT()
-    expected = call(watch(original)).ood
     watched = watch(pipe)
     change(pipe)
     change(original)
-    original.ood_monitor.detach()
     check_as_before(watched, call(original), expected)
     assert not watched.ood_monitor.stale
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_a_caller_in_any_gradient_mode_gets_scores(mode: Any) -> None:
-    pipe, original = TEXT(), TEXT()
-    expected = call(watch(original)).ood
-    watched = watch(pipe)
+def test_a_caller_in_any_gradient_mode_gets_scores(mode: Any, expected: om.Scores) -> None:
+    watched = watch(TEXT())
     with mode():
         output = call(watched)
     torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-5, atol=1e-4)

@@ -42,6 +42,13 @@ def scores(pipe: Any, detector: om.Detector, case: Any = TEXT) -> om.Scores:
     return found
 
 
+@pytest.fixture(scope="module")
+def on_images() -> tuple[Any, om.Detector]:
+    """A pipeline, left as it is by all that follows, and a detector of it."""
+    pipe = TEXT()
+    return pipe, fitted(pipe, [TEXT.images(44)])
+
+
 # What it is fitted on.
 
 
@@ -129,10 +136,10 @@ def test_no_data_are_refused() -> None:
         fitted(TEXT(), [])
 
 
-def test_images_of_another_size_come_out_in_the_pipelines() -> None:
-    pipe = TEXT()
+def test_images_of_another_size_come_out_in_the_pipelines(on_images: tuple[Any, Any]) -> None:
+    pipe, detector = on_images
     images = torch.nn.functional.interpolate(TEXT.images(44), scale_factor=2)
-    expected = scores(pipe, fitted(pipe, [TEXT.images(44)])).score
+    expected = scores(pipe, detector).score
     torch.testing.assert_close(scores(pipe, fitted(pipe, [images])).score, expected)
 
 
@@ -140,11 +147,11 @@ def test_without_data_it_is_fitted_on_the_pipelines_own_samples_and_says_so() ->
     pipe = PIXELS()
     detector = fitted(pipe, None, PIXELS, samples=44)
     assert detector.source == "the pipeline's own samples"
-    assert fitted(pipe, [PIXELS.images(44)], PIXELS).source == "held-out images"
     # As usual as what it was fitted on; the images of another source are not.
     p_values = torch.cat([scores(pipe, detector, PIXELS).p_value for _ in range(2)])
     assert (p_values > 0.05).all()
     foreign = fitted(pipe, [PIXELS.images(44)], PIXELS)
+    assert foreign.source == "held-out images"
     assert scores(pipe, foreign, PIXELS).p_value.max() < p_values.min()
 
 
@@ -160,19 +167,19 @@ def test_fitting_leaves_the_pipeline_as_it_was() -> None:
     assert pipe.config == configuration
 
 
-def test_a_watched_pipeline_can_be_fitted_again() -> None:
-    pipe = TEXT()
-    watched = monitor_pipeline(pipe, om.Monitor(fitted(pipe, [TEXT.images(44)]), fpr=0.05))
+def test_a_watched_pipeline_can_be_fitted_again(on_images: tuple[Any, Any]) -> None:
+    pipe, detector = on_images
+    watched = monitor_pipeline(pipe, om.Monitor(detector, fpr=0.05))
     fitted(watched, [TEXT.images(44, seed=6)])
     assert watched.ood_monitor.monitor.samples_seen == 0
+    watched.ood_monitor.detach()
 
 
 # What is kept, and what it costs.
 
 
-def test_a_saved_detector_scores_as_before(tmp_path: Path) -> None:
-    pipe = TEXT()
-    detector = fitted(pipe, [TEXT.images(44)])
+def test_a_saved_detector_scores_as_before(on_images: tuple[Any, Any], tmp_path: Path) -> None:
+    pipe, detector = on_images
     detector.save_pretrained(tmp_path)
     other = TEXT()
     adapter = replayed_bound(other, call=TEXT.arguments(), levels=(500,))
