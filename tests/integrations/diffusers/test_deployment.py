@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
-from support.pipeline_cases import case_of, seeded_call, text_unet
+from support.pipeline_cases import case_of, known, seeded_call, text_unet
 from torch import nn
 
 import ood_monitor as om
@@ -26,7 +26,7 @@ def fitted(pipe: Any, case: Any = TEXT, **options: Any) -> om.Detector:
 
 
 def watch(pipe: Any, case: Any = TEXT, detector: Any = None, **options: Any) -> Any:
-    monitor = om.Monitor(detector or fitted(pipe, case), fpr=0.05)
+    monitor = om.Monitor(detector or known(pipe, case), fpr=0.05)
     return monitor_pipeline(pipe, monitor, **({"raise_on_error": True} | options))
 
 
@@ -54,7 +54,7 @@ def check_as_before(pipe: Any, plain: Any, expected: Any, case: Any = TEXT) -> N
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str, expected: om.Scores) -> None:
     pipe = TEXT()
-    detector = fitted(pipe)
+    detector = known(pipe, TEXT)
     compiled = torch.compile(pipe.unet, backend="eager")
     if when == "before":
         pipe.unet = compiled
@@ -72,7 +72,7 @@ def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str, expected:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
 def test_a_denoiser_compiled_by_inductor_gives_the_images_that_it_gives_unwatched() -> None:
     pipe, original = PIXELS(), PIXELS()
-    detector, expected = fitted(pipe, PIXELS), call(watch(original, PIXELS), PIXELS).ood
+    detector, expected = known(pipe, PIXELS), call(watch(original, PIXELS), PIXELS).ood
     pipe.unet = torch.compile(pipe.unet)
     plain = call(pipe, PIXELS)
     output = call(watch(pipe, PIXELS, detector), PIXELS)
@@ -84,7 +84,7 @@ def test_a_denoiser_compiled_by_inductor_gives_the_images_that_it_gives_unwatche
 @pytest.mark.parametrize("part", ["", "up_blocks.1"])
 def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: om.Scores) -> None:
     pipe, plain = TEXT(), call(TEXT())
-    detector = fitted(pipe)
+    detector = known(pipe, TEXT)
     watched = watch(pipe, detector=detector)
     pipe.unet.get_submodule(part).compile(backend="eager")
     check_as_before(watched, plain, expected)
@@ -99,7 +99,7 @@ def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: o
 
 def test_a_cache_is_suspended_while_scoring() -> None:
     pipe, original = FLUX(), FLUX()
-    detector = fitted(pipe, FLUX)
+    detector = known(pipe, FLUX)
     expected = call(watch(original, FLUX), FLUX).ood
     config = diffusers.FirstBlockCacheConfig(threshold=0.0)  # so that nothing is left out
     pipe.transformer.enable_cache(config)
@@ -112,7 +112,7 @@ def test_a_cache_is_suspended_while_scoring() -> None:
 
 def test_a_cache_and_the_background_do_not_go_together() -> None:
     pipe = FLUX()
-    detector = fitted(pipe, FLUX)
+    detector = known(pipe, FLUX)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
     with pytest.raises(ValueError, match="Expected mode='sync' for FluxTransformer2DModel with a"):
         watch(pipe, FLUX, detector, mode="background")
@@ -121,7 +121,7 @@ def test_a_cache_and_the_background_do_not_go_together() -> None:
 def test_model_offloading_is_undone_for_scoring_and_done_again(expected: om.Scores) -> None:
     pytest.importorskip("accelerate")
     pipe, original = TEXT(), TEXT()
-    detector = fitted(pipe)
+    detector = known(pipe, TEXT)
     pipe.enable_model_cpu_offload(device="cpu")
     watched = watch(pipe, detector=detector)
     for _ in range(2):
@@ -217,7 +217,7 @@ def test_a_model_changed_since_the_fit_is_told_of_once(
     change: Callable[[Any], None], when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = TEXT()
-    detector = fitted(pipe)
+    detector = known(pipe, TEXT)
     if when == "before":
         change(pipe)
     watched = watch(pipe, detector=detector, raise_on_error=False)
@@ -333,7 +333,7 @@ def test_a_pipeline_that_cannot_be_replayed_is_refused_by_name(name: str) -> Non
 def test_a_deployment_that_cannot_be_scored_is_refused_by_name(name: str) -> None:
     change, message = DEPLOYED[name]
     pipe = TEXT()
-    detector = fitted(pipe)
+    detector = known(pipe, TEXT)
     with pytest.raises(ValueError, match=message):
         watch(change(pipe), detector=detector)
     assert not pipe.unet._forward_pre_hooks
