@@ -31,7 +31,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-spark.txt
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
