@@ -25,7 +25,7 @@ CODE = ["ood_monitor", "integrations", "benchmarks", "examples", "tests"]
 #: Of other times, of files that a user has, and of what is wrong on purpose.
 LEFT_OUT = ["CHANGELOG.md", "tests/test_mentions.py"]
 #: Tags of MLflow, which look like names of Python.
-TAGS = {"ood_monitor.status", "ood_monitor.since"}
+TAGS = {"ood_monitor.status", "ood_monitor.since", "ood_monitor.method"}
 
 
 @dataclass(frozen=True)
