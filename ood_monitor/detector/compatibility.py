@@ -2,10 +2,11 @@
 
 import re
 import warnings
+from collections.abc import Callable
 
 from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import Adapter, Batch, tensors_in
-from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.layers import Layers, selection, supported
 from ood_monitor.modules import dtype_of
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
@@ -53,8 +54,11 @@ def _length_and_rest(sample: str) -> tuple[int | None, str]:
 
 
 def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:
-    """Shapes of the chosen parameters, in module order."""
-    chosen = selection(adapter.module, layers)
+    """Shapes of the chosen parameters, in module order; by default of all that have a gradient."""
+    if layers is None:
+        chosen: Callable[[str], bool] = supported(adapter.module).__contains__
+    else:
+        chosen = selection(adapter.module, layers)
     named = adapter.module.named_parameters()
     return {name: tuple(p.shape) for name, p in named if chosen(name)}
 

@@ -216,7 +216,7 @@ def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.M
                 passes.end()
             return result
         except _UnwatchedError:
-            _staying.pop(holder, None)
+            _staying.pop(holder, None)  # type: ignore[no-untyped-call]
     passes = Passes(holder, module)
     watch = _Watch(passes)
     try:

@@ -179,3 +179,23 @@ def test_a_sample_whose_pass_is_not_finite_is_invalid_and_others_are_as_they_wer
 def test_forward_is_fitted_on_every_kind_of_model(name: str) -> None:
     scores = detector(name, "forward").score(batch_of(name, 4, seed=2))
     assert scores.valid.all()
+
+
+INT8 = "fbgemm" in torch.backends.quantized.supported_engines or (
+    "x86" in torch.backends.quantized.supported_engines
+)
+
+
+@pytest.mark.skipif(not INT8, reason="PyTorch is built without int8")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_an_int8_model_is_watched_forward_and_refused_by_name_for_gradient_norms() -> None:
+    torch.manual_seed(0)
+    quantised = torch.ao.quantization.quantize_dynamic(Exploding().eval(), {nn.Linear}, torch.qint8)
+    adapter, x = om.ELBO(quantised), torch.randn(80, 6)
+    fitted = om.Detector(adapter, method="forward").fit([x], progress=False)
+    assert {part.kind for part in fitted.fitted.joined.parts} == {"values", "expected_norms"}
+    scores = fitted.score(torch.cat([x[:4], 5 * x[:4]]))
+    assert (scores.score[4:] > scores.score[:4].max()).all()
+    torch.testing.assert_close(fitted.score(x[:1]).score, scores.score[:1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="Expected"):
+        om.Detector(adapter, method="gradient_norms").fit([x], progress=False)
