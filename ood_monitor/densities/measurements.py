@@ -52,7 +52,7 @@ class Measurements:
         log_likelihood: (N, T), nats.
         tables: Columns by what they are of: squared gradient norms under ``"gradient_norms"``,
             named "term/parameter" or "term/parameter[row]"; what one forward pass gives under the
-            names of :data:`~ood_monitor.densities.parts.KINDS`.
+            kinds of :class:`~ood_monitor.Part`.
         samples: Shape and type of each tensor of a batch, without B; empty if they varied.
         groups: The group of each sample, or none.
         sample: What a sample is, as the adapter said, or None.

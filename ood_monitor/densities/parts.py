@@ -1,6 +1,6 @@
 """Parts of a detector: some columns of what was measured, with a density of their own.
 
-What a part can be of is a line of :data:`KINDS`. All parts are fitted in the same way: which of the
+What a part can be of is a line of ``KINDS``. All parts are fitted in the same way: which of the
 columns are live, on which scale, then the density of these.
 """
 
