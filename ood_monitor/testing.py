@@ -96,8 +96,8 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     with scoring_in_place(adapter.module, adapter):
         with _no_trace(adapter, batch):
             terms = _terms(adapter, batch)
-            _check_elements(adapter, batch)
         _check_values(adapter, batch, terms)
+        _check_elements(adapter, batch)
     _check_gradients(adapter, batch)
     if samples is not None:
         with scoring_in_place(adapter.module, adapter):
@@ -126,20 +126,19 @@ def _check_values(adapter: Adapter, batch: Batch, terms: dict[str, Tensor]) -> N
 
 def _check_elements(adapter: Adapter, batch: Batch) -> None:
     """That elements add up to their term; what they expect is checked as it is asked for."""
-    with torch.no_grad():
-        for term, value in checked_elements(adapter, batch):
-            if not isinstance(value, Elements):
-                continue
-            found, total = total_of(value, value.log_prob.double()), value.total().double()
-            rtol = 1e3 * torch.finfo(value.log_prob.dtype).eps
-            size = total_of(value, value.log_prob.double().abs())
-            if not (found - total).abs().le(rtol * size).all():
-                raise AssertionError(
-                    f"Expected the elements of {term!r} to add up to it, got {found.tolist()} "
-                    f"instead of {total.tolist()}: leave `total` to `Elements`, and say by "
-                    "`counted=` and `mean=` what the term is."
-                )
-            _differences(value)
+    for term, value in checked_elements(adapter, batch):
+        if not isinstance(value, Elements):
+            continue
+        found, total = total_of(value, value.log_prob.double()), value.total().double()
+        rtol = 1e3 * torch.finfo(value.log_prob.dtype).eps
+        size = total_of(value, value.log_prob.double().abs())
+        if not (found - total).abs().le(rtol * size).all():
+            raise AssertionError(
+                f"Expected the elements of {term!r} to add up to it, got {found.tolist()} "
+                f"instead of {total.tolist()}: leave `total` to `Elements`, and say by "
+                "`counted=` and `mean=` what the term is."
+            )
+        _differences(value)
 
 
 def _differences(value: Elements) -> dict[str, Tensor]:

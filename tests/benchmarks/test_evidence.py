@@ -234,7 +234,7 @@ def test_the_default_is_the_detectors() -> None:
     x = watched.prepare(images(80))
     detector = om.Detector(watched.adapter(module), chunk_size=50).fit([x], progress=False)
     fit = methods.measured(watched.adapter(module), x, 1)
-    order = detector._fitting()._split(80)[0]
+    order = detector._fitting(detector.measure(x))._split(80)[0]
     view = methods.default_view({"fit": fit.take(order), "test": fit})
     scores = protocol.scored(methods.default(fit.take(order)), view)
     assert scores["test"] == pytest.approx(detector.score(x).score.numpy(), rel=1e-6)

@@ -18,6 +18,12 @@ from ood_monitor.densities import (
     TermsAndNorms,
 )
 
+#: Of what is no norm: values, and a likelihood that is anomalous below alone.
+OF_VALUES: dict[str, Callable[[], Density]] = {
+    "GaussianMixture": GaussianMixture,
+    "OneSided": OneSided,
+}
+
 #: A density is added to all contract checks by a line here.
 DENSITIES: dict[str, Callable[[], Density]] = {
     "DiagonalGaussian": DiagonalGaussian,
@@ -33,8 +39,7 @@ DENSITIES: dict[str, Callable[[], Density]] = {
     "Maximum": Maximum,
     "Maximum-3": lambda: Maximum(folds=3),
     "TermsAndNorms": TermsAndNorms,
-    "GaussianMixture": GaussianMixture,
-    "OneSided": OneSided,
+    **OF_VALUES,
 }
 
 
