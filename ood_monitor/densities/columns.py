@@ -1,8 +1,11 @@
 r"""Columns of a forward pass as a density sees them: live ones, on robust scales.
 
-A column is centred by its median and scaled by 1.4826 times its median absolute deviation: the mean
+A column is centred by its median and scaled by its median absolute deviation, or by the range that
+all but one in a hundred samples on a side are in if that is wider, each as of a Normal: the mean
 and the standard deviation hide an outlier among the samples that they are taken of. A density is
-fitted to columns that are clipped at 10 on that scale, and scores them as they are.
+fitted to columns that are clipped at 10 on that scale, and scores them as they are. By the median
+deviation alone the tails of a column that is nearly constant would be clipped: norms of a PixelCNN
+of MNIST then have an AUROC of .949, in place of .978.
 
 Sums of squares, as the expected norms are, become :math:`\log(s + c)`. The floor c belongs to the
 definition: without it a channel that is nearly dead has a logarithm with tails of its own.
@@ -24,8 +27,9 @@ Floor: TypeAlias = Literal["median", "mean"]
 
 FLOORS: dict[Floor, float] = {"median": 0.01, "mean": 0.1}
 
-#: Scales to a Normal's standard deviation.
-_MAD = 1.4826
+#: What makes a Normal's standard deviation of its median absolute deviation, and of the range of
+#: its central 98 %.
+_MAD, _RANGE = 1.4826, 1 / 4.6527
 
 #: Where columns are clipped for the fit, on the robust scale; and always, so that squares are
 #: finite.
@@ -82,7 +86,7 @@ class Columns:
         added = None if floor is None else _floor(values, floor)
         seen = values[:, live] if added is None else np.log(values + added)[:, live]
         centre = np.median(seen, axis=0)
-        spread = _MAD * np.median(np.abs(seen - centre), axis=0)
+        spread = np.maximum(_MAD * np.median(np.abs(seen - centre), axis=0), _RANGE * _range(seen))
         scale = np.where(spread > 0, spread, np.maximum(seen.std(0), np.finfo(float).tiny))
         return cls(table.names, dropped, added, centre, scale, floor)
 
@@ -117,6 +121,12 @@ class Columns:
 def clipped(columns: Array) -> Array:
     """Columns as a density is fitted to them."""
     return columns.clip(-_CLIP, _CLIP)
+
+
+def _range(columns: Array) -> Array:
+    """Of columns (N, F) without one sample in a hundred, at least one, on each side, (F,)."""
+    low = np.quantile(columns, 0.01, axis=0, method="higher")
+    return np.asarray(np.quantile(columns, 0.99, axis=0, method="lower") - low)
 
 
 def _floor(values: Array, floor: Floor) -> Array:

@@ -68,10 +68,10 @@ def _forward(
     columns: Mapping[str, Mapping[str, int]],
 ) -> tuple[dict[str, Tensor], dict[str, Table]]:
     kinds = plan.of_forward
-    watched: Mapping[str, int] = {}
-    if "expected_norms" in kinds:
-        fitted = columns.get("expected_norms")
-        watched = _layers(adapter, batch, layers) if fitted is None else fitted
+    # All of them are known after the first pass; which ones a pattern chooses is looked up.
+    watched: Mapping[str, int] | None = columns.get("expected_norms")
+    if "expected_norms" in kinds and watched is None and layers is not None:
+        watched = _layers(adapter, batch, layers)
     found = forward_statistics(
         adapter,
         batch,
@@ -116,7 +116,5 @@ def _table(columns: Mapping[str, Tensor], size: int) -> Table:
 def _layers(adapter: Adapter, batch: Batch, layers: Layers) -> Mapping[str, int]:
     """The layers with an expected norm whose weight is among the chosen parameters."""
     found = expected_layers(adapter, batch)
-    if layers is None:
-        return found
     chosen = selection(adapter.module, layers)
     return {name: width for name, width in found.items() if chosen(f"{name}.weight")}
