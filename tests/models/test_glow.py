@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call, grad, vmap
 
-from ood_monitor.models.glow import (
+from ood_monitor.models.bijections import (
     ActNorm,
     AffineCoupling,
     Bijection,
     Chain,
-    ConditionalGaussian,
-    Glow,
     InvertibleConv1x1,
     Squeeze,
 )
+from ood_monitor.models.glow import ConditionalGaussian, Glow
 
 M = TypeVar("M", bound=nn.Module)
 
