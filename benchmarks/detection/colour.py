@@ -135,9 +135,8 @@ def main(
     seconds: Annotated[float, typer.Option(help="Of training, each model.")] = 600.0,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    if not quick and (words := datasets.missing(data_dir, (ON, *OTHERS))):
-        typer.echo(words, err=True)
-        raise typer.Exit(1)
+    if not quick:
+        datasets.require(data_dir, (ON, *OTHERS))
     with TemporaryDirectory() as temporary:
         if quick:
             folder, seconds = Path(temporary), 3.0

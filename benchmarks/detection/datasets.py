@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 from datasets import load_from_disk
 from numpy.typing import NDArray
 from PIL import Image
@@ -68,6 +69,17 @@ SOURCES = {
 #: Sets that only models of CIFAR-10 are tested against.
 NEAR_CIFAR = {"CIFAR-100": Source("cifar100_test3k_32x32", "cs.toronto.edu/~kriz/cifar.html")}
 EVERY = SOURCES | NEAR_CIFAR
+
+
+def require(directory: Path, names: Iterable[str]) -> None:
+    """Say what to do about sets that are not there.
+
+    Raises:
+        typer.Exit: One is not.
+    """
+    if words := missing(directory, names):
+        typer.echo(words, err=True)
+        raise typer.Exit(1)
 
 
 def missing(directory: Path, names: Iterable[str]) -> str:

@@ -247,9 +247,7 @@ def main(
         with tempfile.TemporaryDirectory() as directory:
             found = report(trained.tiny(), trained.digits(), Path(directory), 200)
     else:
-        if words := datasets.missing(data_dir, trained.SETS):
-            typer.echo(words, err=True)
-            raise typer.Exit(1)
+        datasets.require(data_dir, trained.SETS)
         images = trained.fashion(data_dir)
         found = report(trained.full(pipeline), images, cache_dir, most_rows)
     for c in found["claims"]:

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.detection import datasets, methods, protocol, trained, zoo
+from benchmarks.detection import datasets, methods, protocol, zoo
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
 from benchmarks.detection.protocol import FPR, Sizes
 from benchmarks.detection.trained import Watched
@@ -121,12 +120,9 @@ def full(
 def quick() -> Iterator[Row]:
     sets = protocol.digits()
     images = sets.pop("train")
-    for model, watched in zoo.tiny().items():
-        torch.manual_seed(0)
-        module = watched.make()
-        facts = trained.train(module, watched, images)
+    for model, watched, module, facts in zoo.trained_tiny(images):
         training = {"on": "digits", "training": facts}
-        yield from rows_of(model, watched, module.eval(), sets, training, None)
+        yield from rows_of(model, watched, module, sets, training, None)
 
 
 def main(
@@ -141,9 +137,8 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    if not quick_run and (words := datasets.missing(data_dir, datasets.SOURCES)):
-        typer.echo(words, err=True)
-        raise typer.Exit(1)
+    if not quick_run:
+        datasets.require(data_dir, datasets.SOURCES)
     sizes = Sizes()
     names, models = on or list(zoo.TRAINED_ON), model or list(zoo.zoo())
     rows = []

@@ -306,9 +306,8 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="Folder for figures.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    if not quick and (words := datasets.missing(data_dir, datasets.SOURCES)):
-        typer.echo(words, err=True)
-        raise typer.Exit(1)
+    if not quick:
+        datasets.require(data_dir, datasets.SOURCES)
     rows = []
     for row in quick_rows() if quick else full(data_dir, folder, Sizes()):
         typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))

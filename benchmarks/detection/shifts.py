@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks.detection import attacks, datasets, methods, protocol, trained, zoo
+from benchmarks.detection import attacks, datasets, methods, protocol, zoo
 from benchmarks.detection.corruptions import CORRUPTIONS, corrupted
 from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
@@ -151,12 +150,9 @@ def full(data: Path, models: list[str]) -> Iterator[Row]:
 def quick_rows() -> Iterator[Row]:
     sets = protocol.digits()
     images = sets.pop("train")
-    for model, watched in zoo.tiny().items():
-        torch.manual_seed(0)
-        module = watched.make()
-        trained.train(module, watched, images)
-        small = {name: value[:150] for name, value in sets.items()}
-        yield from rows_of(model, watched, module.eval(), small, "blurred", severities=(3,))
+    small = {name: value[:150] for name, value in sets.items()}
+    for model, watched, module, _ in zoo.trained_tiny(images):
+        yield from rows_of(model, watched, module, small, "blurred", severities=(3,))
 
 
 def main(
@@ -165,9 +161,8 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    if not quick and (words := datasets.missing(data_dir, datasets.SOURCES)):
-        typer.echo(words, err=True)
-        raise typer.Exit(1)
+    if not quick:
+        datasets.require(data_dir, datasets.SOURCES)
     rows = []
     for row in quick_rows() if quick else full(data_dir, model or list(zoo.zoo())):
         typer.echo(line(row))

@@ -143,9 +143,7 @@ def main(
     ] = Path("runs/evidence"),
 ) -> None:
     names = on or list(zoo.TRAINED_ON)
-    if words := datasets.missing(data_dir, names):
-        typer.echo(words, err=True)
-        raise typer.Exit(1)
+    datasets.require(data_dir, names)
     models = zoo.zoo()
     for name in names:
         images, held_out = zoo.training_images(data_dir, name)

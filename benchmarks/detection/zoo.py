@@ -5,6 +5,7 @@ what a detector makes of other images.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def tiny() -> dict[str, Watched]:
     """For images of 8x8, to be trained in seconds."""
     small = functools.partial(PixelCNN, VALUES, width=8, depth=1)
     return {**trained.tiny(), "PixelCNN": pixelcnn(small, steps=100, factor=1)}
+
+
+def trained_tiny(images: Tensor) -> Iterator[tuple[str, Watched, nn.Module, dict[str, str]]]:
+    """Each of these, trained, in eval mode, with what is known of its training."""
+    for name, watched in tiny().items():
+        torch.manual_seed(0)
+        module = watched.make()
+        facts = trained.train(module, watched, images)
+        yield name, watched, module.eval(), facts
 
 
 def pixelcnn(make: functools.partial[PixelCNN], steps: int, factor: int) -> Watched:

@@ -407,9 +407,7 @@ def main(
         rows = told(latency_report()) if part != "detection" else []
         found = {"rows": rows, "claims": latency_claims(rows)}
         if part != "latency":
-            if words := datasets.missing(data_dir, DETECTED):
-                typer.echo(words, err=True)
-                raise typer.Exit(1)
+            datasets.require(data_dir, DETECTED)
             pipe = DDPMPipeline.from_pretrained(model)
             sizes = {"fit": 1_000, "test": 500, "length": 10_000, "runs": 40, "seeds": 3}
             more, claims = detection(pipe, *fashion(data_dir, 300), "up_blocks.2", sizes, 10_000)
