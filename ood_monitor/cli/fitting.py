@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -26,31 +25,11 @@ from ood_monitor.cli.options import (
 )
 from ood_monitor.cli.recipe import Recipe, kind_of
 from ood_monitor.cli.showing import facts_of
+from ood_monitor.densities.parts import Method
+from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import CONFIG
 
 __all__ = ["fit"]
-
-
-class GranularityName(StrEnum):
-    """What of a layer is a feature."""
-
-    tensor = "tensor"
-    row = "row"
-
-
-class MethodName(StrEnum):
-    """What a detector goes by."""
-
-    gradient_norms = "gradient_norms"
-    forward = "forward"
-    both = "both"
-
-
-class Mode(StrEnum):
-    """Grey or colour."""
-
-    L = "L"
-    RGB = "RGB"
 
 
 @checked
@@ -94,19 +73,20 @@ def fit(
         int | None, typer.Option(min=1, help="Samples per pass, to bound memory.")
     ] = None,
     method: Annotated[
-        MethodName | None,
+        Method | None,
         typer.Option(
-            help="Layer-wise gradient norms as in the paper, what one forward pass gives, or both; "
-            "by default what is known to be best for such a model.",
+            help="Layer-wise gradient norms as in the paper, the default; what one forward pass "
+            "gives; or both."
         ),
     ] = None,
     granularity: Annotated[
-        GranularityName, typer.Option(help="A feature for each tensor, or for each of its rows.")
-    ] = GranularityName.tensor,
+        Granularity, typer.Option(help="A feature for each tensor, or for each of its rows.")
+    ] = "tensor",
     key: Key = None,
     split: Split = None,
     mode: Annotated[
-        Mode | None, typer.Option(help="Images in grey or colour; by default as the first one.")
+        Literal["L", "RGB"] | None,
+        typer.Option(help="Images in grey or colour; by default as the first one."),
     ] = None,
     size: Annotated[
         str | None,
@@ -142,7 +122,7 @@ def fit(
     _check_free(directory, overwrite=overwrite)
     kind = kind_of(model)
     whole = size_of(size)
-    images = ImageFormat(None if mode is None else mode.value, whole, whole is not None)
+    images = ImageFormat(mode, whole, whole is not None)
     source = open_samples(data, images, key=key, split=split)
     chosen = _chosen(source, samples, seed)
     _check_fpr(fpr, len(chosen))
@@ -160,9 +140,9 @@ def fit(
         batches(source, chosen, batch_size),
         samples,
         seed=seed,
-        method=None if method is None else method.value,
+        method=method,
         chunk_size=chunk_size,
-        granularity=granularity.value,
+        granularity=granularity,
         progress=wants_progress(progress),
     )
     detector.save_pretrained(directory)

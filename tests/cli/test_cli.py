@@ -111,6 +111,14 @@ def test_fit_says_how_the_model_is_made(held_out: Path, tmp_path: Path) -> None:
     assert succeeded("score", tmp_path, held_out, "--json", "-o", tmp_path / "s.csv").stdout
 
 
+def test_fit_takes_a_method(held_out: Path, tmp_path: Path) -> None:
+    succeeded("fit", FLOW, held_out, tmp_path, "--method", "forward")
+    facts = json.loads(succeeded("show", tmp_path, "--json").stdout)
+    assert facts["method"] == "forward (chosen)"
+    assert facts["parts"] == "values (GaussianMixture), expected_norms (ShrunkGaussian)"
+    assert succeeded("score", tmp_path, held_out, "--json", "-o", tmp_path / "s.csv").stdout
+
+
 def test_fit_takes_samples_at_random_and_at_most_so_many(held_out: Path, tmp_path: Path) -> None:
     facts = succeeded("fit", FLOW, held_out, tmp_path, "--samples", 200, "--json").stdout
     assert json.loads(facts)["calibration samples"] == 100
