@@ -7,6 +7,7 @@ log-determinant, the bound at one noise level. Terms can cancel in their sum; ap
 
 import abc
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
 from ood_monitor.modules import Passes, scored
 
@@ -34,13 +36,14 @@ __all__ = [
     "describe",
     "first_tensor",
     "images_in",
-    "is_plain_image",
+    "keywords_of",
     "map_tensors",
     "no_condition",
     "normal_draws",
     "pieces",
     "repeated",
     "reseeded",
+    "sample_or_image",
     "tensors_in",
     "term_values",
     "uniform_draw",
@@ -291,10 +294,14 @@ def checked_sample(sample: SampleKind | None) -> SampleKind | None:
     return sample
 
 
-def is_plain_image(x: Tensor) -> bool:
-    """Whether real numbers are plainly images: (B, C, H, W), grey or of three colours, not tiny."""
+def sample_or_image(sample: SampleKind | None, x: Tensor) -> SampleKind | None:
+    """What a sample was said to be, else an image where real numbers plainly are one.
+
+    They are (B, C, H, W), grey or of three colours, and not tiny.
+    """
     is_large = x.ndim == 4 and min(x.shape[2:]) >= _LEAST_SIZE
-    return x.is_floating_point() and is_large and x.shape[1] in (1, 3)
+    is_image = x.is_floating_point() and is_large and x.shape[1] in (1, 3)
+    return sample or ("image" if is_image else None)
 
 
 def images_in(
@@ -318,6 +325,14 @@ def repeated(batch: Batch, copies: int) -> Batch:
     if copies == 1:
         return batch
     return map_tensors(lambda tensor: tensor.repeat_interleave(copies, 0), batch)
+
+
+def keywords_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """What a function names; None of compiled code, which has no signature."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def no_condition(batch: Batch) -> Mapping[str, Any]:
@@ -393,14 +408,3 @@ def checked_range(
             f"{finite.min():.4g} to {finite.max():.4g}.{remedy and ' ' + remedy}"
         )
     return x
-
-
-def describe(batch: Batch) -> str:
-    """A short description of what came, for error messages."""
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)} and dtype {batch.dtype}"
-    if isinstance(batch, list | tuple):
-        return f"a {type(batch).__name__} of {len(batch)} items"
-    if isinstance(batch, Mapping):
-        return f"a mapping with keys {sorted(map(str, batch))}"
-    return f"{type(batch).__name__}"

@@ -11,7 +11,7 @@ draws the importance-weighted bound is tighter,
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ from ood_monitor.adapters.base import (
     describe,
     first_tensor,
     images_in,
-    is_plain_image,
+    keywords_of,
     no_condition,
     normal_draws,
     repeated,
+    sample_or_image,
 )
 from ood_monitor.adapters.elements import Elements, averaged
 from ood_monitor.adapters.observations import Gaussian, Observation
@@ -129,8 +130,7 @@ class ELBO(Adapter):
 
     def sample_of(self, batch: Batch) -> SampleKind | None:
         """As said, or an image where that is plain."""
-        plain: SampleKind | None = "image" if is_plain_image(self._inputs(batch)) else None
-        return self.sample or plain
+        return sample_or_image(self.sample, self._inputs(batch))
 
     def images(self, batch: Batch) -> Tensor | None:
         """Images in the range of the observation, [0, 1] if it has none, mapped to [0, 1]."""
@@ -175,12 +175,10 @@ def _summed(found: Tensor | Elements) -> Tensor:
 
 def _names(method: Callable[..., Any], keyword: str) -> bool:
     """Whether a method takes a keyword; one whose signature is not known does."""
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(method).parameters
-    except (TypeError, ValueError):  # compiled code
+    parameters = keywords_of(method)
+    if parameters is None or keyword in parameters:
         return True
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return keyword in parameters or takes_all
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Elements", "Lazy", "averaged", "checked", "resolved", "shifted", "total_of"]
+from ood_monitor.adapters.describing import describe
+
+__all__ = [
+    "Elements",
+    "Lazy",
+    "averaged",
+    "checked",
+    "counted_of",
+    "resolved",
+    "shifted",
+    "total_of",
+]
 
 #: A tensor, or what gives it when it is asked for: gradients need log-probabilities alone.
 Lazy: TypeAlias = Tensor | Callable[[], Tensor]
@@ -58,12 +69,17 @@ class Elements:
 def total_of(elements: Elements, values: Tensor) -> Tensor:
     """Values of the elements, (B, ...), as the term takes its own together, shape (B,)."""
     counted = elements.counted
-    if counted is not None:
-        values = torch.where(counted, values, torch.zeros_like(values))
-    total = _rows(values).sum(1)
+    total = _rows(counted_of(elements, values)).sum(1)
     if not elements.mean:
         return total
     return total / (_rows(values).shape[1] if counted is None else _rows(counted).sum(1))
+
+
+def counted_of(elements: Elements, values: Tensor) -> Tensor:
+    """Values of the elements, (B, ...), with zero for those that do not count."""
+    if elements.counted is None:
+        return values
+    return torch.where(elements.counted, values, torch.zeros_like(values))
 
 
 def resolved(lazy: Lazy) -> Tensor:
@@ -128,14 +144,13 @@ def checked(elements: Elements, name: str, size: int) -> Elements:
 
     Raises:
         ValueError: ``log_prob`` is not of B samples, ``expected`` or ``counted`` has another shape
-            than it, no element of a sample counts, elements apart are not (B, K), or an axis is
-            none.
+            than it, elements apart are not (B, K), or an axis is none.
     """
     log_prob, counted = elements.log_prob, elements.counted
     if not isinstance(log_prob, Tensor) or log_prob.shape[:1] != (size,):
         raise ValueError(
             f"Expected log_prob of {name} to be of shape ({size}, ...), one row a sample, got "
-            f"{_described(log_prob)} for a batch of {size} samples."
+            f"{describe(log_prob)} for a batch of {size} samples."
         )
     if isinstance(elements.expected, Tensor):
         _check_shape(elements.expected, "expected", name, log_prob)
@@ -144,7 +159,7 @@ def checked(elements: Elements, name: str, size: int) -> Elements:
     if elements.apart and log_prob.ndim != 2:
         raise ValueError(
             f"Expected elements apart of {name} to be of shape ({size}, K), K columns, got "
-            f"{_described(log_prob)}: sum what belongs to one column."
+            f"{describe(log_prob)}: sum what belongs to one column."
         )
     axes = elements.axes
     if len(set(axes)) < len(axes) or not all(0 < axis < log_prob.ndim for axis in axes):
@@ -201,7 +216,7 @@ def _check_shape(value: Tensor, part: str, name: str, log_prob: Tensor) -> None:
     if not isinstance(value, Tensor) or value.shape != log_prob.shape:
         raise ValueError(
             f"Expected {part} of {name} to be of the shape {tuple(log_prob.shape)} of log_prob, "
-            f"got {_described(value)}: `.expand_as(log_prob)` where it is the same for elements, "
+            f"got {describe(value)}: `.expand_as(log_prob)` where it is the same for elements, "
             "None where it is the same for every sample."
         )
 
@@ -210,12 +225,6 @@ def _check_counted(counted: Tensor, name: str, log_prob: Tensor) -> None:
     _check_shape(counted, "counted", name, log_prob)
     if counted.dtype != torch.bool:
         raise ValueError(f"Expected counted of {name} to be bool, got {counted.dtype}.")
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return type(value).__name__
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Laws of single elements as :class:`~ood_monitor.Elements`: what each expects of itself."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ from ood_monitor.adapters.elements import Elements
 __all__ = [
     "bernoulli",
     "categorical",
-    "expectation_of_normal",
     "gaussian",
     "in_single",
     "of_distribution",
@@ -46,14 +46,9 @@ def gaussian(z: Tensor, mean: Tensor, log_sd: Tensor) -> Elements:
     standard = (z - mean) * torch.exp(-log_sd)
     return Elements(
         -0.5 * (standard * standard + math.log(2 * math.pi)) - log_sd,
-        expected=lambda: expectation_of_normal(log_sd).expand_as(z),
+        expected=lambda: (-log_sd - 0.5 * (1 + math.log(2 * math.pi))).expand_as(z),
         axes=places(z),
     )
-
-
-def expectation_of_normal(log_sd: Tensor) -> Tensor:
-    """E[log p] of a Normal, -log sd - 1/2 - 1/2 log 2 pi, in nats."""
-    return -log_sd - (0.5 + 0.5 * math.log(2 * math.pi))
 
 
 def bernoulli(log_prob: Tensor, x: Tensor, logits: Tensor) -> Elements:
@@ -87,15 +82,15 @@ def categorical(logits: Tensor, values: Tensor, **options: Any) -> Elements:
     log_p = logits.log_softmax(-1)
     index = values.long().unsqueeze(-1)
 
-    def expected() -> Tensor:
-        found = _in_parts(lambda log_p, index: _p_log_p(log_p).sum(-1, keepdim=True), log_p, index)
-        return found.view(values.shape)
+    @functools.cache
+    def moments() -> tuple[Tensor, ...]:
+        return _in_parts(_moments, log_p, index).view(*values.shape, 3).unbind(-1)
 
     def quadratic() -> tuple[Tensor, Tensor]:
-        came, law = _in_parts(_quadratic, log_p, index).unbind(-1)
-        return came.view(values.shape), law.view(values.shape)
+        return moments()[1], moments()[2]
 
-    return Elements(log_p.gather(-1, index).squeeze(-1), expected, quadratic, **options)
+    log_prob = log_p.gather(-1, index).squeeze(-1)
+    return Elements(log_prob, lambda: moments()[0], quadratic, **options)
 
 
 def of_distribution(distribution: Distribution, x: Tensor, *, is_shared: bool = False) -> Elements:
@@ -141,15 +136,11 @@ def _in_parts(function: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) ->
     return torch.cat([function(*part) for part in parts])
 
 
-def _p_log_p(log_p: Tensor) -> Tensor:
+def _moments(log_p: Tensor, index: Tensor) -> Tensor:
+    """E[log p], the squared distance of what came, and what is expected of it, (rows, 3)."""
     log_p = in_single(log_p)
     p = log_p.exp()
-    return torch.where(p > 0, p * log_p, torch.zeros_like(p))  # of what cannot be, 0 and no number
-
-
-def _quadratic(log_p: Tensor, index: Tensor) -> Tensor:
-    """The squared distance of what came, and what is expected of it, shape (rows, 2)."""
-    p = in_single(log_p).exp()
+    expected = (p * log_p.where(p > 0, 0.0)).sum(-1)  # of what cannot be, 0 and no number
     law = (p * (1 - p)).sum(-1)  # not 1 - sum p^2, which is rounding where the model is sure
-    distance = p.scatter_add(-1, index, torch.full_like(p[..., :1], -1.0))
-    return torch.stack([distance.square().sum(-1), law], -1)
+    distance = p.scatter_add(-1, index, torch.full_like(p[..., :1], -1.0)).square().sum(-1)
+    return torch.stack([expected, distance, law], -1)

@@ -17,8 +17,8 @@ from ood_monitor.adapters.base import (
     checked_sample,
     first_tensor,
     images_in,
-    is_plain_image,
     no_condition,
+    sample_or_image,
     term_values,
     uniform_draw,
 )
@@ -103,8 +103,7 @@ class LogLikelihood(Adapter):
 
     def sample_of(self, batch: Batch) -> SampleKind | None:
         """As said, or an image where that is plain."""
-        plain: SampleKind | None = "image" if is_plain_image(self._inputs(batch)) else None
-        return self.sample or plain
+        return sample_or_image(self.sample, self._inputs(batch))
 
     def images(self, batch: Batch) -> Tensor | None:
         """Images of ``value_range``, mapped to [0, 1]."""

@@ -16,7 +16,7 @@ from torch.distributions import Normal
 
 from ood_monitor.adapters.base import checked_range, describe
 from ood_monitor.adapters.elements import Elements
-from ood_monitor.adapters.laws import bernoulli, expectation_of_normal, in_single, places
+from ood_monitor.adapters.laws import bernoulli, in_single, of_distribution, places
 
 __all__ = ["Bernoulli", "DiscretizedLogistic", "Gaussian", "Observation"]
 
@@ -52,24 +52,22 @@ class Gaussian:
 
     def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
         """As :meth:`Observation.log_prob`."""
-        if self.variance is None:
-            mean, log_variance = _pair(x, decoded, "log_variance")
-            sd = (0.5 * log_variance).exp()
-        else:
-            mean, sd = _like(x, decoded), torch.full_like(x, self.variance).sqrt()
-        normal = Normal(mean, sd, validate_args=False)
-        return normal.log_prob(x)  # type: ignore[no-any-return, no-untyped-call]
+        return self._normal(x, decoded).log_prob(x)  # type: ignore[no-any-return, no-untyped-call]
 
     def elements(self, x: Tensor, decoded: Any) -> Elements:
         """With a learned variance, what each expects: -log sd - 1/2 - 1/2 log 2 pi, in nats.
 
         With a stated one that is the same for every sample, and None.
         """
-        log_prob = self.log_prob(x, decoded)
-        if self.variance is not None:
-            return Elements(log_prob, axes=places(x))
-        _, log_variance = decoded
-        return Elements(log_prob, lambda: expectation_of_normal(0.5 * log_variance), axes=places(x))
+        return of_distribution(self._normal(x, decoded), x, is_shared=self.variance is not None)
+
+    def _normal(self, x: Tensor, decoded: Any) -> Normal:
+        if self.variance is None:
+            mean, log_variance = _pair(x, decoded, "log_variance")
+            sd = (0.5 * log_variance).exp()
+        else:
+            mean, sd = _like(x, decoded), torch.full_like(x, self.variance).sqrt()
+        return Normal(mean, sd, validate_args=False)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 r"""Autoregressive models of tokens: :math:`\sum_t \log p(x_t | x_{<t})`, of text or of pixels."""
 
 import copy
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from ood_monitor.adapters.base import (
     describe,
     first_tensor,
     images_in,
+    keywords_of,
     map_tensors,
     no_condition,
 )
@@ -368,7 +368,8 @@ class SequenceLikelihood(Adapter):
 
     def _keywords(self, condition: Mapping[str, Any], text: Tensor) -> dict[str, Any]:
         """What the module takes beside the tokens: the condition, and what its forward names."""
-        named, found = _parameters(self.module), dict(condition)
+        forward = getattr(self.module, "_orig_mod", self.module).forward  # under torch.compile
+        named, found = keywords_of(forward) or {}, dict(condition)
         if "use_cache" in named:
             found.setdefault("use_cache", False)
         # Only of transformers' models is it known that the mask is that of padding, (B, T).
@@ -416,12 +417,3 @@ def _ids(module: nn.Module, name: str) -> list[int]:
     listed = ids if isinstance(ids, list | tuple) else [ids]
     limit = size if isinstance(size, int) else sys.maxsize
     return [i for i in listed if isinstance(i, int) and 0 <= i < limit]
-
-
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What a module's forward names."""
-    forward = getattr(module, "_orig_mod", module).forward  # under torch.compile
-    try:
-        return inspect.signature(forward).parameters
-    except (TypeError, ValueError):  # compiled code, which has no signature
-        return {}

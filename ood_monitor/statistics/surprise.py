@@ -7,13 +7,11 @@ a likelihood as high as known ones, and the wrong surprise for what was expected
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ood_monitor.adapters.base import describe
-from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.elements import Elements, counted_of, resolved
 
 __all__ = ["surprise_map", "value_columns"]
 
@@ -32,7 +30,8 @@ def value_columns(terms: Mapping[str, Tensor | Elements], *, by_element: bool) -
     that stand apart have a column each, ``term[i]``.
 
     Args:
-        terms: Each of shape (B,), or as elements.
+        terms: Each of shape (B,), or as elements, as
+            :func:`~ood_monitor.adapters.base.checked_elements` gives them.
         by_element: Whether to take means over the elements that count, of samples of different
             lengths, instead of sums, and the logarithm of their number once: ``log_length``.
 
@@ -40,8 +39,7 @@ def value_columns(terms: Mapping[str, Tensor | Elements], *, by_element: bool) -
         Of each column (B,), float64.
 
     Raises:
-        ValueError: An expectation or a quadratic pair is of another shape than the elements, or
-            not finite where the element is.
+        ValueError: What is asked of the elements is not as it must be.
     """
     columns: dict[str, Tensor] = {}
     for term, value in terms.items():
@@ -75,7 +73,7 @@ def surprise_map(terms: Mapping[str, Tensor | Elements]) -> dict[str, Tensor]:
     for term, value in terms.items():
         if not isinstance(value, Elements) or value.expected is None or len(value.axes) != 2:
             continue
-        expected = _counted(_expected(term, value), value)
+        expected = counted_of(value, resolved(value.expected))
         places = expected.movedim(value.axes, (-2, -1))
         places = places.reshape(len(places), -1, *places.shape[-2:]).sum(1, dtype=torch.float64)
         rows, cells = _cells(places.shape[1], places), _cells(places.shape[2], places)
@@ -90,13 +88,12 @@ def _of_elements(term: str, value: Elements, by_element: bool) -> dict[str, Tens
     if value.expected is None:
         columns = {term: _sum(value.log_prob, value, is_mean)}
     else:
-        expected = _sum(_expected(term, value), value, is_mean)
+        expected = _sum(resolved(value.expected), value, is_mean)
         surprise = _sum(value.log_prob, value, is_mean) - expected
         columns = {f"{term}.expected": expected, f"{term}.surprise": surprise}
     if value.quadratic is not None:
         came, pair = value.quadratic(), ("quadratic", "expected_quadratic")
         for name, part in zip(pair, came, strict=True):
-            _check(f"the {name} of {term!r}", part, value)
             columns[f"{term}.{name}"] = _log(_sum(part, value, is_mean))
     return columns
 
@@ -104,50 +101,19 @@ def _of_elements(term: str, value: Elements, by_element: bool) -> dict[str, Tens
 def _apart(term: str, value: Elements, by_element: bool) -> dict[str, Tensor]:
     """Each element as a term of its own."""
     columns: dict[str, Tensor] = {}
-    log_prob = _counted(value.log_prob, value).flatten(1)
-    expected = None if value.expected is None else _counted(_expected(term, value), value)
+    log_prob = counted_of(value, value.log_prob)
+    expected = None
+    if value.expected is not None:
+        expected = counted_of(value, resolved(value.expected))
     for i, element in enumerate(log_prob.unbind(1)):
-        own = None if expected is None else expected.flatten(1)[:, i, None]
+        own = None if expected is None else expected[:, i, None]
         columns |= _of_elements(f"{term}[{i}]", Elements(element[:, None], own), by_element)
     return columns
 
 
-def _expected(term: str, value: Elements) -> Tensor:
-    lazy = value.expected
-    expected = lazy() if callable(lazy) else cast(Tensor, lazy)
-    _check(f"the expectation of {term!r}", expected, value)
-    return expected
-
-
-def _check(what: str, part: Tensor, value: Elements) -> None:
-    log_prob = value.log_prob
-    if not isinstance(part, Tensor) or part.shape != log_prob.shape:
-        raise ValueError(
-            f"Expected {what} to be of shape {tuple(log_prob.shape)}, one for each element, got "
-            f"{describe(part)}."
-        )
-    bad = log_prob.isfinite() & ~part.isfinite()
-    bad = bad if value.counted is None else bad & value.counted
-    if bad.any():
-        samples = bad.flatten(1).any(1)
-        raise ValueError(
-            f"Expected {what} to be finite where the element is, got NaN or infinity in "
-            f"{int(samples.sum())} of {len(samples)} samples, the first at index "
-            f"{int(samples.int().argmax())}: compute it from logits, not from probabilities that "
-            "may be zero."
-        )
-
-
-def _counted(part: Tensor, value: Elements) -> Tensor:
-    """Zero where an element does not count."""
-    if value.counted is None:
-        return part
-    return torch.where(value.counted, part, torch.zeros_like(part))
-
-
 def _sum(part: Tensor, value: Elements, is_mean: bool) -> Tensor:
     """Over the elements that count, or their mean: (B,), float64."""
-    total = _counted(part, value).flatten(1).sum(1, dtype=torch.float64)
+    total = counted_of(value, part).flatten(1).sum(1, dtype=torch.float64)
     return total / _number(value) if is_mean else total
 
 

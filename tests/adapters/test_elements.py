@@ -102,7 +102,7 @@ AT_ONCE: dict[str, tuple[Any, str]] = {
     "expected": (om.Elements(ROWS, ROWS[:, :1]), r"expected of .* shape \(5, 2\) .*got .*\(5, 1\)"),
     "counted": (om.Elements(ROWS, counted=ROWS[0] > 1), r"counted of .* shape \(5, 2\).*\(2,\)"),
     "no flags": (om.Elements(ROWS, counted=ROWS), "counted of .* to be bool, got torch.float32"),
-    "apart": (om.Elements(ROWS[:, None], apart=True), r"apart of .*\(5, K\).*\(5, 1, 2\): sum"),
+    "apart": (om.Elements(ROWS[:, None], apart=True), r"apart of .*\(5, K\).*\(5, 1, 2\).*: sum"),
     "the samples' axis": (om.Elements(ROWS, axes=(0,)), r"from 1 to 1, got \(0,\): 0 is the sam"),
     "an axis twice": (om.Elements(ROWS, axes=(1, 1)), r"each once, from 1 to 1, got \(1, 1\)"),
 }

@@ -1,7 +1,6 @@
 """Columns against their closed forms."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -107,23 +106,6 @@ def test_sums_are_taken_in_double_precision() -> None:
 
 
 ONES = torch.ones(5, 3)
-BROKEN: dict[str, tuple[Callable[[], Elements], str]] = {
-    "shape": (lambda: Elements(ONES, ONES.sum(1)), "expectation of 'x' to be of shape"),
-    "lazy": (lambda: Elements(ONES, lambda: ONES[:, :2]), "expectation of 'x' to be of shape"),
-    "nan": (lambda: Elements(ONES, ONES / 0 * 0), "in 5 of 5 samples"),
-    "one": (lambda: Elements(ONES, ONES / torch.eye(5)[:, 2:]), "first at index 0"),
-    "pair": (
-        lambda: Elements(ONES, ONES, lambda: (ONES, ONES[:2])),
-        "the expected_quadratic of 'x' to be of shape",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_an_expectation_that_is_none_is_refused_by_name(case: str) -> None:
-    make, message = BROKEN[case]
-    with pytest.raises(ValueError, match=message):
-        value_columns({"x": make()}, by_element=False)
 
 
 def test_a_sample_that_is_not_finite_has_columns_that_are_not() -> None:
