@@ -4,20 +4,21 @@ A column is centred by its median and scaled by its median absolute deviation, o
 all but one in a hundred samples on a side are in if that is wider, each as of a Normal: the mean
 and the standard deviation hide an outlier among the samples that they are taken of. A density is
 fitted to columns that are clipped at 10 on that scale, and scores them as they are. By the median
-deviation alone the tails of a column that is nearly constant would be clipped: norms of a PixelCNN
-of MNIST then have an AUROC of .949, in place of .978.
+deviation alone the tails of a column that is nearly constant would be clipped, and the density
+blind to what is usual there.
 
 Sums of squares, as the expected norms are, become :math:`\log(s + c)`. The floor c belongs to the
 definition: without it a channel that is nearly dead has a logarithm with tails of its own.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
 
 from ood_monitor.densities.base import Array
-from ood_monitor.densities.measurements import Table
+from ood_monitor.densities.measurements import Measurements, Table, dropped_by
 
 __all__ = ["FLOORS", "Columns", "Floor", "clipped"]
 
@@ -41,7 +42,8 @@ class Columns:
     """What is live among columns, and its scale: fitted on normal samples and then frozen.
 
     Attributes:
-        names: All columns, F of them.
+        kind: The table that they are of.
+        all_names: All columns, F of them.
         dropped: Why each of the others was left out, "not finite", "not called" or "constant".
         floor: What is added before the logarithm, (F,), or None where none is taken.
         centre: Medians of the live columns.
@@ -49,7 +51,8 @@ class Columns:
         rule: What gave the floor.
     """
 
-    names: tuple[str, ...]
+    kind: str
+    all_names: tuple[str, ...]
     dropped: dict[str, str]
     floor: Array | None
     centre: Array
@@ -57,65 +60,59 @@ class Columns:
     rule: Floor | None = None
 
     @classmethod
-    def fit(cls, table: Table, eps: float, floor: Floor | None = None) -> Self:
+    def fit(cls, kind: str, table: Table, eps: float, rule: Floor | None = None) -> Self:
         """Look at columns (N, F) of normal samples, computed with machine precision ``eps``.
 
         Args:
+            kind: The name of the table.
             table: The columns.
             eps: The precision: what varies by a few of these is constant.
-            floor: For sums of squares, whose logarithm is taken.
+            rule: Of the floor of sums of squares, whose logarithm is taken.
 
         Raises:
             ValueError: No column varies.
         """
         finite = np.asarray(np.isfinite(table.values).all(0))
         values = np.where(finite, table.values, 0.0)
-        reason = {
+        reasons = {
             "not finite": ~finite,
-            "not called": (values == 0).all(0) & (floor is not None),
-            "constant": np.ptp(values, axis=0) <= 8 * eps * np.abs(values).max(0),
+            "not called": (values == 0).all(0) & (rule is not None),
+            "constant": np.ptp(values, axis=0) <= 8 * eps * np.abs(values).max(0, initial=0.0),
         }
-        dropped = {
-            table.names[i]: next(why for why, where in reason.items() if where[i])
-            for i in np.flatnonzero(np.any(list(reason.values()), axis=0))
-        }
-        live = np.array([name not in dropped for name in table.names], dtype=bool)
-        if not live.any():
-            counts = {why: int(where.sum()) for why, where in reason.items()}
-            raise ValueError(f"Expected columns that vary, got none: {counts}.")
-        added = None if floor is None else _floor(values, floor)
-        seen = values[:, live] if added is None else np.log(values + added)[:, live]
+        dropped = dropped_by(table.names, reasons, "columns that vary")
+        live = np.array([name not in dropped for name in table.names])
+        floor = None if rule is None else _floor(values, rule)
+        seen = (values if floor is None else np.log(values + floor))[:, live]
         centre = np.median(seen, axis=0)
         spread = np.maximum(_MAD * np.median(np.abs(seen - centre), axis=0), _RANGE * _range(seen))
         scale = np.where(spread > 0, spread, np.maximum(seen.std(0), np.finfo(float).tiny))
-        return cls(table.names, dropped, added, centre, scale, floor)
+        return cls(kind, table.names, dropped, floor, centre, scale, rule)
 
-    def __call__(self, table: Table) -> Array:
+    def __call__(self, measured: Measurements) -> Array:
         """The live columns on their scales, (N, live).
 
         Raises:
             ValueError: Other columns than fitted.
         """
-        if table.names != self.names:
+        table = measured.tables[self.kind]
+        if table.names != self.all_names:
             raise ValueError(
-                f"Expected the {len(self.names)} columns that the detector was fitted on, from "
-                f"{self.names[0]!r} on, got {len(table.names)}, from {table.names[:1]} on."
+                f"Expected the {len(self.all_names)} columns that the detector was fitted on, from "
+                f"{self.all_names[0]!r} on, got {len(table.names)}, from {table.names[:1]} on."
             )
-        live = self.live
-        values = table.values[:, live]
+        values = table.values[:, self._live]
         if self.floor is not None:
-            values = np.log(np.minimum(values, np.finfo(float).max / 2) + self.floor[live])
+            values = np.log(np.minimum(values, np.finfo(float).max / 2) + self.floor[self._live])
         return np.asarray(((values - self.centre) / self.scale).clip(-_LARGEST, _LARGEST))
 
-    @property
-    def live(self) -> np.ndarray:
-        """Which columns are kept, (F,), bool."""
-        return np.array([name not in self.dropped for name in self.names], dtype=bool)
-
-    @property
-    def live_names(self) -> tuple[str, ...]:
+    @cached_property
+    def names(self) -> tuple[str, ...]:
         """Names of the live columns, in order."""
-        return tuple(name for name in self.names if name not in self.dropped)
+        return tuple(name for name in self.all_names if name not in self.dropped)
+
+    @cached_property
+    def _live(self) -> np.ndarray:
+        return np.array([name not in self.dropped for name in self.all_names])
 
 
 def clipped(columns: Array) -> Array:
@@ -129,12 +126,12 @@ def _range(columns: Array) -> Array:
     return np.asarray(np.quantile(columns, 0.99, axis=0, method="lower") - low)
 
 
-def _floor(values: Array, floor: Floor) -> Array:
+def _floor(values: Array, rule: Floor) -> Array:
     """What is added to sums of squares (N, F), (F,).
 
     A layer that is called for fewer than half of the samples has median 0: then by its mean.
     """
     mean = FLOORS["mean"] * values.mean(0)
     by_median = FLOORS["median"] * np.median(values, axis=0)
-    found = np.where(by_median > 0, by_median, mean) if floor == "median" else mean
+    found = np.where(by_median > 0, by_median, mean) if rule == "median" else mean
     return np.maximum(found, np.finfo(float).tiny)

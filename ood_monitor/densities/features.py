@@ -7,13 +7,14 @@ Such norms differ between any two correct programs and would be the loudest feat
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 from torch import Tensor
 
 from ood_monitor.densities.base import Array
-from ood_monitor.densities.measurements import Measurements
+from ood_monitor.densities.measurements import Measurements, dropped_by
 
 __all__ = ["Features", "LogNorms", "TermValues", "layer_of", "table"]
 
@@ -69,19 +70,13 @@ class LogNorms:
         median = np.median(norms, axis=0)
         terms = np.array([name.split("/", 1)[0] for name in names])
         largest = {term: median[terms == term].max() for term in dict.fromkeys(terms)}
-        reason = {
+        reasons = {
             "not finite": ~finite,
             "dead": median <= (32 * eps) ** 2 * np.array([largest[term] for term in terms]),
             "constant": np.ptp(norms, axis=0) <= 8 * eps * median,
         }
-        dropped = {
-            names[i]: next(why for why, where in reason.items() if where[i])
-            for i in np.flatnonzero(np.any(list(reason.values()), axis=0))
-        }
+        dropped = dropped_by(names, reasons, "layers whose gradient norms vary")
         live = np.array([name not in dropped for name in names])
-        if not live.any():
-            counts = {why: int(where.sum()) for why, where in reason.items()}
-            raise ValueError(f"Expected layers whose gradient norms vary, got none: {counts}.")
         return cls(names, live, np.maximum(median * eps**2, np.finfo(float).tiny), dropped)
 
     def __call__(self, norms: Array) -> Array:
@@ -93,11 +88,6 @@ class LogNorms:
     def live_names(self) -> tuple[str, ...]:
         """Names of the live features, in order."""
         return tuple(name for name, live in zip(self.names, self.live, strict=True) if live)
-
-    @property
-    def live_layers(self) -> tuple[str, ...]:
-        """The layers with at least one live feature, in module order within terms."""
-        return tuple(dict.fromkeys(map(layer_of, self.live_names)))
 
 
 @dataclass(frozen=True)
@@ -143,14 +133,19 @@ class Features:
     terms: TermValues | None = None
 
     @property
+    def all_names(self) -> tuple[str, ...]:
+        """Of the norms, also those that were left out."""
+        return self.log_norms.names
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Why the others were left out, by name."""
+        return self.log_norms.dropped
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the features, "term" or "term/parameter", in order."""
         return (*(self.terms.live_names if self.terms else ()), *self.log_norms.live_names)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The live terms, if they count, and the layers with at least one live feature."""
-        return tuple(dict.fromkeys(map(layer_of, self.names)))
 
     def __call__(self, measured: Measurements) -> Array:
         """Features (N, F).

@@ -14,13 +14,15 @@ the conformal p-value, by further samples, promises anything.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 
 from ood_monitor.densities.base import Array
+from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.densities.parts import FittedPart, Part
 
@@ -45,12 +47,12 @@ class Tail:
 
     scores: Array
 
-    @property
+    @cached_property
     def start(self) -> float:
         """u, their .9 quantile."""
         return float(np.quantile(self.scores, 1 - _TAIL))
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """b, by which the exponential falls; 0 where too few scores tell it."""
         excess = self.scores[self.scores > self.start] - self.start
@@ -64,10 +66,16 @@ class Tail:
         return np.asarray(self._by_rank(np.minimum(scores, self.start)) - excess)
 
     def _by_rank(self, scores: Array) -> Array:
+        known, p_values = self._p_values
+        p = np.interp(scores, known, p_values, right=1 / (len(self.scores) + 1))
+        return np.asarray(np.where(np.isnan(scores), np.nan, np.log(p)))
+
+    @cached_property
+    def _p_values(self) -> tuple[Array, Array]:
+        """The known scores, each once, and their p-values."""
         known, first = np.unique(self.scores, return_index=True)
         n = len(self.scores)
-        p = np.interp(scores, known, (1 + n - first) / (n + 1), right=1 / (n + 1))
-        return np.asarray(np.where(np.isnan(scores), np.nan, np.log(p)))
+        return known, (1 + n - first) / (n + 1)
 
     def parts(self, contributions: Array) -> Array:
         """Contributions (N, F) to the score as contributions to -log p."""
@@ -115,33 +123,52 @@ class Joined:
             _log.warning("The detector goes without its part %r: %s", kind, reason)
         return cls(tuple(fitted), tuple(tails) if len(fitted) > 1 else ())
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Of the live columns of all parts, in order."""
-        return tuple(name for part in self.parts for name in part.names)
+        return tuple(name for part in self.parts for name in part.columns.names)
 
     @property
     def all_names(self) -> tuple[str, ...]:
         """Of all columns, also those that were left out."""
-        return tuple(name for part in self.parts for name in part.all_names)
+        return tuple(name for part in self.parts for name in part.columns.all_names)
 
     @property
     def dropped(self) -> dict[str, str]:
         """Why the others were left out, by name."""
-        return {name: why for part in self.parts for name, why in part.dropped.items()}
+        return {name: why for part in self.parts for name, why in part.columns.dropped.items()}
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """What the live columns are of, in order."""
         return tuple(name for part in self.parts for name in part.layers)
 
-    def features(self, measured: Measurements) -> Array:
-        """The live columns of all parts, (N, F)."""
-        return np.hstack([part.features(measured) for part in self.parts])
+    @cached_property
+    def _positions(self) -> list[list[int]]:
+        """Of the columns of each layer."""
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            found.setdefault(layer_of(name), []).append(i)
+        return list(found.values())
 
-    def contributions(self, measured: Measurements) -> Array:
-        """Each live column's part of the score, (N, F); a row adds up to it."""
-        found = [part.density.contributions(part.features(measured)) for part in self.parts]
+    def by_layer(self, columns: Array, how: Callable[..., Array]) -> Array:
+        """Columns (N, F) brought together by layer, (N, L), by a function with ``axis=``."""
+        return np.stack([how(columns[:, at], axis=1) for at in self._positions], 1)
+
+    def features(self, measured: Measurements) -> Array:
+        """The live columns of all parts, (N, F).
+
+        Raises:
+            ValueError: Other columns than fitted.
+        """
+        return np.hstack([part.columns(measured) for part in self.parts])
+
+    def contributions(self, features: Array) -> Array:
+        """Each live column's part of the score, (N, F), of ``features``; rows add up to it."""
+        ends = np.cumsum([len(part.columns.names) for part in self.parts])
+        blocks = np.split(features, ends[:-1], axis=1)
+        pairs = zip(self.parts, blocks, strict=True)
+        found = [part.density.contributions(block) for part, block in pairs]
         if self.tails:
             found = [tail.parts(each) for tail, each in zip(self.tails, found, strict=True)]
         return np.hstack(found)

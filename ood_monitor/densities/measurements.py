@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities.base import Array
 
-__all__ = ["GRADIENT_NORMS", "Measurements", "Table"]
+__all__ = ["GRADIENT_NORMS", "Measurements", "Table", "dropped_by"]
 
 #: The table of squared gradient norms.
 GRADIENT_NORMS = "gradient_norms"
@@ -153,3 +153,26 @@ class Measurements:
 
     def _columns(self) -> tuple[object, ...]:
         return self.terms, {name: table.names for name, table in self.tables.items()}, self.sample
+
+
+def dropped_by(
+    names: Sequence[str], reasons: Mapping[str, np.ndarray], expected: str
+) -> dict[str, str]:
+    """The columns that are left out, each with the first of its reasons.
+
+    Args:
+        names: Of F columns.
+        reasons: Where each holds, (F,), bool.
+        expected: What there must be, for the message.
+
+    Raises:
+        ValueError: No column is left.
+    """
+    dropped = {
+        names[i]: next(why for why, where in reasons.items() if where[i])
+        for i in np.flatnonzero(np.any(list(reasons.values()), axis=0)).tolist()
+    }
+    if len(dropped) == len(names):
+        counts = {why: int(where.sum()) for why, where in reasons.items()}
+        raise ValueError(f"Expected {expected}, got none: {counts}.")
+    return dropped

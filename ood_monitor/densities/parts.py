@@ -7,9 +7,8 @@ columns are live, on which scale, then the density of these.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias, get_args
-
-import numpy as np
 
 from ood_monitor.densities.base import Array, Density
 from ood_monitor.densities.columns import Columns, Floor, clipped
@@ -20,7 +19,7 @@ from ood_monitor.densities.mixture import GaussianMixture
 from ood_monitor.densities.one_sided import OneSided
 from ood_monitor.densities.terms import TermsAndNorms
 
-__all__ = ["CHOSEN", "KINDS", "FittedPart", "Kind", "Method", "Part", "by_layer"]
+__all__ = ["CHOSEN", "KINDS", "FittedPart", "Kind", "Method", "Part"]
 
 #: What a detector goes by: realised gradient norms as in the paper, what a forward pass gives, or
 #: both joined.
@@ -75,48 +74,21 @@ class FittedPart:
 
     @property
     def floor(self) -> Floor | None:
-        """Of its sums of squares."""
-        return None if isinstance(self.columns, Features) else self.columns.rule
+        """The rule of its floor, if it is of sums of squares."""
+        return self.columns.rule if isinstance(self.columns, Columns) else None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the live columns; those of gradient norms are "term/parameter", others "kind/name"."""
-        if isinstance(self.columns, Features):
-            return self.columns.names
-        return tuple(f"{self.kind}/{name}" for name in self.columns.live_names)
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """Of the columns, also those that were left out."""
-        if isinstance(self.columns, Features):
-            return self.columns.log_norms.names
-        return tuple(f"{self.kind}/{name}" for name in self.columns.names)
-
-    @property
-    def dropped(self) -> dict[str, str]:
-        """Why the others were left out, by name."""
-        if isinstance(self.columns, Features):
-            return self.columns.log_norms.dropped
-        return {f"{self.kind}/{name}": why for name, why in self.columns.dropped.items()}
-
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
-        """What the live columns are of, in order."""
-        return tuple(dict.fromkeys(map(layer_of, self.names)))
+        """What the live columns are of, in order: "term/parameter", "term" or "kind/name"."""
+        return tuple(dict.fromkeys(map(layer_of, self.columns.names)))
 
-    def features(self, measured: Measurements) -> Array:
-        """What the density sees, (N, F).
+    def score(self, measured: Measurements) -> Array:
+        """Scores (N,), higher = more anomalous.
 
         Raises:
             ValueError: Other columns than fitted.
         """
-        if isinstance(self.columns, Features):
-            return self.columns(measured)
-        return self.columns(measured.tables[self.kind])
-
-    def score(self, measured: Measurements) -> Array:
-        """Scores (N,), higher = more anomalous."""
-        return self.density.score(self.features(measured))
+        return self.density.score(self.columns(measured))
 
 
 @dataclass(frozen=True)
@@ -129,14 +101,14 @@ class Part:
             ``"expected_norms"``: expected squared gradient norms by layer. ``"log_likelihood"``:
             low likelihood, one-sided. ``"gradient_norms"``: realised squared gradient norms by
             layer, as in the paper.
-        density: Unfitted, a copy is fitted; by default :class:`~ood_monitor.TermsAndNorms` of
-            gradient norms, a mixture of two Gaussians of values, and a Gaussian with the covariance
-            of Ledoit and Wolf of the others.
-        floor: Of expected norms: ``"median"``, or ``"mean"`` for layers without positions, as of
-            models of a table's rows.
+        density: Of which a copy is fitted; by default :class:`~ood_monitor.TermsAndNorms` of
+            gradient norms, a mixture of two Gaussians of values, the log-likelihood itself, and a
+            Gaussian with the covariance of Ledoit and Wolf of the others.
+        floor: Of expected norms: ``"median"``, the default, or ``"mean"`` for layers without
+            positions, as of models of a table's rows.
 
     Raises:
-        ValueError: An unknown kind.
+        ValueError: An unknown kind, or a floor of what are no sums of squares.
 
     Example:
         >>> Part("expected_norms").minimum_samples
@@ -148,18 +120,15 @@ class Part:
     floor: Floor | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if self.kind not in KINDS:
             raise ValueError(f"Expected a part of {get_args(Kind)}, got {self.kind!r}.")
-        of = KINDS[self.kind]
-        if self.floor is not None and of.floor is None:
+        if self.floor is not None and KINDS[self.kind].floor is None:
             raise ValueError(f"Expected no floor of {self.kind!r}, which are no sums of squares.")
-        if self.density is None:
-            object.__setattr__(self, "density", of.density())
 
     @property
     def minimum_samples(self) -> int:
         """The fewest samples that its density is fitted to."""
-        return self._density.minimum_samples
+        return self._unfitted().minimum_samples
 
     @property
     def needs_gradients(self) -> bool:
@@ -174,17 +143,17 @@ class Part:
         """
         if self.needs_gradients:
             return self._fit_norms(measured, eps)
-        of, table = KINDS[self.kind], measured.tables[self.kind]
-        columns = Columns.fit(table, eps, of.floor and (self.floor or of.floor))
-        if len(columns.live_names) < of.fewest:
+        of = KINDS[self.kind]
+        columns = Columns.fit(self.kind, measured.tables[self.kind], eps, self.floor or of.floor)
+        if len(columns.names) < of.fewest:
             raise ValueError(
-                f"Expected at least {of.fewest} columns that vary, got {columns.live_names} alone."
+                f"Expected at least {of.fewest} columns that vary, got {columns.names} alone."
             )
-        density = copy.deepcopy(self._density).fit(clipped(columns(table)))
+        density = self._unfitted().fit(clipped(columns(measured)))
         return FittedPart(self.kind, columns, density)
 
     def _fit_norms(self, measured: Measurements, eps: float) -> FittedPart:
-        density = copy.deepcopy(self._density)
+        density = self._unfitted()
         features = Features(LogNorms.fit(measured.features, measured.norms, eps))
         if isinstance(density, TermsAndNorms):
             terms = TermValues.fit(measured.terms, measured.log_likelihood, eps)
@@ -192,15 +161,5 @@ class Part:
             features = replace(features, terms=terms)
         return FittedPart(self.kind, features, density.fit(features(measured)))
 
-    @property
-    def _density(self) -> Density:
-        assert self.density is not None
-        return self.density
-
-
-def by_layer(names: tuple[str, ...], columns: Array, how: Callable[..., Array]) -> Array:
-    """Columns (N, F) brought together by layer, (N, L), by a function with ``axis=``."""
-    positions: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        positions.setdefault(layer_of(name), []).append(i)
-    return np.stack([how(columns[:, at], axis=1) for at in positions.values()], 1)
+    def _unfitted(self) -> Density:
+        return copy.deepcopy(self.density) if self.density else KINDS[self.kind].density()

@@ -1,6 +1,5 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
-import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size, describe
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.measurements import Measurements
-from ood_monitor.densities.parts import Method, by_layer
+from ood_monitor.densities.parts import Method
 from ood_monitor.detector.compatibility import (
     check_layers,
     check_samples,
@@ -155,10 +154,8 @@ class Detector:
                 f"Expected an iterable of batches, got {describe(held_out)}: pass `[tensor]`, or a "
                 "loader."
             )
-        fresh = copy.copy(self)
-        fresh._fitted = None  # what an earlier fit has chosen does not bind this one
         bar = tqdm(held_out, desc="held-out data", unit="batch", disable=not progress)
-        measured = Measurements.together(fresh.measure(batch) for batch in bar)
+        measured = Measurements.together(self.measure(batch) for batch in bar)
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
 
@@ -171,19 +168,8 @@ class Detector:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
         batch_size(batch)  # refuses what is none
-        sample = self.adapter.sample_of(batch)
-        plan = self._plan(sample)
-        measured = measured_by(
-            plan,
-            self.adapter,
-            batch,
-            layers=self.layers,
-            granularity=self.granularity,
-            chunk_size=self.chunk_size,
-            columns={} if self._fitted is None else self._fitted.columns,
-        )
-        groups = () if self.groups is None else _named(self.groups(batch), len(measured))
-        return replace(measured, samples=samples_of(batch), groups=groups, sample=sample)
+        plan = planned(self.adapter.sample_of(batch), self.method, self.density, self.parts)
+        return self._measured(plan, batch, None)
 
     def fit_measured(self, measured: Measurements) -> Self:
         """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
@@ -217,11 +203,12 @@ class Detector:
         """
         fitted = self.fitted
         self.check(batch)
-        measured = self.measure(batch)
-        parts = fitted.joined.contributions(measured)
-        score, names = parts.sum(1), fitted.joined.names
-        means = by_layer(names, fitted.joined.features(measured), np.mean)
-        shares = by_layer(names, parts, np.sum)
+        measured = self._measured(Plan.of(fitted), batch, fitted)
+        features = fitted.joined.features(measured)
+        parts = fitted.joined.contributions(features)
+        score = parts.sum(1)
+        means = fitted.joined.by_layer(features, np.mean)
+        shares = fitted.joined.by_layer(parts, np.sum)
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(fitted.p_value(score, measured.groups)),
@@ -402,18 +389,22 @@ class Detector:
             )
         check_layers(fitted.parameters, parameters_of(adapter, options.get("layers")))
         warn_of_other_model(fitted, adapter, stacklevel=3)
-        plan = Plan.of(fitted)
-        chosen = {"parts": plan.parts} if plan.method == "parts" else {"method": plan.method}
-        detector = cls(adapter, groups=groups, **chosen, **options)
-        if plan.needs_gradients and plan.method != "parts":
-            detector.density = next(part for part in plan.parts if part.needs_gradients).density
+        detector = cls(adapter, groups=groups, **Plan.of(fitted).arguments, **options)
         detector._fitted = fitted
         return detector
 
-    def _plan(self, sample: SampleKind | None) -> Plan:
-        if self._fitted is None:
-            return planned(sample, self.method, self.density, self.parts)
-        return Plan.of(self._fitted)
+    def _measured(self, plan: Plan, batch: Batch, fitted: Fitted | None) -> Measurements:
+        measured = measured_by(
+            plan,
+            self.adapter,
+            batch,
+            layers=self.layers,
+            granularity=self.granularity,
+            chunk_size=self.chunk_size,
+            fitted=fitted,
+        )
+        groups = () if self.groups is None else _named(self.groups(batch), len(measured))
+        return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)
 
     def _fitting(self, measured: Measurements) -> Fitting:
         return Fitting(

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.joined import Joined, minimum_samples
 from ood_monitor.densities.measurements import GRADIENT_NORMS, Measurements
-from ood_monitor.densities.parts import by_layer
 from ood_monitor.detector.compatibility import parameters_of
 from ood_monitor.detector.plan import Plan
 from ood_monitor.gradients.layers import Layers
@@ -75,7 +74,7 @@ class Fitting:
         joined = Joined.fit(self.plan.parts, seen, eps)
         scores = joined.score(rest)
         _warn_of_autocorrelation(scores)
-        means = by_layer(joined.names, joined.features(seen), np.mean)
+        means = joined.by_layer(joined.features(seen), np.mean)
         return Fitted(
             joined=joined,
             method=self.plan.method,
@@ -124,14 +123,19 @@ def _finite(measured: Measurements) -> Measurements:
     """Without the samples whose forward pass was not finite, each named by its place.
 
     What is not finite in most samples is a column's fault, and no sample's. So are bits of an image
-    with values outside the range that it is shown in.
+    with values outside the range that it is shown in. Such a column is wholly nan, so that it is
+    left out wherever the samples that show it fall.
     """
     sound = np.ones(len(measured), dtype=bool)
+    tables = dict(measured.tables)
     for kind, table in measured.tables.items():
         if kind != GRADIENT_NORMS:  # of which an infinite one takes its feature along
             finite = np.isfinite(table.values)
-            of_column = (finite.mean(0) <= 0.5) | [name == PNG_BITS for name in table.names]
+            bits = np.array([name == f"{kind}/{PNG_BITS}" for name in table.names], dtype=bool)
+            of_column = (finite.mean(0) <= 0.5) | (bits & ~finite.all(0))
             sound &= (finite | of_column).all(1)
+            tables[kind] = replace(table, values=np.where(of_column, np.nan, table.values))
+    measured = replace(measured, tables=tables)
     if sound.all():
         return measured
     _log.warning(

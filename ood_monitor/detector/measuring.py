@@ -10,10 +10,12 @@ from torch import Tensor
 from ood_monitor.adapters.base import Adapter, Batch, batch_size
 from ood_monitor.densities.features import table
 from ood_monitor.densities.measurements import GRADIENT_NORMS, Measurements, Table
+from ood_monitor.densities.parts import Kind
 from ood_monitor.detector.plan import Plan
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
-from ood_monitor.statistics import expected_layers, forward_statistics
+from ood_monitor.saving.fitted import Fitted
+from ood_monitor.statistics import ForwardStatistics, expected_layers, forward_statistics
 from ood_monitor.statistics.png import PNG_BITS, in_range
 
 __all__ = ["measured_by"]
@@ -29,7 +31,7 @@ def measured_by(
     layers: Layers,
     granularity: Granularity,
     chunk_size: int | None,
-    columns: Mapping[str, Mapping[str, int]],
+    fitted: Fitted | None = None,
 ) -> Measurements:
     """Terms and statistics of a batch of B samples.
 
@@ -40,7 +42,7 @@ def measured_by(
         layers: Which parameters are features.
         granularity: Of gradient norms.
         chunk_size: Samples a pass.
-        columns: What a fitted detector's columns are of, and how many each has, by kind of part.
+        fitted: What is to judge them; None of samples to fit on.
 
     Raises:
         ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` or
@@ -49,48 +51,36 @@ def measured_by(
     tables: dict[str, Table] = {}
     likelihoods: dict[str, Tensor] = {}
     if plan.of_forward:
-        likelihoods, tables = _forward(plan, adapter, batch, layers, chunk_size, columns)
+        watched = _expected(adapter, batch, layers) if fitted is None else fitted.expected_layers
+        found = forward_statistics(
+            adapter,
+            batch,
+            sample=plan.sample,
+            layers=watched,
+            norms="expected_norms" in plan.of_forward,
+            values="values" in plan.of_forward,
+            map="map" in plan.of_forward,
+            chunk_size=chunk_size,
+        )
+        if fitted is None and PNG_BITS in found.values:
+            found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
+        likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.needs_gradients:
-        found = terms_and_norms(
+        norms = terms_and_norms(
             adapter, batch, layers=layers, granularity=granularity, chunk_size=chunk_size
         )
-        tables[GRADIENT_NORMS], likelihoods = Table(*table(found.norms)), found.log_likelihood
+        tables[GRADIENT_NORMS], likelihoods = Table(*table(norms.norms)), norms.log_likelihood
     terms, values = table(likelihoods)
     return Measurements(terms, values, tables)
 
 
-def _forward(
-    plan: Plan,
-    adapter: Adapter,
-    batch: Batch,
-    layers: Layers,
-    chunk_size: int | None,
-    columns: Mapping[str, Mapping[str, int]],
-) -> tuple[dict[str, Tensor], dict[str, Table]]:
-    kinds = plan.of_forward
-    # All of them are known after the first pass; which ones a pattern chooses is looked up.
-    watched: Mapping[str, int] | None = columns.get("expected_norms")
-    if "expected_norms" in kinds and watched is None and layers is not None:
-        watched = _layers(adapter, batch, layers)
-    found = forward_statistics(
-        adapter,
-        batch,
-        sample=plan.sample,
-        layers=watched,
-        norms="expected_norms" in kinds,
-        values="values" in kinds,
-        map="map" in kinds,
-        chunk_size=chunk_size,
-    )
-    given = {"values": found.values, "map": found.map, "expected_norms": found.expected_norms}
-    if PNG_BITS in found.values and not columns:
-        found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
-    size = batch_size(batch)
-    tables: dict[str, Table] = {k: _table(given[k], size) for k in given if k in kinds}
-    if "log_likelihood" in kinds:
-        _, values = table(found.log_likelihood)
-        tables["log_likelihood"] = Table(("total",), values.sum(1, keepdims=True))
-    return found.log_likelihood, tables
+def _expected(adapter: Adapter, batch: Batch, layers: Layers) -> Mapping[str, int] | None:
+    """The layers whose weight is among the chosen parameters; None for all that a pass calls."""
+    if layers is None:
+        return None
+    chosen = selection(adapter.module, layers)
+    found = expected_layers(adapter, batch)
+    return {name: width for name, width in found.items() if chosen(f"{name}.weight")}
 
 
 def _bits_in_range(bits: Tensor, adapter: Adapter, batch: Batch) -> Tensor:
@@ -108,13 +98,19 @@ def _bits_in_range(bits: Tensor, adapter: Adapter, batch: Batch) -> Tensor:
     return torch.where(shown, bits, torch.nan)
 
 
-def _table(columns: Mapping[str, Tensor], size: int) -> Table:
-    """Columns of B samples, of which a model may have none."""
-    return Table(*table(columns)) if columns else Table((), np.empty((size, 0)))
-
-
-def _layers(adapter: Adapter, batch: Batch, layers: Layers) -> Mapping[str, int]:
-    """The layers with an expected norm whose weight is among the chosen parameters."""
-    found = expected_layers(adapter, batch)
-    chosen = selection(adapter.module, layers)
-    return {name: width for name, width in found.items() if chosen(f"{name}.weight")}
+def _tables(found: ForwardStatistics, plan: Plan, size: int) -> dict[str, Table]:
+    """Of each part, its columns under its name: "values/latent_1.surprise"."""
+    terms = [value.double() for value in found.log_likelihood.values()]
+    given: dict[Kind, Mapping[str, Tensor]] = {
+        "values": found.values,
+        "map": found.map,
+        "expected_norms": found.expected_norms,
+        "log_likelihood": {"total": torch.stack(terms).sum(0)},
+    }
+    tables: dict[str, Table] = {}
+    for kind in given:
+        if kind in plan.of_forward:
+            columns = {f"{kind}/{name}": values for name, values in given[kind].items()}
+            # A model may have none of a kind.
+            tables[kind] = Table(*table(columns)) if columns else Table((), np.empty((size, 0)))
+    return tables

@@ -1,12 +1,8 @@
-"""What a detector measures: its method by one word, its parts, and why these.
-
-The defaults are those of models on which they were measured. Nothing is chosen by what a detector
-makes of foreign samples.
-"""
+"""What a detector measures: its method by one word, its parts, and why these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities import Density
@@ -18,12 +14,8 @@ __all__ = ["Parts", "Plan", "check_choice", "planned"]
 #: Parts that a user chooses, by themselves or by their kind.
 Parts: TypeAlias = Sequence[Part | Kind]
 
-_SAMPLES: dict[SampleKind | None, str] = {
-    "image": "samples are images",
-    "sequence": "samples are sequences",
-    "row": "samples are rows of a table",
-    None: "the adapter does not say what a sample is",
-}
+#: The method where none is chosen.
+DEFAULT: Method = "gradient_norms"
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,14 @@ class Plan:
         return cls(fitted.method, parts, fitted.sample, fitted.reason)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of a detector that fits the same."""
+        if self.method == CHOSEN:
+            return {"parts": self.parts}
+        density = next((part.density for part in self.parts if part.needs_gradients), None)
+        return {"method": self.method, "density": density}
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether a part takes a backward pass."""
         return any(part.needs_gradients for part in self.parts)
@@ -72,19 +72,10 @@ def planned(
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
-        return Plan(CHOSEN, chosen, sample, "parts were chosen")
-    if method is not None or density is not None:
-        reason = "chosen" if method is not None else "a density of gradient norms was chosen"
-        return Plan(
-            word := method or "gradient_norms", _parts(word, sample, density), sample, reason
-        )
-    word = default_method(sample)
-    return Plan(word, _parts(word, sample, None), sample, f"default where {_SAMPLES[sample]}")
-
-
-def default_method(sample: SampleKind | None) -> Method:
-    """The method where none is chosen: the one that was measured to be best on such models."""
-    return "gradient_norms"
+        return Plan(CHOSEN, chosen, sample, "chosen")
+    reason = "default" if method is None and density is None else "chosen"
+    word = method or DEFAULT
+    return Plan(word, _parts(word, sample, density), sample, reason)
 
 
 def check_choice(method: str | None, density: Density | None, parts: Parts | None) -> None:

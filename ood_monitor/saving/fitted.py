@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +19,6 @@ from safetensors.numpy import load, save
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue
 from ood_monitor.densities import Array
-from ood_monitor.densities.columns import Columns
 from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.joined import Joined
 from ood_monitor.densities.parts import Method
@@ -80,17 +80,16 @@ class Fitted:
         """What the live columns are of: "term/parameter", "term" or "part/name", in order."""
         return self.joined.layers
 
-    @property
-    def columns(self) -> dict[str, dict[str, int]]:
-        """What each part's columns are of, by its kind, and how many each has; also those left out.
-
-        Of all parts but gradient norms.
-        """
-        return {
-            part.kind: dict(Counter(map(layer_of, part.columns.names)))
+    @cached_property
+    def expected_layers(self) -> dict[str, int]:
+        """The layers whose expected norms are watched, and how many columns each has."""
+        names = (
+            name.partition("/")[2]
             for part in self.joined.parts
-            if isinstance(part.columns, Columns)
-        }
+            if part.kind == "expected_norms"
+            for name in part.columns.all_names
+        )
+        return dict(Counter(map(layer_of, names)))
 
     @property
     def fingerprint(self) -> str:

@@ -249,8 +249,6 @@ def _check_layers(settings: Mapping[str, Any]) -> None:
 def _layers(part: Mapping[str, Any]) -> list[str]:
     """What the live columns of a part are of, in order."""
     live = [name for name in part["columns"] if name not in part["dropped"]]
-    if part["kind"] != "gradient_norms":
-        return list(dict.fromkeys(layer_of(f"{part['kind']}/{name}") for name in live))
     terms = [name for name, is_live in (part.get("terms") or {}).items() if is_live]
     return list(dict.fromkeys((*terms, *map(layer_of, live))))
 

@@ -24,14 +24,13 @@ def dump_part(part: FittedPart) -> dict[str, Any]:
     if type(part.density) not in DENSITIES.values():
         raise ValueError(f"Expected a density of {sorted(DENSITIES)} to save, got {density}.")
     told: dict[str, Any] = {"kind": part.kind, "density": density}
+    told |= {"columns": list(columns.all_names), "dropped": columns.dropped}
     if isinstance(columns, Columns):
-        rule = {} if columns.rule is None else {"floor": columns.rule}
-        return told | {"columns": list(columns.names), "dropped": columns.dropped} | rule
-    norms, terms = columns.log_norms, columns.terms
-    told |= {"columns": list(norms.names), "dropped": norms.dropped}
-    if terms is not None:
-        told["terms"] = dict(zip(terms.names, terms.live.tolist(), strict=True))
-    return told
+        return told if columns.rule is None else told | {"floor": columns.rule}
+    if columns.terms is None:
+        return told
+    names, live = columns.terms.names, columns.terms.live.tolist()
+    return told | {"terms": dict(zip(names, live, strict=True))}
 
 
 def arrays_of(joined: Joined) -> dict[str, np.ndarray]:
@@ -60,8 +59,8 @@ def _parse(part: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> FittedPart
         live = np.array([name not in dropped for name in names])
         columns = Features(LogNorms(names, live, arrays["floor"], dropped), _terms(part))
     else:
-        centre, scale = arrays["centre"], arrays["scale"]
-        columns = Columns(names, dropped, arrays.get("floor"), centre, scale, part.get("floor"))
+        scales = arrays.get("floor"), arrays["centre"], arrays["scale"]
+        columns = Columns(part["kind"], names, dropped, *scales, part.get("floor"))
     return FittedPart(part["kind"], columns, density)
 
 

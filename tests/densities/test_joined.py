@@ -56,9 +56,9 @@ def test_a_single_part_has_its_own_density_s_score(kind: Kind) -> None:
     fit, new = measured(), measured(seed=1)
     joined = Joined.fit([Part(kind)], fit, EPS)
     part = joined.parts[0]
-    np.testing.assert_array_equal(joined.score(new), part.density.score(part.features(new)))
-    np.testing.assert_allclose(joined.contributions(new).sum(1), joined.score(new))
-    assert joined.contributions(new).shape == (200, len(joined.names))
+    np.testing.assert_array_equal(joined.score(new), part.density.score(part.columns(new)))
+    np.testing.assert_allclose(joined.contributions(joined.features(new)).sum(1), joined.score(new))
+    assert joined.contributions(joined.features(new)).shape == (200, len(joined.names))
 
 
 def test_joined_parts_score_by_p_values_of_samples_that_they_were_not_fitted_on() -> None:
@@ -79,7 +79,7 @@ def test_joined_parts_score_by_p_values_of_samples_that_they_were_not_fitted_on(
             expected[i] -= math.log(between(known, min(s, u))) - max(s - u, 0) / b
     found = Joined.fit(parts, fit, EPS)
     np.testing.assert_allclose(found.score(new), expected)
-    np.testing.assert_allclose(found.contributions(new).sum(1), expected)
+    np.testing.assert_allclose(found.contributions(found.features(new)).sum(1), expected)
 
 
 def test_one_broken_fit_sample_silences_no_part() -> None:

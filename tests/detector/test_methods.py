@@ -121,11 +121,9 @@ def test_a_method_and_its_reason_are_said(tmp_path: Path) -> None:
     assert (fitted.method, fitted.reason) == ("forward", "chosen")
     default = om.Detector(adapter_of("glow")).fit([batch_of("glow", 60, seed=1)], progress=False)
     assert default.fitted.method == "gradient_norms"
-    assert default.fitted.reason == "default where samples are images"
+    assert default.fitted.reason == "default"
     default.save_pretrained(tmp_path)
-    assert (
-        "gradient_norms (default where samples are images)" in (tmp_path / "README.md").read_text()
-    )
+    assert "gradient_norms (default)" in (tmp_path / "README.md").read_text()
 
 
 class Exploding(nn.Module):
@@ -179,6 +177,23 @@ def test_a_sample_whose_pass_is_not_finite_is_invalid_and_others_are_as_they_wer
 def test_forward_is_fitted_on_every_kind_of_model(name: str) -> None:
     scores = detector(name, "forward").score(batch_of(name, 4, seed=2))
     assert scores.valid.all()
+
+
+def test_bits_of_images_outside_their_range_are_left_out_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def named(images: Tensor) -> tuple[str, ...]:
+        made = om.Detector(om.LogLikelihood(adapter_of("glow").module), method="forward")
+        return made.fit([images], progress=False).fitted.joined.names
+
+    images = batch_of("glow", 60, seed=1)
+    assert "values/png_bits" in named(images)
+    assert not caplog.records
+    images[3, 0, 0, 0] = 1.5
+    with caplog.at_level(logging.WARNING):
+        names = named(images)
+    assert "values/png_bits" not in names
+    assert "1 of 60 held-out images have values outside the range" in caplog.text
 
 
 INT8 = "fbgemm" in torch.backends.quantized.supported_engines or (

@@ -28,7 +28,7 @@ def test_a_callback_fits_and_watches_by_its_method(method: Method) -> None:
     assert scores.valid.all()
     assert (scores.p_value < 0.05).all()
     assert callback.failures == 0
-    assert all(alert.method == method for alert in callback.alerts)
+    assert {alert.method for alert in callback.alerts} == {method}
 
 
 @pytest.mark.parametrize("method", METHODS)

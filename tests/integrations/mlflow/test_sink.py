@@ -129,6 +129,9 @@ def test_an_alert_sets_tags(client: MlflowClient, run_id: str) -> None:
     assert shown["ood_monitor.status"] == "ALERT"
     assert shown["ood_monitor.since"] == DRIFT.time.isoformat()
     assert shown["ood_monitor.detector"] == "d5"
+    assert "ood_monitor.method" not in shown  # of an alert of before there was a choice
+    MLflowSink(run_id)(replace(DRIFT, method="forward", time=RECOVERED.time))
+    assert tags(client, run_id)["ood_monitor.method"] == "forward"
 
 
 def test_runs_in_alert_can_be_found(store: tuple[MlflowClient, str]) -> None:
