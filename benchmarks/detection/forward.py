@@ -60,7 +60,7 @@ def rows_of(
         yield {
             "model": model,
             "method": name,
-            "parts": {part.kind: len(part.names) for part in joined.parts},
+            "parts": {part.kind: len(part.columns.names) for part in joined.parts},
             "sample": found["fit"].sample,
             "found": caught(scores),
             "forwards": costs(detector, x["test"]),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
-from ood_monitor.modules import Passes, scored
+from ood_monitor.modules import Passes, gradless, scored
 
 __all__ = [
     "Adapter",
@@ -245,8 +245,8 @@ def term_values(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
     """
 
     def values(passes: Passes[Adapter]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return dict(checked_terms(passes.fresh(), batch))
+        found = gradless(passes.holder, lambda: dict(checked_terms(passes.fresh(), batch)))
+        return {term: value.detach() for term, value in found.items()}
 
     return scored(values, adapter, adapter.module)
 

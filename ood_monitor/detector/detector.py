@@ -27,7 +27,7 @@ from ood_monitor.detector.compatibility import (
 )
 from ood_monitor.detector.fitting import Fitting
 from ood_monitor.detector.measuring import measured_by
-from ood_monitor.detector.plan import Parts, Plan, check_choice, planned
+from ood_monitor.detector.plan import Parts, Plan, checked_method, planned
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import hub
@@ -48,13 +48,15 @@ class Detector:
         adapter: The model.
         method: ``"gradient_norms"``: layer-wise norms and their joint density, as in the paper.
             ``"forward"``: what one forward pass gives: expected and surprise of the likelihood, and
-            the norms that the model expected. ``"both"``: the two joined. By default gradient
-            norms.
+            the norms that the model expected. ``"both"``: the two joined. By default
+            ``"forward"`` of images, sequences and rows of a table, as the adapter says, and
+            gradient norms of everything else, denoisers among them.
         density: Of the log squared norms, and of nothing else but for the default, which is
-            :class:`~ood_monitor.TermsAndNorms`.
+            :class:`~ood_monitor.TermsAndNorms`; it chooses gradient norms.
         parts: In place of a method: any of :class:`~ood_monitor.Part`, or their kinds.
         layers: Which parameters are features; all by default.
-        granularity: ``"tensor"`` as in the paper, or ``"row"``.
+        granularity: Of gradient norms: ``"tensor"`` as in the paper, or ``"row"``, which chooses
+            them.
         chunk_size: Samples per pass, to bound memory.
         calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
         trim: Share of the fit samples, the most anomalous, that are left out when the density is
@@ -68,7 +70,8 @@ class Detector:
         source: Where the held-out samples come from, in words; it is saved with the detector.
 
     Raises:
-        ValueError: ``calibration_fraction`` is not between 0 and 1, or ``trim`` not in [0, 0.5).
+        ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or
+            a method, density, parts and granularity that do not go together.
         TypeError: ``chunk_size`` or ``seed`` is no integer.
 
     Example:
@@ -104,9 +107,9 @@ class Detector:
             )
         if not 0 <= trim < 0.5:
             raise ValueError(f"Expected a share to trim in [0, 0.5), got {trim}.")
-        check_choice(method, density, parts)
         self.adapter, self.trim = adapter, float(trim)
-        self.method, self.density, self.parts = method, density, parts
+        self.method = checked_method(method, density, parts, granularity)
+        self.density, self.parts = density, parts
         self.layers, self.granularity = layers, granularity
         # Python's own numbers, since these go into a file.
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)

@@ -1,21 +1,34 @@
 """What a detector measures: its method by one word, its parts, and why these."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities import Density
 from ood_monitor.densities.parts import CHOSEN, Kind, Method, Part
+from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Parts", "Plan", "check_choice", "planned"]
+__all__ = ["Parts", "Plan", "checked_method", "planned"]
 
 #: Parts that a user chooses, by themselves or by their kind.
 Parts: TypeAlias = Sequence[Part | Kind]
 
-#: The method where none is chosen.
-DEFAULT: Method = "gradient_norms"
+#: The method where none is chosen, by what a sample is: for each kind it was measured on models
+#: that nothing was tuned on, see docs/evidence.md. Of any other kind gradient norms.
+DEFAULTS: Mapping[SampleKind, Method] = {
+    "image": "forward",
+    "sequence": "forward",
+    "row": "forward",
+}
+
+_KINDS: Mapping[SampleKind | None, str] = {
+    "image": "samples are images",
+    "sequence": "samples are sequences",
+    "row": "samples are rows of a table",
+    None: "the adapter does not say what a sample is",
+}
 
 
 @dataclass(frozen=True)
@@ -73,33 +86,51 @@ def planned(
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
         return Plan(CHOSEN, chosen, sample, "chosen")
-    reason = "default" if method is None and density is None else "chosen"
-    word = method or DEFAULT
+    reason = "chosen" if method else f"default where {_KINDS[sample]}"
+    word = method or (DEFAULTS[sample] if sample else "gradient_norms")
     return Plan(word, _parts(word, sample, density), sample, reason)
 
 
-def check_choice(method: str | None, density: Density | None, parts: Parts | None) -> None:
-    """Refuse words that are none, and choices that speak of the same thing.
+def checked_method(
+    method: Method | None, density: Density | None, parts: Parts | None, granularity: Granularity
+) -> Method | None:
+    """The method that was chosen, by its word or by what belongs to it; None if none was.
 
     Raises:
-        ValueError: They do, or are.
+        ValueError: A word that is none, or choices that speak of the same thing, or of what is not
+            measured.
     """
     if method is not None and method not in get_args(Method):
         raise ValueError(f"Expected a method of {get_args(Method)}, got {method!r}.")
+    if parts is not None:
+        _check_parts(parts, method)
     if density is not None and (method == "forward" or parts is not None):
         raise ValueError(
             f"Expected no `density=`, which is of gradient norms, with "
             f"{'parts' if parts is not None else repr(method)}; "
             "give each part its own: `parts=[om.Part('expected_norms', density=...)]`."
         )
-    if parts is None:
-        return
-    kinds = [part.kind if isinstance(part, Part) else Part(part).kind for part in parts]
+    has_norms = method != "forward" if parts is None else "gradient_norms" in map(_kind_of, parts)
+    if granularity != "tensor" and not has_norms:
+        raise ValueError(
+            f"Expected no granularity of gradient norms, which are not measured, got "
+            f"{granularity!r} with {'parts' if parts is not None else repr(method)}."
+        )
+    is_of_norms = parts is None and (density is not None or granularity != "tensor")
+    return method or ("gradient_norms" if is_of_norms else None)
+
+
+def _check_parts(parts: Parts, method: Method | None) -> None:
+    kinds = list(map(_kind_of, parts))
     if method is not None or not kinds or len(set(kinds)) < len(kinds):
         raise ValueError(
             f"Expected parts of different kinds and no `method=` beside them, got {kinds} and "
             f"method={method!r}."
         )
+
+
+def _kind_of(part: Part | Kind) -> Kind:
+    return part.kind if isinstance(part, Part) else Part(part).kind
 
 
 def _parts(method: Method, sample: SampleKind | None, density: Density | None) -> tuple[Part, ...]:

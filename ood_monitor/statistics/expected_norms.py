@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_elements
 from ood_monitor.adapters.elements import Elements
-from ood_monitor.modules import Passes
+from ood_monitor.modules import Passes, gradless
 from ood_monitor.statistics.hooks import Sums
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.rows import Layout, Single
@@ -44,12 +44,7 @@ def discovered(passes: Passes[Adapter], batch: Batch) -> dict[str, Layer]:
     Raises:
         ValueError: It calls none.
     """
-    view = passes.fresh()
-    positions = view.positions(batch)
-    discovery = Discovery(view.module)
-    with torch.no_grad(), discovery.looking():
-        for _ in checked_elements(view, batch):
-            pass
+    view, positions, discovery = gradless(passes.holder, lambda: _looked_at(passes, batch))
     found = discovery.found
     if positions is not None:
         kept = {
@@ -63,6 +58,16 @@ def discovered(passes: Passes[Adapter], batch: Batch) -> dict[str, Layer]:
     found = {name: found[name] for name in sorted(found, key=order.__getitem__)}
     _known[passes.holder] = {**_found_of(passes.holder), **found}
     return found
+
+
+def _looked_at(passes: Passes[Adapter], batch: Batch) -> tuple[Adapter, Tensor | None, Discovery]:
+    view = passes.fresh()
+    positions = view.positions(batch)
+    discovery = Discovery(view.module)
+    with discovery.looking():
+        for _ in checked_elements(view, batch):
+            pass
+    return view, positions, discovery
 
 
 def known_layers(
@@ -106,15 +111,7 @@ def one_pass(
     Raises:
         ValueError: None of the layers was called.
     """
-    view = passes.fresh()
-    counted = view.positions(batch) if layers else None
-    sums = Sums(view.module, layers, batch_size(batch), counted)
-    terms: dict[str, Tensor] = {}
-    with torch.no_grad(), sums.hooked():
-        for term, value in _taken(sums, checked_elements(view, batch)):
-            terms[term] = (value.total() if isinstance(value, Elements) else value).detach()
-            of_term(term, value)
-            del value  # before the next term's pass, if it has one
+    view, sums, terms = gradless(passes.holder, lambda: _passed(passes, batch, layers, of_term))
     if sums.unknown:
         found = discovered(passes, batch)
         both = {name: found.get(name, layer) for name, layer in layers.items()}
@@ -123,6 +120,25 @@ def one_pass(
     if layers and not sums.taken:
         raise ValueError(_without_layers(view, called=False))
     return Single(sums.taken, terms)
+
+
+def _passed(
+    passes: Passes[Adapter],
+    batch: Batch,
+    layers: LayersOfAPass,
+    of_term: Callable[[str, Tensor | Elements], None],
+) -> tuple[Adapter, Sums, dict[str, Tensor]]:
+    view = passes.fresh()
+    counted = view.positions(batch) if layers else None
+    sums = Sums(view.module, layers, batch_size(batch), counted)
+    terms: dict[str, Tensor] = {}
+    with sums.hooked():
+        for term, value in _taken(sums, checked_elements(view, batch)):
+            with torch.no_grad():
+                terms[term] = (value.total() if isinstance(value, Elements) else value).detach()
+                of_term(term, value)
+            del value  # before the next term's pass, if it has one
+    return view, sums, terms
 
 
 def norms_of(

@@ -44,7 +44,7 @@ def value_columns(terms: Mapping[str, Tensor | Elements], *, by_element: bool) -
     columns: dict[str, Tensor] = {}
     for term, value in terms.items():
         if not isinstance(value, Elements):
-            columns[term] = value.double()
+            columns[term] = value.detach().double()
         elif value.apart:
             columns |= _apart(term, value, by_element)
         else:

@@ -331,7 +331,7 @@ def test_z_counts_standard_deviations_from_usual() -> None:
 def test_terms_are_features_where_a_model_has_several() -> None:
     glow, x, new = SMALL["glow"], SMALL["glow"].data(400), SMALL["glow"].data(50, seed=1)
     adapter = glow()
-    detector = om.Detector(adapter).fit([x], progress=False)
+    detector = om.Detector(adapter, method="gradient_norms").fit([x], progress=False)
     scores, terms = detector.score(new), dict(checked_terms(adapter, new))
     assert [name for name in scores.layers if "/" not in name] == list(terms)
     torch.testing.assert_close(sum(scores.layers.values()), scores.score)

@@ -1,6 +1,7 @@
 """Two methods by one word, and what joins them."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,8 @@ from support.fitted_cases import ADAPTERS, adapter_of, batch_of
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, map_tensors, pieces
+from ood_monitor.adapters.base import Batch, SampleKind, map_tensors, pieces
+from ood_monitor.cli.showing import facts_of
 from ood_monitor.densities.parts import Method
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -109,6 +111,8 @@ def test_rows_of_a_table_have_one_sided_likelihood_and_a_floor_by_the_mean() -> 
         ({"parts": ["values", "values"]}, "Expected parts of different kinds"),
         ({"parts": []}, "Expected parts of different kinds"),
         ({"parts": ["norms"]}, "Expected a part of .*, got 'norms'"),
+        ({"method": "forward", "granularity": "row"}, "no granularity .*'row' with 'forward'"),
+        ({"parts": ["map"], "granularity": "row"}, "no granularity .*'row' with parts"),
     ],
 )
 def test_choices_that_speak_of_one_thing_are_refused(options: dict[str, Any], message: str) -> None:
@@ -116,14 +120,70 @@ def test_choices_that_speak_of_one_thing_are_refused(options: dict[str, Any], me
         om.Detector(adapter_of("vae"), **options)
 
 
-def test_a_method_and_its_reason_are_said(tmp_path: Path) -> None:
-    fitted = detector("glow", "forward").fitted
-    assert (fitted.method, fitted.reason) == ("forward", "chosen")
-    default = om.Detector(adapter_of("glow")).fit([batch_of("glow", 60, seed=1)], progress=False)
-    assert default.fitted.method == "gradient_norms"
-    assert default.fitted.reason == "default"
-    default.save_pretrained(tmp_path)
-    assert "gradient_norms (default)" in (tmp_path / "README.md").read_text()
+def untold(name: str) -> om.Adapter:
+    """An adapter that does not say what a sample is."""
+
+    class Untold(om.Adapter):
+        def __init__(self, told: om.Adapter) -> None:
+            self.module, self._told = told.module, told
+
+        def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | om.Elements]]:
+            return self._told.log_likelihood(batch)
+
+    return Untold(adapter_of(name))
+
+
+def said(name: str, kind: SampleKind) -> om.Adapter:
+    adapter = adapter_of(name)
+    adapter.sample = kind
+    return adapter
+
+
+UNKNOWN = "default where the adapter does not say what a sample is"
+
+#: The adapter, whose samples it takes, options, and what is to come of them.
+DEFAULTS: dict[str, tuple[om.Adapter, str, dict[str, Any], str, str]] = {
+    "image": (adapter_of("glow"), "glow", {}, "forward", "default where samples are images"),
+    "sequence": (adapter_of("gpt2"), "gpt2", {}, "forward", "default where samples are sequences"),
+    "row": (
+        said("vae", "row"),
+        "vae",
+        {},
+        "forward",
+        "default where samples are rows of a table",
+    ),
+    "denoiser": (adapter_of("ddpm"), "ddpm", {}, "gradient_norms", UNKNOWN),
+    "one's own": (untold("glow"), "glow", {}, "gradient_norms", UNKNOWN),
+    "a word": (adapter_of("glow"), "glow", {"method": "both"}, "both", "chosen"),
+    "a density": (
+        adapter_of("glow"),
+        "glow",
+        {"density": om.Maximum()},
+        "gradient_norms",
+        "chosen",
+    ),
+    "a granularity": (
+        adapter_of("glow"),
+        "glow",
+        {"granularity": "row"},
+        "gradient_norms",
+        "chosen",
+    ),
+    "parts": (adapter_of("glow"), "glow", {"parts": ["values"]}, "parts", "chosen"),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_method_and_its_reason_are_said(name: str, tmp_path: Path) -> None:
+    adapter, of, options, method, reason = DEFAULTS[name]
+    held_out = [batch_of(of, 60, seed=1)]
+    made = om.Detector(adapter, **options).fit(held_out, progress=False)
+    assert (made.fitted.method, made.fitted.reason) == (method, reason)
+    made.save_pretrained(tmp_path)
+    assert f"{method} ({reason})" in (tmp_path / "README.md").read_text()
+    assert facts_of(made.fitted)["method"] == f"{method} ({reason})"
+    again = om.Detector.from_pretrained(tmp_path, adapter).fit(held_out, progress=False).fitted
+    assert (again.method, again.fingerprint) == (method, made.fitted.fingerprint)
 
 
 class Exploding(nn.Module):

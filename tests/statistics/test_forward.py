@@ -142,3 +142,40 @@ def test_a_piece_takes_one_pass_once_its_layout_is_known() -> None:
     del RUNS[:]
     forward_statistics(adapter, x, sample=None, layers=layers, chunk_size=3)
     assert RUNS == [3, 2]
+
+
+class Energy(om.Adapter):
+    """Score matching: a residual that is itself a gradient, of an energy by a network."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 1))
+        self.module = nn.Sequential(*layers).double()
+
+    def log_likelihood(self, batch: Tensor) -> Any:
+        x = batch.requires_grad_()
+        [score] = torch.autograd.grad(self.module(x).sum(), x, create_graph=True)
+        yield "residual", -0.5 * (score + x).square().flatten(1).sum(1)
+
+
+def test_a_model_that_differentiates_within_its_pass_is_measured() -> None:
+    adapter = Energy()
+    for _ in range(2):  # the second time it is known
+        found = forward_statistics(adapter, X.double(), sample="image")
+        wanted = [dict(adapter.log_likelihood(x[None].double()))["residual"] for x in X]
+        torch.testing.assert_close(found.log_likelihood["residual"], torch.cat(wanted).detach())
+        torch.testing.assert_close(found.expected_norms["0"], X.double().square().sum((2, 3)))
+        assert not any(v.requires_grad for v in columns(found).values())
+        terms = term_values(adapter, X.double())
+        torch.testing.assert_close(terms["residual"], found.log_likelihood["residual"])
+    assert X.grad is None
+    assert all(p.grad is None for p in adapter.module.parameters())
+
+
+def test_a_failure_of_another_kind_is_the_model_s_own() -> None:
+    class Broken(Pixels):
+        def log_likelihood(self, batch: Tensor) -> Any:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        forward_statistics(Broken(), X, sample="image")

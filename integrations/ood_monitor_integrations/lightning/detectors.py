@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
 from ood_monitor.densities.parts import Method
-from ood_monitor.detector.plan import check_choice
+from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import CONFIG, TENSORS
 from ood_monitor_integrations.lightning.sharding import refuse_sharded_parameters
@@ -123,7 +123,7 @@ def check_method(method: Method | None, detector: str | Path | Detector | None) 
     Raises:
         ValueError: It is or has.
     """
-    check_choice(method, None, None)
+    checked_method(method, None, None, "tensor")
     if method is not None and detector is not None:
         raise ValueError(
             f"Expected `method=` or a detector, got {method!r} and a detector, which has a method "
