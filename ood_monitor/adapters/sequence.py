@@ -25,7 +25,7 @@ from ood_monitor.adapters.base import (
     no_condition,
 )
 from ood_monitor.adapters.elements import Elements
-from ood_monitor.adapters.laws import categorical, places
+from ood_monitor.adapters.laws import categorical
 from ood_monitor.adapters.padding import (
     check_ends,
     check_starts,
@@ -155,7 +155,9 @@ class SequenceLikelihood(Adapter):
         tokens, counted, logits = given.tokens, given.counted, self._logits(given)
         if self._shifted:
             logits, tokens, counted = logits[:, :-1], tokens[:, 1:], counted[:, 1:]
-        axes = (1,) if tokens.ndim == 2 else places(tokens)
+        is_image = self.sample_of(batch) == "image" and tokens.ndim > 2
+        last_two = (tokens.ndim - 2, tokens.ndim - 1)
+        axes = (1,) if tokens.ndim == 2 else last_two if is_image else ()
         options = {"counted": counted, "mean": self._per_token, "axes": axes}
         yield "log_likelihood", categorical(logits, tokens, **options)
 

@@ -5,7 +5,7 @@ import typer
 from ood_monitor import __version__
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
-from ood_monitor.saving.card import told_method, told_parts
+from ood_monitor.saving.card import told_explanation, told_method, told_parts
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["facts_of", "show", "version"]
@@ -36,6 +36,7 @@ def facts_of(fitted: Fitted) -> dict[str, str | int | float]:
         "dtype": fitted.dtype,
         "method": told_method(fitted),
         "parts": told_parts(fitted),
+        "explains": told_explanation(fitted),
         "samples": ", ".join(fitted.samples) or "of several shapes",
         "layers": len(fitted.layers),
         "features": len(fitted.joined.names),

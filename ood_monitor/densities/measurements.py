@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities.base import Array
 
-__all__ = ["GRADIENT_NORMS", "Measurements", "Table", "dropped_by"]
+__all__ = ["GRADIENT_NORMS", "Explaining", "Measurements", "Table", "dropped_by"]
 
 #: The table of squared gradient norms.
 GRADIENT_NORMS = "gradient_norms"
@@ -44,6 +44,60 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Explaining:
+    """What explains other samples by layer and by place, of the first held-out ones.
+
+    Attributes:
+        norms: Squared gradient norms "term/parameter" of these samples; None if there are none.
+        places: Of each term that comes by element its surprise by place, (n, *places), nats.
+        without: Why there are no norms, in words.
+        count: n.
+    """
+
+    norms: Table | None
+    places: Mapping[str, Array]
+    count: int
+    without: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self | None:
+        """The samples of several passes; places of other sizes than the first's are left out."""
+        if not parts:
+            return None
+        tables = [part.norms for part in parts if part.norms is not None]
+        places = {
+            term: np.concatenate([part.places[term] for part in parts])
+            for term, first in parts[0].places.items()
+            if all(p.places[term].shape[1:] == first.shape[1:] for p in parts)
+        }
+        return cls(
+            Table.together(tables) if len(tables) == len(parts) else None,
+            places,
+            sum(map(len, parts)),
+            next((part.without for part in parts if part.without), ""),
+        )
+
+    def _dump(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Names, JSON-able, and arrays."""
+        told: dict[str, Any] = {"count": self.count, "without": self.without}
+        told["places"], arrays = list(self.places), {}
+        if self.norms is not None:
+            told["norms"], arrays["norms"] = self.norms.names, self.norms.values
+        return told, arrays | {f"places.{term}": values for term, values in self.places.items()}
+
+    @classmethod
+    def _parse(cls, told: Mapping[str, Any], arrays: Mapping[str, Array]) -> Self:
+        """Of what :meth:`_dump` gave, whose arrays are named "explaining.NAME"."""
+        places = {term: arrays[f"explaining.places.{term}"] for term in told["places"]}
+        has_norms = "norms" in told
+        norms = Table(tuple(told["norms"]), arrays["explaining.norms"]) if has_norms else None
+        return cls(norms, places, int(told["count"]), str(told["without"]))
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Terms and statistics of N samples of one model.
 
@@ -56,6 +110,7 @@ class Measurements:
         samples: Shape and type of each tensor of a batch, without B; empty if they varied.
         groups: The group of each sample, or none.
         sample: What a sample is, as the adapter said, or None.
+        explaining: What is to explain others, of some of the samples, or None.
     """
 
     terms: tuple[str, ...]
@@ -64,6 +119,7 @@ class Measurements:
     samples: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     sample: SampleKind | None = None
+    explaining: Explaining | None = None
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
@@ -109,10 +165,11 @@ class Measurements:
             kinds.pop() if len(kinds) == 1 else (),
             tuple(group for part in parts for group in part.groups),
             first.sample,
+            Explaining.together([part.explaining for part in parts if part.explaining]),
         )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
-        """Some of the samples, in the order of their indices."""
+        """Some of the samples, in the order of their indices; what explains stays."""
         indices = np.asarray(indices, dtype=np.int64)
         groups = tuple(self.groups[i] for i in indices) if self.groups else ()
         tables = {name: table.take(indices) for name, table in self.tables.items()}
@@ -127,6 +184,9 @@ class Measurements:
         names["sample"] = self.sample
         arrays = {f"table.{name}": table.values for name, table in self.tables.items()}
         arrays["log_likelihood"] = self.log_likelihood
+        if self.explaining is not None:
+            names["explaining"], own = self.explaining._dump()
+            arrays |= {f"explaining.{name}": array for name, array in own.items()}
         text = np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return save({**arrays, "names": text})
@@ -147,7 +207,9 @@ class Measurements:
                 for name, columns in names["tables"].items()
             }
             values, sample = arrays["log_likelihood"], names["sample"]
-            return cls(terms, values, tables, samples, groups, sample)
+            told = names.get("explaining")
+            explaining = None if told is None else Explaining._parse(told, arrays)
+            return cls(terms, values, tables, samples, groups, sample, explaining)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"Expected measured samples, got {error!r}.") from error
 

@@ -1,7 +1,7 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe, map_tensors
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.calibration.scores import Scores
+from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array, Density
-from ood_monitor.densities.measurements import Measurements
+from ood_monitor.densities.measurements import Explaining, Measurements
 from ood_monitor.densities.parts import Method
 from ood_monitor.detector.compatibility import (
     check_layers,
@@ -25,8 +26,9 @@ from ood_monitor.detector.compatibility import (
     samples_of,
     warn_of_other_model,
 )
+from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting
-from ood_monitor.detector.measuring import measured_by
+from ood_monitor.detector.measuring import explaining_of, measured_by
 from ood_monitor.detector.plan import Parts, Plan, checked_method, planned
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
@@ -68,6 +70,9 @@ class Detector:
             at the whole stream. See :class:`~ood_monitor.calibration.conformal.GroupedPValue`.
         minimum_group: The fewest calibration samples that make a group of its own.
         source: Where the held-out samples come from, in words; it is saved with the detector.
+        explain: How many held-out samples :meth:`explain` goes by; 0 for none. Of these, gradient
+            norms are taken, of few at a time, also where the method needs none; if they cannot be,
+            the detector is fitted without explanation by layer, and says so.
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or
@@ -100,6 +105,7 @@ class Detector:
         groups: Groups | None = None,
         minimum_group: int = 100,
         source: str = "",
+        explain: int = 100,
     ) -> None:
         if not 0 < calibration_fraction < 1:
             raise ValueError(
@@ -115,7 +121,9 @@ class Detector:
         self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
         self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
         self.groups, self.minimum_group = groups, operator.index(minimum_group)
-        self.source = source
+        self.source, self.explained = source, operator.index(explain)
+        if self.explained < 0:
+            raise ValueError(f"Expected a number of samples to explain by, got {explain}.")
         self._fitted: Fitted | None = None
 
     @property
@@ -158,21 +166,48 @@ class Detector:
                 "loader."
             )
         bar = tqdm(held_out, desc="held-out data", unit="batch", disable=not progress)
-        measured = Measurements.together(self.measure(batch) for batch in bar)
+        measured = Measurements.together(self._measured_all(bar))
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
 
-    def measure(self, batch: Batch) -> Measurements:
+    def measure(self, batch: Batch, *, explain: int = 0) -> Measurements:
         """What :meth:`fit` asks of a batch of B held-out samples, to gather before fitting.
 
         So several processes can each measure a part, and all fit the same detector.
 
+        Args:
+            batch: The samples.
+            explain: How many of them, the first, :meth:`explain` is to go by.
+
         Raises:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
-        batch_size(batch)  # refuses what is none
+        size = batch_size(batch)  # refuses what is none
         plan = planned(self.adapter.sample_of(batch), self.method, self.density, self.parts)
-        return self._measured(plan, batch, None)
+        measured = self._measured(plan, batch, None)
+        count = min(explain, size)
+        return (
+            replace(measured, explaining=self._explaining(plan, batch, count))
+            if count
+            else measured
+        )
+
+    def _measured_all(self, batches: Iterable[Batch]) -> Iterator[Measurements]:
+        left = self.explained
+        for batch in batches:
+            yield (measured := self.measure(batch, explain=left))
+            left = max(0, left - len(measured))
+
+    def _explaining(self, plan: Plan, batch: Batch, count: int) -> Explaining:
+        return explaining_of(
+            self.adapter,
+            map_tensors(lambda tensor: tensor[:count], batch),
+            sample=plan.sample,
+            layers=self.layers,
+            chunk_size=self.chunk_size,
+            # By tensor they are measured of all samples.
+            norms=not plan.needs_gradients or self.granularity != "tensor",
+        )
 
     def fit_measured(self, measured: Measurements) -> Self:
         """:meth:`fit`, of held-out samples that :meth:`measure` has seen.
@@ -219,6 +254,39 @@ class Detector:
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (means - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(~np.isnan(score)),
+        )
+
+    def explain(self, batch: Batch, *, layers: bool = False) -> Explanation:
+        """Where B samples are unusual, and on demand which layers say so.
+
+        Args:
+            batch: As of :meth:`score`.
+            layers: Whether to take gradient norms, for what takes several forward passes.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: As :meth:`score`; or it was fitted without what explains by layer.
+
+        Example:
+            >>> import ood_monitor as om
+            >>> flow = om.models.Glow(channels=1, size=8, steps=1, hidden=4)
+            >>> held_out = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            >>> detector = om.Detector(om.LogLikelihood(flow)).fit([held_out], progress=False)
+            >>> why = detector.explain(held_out[:2], layers=True)
+            >>> why.surprise["latent_1"].shape  # by place
+            torch.Size([2, 4, 4])
+            >>> sum(why.shares.values())
+            tensor([1.0000, 1.0000], dtype=torch.float64)
+        """
+        fitted = self.fitted
+        self.check(batch)
+        return explained_by(
+            fitted.usual or Usual(0),
+            self.adapter,
+            batch,
+            by_layer=layers,
+            layers=self.layers,
+            chunk_size=self.chunk_size,
         )
 
     def check(self, batch: Batch) -> None:
@@ -427,7 +495,7 @@ class Detector:
             *("layers", "granularity", "chunk_size"),
             *("calibration_fraction", "trim", "seed", "minimum_group", "source"),
         )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"explain": self.explained}
 
 
 def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ood_monitor.calibration.conformal import (
     autocorrelation_bound,
     lag1_autocorrelation,
 )
+from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.joined import Joined, minimum_samples
@@ -64,6 +65,7 @@ class Fitting:
         Warns:
             UserWarning: Neighbouring calibration scores are positively correlated.
         """
+        usual = self._usual(adapter, measured)
         measured = _finite(measured)
         fit, calibrate = self._split(len(measured))
         if self.plan.needs_gradients:
@@ -90,8 +92,21 @@ class Fitting:
             dtype=str(dtype),
             fit_count=len(seen),
             grouped=self._groups_of(scores, rest.groups),
+            usual=usual,
             provenance=Provenance.of(adapter, measured.terms),
         )
+
+    def _usual(self, adapter: Adapter, measured: Measurements) -> Usual | None:
+        samples = measured.explaining
+        if samples is None:
+            return None
+        norms = measured.tables.get(GRADIENT_NORMS)
+        if samples.norms is None and not samples.without and norms is not None:
+            samples = replace(samples, norms=norms, count=len(measured))
+        usual = Usual.of(samples, torch.finfo(dtype_of(adapter.module)).eps)
+        if not usual.layers:
+            _log.warning("Fitted without explanation by layer: %s", usual.without)
+        return usual
 
     def _trimmed(self, samples: Measurements, eps: float) -> Measurements:
         """Without the most anomalous samples under a fit to all."""

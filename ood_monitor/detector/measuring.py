@@ -7,20 +7,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size
+from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size
 from ood_monitor.densities.features import table
-from ood_monitor.densities.measurements import GRADIENT_NORMS, Measurements, Table
+from ood_monitor.densities.measurements import GRADIENT_NORMS, Explaining, Measurements, Table
 from ood_monitor.densities.parts import Kind
 from ood_monitor.detector.plan import Plan
 from ood_monitor.gradients import Granularity, terms_and_norms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.saving.fitted import Fitted
-from ood_monitor.statistics import ForwardStatistics, expected_layers, forward_statistics
+from ood_monitor.statistics import (
+    ForwardStatistics,
+    expected_layers,
+    forward_statistics,
+    surprise_by_place,
+)
 from ood_monitor.statistics.png import PNG_BITS, in_range
 
-__all__ = ["measured_by"]
+__all__ = ["explaining_of", "measured_by"]
 
 _log = logging.getLogger(__name__)
+
+#: Samples of a pass that explains by layer, and the most places whose deviations are kept.
+_EXPLAINED_AT_ONCE, _MOST_PLACES = 8, 1 << 16
 
 
 def measured_by(
@@ -72,6 +80,39 @@ def measured_by(
         tables[GRADIENT_NORMS], likelihoods = Table(*table(norms.norms)), norms.log_likelihood
     terms, values = table(likelihoods)
     return Measurements(terms, values, tables)
+
+
+def explaining_of(
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    sample: SampleKind | None,
+    layers: Layers,
+    chunk_size: int | None,
+    norms: bool,
+) -> Explaining:
+    """What explains others by place, and if norms are asked for by layer, of n held-out samples.
+
+    Gradients take the memory of a training step, so that few samples go into a pass. Whatever they
+    fail of is kept as the reason: a detector that needs none goes without.
+    """
+    found = surprise_by_place(adapter, batch, chunk_size=chunk_size)
+    # Places of sequences differ from text to text.
+    kept = {term: each for term, each in found.items() if _is_small(each) and sample != "sequence"}
+    places = {term: each.numpy() for term, each in kept.items()}
+    of_layers, without = None, ""
+    if norms:
+        size = min(chunk_size or _EXPLAINED_AT_ONCE, _EXPLAINED_AT_ONCE)
+        try:
+            given = terms_and_norms(adapter, batch, layers=layers, chunk_size=size)
+            of_layers = Table(*table(given.norms))
+        except Exception as error:  # of any kind, where a model can only run forward
+            without = f"{type(error).__name__}: {error}"
+    return Explaining(of_layers, places, batch_size(batch), without)
+
+
+def _is_small(values: Tensor) -> bool:
+    return values[0].numel() <= _MOST_PLACES
 
 
 def _expected(adapter: Adapter, batch: Batch, layers: Layers) -> Mapping[str, int] | None:

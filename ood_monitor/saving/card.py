@@ -16,9 +16,19 @@ from huggingface_hub import ModelCardData
 from ood_monitor.adapters import ELBO, DenoisingBound, LogLikelihood, SequenceLikelihood
 from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
 from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.densities.parts import CHOSEN
 from ood_monitor.saving.fitted import Fitted, replace_files
 
-__all__ = ["CARD", "FIGURE", "is_own", "model_card", "save_card", "told_method", "told_parts"]
+__all__ = [
+    "CARD",
+    "FIGURE",
+    "is_own",
+    "model_card",
+    "save_card",
+    "told_explanation",
+    "told_method",
+    "told_parts",
+]
 
 CARD, FIGURE = "README.md", "calibration.png"
 
@@ -30,6 +40,19 @@ _ADAPTERS = {
 
 #: Arguments that decide what a score means, and are told even where they are the default.
 _TOLD = ("levels", "seed")
+
+#: What a method goes by, with the line breaks of the text that it stands in.
+_NORMS = "the norms of a generative model's log-likelihood gradients, layer by\nlayer"
+_FORWARD = (
+    "what a generative model's forward pass says: what was expected of its\nlog-likelihood, the "
+    "surprise, and each layer's expected gradient norm"
+)
+_SCORED_BY = {
+    "gradient_norms": _NORMS,
+    "forward": _FORWARD,
+    "both": f"{_NORMS}, and by {_FORWARD}",
+    CHOSEN: "the parts below of what a generative model makes of them",
+}
 
 _MARK = re.compile(r"\n<!-- ood-monitor card ([0-9a-f]{12}): edit freely[^\n]*-->\n\Z")
 
@@ -91,9 +114,7 @@ def model_card(
 
 # Out-of-distribution detector {fitted.fingerprint}
 
-Scores samples by the norms of a generative model's log-likelihood gradients, layer by layer, and
-says with a p-value how usual such a score is among held-out samples of its training data. Made with
-ood-monitor; the method is that of [Dauncey et al., 2024](https://arxiv.org/abs/2403.01485).
+{_introduction(fitted)}
 
 {_watched(fitted)} The files here hold neither the model's weights nor any sample.
 
@@ -136,6 +157,14 @@ def _save_figure(path: Path, fitted: Fitted) -> bool:
     return True
 
 
+def _introduction(fitted: Fitted) -> str:
+    return (
+        f"Scores samples by {_SCORED_BY[fitted.method]}, and says with a p-value how usual such a\n"
+        "score is among held-out samples of its training data. Made with ood-monitor; gradient\n"
+        "norms are after [Dauncey et al., 2024](https://arxiv.org/abs/2403.01485)."
+    )
+
+
 def _watched(fitted: Fitted) -> str:
     base, revision = fitted.provenance.base_model, fitted.provenance.base_model_revision
     weights = f"weights of digest `{fitted.model}`, {fitted.dtype.removeprefix('torch.')}"
@@ -161,6 +190,7 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
     yield "features", f"{total:,}, of which left out: {reasons or 'none'}"
     yield "method", told_method(fitted)
     yield "parts", told_parts(fitted)
+    yield "explains", told_explanation(fitted)
     yield "fit samples", f"{fitted.fit_count:,}"
     yield "calibration samples", f"{len(fitted.calibration.scores):,}"
     if fitted.grouped is not None:
@@ -172,6 +202,14 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
 def told_method(fitted: Fitted) -> str:
     """The method of a detector, and why it is that."""
     return f"{fitted.method} ({fitted.reason})" if fitted.reason else fitted.method
+
+
+def told_explanation(fitted: Fitted) -> str:
+    """By what a detector explains a sample, and of how many others."""
+    usual = fitted.usual
+    if usual is None or not usual.layers:
+        return f"by place ({usual.without if usual else 'explain=0'})"
+    return f"by layer and by place (from {usual.count:,} held-out samples)"
 
 
 def told_parts(fitted: Fitted) -> str:

@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue
+from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.joined import Joined
@@ -57,6 +58,7 @@ class Fitted:
         fit_count: Samples that the density was fitted on.
         grouped: Scores of the calibration samples by group, if these were told apart.
         provenance: How it was made.
+        usual: What samples are explained by, if there is anything.
     """
 
     joined: Joined
@@ -74,6 +76,7 @@ class Fitted:
     fit_count: int
     grouped: GroupedPValue | None = None
     provenance: Provenance = field(default_factory=Provenance)
+    usual: Usual | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -149,6 +152,8 @@ class Fitted:
             config["groups"] = list(self.grouped.groups)
             config["minimum_group"] = self.grouped.minimum
         config |= self.provenance.dump()
+        if self.usual is not None:
+            config["explanation"] = self.usual.dump()
         tensors = save(self._arrays())
         config["checksum"] = _checksum(config, tensors)
         return json.dumps(config, indent=2) + "\n", tensors
@@ -202,6 +207,8 @@ class Fitted:
         }
         if self.grouped is not None:
             arrays["grouped"] = self.grouped.scores
+        if self.usual is not None:
+            arrays |= {f"explanation.{k}": v for k, v in self.usual.arrays().items()}
         return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
     @classmethod
@@ -222,6 +229,7 @@ class Fitted:
             fit_count=int(config["fit_count"]),
             grouped=_grouped(config, arrays),
             provenance=Provenance.parse(config),
+            usual=_usual(config, arrays),
         )
 
 
@@ -246,6 +254,14 @@ def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPV
         return None
     groups = tuple(map(str, config["groups"]))
     return GroupedPValue(arrays["grouped"], groups, int(config["minimum_group"]))
+
+
+def _usual(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Usual | None:
+    if "explanation" not in config:
+        return None
+    prefix = "explanation."
+    own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    return Usual.parse(config["explanation"], own)
 
 
 def _checksum(settings: dict[str, Any], tensors: bytes) -> str:

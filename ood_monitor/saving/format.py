@@ -132,6 +132,7 @@ _SETTINGS: dict[str, _Rule] = {
     "base_model": _Rule(_is_text, "a name", False),
     "base_model_revision": _Rule(_is_text, "a name", False),
     "libraries": _Rule(lambda v: _is_mapping(v, _is_text), "versions by name", False),
+    "explanation": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
 }
 
 _PART: dict[str, _Rule] = {
@@ -143,6 +144,13 @@ _PART: dict[str, _Rule] = {
     "floor": _Rule(lambda v: _is_text(v) and v in FLOORS, f"one of {sorted(FLOORS)}", False),
 }
 
+_EXPLANATION: dict[str, _Rule] = {
+    "count": _Rule(_is_whole, "a count"),
+    "layers": _Rule(_are_names, "names, each once"),
+    "places": _Rule(lambda v: _is_mapping(v, _is_shape), "shapes by name"),
+    "without": _Rule(_is_text, "text"),
+}
+
 _OPTIONS: dict[str, _Rule] = {
     "layers": _Rule(lambda v: v is None or _is_text(v) or _are_names(v), "None or patterns"),
     "granularity": _Rule(lambda v: v in get_args(Granularity), f"one of {get_args(Granularity)}"),
@@ -152,6 +160,7 @@ _OPTIONS: dict[str, _Rule] = {
     "seed": _Rule(_is_whole, "a whole number"),
     "minimum_group": _Rule(_is_whole, "a whole number"),
     "source": _Rule(_is_text, "text"),
+    "explain": _Rule(_is_whole, "a whole number"),
 }
 
 
@@ -169,6 +178,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"Expected options of {sorted(_OPTIONS)}, got also {unknown}.")
     for name in options:
         _check(_OPTIONS[name], f"options.{name}", options[name])
+    if (explanation := settings.get("explanation")) is not None:
+        _check_mapping("explanation", explanation, _EXPLANATION)
     for i, part in enumerate(settings["parts"]):
         _check_part(f"parts[{i}]", part)
     if len({part["kind"] for part in settings["parts"]}) < len(settings["parts"]):
@@ -177,14 +188,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError("Expected groups with their smallest size, got one without the other.")
 
 
+def _check_mapping(told: str, value: Any, rules: Mapping[str, _Rule]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected {told!r} to be a mapping, got {repr(value)[:80]}.")
+    if unknown := sorted(value.keys() - rules.keys()):
+        raise ValueError(f"Expected {told!r} with {sorted(rules)}, got also {unknown}.")
+    for name, rule in rules.items():
+        if name in value or rule.required:
+            _check(rule, f"{told}.{name}", value.get(name))
+
+
 def _check_part(told: str, part: Any) -> None:
-    if not isinstance(part, dict):
-        raise ValueError(f"Expected {told!r} to be a mapping, got {repr(part)[:80]}.")
-    if unknown := sorted(part.keys() - _PART.keys()):
-        raise ValueError(f"Expected {told!r} with {sorted(_PART)}, got also {unknown}.")
-    for name, rule in _PART.items():
-        if name in part or rule.required:
-            _check(rule, f"{told}.{name}", part.get(name))
+    _check_mapping(told, part, _PART)
     columns, dropped = set(part["columns"]), part["dropped"].keys()
     if not dropped < columns:
         raise ValueError(
@@ -280,7 +295,9 @@ def _positive(array: np.ndarray) -> bool:
 
 
 _RANGES: dict[str, Callable[[np.ndarray], bool]] = {
-    **dict.fromkeys(("floor", "layer_sd", "sd", "scale", "variances", "rest", "dof"), _positive),
+    **dict.fromkeys(
+        ("floor", "layer_sd", "sd", "place_sd", "scale", "variances", "rest", "dof"), _positive
+    ),
     "weights": lambda w: _positive(w) and bool(np.isclose(w.sum(), 1)),
     "precisions_cholesky": lambda p: _positive(np.diagonal(p, axis1=1, axis2=2)),
     "explained": lambda x: 0 < x[0] < 1,
@@ -304,11 +321,21 @@ def _shapes(settings: Mapping[str, Any]) -> dict[str, _Shape]:
     }
     if "groups" in settings:
         shapes["grouped"] = ("n",)
+    if "explanation" in settings:
+        shapes |= _named("explanation.", _of_explanation(settings["explanation"]))
     for part in settings["parts"]:
         kind = part["kind"]
         shapes |= _named(f"{kind}.", _of_part(part))
         if len(settings["parts"]) > 1:
             shapes[f"{kind}.tail"] = (settings["fit_count"],)
+    return shapes
+
+
+def _of_explanation(told: Mapping[str, Any]) -> dict[str, _Shape]:
+    layers = (len(told["layers"]),)
+    shapes: dict[str, _Shape] = {"floor": layers, "mean": layers, "sd": layers}
+    for term, places in told["places"].items():
+        shapes |= {f"{term}.place_mean": tuple(places), f"{term}.place_sd": tuple(places)}
     return shapes
 
 

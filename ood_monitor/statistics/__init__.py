@@ -5,5 +5,6 @@ from ood_monitor.statistics.forward import (
     expected_layers,
     forward_statistics,
 )
+from ood_monitor.statistics.places import surprise_by_place
 
-__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics"]
+__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics", "surprise_by_place"]

@@ -170,6 +170,22 @@ GIVEN: dict[str, dict[str, tuple[bool, bool, tuple[int, ...]]]] = {
 }
 
 
+def test_grey_images_of_tokens_have_places() -> None:
+    model = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv2d(1, 4, 3, padding=1)).double()
+
+    class Grey(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            out: Tensor = model(tokens.double())
+            return out
+
+    adapter = om.SequenceLikelihood(Grey(), shifted=False, class_dim=1)
+    [pixels] = elements_of(adapter, torch.arange(72).reshape(2, 6, 6) % 4).values()
+    assert pixels.axes == (1, 2)
+    of_codes = om.SequenceLikelihood(nn.Embedding(4, 4), shifted=False)
+    [codes] = elements_of(of_codes, torch.zeros(2, 6, 3, dtype=torch.long)).values()
+    assert codes.axes == ()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_an_adapter_gives(name: str) -> None:
     adapter, batch = CASES[name]()

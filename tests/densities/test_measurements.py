@@ -28,7 +28,7 @@ def same(a: om.Detector, b: om.Detector) -> bool:
 
 
 def test_measured_parts_fit_the_detector_that_their_batches_do() -> None:
-    parts = [detector().measure(batch) for batch in X.split(30)]
+    parts = [detector().measure(batch, explain=30) for batch in X.split(30)]
     whole = detector().fit(X.split(30), progress=False)
     assert same(detector().fit_measured(Measurements.together(parts)), whole)
 

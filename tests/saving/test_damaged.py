@@ -191,6 +191,10 @@ def rename_feature(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> N
     settings["parts"][NORMS]["columns"][0] = "latent_1/nowhere.weight"
 
 
+def explanation(key: str, value: Any) -> Change:
+    return lambda settings, arrays: settings["explanation"].__setitem__(key, value)
+
+
 FORGED: dict[str, Change] = {
     "a nan among the calibration scores": value("calibration", np.nan),
     "calibration scores out of order": array("calibration", lambda a: a[::-1]),
@@ -267,6 +271,16 @@ FORGED: dict[str, Change] = {
     "groups without their size": lambda settings, arrays: settings.pop("minimum_group"),
     "terms that are no flags": part("terms", {"latent_1": "yes"}),
     "no layers": lambda settings, arrays: settings.pop("layers"),
+    "an explanation that is no mapping": setting("explanation", [1]),
+    "an explanation of other layers": explanation("layers", ["nowhere"]),
+    "an explanation of places without arrays": explanation("places", {"nowhere": [2]}),
+    "places of another shape": lambda s, arrays: next(
+        iter(s["explanation"]["places"].values())
+    ).append(2),
+    "an explanation without a reason": lambda s, arrays: s["explanation"].pop("without"),
+    "an unknown key of an explanation": explanation("more", 1),
+    "a deviation of zero": value("explanation.sd", 0.0),
+    "a deviation of a place that is none": value("explanation.latent_1.place_sd", -1.0),
 }
 
 

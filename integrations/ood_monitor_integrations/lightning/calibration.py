@@ -51,13 +51,18 @@ class Collection:
             return
         try:
             self._detector = self._detector or self._make()
-            measured = self._detector.measure(batch)
+            measured = self._detector.measure(batch, explain=self._unexplained(self._detector))
             dataset = positions.of(batch_idx, dataloader_idx, len(measured))
         except Exception as error:  # the other processes must hear of it, or they wait
             self._failure = error
             return
         self._parts.append(measured)
         self._places.append(np.stack([dataset, np.full_like(dataset, dataloader_idx)]))
+
+    def _unexplained(self, detector: Detector) -> int:
+        """How many samples of this process are still to explain by, of its share."""
+        share = -(-detector.explained // self._world.size)
+        return max(0, share - sum(map(len, self._parts)))
 
     def fail(self, error: Exception) -> None:
         """Say that there can be no more samples."""
