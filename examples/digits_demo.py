@@ -1,8 +1,8 @@
 """The main job, end to end: train, fit a detector, watch, catch a drift, find it in MLflow.
 
-On scikit-learn's handwritten digits (real, 8x8, in the package), with a Glow under Lightning and a
-diffusers pipeline. Run it by `make demo`; exits with 0 only if every drift was caught, none was
-seen where there was none, and the alerts stand in MLflow.
+On scikit-learn's handwritten digits (real, 8x8, in the package), with a Glow under Lightning that
+both methods watch, and a diffusers pipeline. Run it by `make demo`; exits with 0 only if every
+drift was caught, none was seen where there was none, and the alerts stand in MLflow.
 """
 
 import json
@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 import ood_monitor as om
 from ood_monitor.densities.baselines import LowLikelihood, TotalNorm, Typicality
 from ood_monitor.densities.features import table
+from ood_monitor.densities.parts import Method
 from ood_monitor.plots import alert_figure, layer_histograms, score_histogram
 
 OUT = Path("runs/digits")
@@ -44,6 +45,7 @@ STORE = "sqlite:///mlflow.db"
 EXPERIMENT = "ood-monitor demo"
 ERT, FPR = 10_000, 0.01
 LEVELS = 16  # the digits' pixels are 0, 1, ..., 16
+METHODS: list[Method] = ["gradient_norms", "forward"]
 TRAIN, HELD_OUT = 800, 700  # the rest is the test stream
 
 
@@ -136,6 +138,7 @@ class Row:
 
     model: str
     shift: str
+    method: str
     auroc: dict[str, float]
     false_alarms: int
     flagged: float
@@ -148,32 +151,42 @@ class Row:
 
 
 def watch_glow(digits: Digits) -> list[Row]:
-    """Train with the callback, then watch `trainer.predict` and two streams of our own."""
+    """Train with a callback for each method, then watch `trainer.predict` and two streams more."""
     logger = MLFlowLogger(EXPERIMENT, "Glow: contrast x 0.5", tracking_uri=STORE)
-    watcher = OODMonitor(ert=ERT, fpr=FPR, watch=["predict"], name="digits")
+    watchers = [
+        OODMonitor(ert=ERT, fpr=FPR, watch=["predict"], method=method, name=method)
+        for method in METHODS
+    ]
     trainer = pl.Trainer(
         max_epochs=18,
         accelerator="cpu",
         logger=logger,
-        callbacks=[watcher, ModelCheckpoint(OUT / "glow", save_last=True)],
+        callbacks=[*watchers, ModelCheckpoint(OUT / "glow", save_last=True)],
         log_every_n_steps=8,
         check_val_every_n_epoch=6,
         num_sanity_val_steps=0,
     )
     module = FlowModule()
     trainer.fit(module, loader(digits.train, shuffle=True), loader(digits.held_out))
-    assert watcher.detector is not None, "the callback did not calibrate"
-    watcher.detector.save_pretrained(OUT / "glow" / "detector")
-    aurocs = compare("Glow", watcher.detector, digits)
+    detectors = [watcher.detector for watcher in watchers if watcher.detector is not None]
+    assert len(detectors) == len(METHODS), "a callback did not calibrate"
+    for method, detector in zip(METHODS, detectors, strict=True):
+        detector.save_pretrained(OUT / "glow" / method)
+    aurocs = compare("Glow", detectors, digits)
     shift, *others = digits.shifts
     trainer.predict(
         module, loader(torch.cat([digits.test, digits.shifts[shift]])), ckpt_path="last"
     )
-    flagged = float((watcher.detector.score(digits.test).p_value <= FPR).double().mean())
-    first = outcome(watcher.alerts, len(digits.test))
-    rows = [Row("Glow", shift, aurocs[shift], *first[:1], flagged, first[1], str(logger.run_id))]
-    watch = monitored("Glow", watcher.detector, digits)
-    return [*rows, *(watch(shift, aurocs[shift]) for shift in others)]
+    rows = []
+    for method, detector, watcher in zip(METHODS, detectors, watchers, strict=True):
+        flagged = float((detector.score(digits.test).p_value <= FPR).double().mean())
+        false_alarms, delay = outcome(watcher.alerts, len(digits.test))
+        row = Row(
+            "Glow", shift, method, aurocs[shift], false_alarms, flagged, delay, str(logger.run_id)
+        )
+        rows.append(row)
+    watches = [monitored("Glow", detector, digits) for detector in detectors]
+    return [*rows, *(watch(shift, aurocs[shift]) for shift in others for watch in watches)]
 
 
 def watch_diffusion(digits: Digits) -> list[Row]:
@@ -184,7 +197,7 @@ def watch_diffusion(digits: Digits) -> list[Row]:
     adapter = om.DenoisingBound(pipe.unet, pipe.scheduler, inputs=lambda x: 2 * x - 1)
     detector = om.Detector(adapter).fit(loader(digits.held_out))
     detector.save_pretrained(OUT / "ddpm" / "detector")
-    aurocs = compare("diffusion", detector, digits)
+    aurocs = compare("diffusion", [detector], digits)
     show_generated(pipe, detector)
     watch = monitored("diffusion", detector, digits)
     return [watch(shift, aurocs[shift]) for shift in digits.shifts]
@@ -230,27 +243,30 @@ def show_generated(pipe: DDPMPipeline, detector: om.Detector) -> None:
     )
 
 
-def compare(model: str, detector: om.Detector, digits: Digits) -> dict[str, dict[str, float]]:
+def compare(
+    model: str, detectors: list[om.Detector], digits: Digits
+) -> dict[str, dict[str, float]]:
     """AUROC of each method on the same model: {shift: {method: AUROC}}; and the figures."""
-    paper = om.Detector(detector.adapter, density=om.DiagonalGaussian())
+    first = detectors[0]
+    paper = om.Detector(first.adapter, density=om.DiagonalGaussian())
     paper.fit(loader(digits.held_out), progress=False)
-    typicality = Typicality().fit(detector.fitted.log_likelihood)
+    typicality = Typicality().fit(first.fitted.log_likelihood)
 
     def scores(images: Tensor) -> dict[str, np.ndarray]:
-        result = detector.score(images)
-        log_likelihood = result.log_likelihood.numpy()
-        norms = table(om.gradient_norms(detector.adapter, images))[1]
-        return {
-            "log-likelihood": LowLikelihood().score(log_likelihood),
-            "typicality": typicality.score(log_likelihood),
-            "total norm": TotalNorm().score(np.log(norms + 1e-300)),
+        results = {detector.fitted.method: detector.score(images) for detector in detectors}
+        log_likelihood = results[first.fitted.method].log_likelihood.numpy()
+        norms = table(om.gradient_norms(first.adapter, images))[1]
+        return {method: result.score.numpy() for method, result in results.items()} | {
             "paper": paper.score(images).score.numpy(),
-            "default": result.score.numpy(),
+            "total norm": TotalNorm().score(np.log(norms + 1e-300)),
+            "typicality": typicality.score(log_likelihood),
+            "log-likelihood": LowLikelihood().score(log_likelihood),
         }
 
     usual = scores(digits.test)
     unusual = {shift: scores(images) for shift, images in digits.shifts.items()}
-    draw(model, detector, digits, usual["default"], {k: v["default"] for k, v in unusual.items()})
+    own = first.fitted.method
+    draw(model, first, digits, usual[own], {k: v[own] for k, v in unusual.items()})
     labels = np.repeat([0, 1], len(digits.test))
     return {
         shift: {
@@ -292,9 +308,10 @@ def monitored(
     """A function that watches a stream of held-out digits followed by a shift."""
 
     def watch(shift: str, auroc: dict[str, float]) -> Row:
-        with mlflow.start_run(run_name=f"{model}: {shift}") as run:
+        method = detector.fitted.method
+        with mlflow.start_run(run_name=f"{model}, {method}: {shift}") as run:
             sinks = [MLflowSink(), om.LoggingSink()]
-            name = f"{model}/{shift}"
+            name = f"{model}/{method}/{shift}"
             with om.Monitor(detector, ert=ERT, fpr=FPR, sinks=sinks, name=name) as monitor:
                 alerts, p_values = [], []
                 for batch in loader(torch.cat([digits.test, digits.shifts[shift]])):
@@ -305,7 +322,7 @@ def monitored(
                 alert_figure(alert).savefig(OUT / f"{model}-alert.png")
         false_alarms, delay = outcome(alerts, len(digits.test))
         flagged = float((torch.cat(p_values)[: len(digits.test)] <= FPR).double().mean())
-        return Row(model, shift, auroc, false_alarms, flagged, delay, run.info.run_id)
+        return Row(model, shift, method, auroc, false_alarms, flagged, delay, run.info.run_id)
 
     return watch
 
@@ -329,25 +346,38 @@ def stands_in_mlflow(run_id: str) -> bool:
     )
 
 
+def print_table(header: list[str], lines: list[list[str]]) -> None:
+    widths = [max(map(len, column)) + 2 for column in zip(header, *lines, strict=True)]
+    for line in [header, *lines]:
+        print("".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 def print_report(rows: list[Row], *, seconds: float) -> None:
     methods = list(rows[0].auroc)
-    print("\nAUROC by method, then what the stream of held-out digits and the shift gave:")
-    header = ["model", "shift", *methods, "false alarms", "flagged", "delay"]
-    widths = [max(len(name), 9) + 2 for name in header]
-    widths[1] = 18
-    print("".join(name.ljust(width) for name, width in zip(header, widths, strict=True)))
-    for row in rows:
-        delay = "missed" if row.delay is None else f"{row.delay}"
-        cells = [row.model, row.shift, *(f"{row.auroc[m]:.3f}" for m in methods)]
-        cells += [str(row.false_alarms), f"{row.flagged:.1%}", delay]
-        print("".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)))
+    print("\nAUROC by method:")
+    shown = {(row.model, row.shift): row for row in rows}
+    lines = [
+        [row.model, row.shift, *(f"{row.auroc[m]:.3f}" if m in row.auroc else "-" for m in methods)]
+        for row in shown.values()
+    ]
+    print_table(["model", "shift", *methods], lines)
+    print("\nWhat the stream of held-out digits and the shift gave, by the method that watched:")
+    lines = [
+        [
+            *(row.model, row.shift, row.method, str(row.false_alarms), f"{row.flagged:.1%}"),
+            "missed" if row.delay is None else f"{row.delay}",
+        ]
+        for row in rows
+    ]
+    print_table(["model", "shift", "method", "false alarms", "flagged", "delay"], lines)
     print(
         f"\nflagged: share of held-out digits with p <= {FPR}; delay: samples to the drift alarm."
     )
     for row in rows:
         if row.false_alarms or not row.caught:
             problem = "a false alarm" if row.false_alarms else "an alarm missed or not in MLflow"
-            print(f"FAILED: {row.model}, {row.shift}: {problem} (run {row.run_id}).")
+            what = f"{row.model}, {row.shift}, {row.method}"
+            print(f"FAILED: {what}: {problem} (run {row.run_id}).")
     (OUT / "report.json").write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
     print(f"\nMLflow database: {Path('mlflow.db').resolve()}")
     print(f"Open it with:    {Path(sys.executable).parent}/mlflow ui --backend-store-uri {STORE}")

@@ -17,7 +17,7 @@ from ood_monitor.alerts import Alert, LoggingSink, WebhookSink
 from ood_monitor.calibration import Diagnosis, Scores, diagnose
 from ood_monitor.densities import DiagonalGaussian, Maximum, ShrunkGaussian, TermsAndNorms
 from ood_monitor.densities.parts import Part
-from ood_monitor.detector import Detector
+from ood_monitor.detector import Detector, Explanation
 from ood_monitor.drift import EDetector, TrainingStream
 from ood_monitor.gradients import gradient_norms, last_layers
 from ood_monitor.monitor import Monitor
@@ -34,6 +34,7 @@ __all__ = [
     "DiagonalGaussian",
     "EDetector",
     "Elements",
+    "Explanation",
     "LogLikelihood",
     "LoggingSink",
     "Maximum",

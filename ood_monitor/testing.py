@@ -33,6 +33,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     pieces,
     tensors_in,
+    term_values,
 )
 from ood_monitor.adapters.elements import Elements, resolved, total_of
 from ood_monitor.gradients import gradient_norms
@@ -66,7 +67,8 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     """Check that an adapter keeps what the gradient engine and the detector rest on.
 
     Its terms are finite and of shape (B,), the same each time, whatever the global random state,
-    and of each sample the same alone, in the batch and in another order; some parameter has a
+    of each sample the same alone, in the batch and in another order, and the same by the structural
+    copy of the model that scoring runs; some parameter has a
     gradient, all are finite, and their norms are the same alone and in the batch; and computing
     them leaves no trace in the model, the batch or the global random state. Elements add up to
     their term, and what they expect is finite and of their shape. Terms of a
@@ -98,6 +100,7 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
             terms = _terms(adapter, batch)
         _check_values(adapter, batch, terms)
         _check_elements(adapter, batch)
+    _check_same("by the copy that scoring makes", terms, term_values(adapter, batch))
     _check_gradients(adapter, batch)
     if samples is not None:
         with scoring_in_place(adapter.module, adapter):

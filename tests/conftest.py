@@ -20,7 +20,19 @@ import numpy as np
 import pytest
 import torch
 
+from ood_monitor.detector import plan
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--method", help="The method of every detector that is given none.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    method = config.getoption("--method")
+    if method is not None:
+        plan.DEFAULTS.update(dict.fromkeys(plan.DEFAULTS, method))
 
 
 @pytest.fixture(autouse=True)

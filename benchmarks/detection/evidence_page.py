@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.detection import forward_page
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER
 from benchmarks.harness import pages
 from benchmarks.harness.pages import auroc, table
@@ -40,6 +41,7 @@ In code, in `benchmarks/detection/protocol.py`:
 - Beside AUROC: the share of test images flagged at fpr 0.01, the median samples to a drift
   alarm at ert 10 000 when a fifth of a stream is of the other set (a stream is as long as the
   test set; one more is "never"), and cost in forward passes of the network.
+- "Default" is the default density of gradient norms in all parts but the first.
 - Higher score, more anomalous. For a diffusion model "log-likelihood" is its bound at levels 50
   and 500, "paper" its loss at the least noise, T = 1; methods "T = 1" take that loss itself.
 
@@ -359,6 +361,7 @@ def attacks(rows: Sequence[Row]) -> str:
 
 
 SECTIONS: dict[str, Callable[[Report, str], list[str]]] = {
+    "forward": forward_page.section,
     "evidence": evidence,
     "colour": colour,
     "paper": paper,

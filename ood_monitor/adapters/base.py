@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,9 +181,34 @@ def tensors_in(batch: Batch) -> list[Tensor]:
 
 
 def pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive pieces of ``size`` samples; the last may be smaller."""
-    for start in range(0, batch_size(batch), size):
+    """Consecutive pieces of ``size`` samples; the last may be smaller.
+
+    Raises:
+        ValueError: There are several, and beside its tensors the batch has a list or an array of as
+            many items, which would not be cut with them.
+    """
+    total = batch_size(batch)
+    if total > size and (uncut := _uncut(batch, total)) is not None:
+        raise ValueError(
+            f"Expected tensors alone to be cut into pieces of {size} samples, got {uncut} of "
+            f"{total} items beside them: make it a tensor, or leave `chunk_size` out and give "
+            "smaller batches."
+        )
+    for start in range(0, total, size):
         yield map_tensors(lambda t, start=start: t[start : start + size], batch)  # type: ignore[misc]
+
+
+def _uncut(batch: Batch, size: int) -> str | None:
+    """The type of what has an item for each sample and is no tensor, or None."""
+    if isinstance(batch, Mapping):
+        return next((found for v in batch.values() if (found := _uncut(v, size))), None)
+    if isinstance(batch, np.ndarray) and batch.shape[:1] == (size,):
+        return "an array"
+    if not isinstance(batch, list | tuple):
+        return None
+    if len(batch) == size and not tensors_in(batch):
+        return f"a {type(batch).__name__}"
+    return next((found for value in batch if (found := _uncut(value, size))), None)
 
 
 def checked_elements(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor | Elements]]:

@@ -207,7 +207,8 @@ class SequenceLikelihood(Adapter):
         """Of shape (*tokens.shape, V)."""
         keywords = self._keywords(given.condition, given.text)
         output = self.module(self._scale(given.tokens), **keywords)
-        return self._checked_logits(getattr(output, "logits", output), given.tokens)
+        first = output[0] if type(output) is tuple and output else output  # beside a loss or states
+        return self._checked_logits(getattr(first, "logits", first), given.tokens)
 
     def _values_of_a_token(self, batch: Batch) -> int:
         def size(passes: Passes[Self]) -> int:
@@ -381,8 +382,13 @@ class SequenceLikelihood(Adapter):
             found["attention_mask"] = text.long()
         return found
 
-    def _checked_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
+    def _checked_logits(self, logits: Any, tokens: Tensor) -> Tensor:
         """Logits with their classes last, shape (*tokens.shape, V)."""
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"Expected {type(self.module).__name__} to give logits, a tensor, the first of a "
+                f"tuple, or what has them as `.logits`, got {type(logits).__name__}."
+            )
         moved = logits.movedim(self._class_dim, -1) if logits.ndim == tokens.ndim + 1 else logits
         vocabulary = int(tokens.max()) + 1
         if moved.shape[:-1] != tokens.shape or moved.shape[-1] < vocabulary:

@@ -40,8 +40,10 @@ class Scores:
     @classmethod
     def none(cls) -> Self:
         """Of no sample."""
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return cls(nothing, nothing, nothing, {}, {}, torch.zeros(0, dtype=torch.bool))
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
+        return cls(
+            nothing, nothing, nothing, {}, {}, torch.zeros(0, dtype=torch.bool, device="cpu")
+        )
 
     def among(self, count: int, rows: Tensor | Sequence[int]) -> Self:
         """These as the scores of some of `count` samples, with nan for the others.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import Adapter, Batch, tensors_in
 from ood_monitor.gradients.layers import Layers, selection, supported
-from ood_monitor.modules import dtype_of
+from ood_monitor.modules import dtype_of, stored_weights
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.provenance import differences, recipe
@@ -59,7 +59,7 @@ def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]
         chosen: Callable[[str], bool] = supported(adapter.module).__contains__
     else:
         chosen = selection(adapter.module, layers)
-    named = adapter.module.named_parameters()
+    named = stored_weights(adapter.module)
     return {name: tuple(p.shape) for name, p in named if chosen(name)}
 
 

@@ -16,11 +16,12 @@ __all__ = ["Parts", "Plan", "checked_method", "planned"]
 Parts: TypeAlias = Sequence[Part | Kind]
 
 #: The method where none is chosen, by what a sample is: for each kind it was measured on models
-#: that nothing was tuned on, see docs/evidence.md. Of any other kind gradient norms.
-DEFAULTS: Mapping[SampleKind, Method] = {
+#: that nothing was tuned on, see docs/evidence.md. Of any other kind, denoisers too, it was not.
+DEFAULTS: dict[SampleKind | None, Method] = {
     "image": "forward",
     "sequence": "forward",
     "row": "forward",
+    None: "gradient_norms",
 }
 
 _KINDS: Mapping[SampleKind | None, str] = {
@@ -87,7 +88,7 @@ def planned(
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
         return Plan(CHOSEN, chosen, sample, "chosen")
     reason = "chosen" if method else f"default where {_KINDS[sample]}"
-    word = method or (DEFAULTS[sample] if sample else "gradient_norms")
+    word = method or DEFAULTS[sample]
     return Plan(word, _parts(word, sample, density), sample, reason)
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, map_tensors
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, map_tensors
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import Passes, precision_of
 
-__all__ = ["Facts", "disagreeing", "facts_after", "facts_of"]
+__all__ = ["Facts", "check_last", "disagreeing", "facts_after", "facts_of"]
 
 #: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
 #: the loop itself is off by 2e-3 in single precision.
@@ -79,6 +79,10 @@ _open: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _open_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+#: Adapters of which a sample of a larger batch was compared with it alone.
+_last_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def facts_of(passes: Passes[Adapter], batch: Batch, group: int) -> Facts:
     """Compare the fast path with the loop on two samples, once per adapter; on one until two come.
 
@@ -126,6 +130,40 @@ def facts_after(
     if not signs or not left.signs():
         return facts
     return _compared(passes, batch, group, facts, start=int(signs[0].argmax()))
+
+
+def check_last(
+    passes: Passes[Adapter], batch: Batch, group: int, log_likelihood: Mapping[str, Tensor]
+) -> None:
+    """Compare the last value of a pass with that of its samples alone, once per adapter.
+
+    Two samples do not show what more of them do to each other, as experts of a fixed capacity.
+
+    Args:
+        passes: The model.
+        batch: The samples of the pass.
+        group: Samples whose terms are added.
+        log_likelihood: ``{term: (n,)}``, of these samples and more.
+
+    Raises:
+        ValueError: They differ.
+    """
+    last = batch_size(batch) // group - 1
+    if last < 2 or passes.holder in _last_looked_at:
+        return
+    together = {term: values[last : last + 1].detach() for term, values in log_likelihood.items()}
+    if not all(values.isfinite().all() for values in together.values()):
+        return
+    own = map_tensors(lambda t: t[last * group : (last + 1) * group], batch)
+    alone = {}
+    for term, value in checked_terms(passes.fresh(), own):
+        alone[term] = value.detach().sum(0, keepdim=True)
+        del value  # its graph, before the next forward pass
+    chosen = supported(passes.module)
+    named = passes.module.named_parameters()
+    dtypes = {precision_of(p).to_real() for name, p in named if name in chosen}
+    _check_independence(passes.holder, together, alone, dtypes)
+    _last_looked_at[passes.holder] = True
 
 
 def _stores(n: int) -> list[tuple[WeakIdKeyDictionary, WeakIdKeyDictionary]]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ood_monitor.modules import stored_weights
+
 __all__ = ["Layers", "selection", "supported"]
 
 #: All (None), names by shell-style pattern(s), or a predicate on the parameter's name.
@@ -50,14 +52,16 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
 
 
 def supported(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters that can be features."""
-    return frozenset(name for name, p in module.named_parameters() if _unsupported(p) is None)
+    """Names of the parameters that can be features, were they where they are computed with."""
+    return frozenset(name for name, p in stored_weights(module) if _unsupported(p) is None)
 
 
 def _unsupported(parameter: Tensor) -> str | None:
     """Why autograd gives no gradient of a parameter here, or one that means nothing, if so."""
     if is_lazy(parameter):
         return "which is not initialised: run a batch through the model first"
+    if parameter.is_meta:
+        return "without values: freed after its layer by offloading, which gradients would need"
     if hasattr(parameter, "ds_id"):
         return "a shard by DeepSpeed ZeRO-3"
     if hasattr(parameter, "__tensor_flatten__"):

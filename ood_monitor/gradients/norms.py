@@ -26,7 +26,7 @@ from ood_monitor.adapters.base import (
     pieces,
     tensors_in,
 )
-from ood_monitor.gradients.check import Facts, facts_after, facts_of
+from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
@@ -133,6 +133,7 @@ def terms_and_norms(
         usable = map_tensors(lambda t: _usable(t, device), batch)
         facts = facts_of(passes, usable, group)
         found = of_facts(passes, usable, facts)
+        check_last(passes, next(pieces(usable, chunk_size or size)), group, found.log_likelihood)
         settled = facts_after(passes, usable, group, facts, found.norms)
         return found if settled is facts else of_facts(passes, usable, settled)
 

@@ -77,6 +77,10 @@ class _Use:
 #: Puts other data under a tensor, past its graph.
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
+#: Gives its data past its version, and past PyTorch.
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_TO_NUMPY = (Tensor.numpy, Tensor.__array__)
+
 
 class Recorder(TorchFunctionMode):
     """Records the forward pass that runs inside it; :meth:`squared_norms` makes the backward one.
@@ -166,6 +170,7 @@ class Recorder(TorchFunctionMode):
         else:
             plain = args, dict(kwargs)
         result = func(*plain[0], **plain[1])
+        self._follow(func, args, result)
         changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
         with torch._C.DisableTorchFunction():
             dimensions = self._dimensions(func, args, kwargs, changed, data)
@@ -352,6 +357,15 @@ class Recorder(TorchFunctionMode):
         sizes, n = [tensor.shape[dim] for tensor in tensors], self._n
         positions = [i for i, tensor in enumerate(tensors) if id(tensor) in self._sources]
         return lambda g: [joined(n, g, dim, sizes, i) for i in positions]
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """What can be written into past any version."""
+        if func == _GET_DATA:
+            with torch._C.DisableTorchFunction():
+                self._data.follow(args[0], result)
+        elif func in _TO_NUMPY:
+            with torch._C.DisableTorchFunction():
+                self._data.lose(args[0])
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
         known = self._data.get(tensor)

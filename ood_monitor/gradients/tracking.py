@@ -37,6 +37,8 @@ class DataMarks:
 
     def __init__(self) -> None:
         self._marks: dict[int, tuple[weakref.ref[Tensor], Data, int]] = {}
+        # What `.data` gave of a tensor, whose writes it does not count.
+        self._aliases: dict[int, list[tuple[Tensor, int]]] = {}
 
     def get(self, tensor: Tensor) -> Data | None:
         """What is known of it; None if it is no data."""
@@ -44,7 +46,19 @@ class DataMarks:
         if found is None or found[0]() is not tensor:
             return None
         _, known, version = found
-        return known if tensor._version == version else replace(known, dimension=None)
+        aliases = self._aliases.get(id(tensor), ()) if self._aliases else ()
+        written = tensor._version != version or any(a._version != v for a, v in aliases)
+        return replace(known, dimension=None) if written else known
+
+    def follow(self, tensor: Tensor, alias: Tensor) -> None:
+        """Take writes into what `.data` gave of a data tensor for writes into it."""
+        self._aliases.setdefault(id(tensor), []).append((alias, alias._version))
+
+    def lose(self, tensor: Tensor) -> None:
+        """It is not known any more where its samples lie: what has it may write without a word."""
+        known = self.get(tensor)
+        if known is not None:
+            self.set(tensor, replace(known, dimension=None))
 
     def set(self, tensor: Tensor, known: Data) -> None:
         """Remember a data tensor, or what is now known of it."""

@@ -2,7 +2,13 @@
 
 from ood_monitor.modules.gradless import gradless
 from ood_monitor.modules.view import Passes, scored, scoring_in_place, scoring_view
-from ood_monitor.modules.weights import device_of, dtype_of, leaf_parameters, precision_of
+from ood_monitor.modules.weights import (
+    device_of,
+    dtype_of,
+    leaf_parameters,
+    precision_of,
+    stored_weights,
+)
 
 __all__ = [
     "Passes",
@@ -14,4 +20,5 @@ __all__ = [
     "scored",
     "scoring_in_place",
     "scoring_view",
+    "stored_weights",
 ]

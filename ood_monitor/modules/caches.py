@@ -7,7 +7,7 @@ in train mode, which they learn by an override of `train`. Others write into the
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ood_monitor.modules.substitutes import settle
 
@@ -32,10 +32,22 @@ def renew(view: nn.Module) -> None:
 
 
 def renew_if_harmless(view: nn.Module, module: nn.Module) -> bool:
-    """Renew a view that has weights of its own, and tell whether they are as the module's still."""
+    """Renew a view that has tensors of its own, and tell whether all are as the module's still.
+
+    In between, too: averaged weights that are put in by eval mode are out again at the end.
+    """
     try:
+        view.train()
+        as_they_were = _are_equal(view, module)
         renew(view)
     except Exception:  # whatever it needs of a training that is none
         return False
-    pairs = zip(module.parameters(), view.parameters(), strict=True)
+    return as_they_were and _are_equal(view, module)
+
+
+def _are_equal(view: nn.Module, module: nn.Module) -> bool:
+    """Whether weights are the same, and buffers that are still there: one may be a cache."""
+    buffers, theirs = dict(view.named_buffers()), dict(module.named_buffers())
+    pairs: list[tuple[Tensor, Tensor]] = [*zip(module.parameters(), view.parameters(), strict=True)]
+    pairs += [(theirs[name], own) for name, own in buffers.items() if name in theirs]
     return all(p.is_meta or torch.equal(p.detach(), own.detach()) for p, own in pairs)

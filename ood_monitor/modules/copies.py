@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ood_monitor.modules.calls import call_of
 from ood_monitor.modules.substitutes import Unwrapped, settle, wrapped_in
 from ood_monitor.modules.tensors import Tensors, TensorsOfAPass
 
@@ -210,7 +211,7 @@ class Structure:
                 own[name] = {k: self._of(part) for k, part in list(value.items())}
             elif name not in computed:
                 own[name] = self._attribute_of(value)
-        own.update(training=False, _compiled_call_impl=None)
+        own.update(training=False, _compiled_call_impl=call_of(view))
 
     def _wrapper(self, module: nn.Module, inner: str) -> nn.Module:
         view = self._remember(module, Unwrapped(inner))
@@ -318,7 +319,9 @@ class Structure:
 
     def _reference(self, reference: "weakref.ref[Any]") -> Any:
         target = reference()
-        known = self._of(target) if isinstance(target, nn.Module) else self._memo.get(id(target))
+        # A handle of a hook knows the dictionaries that it is to be taken out of.
+        is_copied = isinstance(target, nn.Module) or type(target) in _CONTAINERS
+        known = self._of(target) if is_copied else self._memo.get(id(target))
         return reference if known is None else weakref.ref(known)
 
     def _generator(self, generator: torch.Generator) -> Any:

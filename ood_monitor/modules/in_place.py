@@ -2,16 +2,25 @@
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.modules.substitutes import takes_train_mode
+
 __all__ = ["PythonState", "restored"]
+
+#: What can be made anew by its items.
+_COPIED = (dict, list, set, deque, OrderedDict)
+
+#: How deep containers are looked into, how many of them, and the largest tensor that is kept.
+_DEEPEST, _MOST_OBJECTS, _MOST_BYTES = 4, 20_000, 1 << 24
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -37,37 +46,76 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 
 class PythonState:
-    """Attributes of a module's parts, and of what these hold, to be put back after each pass.
+    """Attributes of a module's parts and of its holder, to be put back after each pass.
+
+    Containers and objects in them are looked into, and in these; so are tensors that are no
+    parameter and no buffer.
 
     Args:
         module: The module, as it is scored.
+        holder: What holds it, such as an adapter.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, holder: object = None) -> None:
         self._kept: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._seen: set[int] = {id(t) for t in (*module.parameters(), *module.buffers())}
+        self._modules = {id(part) for part in module.modules()}
         for part in module.modules():
-            self._keep(vars(part))
-            for value in list(vars(part).values()):
-                if isinstance(value, dict | list):
-                    self._keep(value)
-                elif not isinstance(value, nn.Module | Tensor) and hasattr(value, "__dict__"):
-                    self._keep(vars(value))
+            self._keep(vars(part), 0)
+        if not isinstance(holder, nn.Module) and hasattr(holder, "__dict__"):
+            self._keep(vars(holder), 0)
 
-    def _keep(self, value: Any) -> None:
-        if type(value) in (dict, list, OrderedDict):
+    def _keep(self, value: Any, depth: int) -> None:
+        if id(value) in self._seen or depth > _DEEPEST or len(self._seen) > _MOST_OBJECTS:
+            return
+        self._seen.add(id(value))
+        if type(value) in _COPIED:
             self._kept.append((value, value.copy()))
+            for item in list(value.values() if isinstance(value, dict) else value):
+                self._look_into(item, depth + 1)
+
+    def _look_into(self, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if id(value) not in self._seen and value.nbytes <= _MOST_BYTES and not _is_odd(value):
+                self._seen.add(id(value))
+                self._tensors.append((value, value._version, value.detach().clone()))
+        elif type(value) in _COPIED:
+            self._keep(value, depth)
+        elif id(value) not in self._modules and not isinstance(value, nn.Module | type):
+            own = getattr(value, "__dict__", None)
+            if type(own) is dict and not isinstance(value, ModuleType | FunctionType):
+                self._keep(own, depth)
 
     def put_back(self) -> None:
         """What was added is gone, and what was replaced is back."""
         for value, held in self._kept:
-            if isinstance(value, list):
-                value[:] = held
-                continue
-            for key in [key for key in value if key not in held]:
-                del value[key]
-            for key, item in held.items():
-                if value.get(key) is not item:
-                    value[key] = item
+            if isinstance(value, dict):
+                _put_back(value, held)
+            elif isinstance(value, set):
+                value.symmetric_difference_update(value ^ held)
+            elif len(value) != len(held) or any(
+                a is not b for a, b in zip(value, held, strict=True)
+            ):
+                value.clear()
+                value.extend(held)
+        with torch.no_grad():
+            for tensor, version, held in self._tensors:
+                if tensor._version != version:
+                    tensor.copy_(held)
+
+
+def _put_back(value: dict[Any, Any], held: dict[Any, Any]) -> None:
+    for key in [key for key in value if key not in held]:
+        del value[key]
+    for key, item in held.items():
+        if value.get(key) is not item:
+            value[key] = item
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    """Whether it has no version, or values that are not to be copied into."""
+    return tensor.is_inference() or tensor.grad_fn is not None or tensor.is_meta
 
 
 @contextmanager
@@ -129,11 +177,10 @@ def _refuse(thread: int, module: nn.Module, inputs: Any) -> None:
 def _eval_mode(module: nn.Module) -> Iterator[None]:
     # The attribute, not `eval()`: users override `train`, and frozen submodules must stay as set.
     training = [submodule for submodule in module.modules() if submodule.training]
-    recurrent = {m: m.dropout for m in module.modules() if isinstance(m, nn.RNNBase)}
+    recurrent: dict[Any, float] = {m: m.dropout for m in module.modules() if takes_train_mode(m)}  # type: ignore[misc]
     try:
         for submodule in training:
             submodule.training = False
-        # CUDA gives these no gradient in eval mode. In train mode they do the same, but dropout.
         for layer in recurrent:
             layer.training, layer.dropout = True, 0.0
         yield

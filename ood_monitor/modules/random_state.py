@@ -46,6 +46,8 @@ def kept_random_state(device: torch.device, by: object) -> Iterator[None]:
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether this thread draws from a global generator."""
 
+    supports_higher_order_operators = True  # `torch.cond` and its kind
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False
@@ -54,9 +56,10 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and _draws_globally(
-            func._schema.arguments, args, kwargs
-        )
+        # An operator of a higher order has none; what it runs comes here, too.
+        self.seen |= torch.Tag.nondeterministic_seeded in getattr(
+            func, "tags", ()
+        ) and _draws_globally(func._schema.arguments, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-__all__ = ["Unwrapped", "renormalises", "settle", "wrapped_in"]
+__all__ = ["Unwrapped", "renormalises", "settle", "takes_train_mode", "wrapped_in"]
 
 #: Wrappers of a module that do what a scoring pass must not (compile, synchronise), and where in
 #: them the module is.
@@ -16,6 +16,10 @@ _WRAPPERS = {
 }
 
 
+#: Forward passes of PyTorch's recurrent layers.
+_RECURRENT = frozenset(kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU))
+
+
 def wrapped_in(module: nn.Module) -> str | None:
     """The attribute in which a compiled or parallel module holds the module that it wraps."""
     name = _attribute_of_wrapper(cast(Any, type(module)))
@@ -24,8 +28,13 @@ def wrapped_in(module: nn.Module) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _attribute_of_wrapper(kind: Any) -> str | None:
-    classes = (base.__name__ for base in kind.__mro__)
-    return next((_WRAPPERS[name] for name in classes if name in _WRAPPERS), None)
+    wrapper = next((base for base in kind.__mro__ if base.__name__ in _WRAPPERS), None)
+    # One with a forward pass of its own does more than wrap.
+    return (
+        None
+        if wrapper is None or kind.forward is not wrapper.forward
+        else _WRAPPERS[wrapper.__name__]
+    )
 
 
 def renormalises(module: nn.Module) -> bool:
@@ -33,10 +42,20 @@ def renormalises(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
+def takes_train_mode(module: nn.Module) -> bool:
+    """Whether CUDA gives a layer no gradient in eval mode, while train mode is only dropout more.
+
+    So it is of PyTorch's recurrent layers. Of one with a forward pass or hooks of its own nobody
+    knows what else the mode means.
+    """
+    if not isinstance(module, nn.RNNBase) or type(module).forward not in _RECURRENT:
+        return False
+    return not module._forward_pre_hooks and any(p.is_cuda for p in module.parameters())
+
+
 def settle(view: nn.Module) -> None:
     """What two kinds of layers need to be scored."""
-    if isinstance(view, nn.RNNBase):
-        # CUDA gives these no gradient in eval mode. In train mode they do the same, but dropout.
+    if takes_train_mode(view):
         vars(view).update(training=True, dropout=0.0)
     if renormalises(view):
         weight: Any = view.weight

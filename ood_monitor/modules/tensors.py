@@ -8,8 +8,12 @@ from torch import Tensor
 __all__ = ["Tensors", "TensorsOfAPass"]
 
 
+#: Numbers up to which each pass has a copy of its own: a write through `.data` has no version.
+_SMALL = 1 << 16
+
+
 class Tensors:
-    """Copies for all passes of a scoring, each made once, and again after a write into it.
+    """Copies for all passes of a scoring, of values as they were at the first of them.
 
     Attributes:
         made: The copies by the original's identity, each with the original and its own version.
@@ -21,12 +25,14 @@ class Tensors:
     def copy(self, tensor: Tensor) -> Tensor:
         """The tensor's values as a tensor of our own, which requires no gradient."""
         known = self.made.get(id(tensor))
-        if known is not None and known[1]._version == known[2]:
+        if known is None or known[1]._version != known[2]:
+            with torch.no_grad():
+                copied = tensor.clone()
+            known = self.made[id(tensor)] = tensor, copied, copied._version
+        if tensor.numel() > _SMALL:
             return known[1]
         with torch.no_grad():
-            copied = tensor.clone()
-        self.made[id(tensor)] = tensor, copied, copied._version
-        return copied
+            return known[1].clone()
 
 
 class TensorsOfAPass:

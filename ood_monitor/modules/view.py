@@ -10,6 +10,7 @@ a global variable), is scored where it stands and put back afterwards.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ _staying: WeakIdKeyDictionary = WeakIdKeyDictionary()
 #: bytes of weights up to which it is.
 _first_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+#: Holders whose passes write what is there already into weights, as masks do: theirs are copies.
+_writing: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 #: Models that throw away in train mode what they have computed, and write into no weight there.
 _renewable: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -74,6 +78,7 @@ class Passes(Generic[T]):
     _originals: set[int] = field(default_factory=set)
     _first: "_First | None" = None
     _state: PythonState | None = None
+    _structure: Structure | None = None  # kept while its view is: what is only weakly held there
 
     def fresh(self) -> T:
         """The holder on a view of the model as it is now, for one pass.
@@ -87,8 +92,9 @@ class Passes(Generic[T]):
             return self.holder
         with torch._C.DisableTorchFunction():
             self._check_first()
-            is_first = self.holder not in _first_looked_at and _bytes(self.module) <= _MOST_BYTES
-            view, module = self._copied(shares_weights=not is_first)
+            is_first = not self._is_looked_at() and _bytes(self.module) <= _MOST_BYTES
+            shares_weights = not is_first and self.holder not in _writing
+            view, module = self._copied(shares_weights=shares_weights)
             if is_first and overrides_train(module):
                 _renewable[self.module] = renew_if_harmless(module, self.module)
                 view, module = self._copied(shares_weights=False)
@@ -99,9 +105,15 @@ class Passes(Generic[T]):
         self._first = _First(self.module, module) if is_first else None
         return view
 
+    def _is_looked_at(self) -> bool:
+        """Whether a first pass of the holder over this very module was looked at."""
+        known: weakref.ref[nn.Module] | None = _first_looked_at.get(self.holder)  # type: ignore[no-untyped-call]
+        return known is not None and known() is self.module
+
     def _copied(self, *, shares_weights: bool) -> tuple[T, nn.Module]:
         structure = Structure(self._tensors, shares_weights=shares_weights)
         copies = structure.of(self.holder), structure.of(self.module)
+        self._structure = structure
         self._originals |= structure.originals
         self.has_derived |= structure.has_derived
         if self.has_derived and not (self.is_watched or self.in_place):
@@ -121,6 +133,8 @@ class Passes(Generic[T]):
         """Whether the first pass, which had weights of its own, has written into them."""
         if self._first is None:
             return
+        if self._first.wrote:
+            _writing[self.holder] = True
         written, self._first = self._first.written(), None
         if written:
             raise ValueError(
@@ -128,7 +142,7 @@ class Passes(Generic[T]):
                 f"called, got a write into {written}. If its first call initialises them, call it "
                 "once before it is scored."
             )
-        _first_looked_at[self.holder] = True
+        _first_looked_at[self.holder] = weakref.ref(self.module)
 
 
 class _First:
@@ -137,12 +151,24 @@ class _First:
     Args:
         module: The model.
         view: The view of it that the pass runs.
+
+    Attributes:
+        wrote: Whether an operation wrote into a weight, be it what was there.
     """
 
     def __init__(self, module: nn.Module, view: nn.Module) -> None:
+        self.wrote = False
+        self._storages = {_storage(p) for m in view.modules() for p in m._parameters.values()}
         self._parts = list(zip(module.named_modules(), view.modules(), strict=True))
         parameters = (p for m in module.modules() for p in m._parameters.values())
         self._versions = {id(p): _version(p) for p in parameters if p is not None}
+
+    def see(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Look at an operation that is about to be done."""
+        name = func.__name__
+        writes = name.endswith("_") if not name.endswith("__") else name.startswith(_WRITING)
+        if writes and args and isinstance(args[0], Tensor):
+            self.wrote |= _storage(args[0]) in self._storages - {None}
 
     def written(self) -> list[str]:
         """Names of parameters that the pass wrote into."""
@@ -159,6 +185,20 @@ class _First:
             return False  # replaced, or trained meanwhile
         a, b = parameter.detach(), own.detach()
         return not (torch.equal(a, b) or bool(a.isnan().any()))
+
+
+#: What writes, beside functions whose name ends by an underscore.
+_WRITING = ("__i", "__setitem__", "__set__")
+
+
+def _storage(tensor: Tensor | None) -> int | None:
+    """The address of its numbers; None of what has none of its own."""
+    if tensor is None or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:  # sparse, or one of `torch.func`
+        return None
 
 
 def _version(tensor: Tensor) -> int:
@@ -191,12 +231,8 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
         except _LeftError:
             _in_place[holder] = True
             _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
-    with scoring_in_place(module, holder):
-        state = PythonState(module)
-        try:
-            return function(Passes(holder, module, in_place=True, _state=state))
-        finally:
-            state.put_back()
+    with scoring_in_place(module, holder) as state:
+        return function(Passes(holder, module, in_place=True, _state=state))
 
 
 def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> R:
@@ -217,7 +253,7 @@ def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.M
             return result
         except _UnwatchedError:
             _staying.pop(holder, None)  # type: ignore[no-untyped-call]
-    passes = Passes(holder, module)
+    passes, state = Passes(holder, module), PythonState(module, holder)
     watch = _Watch(passes)
     try:
         with _modes(module, holder), watch:
@@ -225,9 +261,11 @@ def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.M
             passes.end()
     except Exception as error:  # of any kind: the model met its user's tensors in train mode
         if watch.left:
+            state.put_back()  # what the module did before it met one
             raise _LeftError from error
         raise
     if watch.left:
+        state.put_back()
         raise _LeftError
     if not passes.has_derived:
         _staying[holder] = True
@@ -254,15 +292,26 @@ def scoring_view(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def scoring_in_place(module: nn.Module, by: object) -> Iterator[None]:
+def scoring_in_place(module: nn.Module, by: object) -> Iterator[PythonState]:
     """The module itself as scoring would have it, put back afterwards: to see what is done to it.
 
     Args:
         module: The model.
         by: What calls it.
+
+    Yields:
+        What puts attributes back, which is done at the end too.
     """
+    needed = [(p, p.requires_grad) for p in module.parameters()]
     with _modes(module, by), restored(module):
-        yield
+        state = PythonState(module, by)
+        try:
+            yield state
+        finally:
+            state.put_back()
+            for parameter, requires_grad in needed:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
@@ -327,6 +376,9 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._passes._first is not None:
+            with torch._C.DisableTorchFunction():
+                self._passes._first.see(func, args)
         if func in _ASKING or not (self._has_original(args) or self._has_original(kwargs.values())):
             return func(*args, **kwargs)
         # A property, which writes nothing, may tell a shape or give the weights in another form.

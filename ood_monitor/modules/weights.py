@@ -7,12 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "dtype_of", "leaf_parameters", "precision_of"]
+__all__ = ["device_of", "dtype_of", "leaf_parameters", "precision_of", "stored_weights"]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of the first parameter; the CPU for a module without any."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    """The device of the first parameter; the CPU for a module without any.
+
+    Of weights that accelerate's hooks bring layer by layer, where they are brought to.
+    """
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    brought_to = (hook.execution_device for m in module.modules() for hook in _offloading(m))
+    return torch.device(next((found for found in brought_to if found is not None), device))
+
+
+def stored_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name, each once, those that accelerate keeps elsewhere from there."""
+    owners, known = dict(module.named_modules()), set()
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta:
+            yield name, parameter
+            continue
+        path, _, own = name.rpartition(".")
+        maps = (hook.weights_map for hook in _offloading(owners[path]))
+        weights = next((found for found in maps if found is not None), None)
+        kept = parameter if weights is None else weights[own]
+        place = (kept.data_ptr(), kept.shape)  # tied ones are two where they were freed
+        if weights is None or place not in known:
+            yield name, kept
+        known.add(place)
+
+
+def _offloading(module: nn.Module) -> list[Any]:
+    """Hooks of accelerate that bring a module's own weights when it is called."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return [each for each in hooks if getattr(each, "offload", False)]
 
 
 def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:

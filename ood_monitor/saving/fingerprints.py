@@ -7,6 +7,7 @@ from itertools import chain
 from torch import Tensor, nn, uint8
 
 from ood_monitor.adapters.base import Batch, tensors_in
+from ood_monitor.modules import stored_weights
 
 __all__ = ["digest", "digest_of_tensors", "hashes_where", "marks", "sample_hashes"]
 
@@ -18,7 +19,7 @@ def digest(module: nn.Module) -> str:
     """
     saved = module.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
-    return digest_of_tensors(chain(module.named_parameters(), buffers))
+    return digest_of_tensors(chain(stored_weights(module), buffers))
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -36,7 +36,7 @@ def png_bits(images: Tensor) -> Tensor:
     levels = images.detach().float().clamp(0, 1).mul(255).round().nan_to_num().byte()
     arrays = levels.movedim(1, -1).cpu().numpy()
     bits = [8.0 * _size(a) if ok else np.nan for a, ok in zip(arrays, finite, strict=True)]
-    return torch.tensor(bits, dtype=torch.float64)
+    return torch.tensor(bits, dtype=torch.float64, device="cpu")
 
 
 def in_range(images: Tensor) -> Tensor:

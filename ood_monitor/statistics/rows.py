@@ -139,7 +139,7 @@ def _compared(
 
 def _ends(size: int, batch: Single) -> list[int]:
     """The first and the last sample of those whose terms are all finite."""
-    finite = torch.ones(size, dtype=torch.bool)
+    finite = torch.ones(size, dtype=torch.bool, device="cpu")
     for value in batch.terms.values():
         finite &= value.isfinite().cpu()
     indices: list[int] = finite.nonzero().flatten().tolist()

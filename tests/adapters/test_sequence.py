@@ -33,6 +33,18 @@ class HuggingFace(Bigram):
         return SimpleNamespace(logits=super().forward(tokens))
 
 
+class WithALoss(Bigram):
+    """The same beside a loss."""
+
+    def forward(self, tokens: Tensor) -> Any:
+        return super().forward(tokens), None
+
+
+class Nameless(Bigram):
+    def forward(self, tokens: Tensor) -> Any:
+        return {"scores": super().forward(tokens)}
+
+
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
@@ -62,6 +74,7 @@ def cross_entropies(module: nn.Module, x: Tensor, padding: int | None = None) ->
     totals = []
     for row in x:
         logits = module(row[None])
+        logits = logits[0] if isinstance(logits, tuple) else logits
         logits = getattr(logits, "logits", logits)[0].detach()
         losses = [
             F.cross_entropy(logits[t][None], row[t + 1][None])
@@ -72,7 +85,7 @@ def cross_entropies(module: nn.Module, x: Tensor, padding: int | None = None) ->
     return torch.stack(totals)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [Bigram, HuggingFace, gpt2])
+@pytest.mark.parametrize("make", [Bigram, HuggingFace, WithALoss, gpt2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_likelihood_is_minus_the_cross_entropies(make: Any, dtype: torch.dtype) -> None:
     module, x = make(), tokens()
@@ -237,3 +250,8 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     module.forward = lambda x: torch.zeros(len(x), *shape)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="logits"):
         log_likelihood(om.SequenceLikelihood(module), tokens())
+
+
+def test_what_is_no_logits_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Nameless to give logits, a tensor, .* got dict"):
+        list(om.SequenceLikelihood(Nameless()).log_likelihood(tokens()))

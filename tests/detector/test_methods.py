@@ -1,13 +1,15 @@
 """Two methods by one word, and what joins them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from support.fitted_cases import ADAPTERS, adapter_of, batch_of
 from torch import Tensor, nn
 
@@ -274,3 +276,45 @@ def test_an_int8_model_is_watched_forward_and_refused_by_name_for_gradient_norms
     torch.testing.assert_close(fitted.score(x[:1]).score, scores.score[:1], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="Expected"):
         om.Detector(adapter, method="gradient_norms").fit([x], progress=False)
+
+
+def sequential(module: nn.Module) -> None:
+    cpu_offload(module, execution_device=torch.device("cpu"))
+
+
+def grouped(module: nn.Module) -> None:
+    cpu = torch.device("cpu")
+    apply_group_offloading(module, cpu, cpu, offload_type="leaf_level")
+
+
+OFFLOADED: dict[str, Callable[[nn.Module], None]] = {"sequential": sequential, "group": grouped}
+
+
+@pytest.mark.parametrize("name", ["glow", "vae", "gpt2"])
+@pytest.mark.parametrize("how", OFFLOADED)
+def test_offloaded_models_are_watched_forward(name: str, how: str, tmp_path: Path) -> None:
+    held_out, new = [batch_of(name, 60, seed=1)], batch_of(name, 5, seed=2)
+    whole = om.Detector(adapter_of(name), method="forward").fit(held_out, progress=False)
+    adapter = adapter_of(name)
+    OFFLOADED[how](adapter.module)
+    fitted = om.Detector(adapter, method="forward").fit(held_out, progress=False)
+    torch.testing.assert_close(fitted.score(new).score, whole.score(new).score, rtol=1e-4, atol=0)
+    assert torch.equal(fitted.score(new).p_value, whole.score(new).p_value)
+    assert fitted.fitted.model == whole.fitted.model
+    assert not fitted.is_stale
+    whole.save_pretrained(tmp_path, card=False)
+    loaded = om.Detector.from_pretrained(tmp_path, adapter)  # without a warning of other weights
+    assert torch.equal(loaded.score(new).p_value, whole.score(new).p_value)
+    if how == "sequential":
+        assert all(p.is_meta for p in adapter.module.parameters())
+        with pytest.raises(ValueError, match="without values: freed after its layer"):
+            om.Detector(adapter, method="gradient_norms").fit(held_out, progress=False)
+
+
+def test_offloaded_weights_that_change_are_stale() -> None:
+    adapter = adapter_of("vae")
+    sequential(adapter.module)
+    fitted = om.Detector(adapter, method="forward").fit([batch_of("vae", 60, seed=1)])
+    weights = adapter.module.encoder._hf_hook.weights_map  # type: ignore[union-attr]
+    weights["weight"].add_(1)
+    assert fitted.is_stale

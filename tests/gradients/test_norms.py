@@ -339,7 +339,7 @@ def test_single_samples_are_compared_with_the_loop_once() -> None:
     assert passes == [1] * (3 + 2)
     gradient_norms(adapter, X)
     gradient_norms(adapter, X[:1])
-    assert passes[5:] == [2, 1, 1, 4, 1]
+    assert passes[5:] == [2, 1, 1, 4, 1, 1]  # the last of four, once
 
 
 def by_index(m: Any, x: Tensor) -> Tensor:
@@ -568,5 +568,6 @@ def test_no_graph_is_alive_when_the_next_forward_pass_begins() -> None:
     net = Function(forward, net=nn.Conv2d(3, 3, 3, padding=1))
     adapter = om.DenoisingBound(net, torch.linspace(0.9, 0.1, 10), levels=[1, 5, 9])
     gradient_norms(adapter, torch.randn(20, 3, 8, 8))
-    # Samples together, one by one and all levels at once to compare them, then to score.
-    assert len(marks) == 3 + 2 * 3 + 1 + 3
+    # Samples together, one by one and all levels at once to compare them, then to score, and the
+    # last sample alone.
+    assert len(marks) == 3 + 2 * 3 + 1 + 3 + 3

@@ -93,7 +93,8 @@ def log_model(
         signature: As there.
         input_example: As there.
         registered_model_name: Registers the model as a new version of this one.
-        **options: Further ones of :func:`save_model` and of ``mlflow.models.Model.log``.
+        **options: Further ones of :func:`save_model` and of ``mlflow.models.Model.log``; to
+            ``tags`` the detector's method is added, as ``ood_monitor.method``.
 
     Returns:
         What MLflow knows of the model; its ``model_uri`` loads it.
@@ -101,6 +102,7 @@ def log_model(
     Raises:
         ValueError: As :func:`save_model`.
     """
+    tags = {"ood_monitor.method": detector.fitted.method} | (options.pop("tags", None) or {})
     info: ModelInfo = Model.log(
         artifact_path=None,
         name=name,
@@ -114,6 +116,7 @@ def log_model(
         groups=groups,
         signature=signature,
         input_example=input_example,
+        tags=tags,
         **options,
     )
     return info

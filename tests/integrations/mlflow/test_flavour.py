@@ -369,6 +369,8 @@ def logged(detector: om.Detector, store: Path) -> Any:
 def test_a_logged_model_is_registered_and_loads_by_name(logged: Any, detector: om.Detector) -> None:
     assert logged.registered_model_version == 1
     assert MlflowClient().get_model_version("detector", "1").status == "READY"
+    tags = MlflowClient().get_logged_model(logged.model_id).tags
+    assert tags["ood_monitor.method"] == detector.fitted.method
     x = cases.images(9, seed=1)
     for uri in (logged.model_uri, "models:/detector/1"):
         assert_same(mlflow.pyfunc.load_model(uri).predict(x.numpy()), expected(detector, x))
