@@ -68,6 +68,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.paper $(EVIDENCE)/paper.json --figures docs
 	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
+	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.detection.evidence_page
 	$(BIN)/python -m benchmarks.detection.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json

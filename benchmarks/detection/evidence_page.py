@@ -362,6 +362,7 @@ def attacks(rows: Sequence[Row]) -> str:
 
 SECTIONS: dict[str, Callable[[Report, str], list[str]]] = {
     "forward": forward_page.section,
+    "tables": forward_page.tables,
     "evidence": evidence,
     "colour": colour,
     "paper": paper,

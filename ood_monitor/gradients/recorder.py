@@ -79,7 +79,7 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 #: Gives its data past its version, and past PyTorch.
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_TO_NUMPY = (Tensor.numpy, Tensor.__array__)
+_UNSEEN = frozenset({_GET_DATA, Tensor.numpy, Tensor.__array__})
 
 
 class Recorder(TorchFunctionMode):
@@ -170,7 +170,8 @@ class Recorder(TorchFunctionMode):
         else:
             plain = args, dict(kwargs)
         result = func(*plain[0], **plain[1])
-        self._follow(func, args, result)
+        if func in _UNSEEN:
+            self._follow(func, args[0], result)
         changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
         with torch._C.DisableTorchFunction():
             dimensions = self._dimensions(func, args, kwargs, changed, data)
@@ -358,14 +359,13 @@ class Recorder(TorchFunctionMode):
         positions = [i for i, tensor in enumerate(tensors) if id(tensor) in self._sources]
         return lambda g: [joined(n, g, dim, sizes, i) for i in positions]
 
-    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """What can be written into past any version."""
-        if func == _GET_DATA:
-            with torch._C.DisableTorchFunction():
-                self._data.follow(args[0], result)
-        elif func in _TO_NUMPY:
-            with torch._C.DisableTorchFunction():
-                self._data.lose(args[0])
+    def _follow(self, func: Callable[..., Any], tensor: Tensor, result: Any) -> None:
+        """Know of writes past a tensor's version: by its data, which has its own, or in NumPy."""
+        with torch._C.DisableTorchFunction():
+            if func == _GET_DATA:
+                self._data.follow(tensor, result)
+            else:
+                self._data.lose(tensor)
 
     def _is_batch_first(self, tensor: Tensor) -> bool:
         known = self._data.get(tensor)
