@@ -93,6 +93,8 @@ class Adapter(abc.ABC):
     Attributes:
         module: The module whose parameters are differentiated; put in eval mode while scoring.
         sample: What a sample is, where the adapter was told.
+        is_one_pass: Whether all terms come of one forward pass: a detector then takes gradients of
+            their sum, as the paper does, and not a backward pass for each.
 
     Example:
         >>> class Gaussian(Adapter):
@@ -108,6 +110,7 @@ class Adapter(abc.ABC):
 
     module: nn.Module
     sample: SampleKind | None = None
+    is_one_pass: bool = False
 
     @abc.abstractmethod
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:

@@ -74,6 +74,8 @@ class ELBO(Adapter):
         ((3,), (3,))
     """
 
+    is_one_pass = True
+
     def __init__(
         self,
         module: nn.Module,

@@ -68,6 +68,8 @@ class LogLikelihood(Adapter):
         [('latent', (4, 2)), ('log_det', (4, 2))]
     """
 
+    is_one_pass = True
+
     def __init__(
         self,
         module: nn.Module,

@@ -30,6 +30,7 @@ from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting
 from ood_monitor.detector.measuring import explaining_of, measured_by
 from ood_monitor.detector.plan import Parts, Plan, checked_method, planned
+from ood_monitor.detector.summed import Summed
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import hub
@@ -125,6 +126,7 @@ class Detector:
         if self.explained < 0:
             raise ValueError(f"Expected a number of samples to explain by, got {explain}.")
         self._fitted: Fitted | None = None
+        self._summed: Summed | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -199,14 +201,15 @@ class Detector:
             left = max(0, left - len(measured))
 
     def _explaining(self, plan: Plan, batch: Batch, count: int) -> Explaining:
+        # By tensor they are measured of all samples.
+        is_measured = plan.needs_gradients and self.granularity == "tensor"
         return explaining_of(
             self.adapter,
             map_tensors(lambda tensor: tensor[:count], batch),
             sample=plan.sample,
             layers=self.layers,
             chunk_size=self.chunk_size,
-            # By tensor they are measured of all samples.
-            norms=not plan.needs_gradients or self.granularity != "tensor",
+            norms=None if is_measured else self._differentiated,
         )
 
     def fit_measured(self, measured: Measurements) -> Self:
@@ -284,7 +287,7 @@ class Detector:
             fitted.usual or Usual(0),
             self.adapter,
             batch,
-            by_layer=layers,
+            norms=self._differentiated if layers else None,
             layers=self.layers,
             chunk_size=self.chunk_size,
         )
@@ -469,6 +472,7 @@ class Detector:
             plan,
             self.adapter,
             batch,
+            differentiated=self._differentiated,
             layers=self.layers,
             granularity=self.granularity,
             chunk_size=self.chunk_size,
@@ -476,6 +480,15 @@ class Detector:
         )
         groups = () if self.groups is None else _named(self.groups(batch), len(measured))
         return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)
+
+    @property
+    def _differentiated(self) -> Adapter:
+        """One object for an adapter, of which facts are known after its first use."""
+        if not self.adapter.is_one_pass:
+            return self.adapter
+        if self._summed is None or self._summed.of is not self.adapter:
+            self._summed = Summed(self.adapter)
+        return self._summed
 
     def _fitting(self, measured: Measurements) -> Fitting:
         return Fitting(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.calibration.usual import Usual
-from ood_monitor.gradients import gradient_norms
+from ood_monitor.detector.summed import norms_of
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.statistics import surprise_by_place
 
@@ -41,7 +41,7 @@ def explained_by(
     adapter: Adapter,
     batch: Batch,
     *,
-    by_layer: bool,
+    norms: Adapter | None,
     layers: Layers,
     chunk_size: int | None,
 ) -> Explanation:
@@ -51,7 +51,7 @@ def explained_by(
         usual: Of held-out samples.
         adapter: The model.
         batch: B samples.
-        by_layer: Whether to take gradient norms.
+        norms: The same model, as gradients are taken of it; None for no explanation by layer.
         layers: Which parameters are features.
         chunk_size: Samples a pass.
 
@@ -59,7 +59,7 @@ def explained_by(
         ValueError: Norms are asked for that held-out samples have not, or of a model or a batch
             that :func:`~ood_monitor.gradient_norms` refuses.
     """
-    if by_layer and not usual.layers:
+    if norms is not None and not usual.layers:
         raise ValueError(
             "Expected a detector that was fitted with gradient norms of some held-out samples to "
             f"explain by layer, got one without: {usual.without or 'explain=0'}"
@@ -68,10 +68,10 @@ def explained_by(
     for term, (mean, sd) in usual.places.items():
         if term in surprise and surprise[term].shape[1:] == mean.shape:
             z[term] = (surprise[term] - torch.from_numpy(mean)) / torch.from_numpy(sd)
-    if not by_layer:
+    if norms is None:
         return Explanation(surprise, z)
-    norms = gradient_norms(adapter, batch, layers=layers, chunk_size=chunk_size)
-    found = usual.z({name: each.double().cpu().numpy() for name, each in norms.items()})
+    came = norms_of(norms, batch, layers=layers, chunk_size=chunk_size).norms
+    found = usual.z({name: each.double().cpu().numpy() for name, each in came.items()})
     squares = np.square(found)
     parts = squares / np.maximum(squares.sum(1, keepdims=True), np.finfo(float).tiny)
     return Explanation(surprise, z, _by(usual.layers, found), _by(usual.layers, parts))

@@ -12,7 +12,8 @@ from ood_monitor.densities.features import table
 from ood_monitor.densities.measurements import GRADIENT_NORMS, Explaining, Measurements, Table
 from ood_monitor.densities.parts import Kind
 from ood_monitor.detector.plan import Plan
-from ood_monitor.gradients import Granularity, terms_and_norms
+from ood_monitor.detector.summed import norms_of
+from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.statistics import (
@@ -36,6 +37,7 @@ def measured_by(
     adapter: Adapter,
     batch: Batch,
     *,
+    differentiated: Adapter,
     layers: Layers,
     granularity: Granularity,
     chunk_size: int | None,
@@ -47,6 +49,7 @@ def measured_by(
         plan: What is measured.
         adapter: The model.
         batch: The samples.
+        differentiated: The same model, as gradients are taken of it.
         layers: Which parameters are features.
         granularity: Of gradient norms.
         chunk_size: Samples a pass.
@@ -74,8 +77,8 @@ def measured_by(
             found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.needs_gradients:
-        norms = terms_and_norms(
-            adapter, batch, layers=layers, granularity=granularity, chunk_size=chunk_size
+        norms = norms_of(
+            differentiated, batch, layers=layers, granularity=granularity, chunk_size=chunk_size
         )
         tables[GRADIENT_NORMS], likelihoods = Table(*table(norms.norms)), norms.log_likelihood
     terms, values = table(likelihoods)
@@ -89,9 +92,9 @@ def explaining_of(
     sample: SampleKind | None,
     layers: Layers,
     chunk_size: int | None,
-    norms: bool,
+    norms: Adapter | None,
 ) -> Explaining:
-    """What explains others by place, and if norms are asked for by layer, of n held-out samples.
+    """What explains others by place, and by norms of an adapter by layer, of n held-out samples.
 
     Gradients take the memory of a training step, so that few samples go into a pass. Whatever they
     fail of is kept as the reason: a detector that needs none goes without.
@@ -101,10 +104,10 @@ def explaining_of(
     kept = {term: each for term, each in found.items() if _is_small(each) and sample != "sequence"}
     places = {term: each.numpy() for term, each in kept.items()}
     of_layers, without = None, ""
-    if norms:
+    if norms is not None:
         size = min(chunk_size or _EXPLAINED_AT_ONCE, _EXPLAINED_AT_ONCE)
         try:
-            given = terms_and_norms(adapter, batch, layers=layers, chunk_size=size)
+            given = norms_of(norms, batch, layers=layers, chunk_size=size)
             of_layers = Table(*table(given.norms))
         except Exception as error:  # of any kind, where a model can only run forward
             without = f"{type(error).__name__}: {error}"

@@ -232,7 +232,9 @@ def _compare(
         )
     looped = frozenset(wrong | done)
     at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
-    return Facts(looped, fast.last_of_graph, at_once), _without_verdict(exact, dtypes)
+    unsettled = _without_verdict(exact, dtypes)
+    with_graph = {key for key in unsettled if key.split("/", 1)[0] not in fast.constant}
+    return Facts(looped, fast.last_of_graph, at_once), with_graph
 
 
 def _check_dependence(adapter: Adapter, exact: dict[str, Tensor]) -> None:

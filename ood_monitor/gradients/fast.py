@@ -22,12 +22,14 @@ class Recorded:
         norms: ``{"term/parameter": (n,)}``, or ``(n, rows)`` by row; zero where no gradient came.
         left_over: Parameters that only the loop gets right.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
+        constant: Terms without any graph, which are values alone.
     """
 
     log_likelihood: dict[str, Tensor]
     norms: dict[str, Tensor]
     left_over: set[str]
     last_of_graph: frozenset[str]
+    constant: frozenset[str] = frozenset()
 
 
 def recorded_norms(
@@ -53,13 +55,15 @@ def recorded_norms(
     recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
+    constant: set[str] = set()
     for term, value in recorded_terms(recorder, checked_terms(adapter, batch)):
         values[term] = value.detach()
+        constant |= set() if value.requires_grad else {term}
         found = _squared_norms(recorder, value, n, by_row, keep_graph=term not in last_of_graph)
         norms |= {f"{term}/{name}": squared for name, squared in found.items()}
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
-    return Recorded(values, norms, recorder.left_over, last)
+    return Recorded(values, norms, recorder.left_over, last, frozenset(constant))
 
 
 def recorded_rows(

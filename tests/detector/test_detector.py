@@ -37,6 +37,7 @@ class Composed(om.Adapter):
 
     def __init__(self, adapter: om.Adapter, forward: Any, log_volume: Any) -> None:
         self.module, self._adapter = adapter.module, adapter
+        self.is_one_pass = adapter.is_one_pass
         self._forward, self._log_volume = forward, log_volume
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:

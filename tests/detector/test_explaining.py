@@ -14,6 +14,7 @@ import ood_monitor as om
 from ood_monitor.adapters.base import Batch, checked_elements, map_tensors, pieces
 from ood_monitor.adapters.elements import Elements, counted_of, resolved
 from ood_monitor.densities.measurements import Measurements
+from ood_monitor.detector.summed import norms_of
 from ood_monitor.statistics import surprise_by_place
 
 HELD_OUT = 60
@@ -26,6 +27,10 @@ def detector(name: str, **options: Any) -> om.Detector:
 
 def first(batch: Batch, count: int) -> Batch:
     return map_tensors(lambda tensor: tensor[:count], batch)
+
+
+def norms_by(made: om.Detector, batch: Batch) -> dict[str, Tensor]:
+    return norms_of(made._differentiated, batch, layers=None, chunk_size=None).norms
 
 
 # By place
@@ -91,8 +96,7 @@ def test_texts_have_no_usual_places() -> None:
 def test_layers_are_in_deviations_of_held_out_norms(name: str, method: Any) -> None:
     made, batch = detector(name, method=method), batch_of(name, 4, seed=2)
     why = made.explain(batch, layers=True)
-    norms = om.gradient_norms(made.adapter, batch_of(name, HELD_OUT, seed=1))
-    new = om.gradient_norms(made.adapter, batch)
+    norms, new = (norms_by(made, each) for each in (batch_of(name, HELD_OUT, seed=1), batch))
     assert why.z.keys() == why.shares.keys() <= new.keys()
     assert len(why.z) > len(new) / 2
     for layer, z in why.z.items():
@@ -106,7 +110,7 @@ def test_layers_are_in_deviations_of_held_out_norms(name: str, method: Any) -> N
 
 def test_layers_are_explained_on_demand_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made = detector("vae", method="forward")
-    monkeypatch.setattr("ood_monitor.detector.explaining.gradient_norms", None)
+    monkeypatch.setattr("ood_monitor.detector.explaining.norms_of", None)
     why = made.explain(batch_of("vae", 3, seed=2))
     assert (why.z, why.shares) == ({}, {})
     with pytest.raises(TypeError):
@@ -118,7 +122,7 @@ def test_the_first_held_out_samples_are_kept(explain: int, count: int) -> None:
     usual = detector("vae", method="forward", explain=explain).fitted.usual
     assert (usual.count if usual else 0) == count
     if usual:
-        norms = om.gradient_norms(adapter_of("vae"), first(batch_of("vae", 60, seed=1), count))
+        norms = norms_by(om.Detector(adapter_of("vae")), first(batch_of("vae", 60, seed=1), count))
         logs = torch.stack([norms[layer].double().log() for layer in usual.layers], 1)
         torch.testing.assert_close(torch.from_numpy(usual.mean), logs.mean(0), rtol=1e-3, atol=1e-3)
 
