@@ -19,6 +19,7 @@ SNIPPETS: dict[str, int] = {
     "docs/recipes/diffusers-service.md": 3,
     "docs/recipes/lightning.md": 2,
     "docs/recipes/spark.md": 1,
+    "docs/recipes/tables.md": 3,
     "docs/recipes/your-own-model.md": 4,
 }
 

@@ -49,7 +49,7 @@ class Explaining:
 
     Attributes:
         norms: Squared gradient norms "term/parameter" of these samples; None if there are none.
-        places: Of each term that comes by element its surprise by place, (n, *places), nats.
+        places: Of each term that comes by element its surprise by place, ``(n, *places)``, nats.
         without: Why there are no norms, in words.
         count: n.
     """
