@@ -41,7 +41,8 @@ In code, in `benchmarks/detection/protocol.py`:
 - Beside AUROC: the share of test images flagged at fpr 0.01, the median samples to a drift
   alarm at ert 10 000 when a fifth of a stream is of the other set (a stream is as long as the
   test set; one more is "never"), and cost in forward passes of the network.
-- "Default" is the default density of gradient norms in all parts but the first.
+- "Default" is the default density of gradient norms by term, in all parts but the first two; a
+  detector takes the norms of the whole likelihood where its terms come of one pass.
 - Higher score, more anomalous. For a diffusion model "log-likelihood" is its bound at levels 50
   and 500, "paper" its loss at the least noise, T = 1; methods "T = 1" take that loss itself.
 

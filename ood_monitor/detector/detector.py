@@ -29,7 +29,7 @@ from ood_monitor.detector.compatibility import (
 from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting
 from ood_monitor.detector.measuring import explaining_of, measured_by
-from ood_monitor.detector.plan import Parts, Plan, checked_method, planned
+from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_layers
 from ood_monitor.detector.summed import Summed
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
@@ -37,6 +37,7 @@ from ood_monitor.saving import hub
 from ood_monitor.saving.card import save_card
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
+from ood_monitor.statistics import has_layers
 
 __all__ = ["Detector", "Groups"]
 
@@ -185,7 +186,7 @@ class Detector:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
         size = batch_size(batch)  # refuses what is none
-        plan = planned(self.adapter.sample_of(batch), self.method, self.density, self.parts)
+        plan = self._plan_of(batch)
         measured = self._measured(plan, batch, None)
         count = min(explain, size)
         return (
@@ -490,9 +491,17 @@ class Detector:
             self._summed = Summed(self.adapter)
         return self._summed
 
+    def _plan_of(self, batch: Batch) -> Plan:
+        plan = planned(self.adapter.sample_of(batch), self.method, self.density, self.parts)
+        asks = plan.is_default and "expected_norms" in plan.of_forward
+        return without_layers(plan.sample) if asks and not has_layers(self.adapter, batch) else plan
+
     def _fitting(self, measured: Measurements) -> Fitting:
+        plan = planned(measured.sample, self.method, self.density, self.parts)
+        if plan.is_default and not plan.of_forward <= measured.tables.keys():
+            plan = without_layers(plan.sample)
         return Fitting(
-            plan=planned(measured.sample, self.method, self.density, self.parts),
+            plan=plan,
             layers=self.layers,
             calibration_fraction=self.calibration_fraction,
             trim=self.trim,

@@ -10,7 +10,7 @@ from ood_monitor.densities.parts import CHOSEN, Kind, Method, Part
 from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Parts", "Plan", "checked_method", "planned"]
+__all__ = ["Parts", "Plan", "checked_method", "planned", "without_layers"]
 
 #: Parts that a user chooses, by themselves or by their kind.
 Parts: TypeAlias = Sequence[Part | Kind]
@@ -23,6 +23,9 @@ DEFAULTS: dict[SampleKind | None, Method] = {
     "row": "forward",
     None: "gradient_norms",
 }
+
+#: The reason of what was chosen.
+_CHOSEN = "chosen"
 
 _KINDS: Mapping[SampleKind | None, str] = {
     "image": "samples are images",
@@ -63,6 +66,11 @@ class Plan:
         return {"method": self.method, "density": density}
 
     @property
+    def is_default(self) -> bool:
+        """Whether nobody chose it."""
+        return self.reason != _CHOSEN
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether a part takes a backward pass."""
         return any(part.needs_gradients for part in self.parts)
@@ -86,10 +94,16 @@ def planned(
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
-        return Plan(CHOSEN, chosen, sample, "chosen")
-    reason = "chosen" if method else f"default where {_KINDS[sample]}"
+        return Plan(CHOSEN, chosen, sample, _CHOSEN)
+    reason = _CHOSEN if method else f"default where {_KINDS[sample]}"
     word = method or DEFAULTS[sample]
     return Plan(word, _parts(word, sample, density), sample, reason)
+
+
+def without_layers(sample: SampleKind | None) -> Plan:
+    """The default of a model that calls no layer, of which there are no expected norms."""
+    reason = "default where no convolution or linear map is called as a module"
+    return Plan("gradient_norms", _parts("gradient_norms", sample, None), sample, reason)
 
 
 def checked_method(

@@ -4,7 +4,14 @@ from ood_monitor.statistics.forward import (
     ForwardStatistics,
     expected_layers,
     forward_statistics,
+    has_layers,
 )
 from ood_monitor.statistics.places import surprise_by_place
 
-__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics", "surprise_by_place"]
+__all__ = [
+    "ForwardStatistics",
+    "expected_layers",
+    "forward_statistics",
+    "has_layers",
+    "surprise_by_place",
+]

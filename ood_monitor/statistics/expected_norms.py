@@ -24,7 +24,7 @@ from ood_monitor.statistics.hooks import Sums
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.rows import Layout, Single
 
-__all__ = ["LayersOfAPass", "discovered", "known_layers", "norms_of", "one_pass"]
+__all__ = ["LayersOfAPass", "any_known", "discovered", "known_layers", "norms_of", "one_pass"]
 
 _log = logging.getLogger(__name__)
 
@@ -172,6 +172,11 @@ def norms_of(
         dtype = torch.promote_types(like.dtype, torch.float32)
         found[name] = like.new_zeros((size, count), dtype=dtype)
     return found
+
+
+def any_known(adapter: Adapter) -> bool:
+    """Whether a layer of the adapter was found before."""
+    return bool(_found_of(adapter))
 
 
 def _found_of(adapter: Adapter) -> dict[str, Layer]:

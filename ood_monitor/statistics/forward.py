@@ -19,6 +19,7 @@ from ood_monitor.adapters.elements import Elements
 from ood_monitor.modules import Passes, device_of, scored
 from ood_monitor.statistics.expected_norms import (
     LayersOfAPass,
+    any_known,
     discovered,
     known_layers,
     norms_of,
@@ -28,7 +29,7 @@ from ood_monitor.statistics.png import PNG_BITS, png_bits
 from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.surprise import surprise_map, value_columns
 
-__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics"]
+__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics", "has_layers"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ def expected_layers(adapter: Adapter, batch: Batch) -> dict[str, int]:
         return {name: layer.groups for name, layer in discovered(passes, usable).items()}
 
     return scored(found, adapter, adapter.module)
+
+
+def has_layers(adapter: Adapter, batch: Batch) -> bool:
+    """Whether there is an expected norm of any layer; by a pass until one was seen."""
+    if any_known(adapter):
+        return True
+    try:
+        return bool(expected_layers(adapter, next(pieces(batch, 1))))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -228,12 +228,13 @@ def test_every_method_sees_every_model(model: str) -> None:
         assert np.isfinite(scores["test"]).all()
 
 
-def test_the_default_is_the_detectors() -> None:
+def test_the_default_density_is_the_detectors() -> None:
     watched = zoo.tiny()["Glow"]
     module = watched.make().eval()
     x = watched.prepare(images(80))
-    detector = om.Detector(watched.adapter(module), chunk_size=50).fit([x], progress=False)
-    fit = methods.measured(watched.adapter(module), x, 1)
+    made = om.Detector(watched.adapter(module), method="gradient_norms", chunk_size=50)
+    detector = made.fit([x], progress=False)
+    fit = detector.measure(x)
     order = detector._fitting(detector.measure(x))._split(80)[0]
     view = methods.default_view({"fit": fit.take(order), "test": fit})
     scores = protocol.scored(methods.default(fit.take(order)), view)

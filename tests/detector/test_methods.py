@@ -175,6 +175,23 @@ DEFAULTS: dict[str, tuple[om.Adapter, str, dict[str, Any], str, str]] = {
 }
 
 
+def test_a_model_without_layers_keeps_gradient_norms() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1, 4, 4))
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            return -0.5 * (x - self.shift).square().flatten(1).sum(1)
+
+    images = batch_of("glow", 60, seed=1)
+    fitted = om.Detector(om.LogLikelihood(Shift())).fit(images.split(20), progress=False).fitted
+    assert fitted.method == "gradient_norms"
+    assert fitted.reason == "default where no convolution or linear map is called as a module"
+    with pytest.raises(ValueError, match="or use gradient norms"):
+        om.Detector(om.LogLikelihood(Shift()), method="forward").fit([images], progress=False)
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_method_and_its_reason_are_said(name: str, tmp_path: Path) -> None:
     adapter, of, options, method, reason = DEFAULTS[name]

@@ -81,7 +81,8 @@ def test_scores_know_where_their_samples_stand(fitted: tuple[OODMonitor, str]) -
     assert sorted(recorded.dataset_index) == list(range(128))
     assert not (recorded.dataset_index == np.arange(128)).all()
     foreign = torch.from_numpy(recorded.dataset_index >= 64)
-    assert recorded.scores.score[foreign].min() > recorded.scores.score[~foreign].median()
+    score = recorded.scores.score
+    assert score[foreign].median() > score[~foreign].quantile(0.9)
 
 
 def test_several_loaders_are_one_stream_and_told_apart(fitted: tuple[OODMonitor, str]) -> None:
