@@ -13,10 +13,11 @@ INTRODUCTION = (
     "`forward` is the default where an adapter says that samples are images, sequences or rows of "
     "a table: expected and surprise of the likelihood, an image's bits, and expected gradient "
     "norms. `gradient_norms` is the paper's kind of score, of the whole likelihood where its terms "
-    "come of one pass, with this library's default density; `both` joins the two. Rules of `forward` were chosen "
-    "on models of Fashion-MNIST against these very sets, and one scale was mended on those of "
-    "MNIST: the figures say how it does where it was made. Found: the share of foreign images "
-    "with p <= 0.01. Costs are in plain forward passes of B images, the larger of the two models'."
+    "come of one pass, with this library's default density; `both` joins the two. Rules of "
+    "`forward` were chosen on models of Fashion-MNIST against these very sets, and one scale was "
+    "mended on those of MNIST: the figures say how it does where it was made. Found: the share of "
+    "foreign images with p <= 0.01. Costs are in plain forward passes of B images, the larger of "
+    "the two models'."
 )
 
 
