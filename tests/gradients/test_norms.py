@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import MODELS, Function, Gaussian, Model, model
+from support.cases import MODELS, Function, Gaussian, Model, model, slow_if_heavy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,15 +34,17 @@ X = torch.linspace(-1, 1, 12).double().reshape(4, 3)
 
 DISAGREES = "The fast path disagrees with the loop"
 
+
+def marks(case: Model) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.filterwarnings(f"ignore:{DISAGREES}")] * case.warns
+
+
 models = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            m, id=m.name, marks=[pytest.mark.filterwarnings(f"ignore:{DISAGREES}")] * m.warns
-        )
-        for m in MODELS
-    ],
-    scope="module",
+    "case", [pytest.param(m, id=m.name, marks=marks(m)) for m in MODELS], scope="module"
+)
+#: Of which the heavy ones are slow.
+quick_models = pytest.mark.parametrize(
+    "case", [slow_if_heavy(m, *marks(m)) for m in MODELS], scope="module"
 )
 
 
@@ -102,12 +104,12 @@ def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms) -> None
     assert_norms(gradient_norms(adapter, batch, granularity="row"), rows(exact))
 
 
-@models
+@quick_models
 def test_single_precision(case: Model, exact: Norms) -> None:
     assert_norms(gradient_norms(*case(torch.float32)), tensors(exact), torch.float32)
 
 
-@models
+@quick_models
 def test_a_group_has_the_gradient_of_its_sum(case: Model) -> None:
     adapter, batch = case()
     expected = gradients(adapter, batch, group=2)
@@ -115,7 +117,7 @@ def test_a_group_has_the_gradient_of_its_sum(case: Model) -> None:
     assert_norms(gradient_norms(adapter, batch, group=2, granularity="row"), rows(expected))
 
 
-@models
+@quick_models
 def test_chunks_change_nothing(case: Model, exact: Norms) -> None:
     adapter, batch = case()
     for chunk_size in (3, 1):
@@ -195,7 +197,7 @@ def training(adapter: om.Adapter, batch: Batch) -> Norms:
     return gradient_norms(adapter, batch)
 
 
-@models
+@quick_models
 @pytest.mark.parametrize("under", [no_grad, inference_mode, autocast, frozen, training])
 def test_the_callers_state_changes_nothing(
     case: Model, exact: Norms, under: Callable[[om.Adapter, Batch], Norms]
@@ -205,7 +207,7 @@ def test_the_callers_state_changes_nothing(
     assert_norms(actual, {k: v[:2] for k, v in tensors(exact).items()}, torch.float32)
 
 
-@models
+@quick_models
 def test_a_model_made_in_inference_mode(case: Model, exact: Norms) -> None:
     with torch.inference_mode():
         adapter, batch = case(torch.float32)

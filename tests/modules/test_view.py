@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cases import MODELS, Function, Gaussian, Model, model
+from support.cases import MODELS, Function, Gaussian, Model, model, slow_if_heavy
 from torch import Tensor, nn
 
 import ood_monitor as om
@@ -20,7 +20,7 @@ from ood_monitor.gradients import gradient_norms
 from ood_monitor.modules import device_of, leaf_parameters, precision_of, scoring_view
 
 pytestmark = pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
-models = pytest.mark.parametrize("case", MODELS, ids=lambda m: m.name)
+models = pytest.mark.parametrize("case", [*map(slow_if_heavy, MODELS)])
 
 
 class Failing(om.Adapter):

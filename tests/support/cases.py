@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
@@ -14,7 +15,7 @@ import ood_monitor as om
 from support.foreign_cases import FOREIGN
 from support.model_case import Case, Function, Gaussian, Model
 
-__all__ = ["MODELS", "Function", "Gaussian", "Model", "model"]
+__all__ = ["HEAVY", "MODELS", "Function", "Gaussian", "Model", "model", "slow_if_heavy"]
 
 
 class Scale(torch.autograd.Function):
@@ -356,6 +357,22 @@ MODELS: tuple[Model, ...] = (
     ),
     *FOREIGN,
 )
+
+
+#: Models that take seconds, each with a quicker one of its family: what holds beside exact norms is
+#: tested on these in `make test-slow`.
+HEAVY = frozenset(
+    {
+        *("stable-diffusion", "sdxl", "latent-diffusion", "ddpm-of-labels", "ddpm-draws"),
+        *("ddpm-l1", "ddpm-vlb", "autoencoder-iwae", "normflows-glow"),
+    }
+)
+
+
+def slow_if_heavy(case: Model, *marks: pytest.MarkDecorator) -> Any:
+    """A model as a parameter, which is slow if it takes long."""
+    slow = (pytest.mark.slow,) if case.name in HEAVY else ()
+    return pytest.param(case, id=case.name, marks=(*marks, *slow))
 
 
 def model(name: str) -> Model:
