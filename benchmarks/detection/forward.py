@@ -69,7 +69,7 @@ def rows_of(
     """A row for each method: every set, then what is left of it with few fit samples."""
     adapter = watched.adapter(module)
     x = {name: watched.prepare(images) for name, images in sets.items()}
-    plans = {name: plan_of(adapter.sample_of(x["fit"]), name) for name in names if name in COMPARED}
+    plans = plans_of(adapter, x, names)
     found = measured(adapter, x, plans.values())
     for name, plan in plans.items():
         detector = om.Detector(adapter, chunk_size=methods.CHUNK, **COMPARED[name])
@@ -88,10 +88,14 @@ def rows_of(
     yield from peers(model, watched, adapter, sets, x, [name for name in names if name in PEERS])
 
 
-def plan_of(sample: Any, name: str) -> Plan:
-    options = COMPARED[name]
-    method, density, parts = (options.get(key) for key in ("method", "density", "parts"))
-    return planned(sample, method, density, parts)
+def plans_of(adapter: om.Adapter, x: Mapping[str, Tensor], names: list[str]) -> dict[str, Plan]:
+    """What each of the methods that are detectors measures of these samples."""
+    sample = adapter.sample_of(x["fit"])
+    return {
+        name: planned(sample, options.get("method"), None, options.get("parts"))
+        for name, options in COMPARED.items()
+        if name in names
+    }
 
 
 def measured(
@@ -141,7 +145,7 @@ def corruptions(
         name: corrupted(other, name, SEVERITY, seed=0) for name in CORRUPTIONS
     }
     x = {name: watched.prepare(each) for name, each in images.items()}
-    plans = {name: plan_of(adapter.sample_of(x["fit"]), name) for name in names if name in COMPARED}
+    plans = plans_of(adapter, x, names)
     found = measured(adapter, x, plans.values())
     for name, plan in plans.items():
         joined = fitted(plan, found["fit"])

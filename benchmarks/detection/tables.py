@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from benchmarks.detection import protocol
+from benchmarks.detection.forward import fitted
 from benchmarks.harness.measurement import claim, machine, save
-from ood_monitor.densities.baselines import LowLikelihood
-from ood_monitor.densities.joined import Joined
-from ood_monitor.detector.plan import Plan, planned
+from ood_monitor.detector.plan import planned
 
 Row = dict[str, Any]
 
@@ -45,7 +44,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 METHODS: dict[str, dict[str, Any]] = {
-    "- log p": {},
+    "- log p": {"parts": ["log_likelihood"]},
     "paper": {"density": om.DiagonalGaussian()},
     "gradient_norms": {"method": "gradient_norms"},
     "forward": {"method": "forward"},
@@ -122,14 +121,11 @@ def scored(
     adapter: om.Adapter, sets: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Scores of every set but the one that fits."""
-    detector = om.Detector(adapter, **(options or {"parts": ["log_likelihood"]}))
+    detector = om.Detector(adapter, **options)
     found = {name: detector.measure(x) for name, x in sets.items()}
     fit = found.pop("fit")
-    if not options:
-        low = LowLikelihood()
-        return {name: low.score(it.log_likelihood.sum(1)) for name, it in found.items()}
-    plan: Plan = planned(fit.sample, detector.method, detector.density, detector.parts)
-    joined = Joined.fit(plan.parts, fit, torch.finfo(torch.float32).eps)
+    plan = planned(fit.sample, detector.method, detector.density, detector.parts)
+    joined = fitted(plan, fit)
     return {name: joined.score(it) for name, it in found.items()}
 
 
