@@ -207,7 +207,7 @@ class Monitor:
         start = time.perf_counter()
         try:
             scores = self._scored(batch)
-        except Exception:
+        except Exception:  # of any kind: it is counted, and raised on
             self._measure(failed=1)
             raise
         self._measure(seconds=time.perf_counter() - start)

@@ -56,6 +56,7 @@ from ood_monitor_integrations.mlflow.recipes import (
     recipe_of,
     save_weights,
 )
+from ood_monitor_integrations.mlflow.tags import METHOD
 
 __all__ = ["FLAVOR_NAME", "load_model", "log_model", "save_model"]
 
@@ -102,7 +103,7 @@ def log_model(
     Raises:
         ValueError: As :func:`save_model`.
     """
-    tags = {"ood_monitor.method": detector.fitted.method} | (options.pop("tags", None) or {})
+    tags = {METHOD: detector.fitted.method} | (options.pop("tags", None) or {})
     info: ModelInfo = Model.log(
         artifact_path=None,
         name=name,
@@ -179,7 +180,7 @@ def save_model(
         _write_environment(folder, detector.fitted, pip_requirements, extra_pip_requirements)
         _write_model(model, folder, recipe, code_paths)
         _check_loads(folder, detector)
-    except BaseException:
+    except BaseException:  # also where it is interrupted
         shutil.rmtree(folder)  # it was new or empty
         raise
 

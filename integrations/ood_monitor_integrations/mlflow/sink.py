@@ -17,11 +17,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from ood_monitor.alerts import Alert, AlertEvidence, Status, Summary
 from ood_monitor.plots import alert_figure
 from ood_monitor_integrations.mlflow.note import note_with
+from ood_monitor_integrations.mlflow.tags import DETECTOR, METHOD, SINCE, STATUS
 
 __all__ = ["MLflowSink"]
 
-_STATUS, _SINCE, _DETECTOR = "ood_monitor.status", "ood_monitor.since", "ood_monitor.detector"
-_METHOD = "ood_monitor.method"
 _RAISED = {"sample": 1.0, "drift": 1.0, "recovered": 0.0}  # other kinds leave `ood/alert` alone
 
 _FILE_STORE = (
@@ -84,7 +83,7 @@ class MLflowSink:
         self._client = client or _client(tracking_uri)
         # Across restarts a run keeps its status until this sink is told otherwise.
         tags = self._client.get_run(self.run_id).data.tags
-        self._status, self._latest = tags.get(_STATUS), _time(tags.get(_SINCE))
+        self._status, self._latest = tags.get(STATUS), _time(tags.get(SINCE))
         self._version = model_version and (model_version[0], str(model_version[1]))
         self._version_status = self._shown_by_version()
 
@@ -104,9 +103,9 @@ class MLflowSink:
         # One that comes late, after an outage, is recorded, and changes no later status.
         is_news = alert.time >= self._latest
         tags = self._transition(alert.status, alert.time) if is_news else {}
-        tags |= {_DETECTOR: alert.detector}
+        tags |= {DETECTOR: alert.detector}
         if alert.method is not None:
-            tags |= {_METHOD: alert.method}
+            tags |= {METHOD: alert.method}
         self._log_batch(values, tags, alert.samples_seen, alert.time)
         folder = f"ood/alerts/{alert.id}"
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{folder}.json")
@@ -132,17 +131,17 @@ class MLflowSink:
         self._status, self._latest = status, time
         if self._version is not None and status != self._version_status:
             if self._shown_by_version() != status:
-                self._client.set_model_version_tag(*self._version, _STATUS, status)
+                self._client.set_model_version_tag(*self._version, STATUS, status)
             self._version_status = status
 
     def _shown_by_version(self) -> str | None:
         if self._version is None:
             return None
-        status: str | None = self._client.get_model_version(*self._version).tags.get(_STATUS)
+        status: str | None = self._client.get_model_version(*self._version).tags.get(STATUS)
         return status
 
     def _transition(self, status: str, time: datetime) -> dict[str, str]:
-        return {} if status == self._status else {_STATUS: status, _SINCE: time.isoformat()}
+        return {} if status == self._status else {STATUS: status, SINCE: time.isoformat()}
 
     def _log_batch(
         self, values: Mapping[str, float | None], tags: Mapping[str, str], step: int, time: datetime

@@ -75,7 +75,7 @@ def _span() -> Iterator[Any]:
         span = stack.enter_context(mlflow.start_span(_NAME, span_type=SpanType.GUARDRAIL))
     try:
         yield span
-    except Exception:
+    except Exception:  # the guard's or its user's: the span tells, and it is raised on
         with _contained():
             if span is not None:
                 span.set_status("ERROR")
