@@ -34,7 +34,7 @@ from ood_monitor.modules.calls import call_of
 from ood_monitor.modules.substitutes import Unwrapped, settle, wrapped_in
 from ood_monitor.modules.tensors import Tensors, TensorsOfAPass
 
-__all__ = ["Structure"]
+__all__ = ["SHARED", "Structure"]
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ _EMPTIED = frozenset({"_backward_hooks", "_backward_pre_hooks", "_memoize_cache"
 
 #: Attributes of a module that its copy shares: a Lightning module's Trainer, and hooks that no
 #: forward pass calls.
-_SHARED = frozenset(
+SHARED = frozenset(
     {
         *("_trainer", "_fabric", "_state_dict_hooks", "_state_dict_pre_hooks"),
         *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -205,7 +205,7 @@ class Structure:
                 own[name] = value
             elif name in _EMPTIED or (kind in _CONTAINERS and not value):
                 own[name] = kind()
-            elif name in _SHARED:
+            elif name in SHARED:
                 own[name] = value
             elif name in _TABLES:
                 own[name] = {k: self._of(part) for k, part in list(value.items())}

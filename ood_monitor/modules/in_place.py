@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.modules.copies import SHARED
 from ood_monitor.modules.substitutes import takes_train_mode
 
 __all__ = ["PythonState", "restored"]
@@ -49,7 +50,8 @@ class PythonState:
     """Attributes of a module's parts and of its holder, to be put back after each pass.
 
     Containers and objects in them are looked into, and in these; so are tensors that are no
-    parameter and no buffer.
+    parameter and no buffer. What the whole training shares, as Lightning's Trainer, is left alone:
+    other threads change it.
 
     Args:
         module: The module, as it is scored.
@@ -72,8 +74,10 @@ class PythonState:
         self._seen.add(id(value))
         if type(value) in _COPIED:
             self._kept.append((value, value.copy()))
-            for item in list(value.values() if isinstance(value, dict) else value):
-                self._look_into(item, depth + 1)
+            items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+            for key, item in list(items):
+                if key not in SHARED:
+                    self._look_into(item, depth + 1)
 
     def _look_into(self, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):

@@ -36,7 +36,7 @@ def marks(module: nn.Module) -> int:
 
     What is written past autograd, through ``tensor.data`` or a NumPy view, is not seen.
     """
-    tensors = chain(module.named_parameters(), module.named_buffers())
+    tensors = chain(stored_weights(module), module.named_buffers())
     return hash(tuple((name, id(t), t.data_ptr(), _version(t)) for name, t in tensors))
 
 

@@ -343,6 +343,25 @@ def test_what_is_scored_in_place_remembers_nothing() -> None:
     assert repr(GLOBAL["module"].told()) == before
 
 
+def test_what_a_training_shares_is_left_to_its_threads() -> None:
+    class Trainer:
+        steps = 0
+
+    adapter = ByAGlobal()
+    trainer = adapter.module._trainer = Trainer()
+
+    class Stepping(ByAGlobal):
+        def __init__(self) -> None:
+            self.module = adapter.module
+
+        def log_likelihood(self, batch: Tensor) -> Any:
+            trainer.steps += 1  # as another thread would
+            return super().log_likelihood(batch)
+
+    om.gradient_norms(Stepping(), X)
+    assert trainer.steps > 0
+
+
 def test_check_adapter_leaves_caches_flags_and_attributes() -> None:
     class CachedInEval(nn.Linear):
         cache: Tensor | None = None
