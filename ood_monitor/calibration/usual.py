@@ -12,9 +12,9 @@ from ood_monitor.densities.measurements import Explaining
 
 __all__ = ["Usual"]
 
-#: Samples that deviations take more than, and the least of them, relative to their largest: a
+#: The fewest samples that have a deviation, and the least of a place's, relative to the largest: a
 #: place that never varies is no surprise.
-_FEWEST, _SMALLEST = 1, 1e-6
+_FEWEST, _SMALLEST = 2, 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,15 @@ class Usual:
 
     Attributes:
         count: How many samples they are of.
-        layers: "term/parameter" of each live norm, L of them; none if there are no norms.
-        floor: Squared norms below this are rounding and count as this, (L,).
-        mean: Of the logs of squared norms, (L,).
+        norms: Takes logs of the L live squared norms "term/parameter"; None if there are none.
+        mean: Of these logs, (L,).
         sd: Their standard deviations, (L,).
         places: Of each term that comes by element, means and deviations of its surprise by place.
         without: Why there are no norms, in words.
     """
 
     count: int
-    layers: tuple[str, ...] = ()
-    floor: Array = field(default_factory=lambda: np.zeros(0))
+    norms: LogNorms | None = None
     mean: Array = field(default_factory=lambda: np.zeros(0))
     sd: Array = field(default_factory=lambda: np.zeros(0))
     places: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
@@ -42,18 +40,31 @@ class Usual:
     @classmethod
     def of(cls, samples: Explaining, eps: float) -> Self:
         """Of samples whose norms were computed with machine precision ``eps``."""
-        enough = len(samples) > _FEWEST
-        places = {term: _moments(values) for term, values in samples.places.items() if enough}
+        finite = {term: _finite(values) for term, values in samples.places.items()}
+        places = {term: _moments(it) for term, it in finite.items() if len(it) >= _FEWEST}
         if samples.norms is None:
-            return cls(len(samples), places=places, without=samples.without)
+            return cls(samples.count, places=places, without=samples.without)
+        norms = _finite(samples.norms.values)
+        if len(norms) < _FEWEST:
+            few = f"finite norms of {len(norms)} of {samples.count} samples"
+            return cls(samples.count, places=places, without=few)
         try:
-            norms = _finite(samples.norms.values)
-            live = LogNorms.fit(samples.norms.names, norms, eps)
+            known = LogNorms.fit(samples.norms.names, norms, eps)
         except ValueError as error:
-            return cls(len(samples), places=places, without=str(error))
-        logs = live(norms)
-        mean, sd = logs.mean(0), np.maximum(logs.std(0, ddof=1), eps)
-        return cls(len(samples), live.live_names, live.floor[live.live], mean, sd, places)
+            return cls(samples.count, places=places, without=str(error))
+        logs, live = known(norms), known.live
+        return cls(
+            samples.count,
+            _log_norms(known.live_names, known.floor[live]),
+            logs.mean(0),
+            np.maximum(logs.std(0, ddof=1), eps),
+            places,
+        )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """What the norms are of; nothing if there are none."""
+        return () if self.norms is None else self.norms.names
 
     def dump(self) -> dict[str, Any]:
         """What it is, JSON-able, but for :meth:`arrays`."""
@@ -66,7 +77,8 @@ class Usual:
 
     def arrays(self) -> dict[str, Array]:
         """Means and deviations by name."""
-        found = {"floor": self.floor, "mean": self.mean, "sd": self.sd}
+        floor = self.mean if self.norms is None else self.norms.floor
+        found = {"floor": floor, "mean": self.mean, "sd": self.sd}
         for term, (mean, sd) in self.places.items():
             found |= {f"{term}.place_mean": mean, f"{term}.place_sd": sd}
         return found
@@ -74,10 +86,10 @@ class Usual:
     @classmethod
     def parse(cls, told: Mapping[str, Any], arrays: Mapping[str, Array]) -> Self:
         """What :meth:`dump` and :meth:`arrays` gave."""
+        layers = tuple(told["layers"])
         return cls(
             count=told["count"],
-            layers=tuple(told["layers"]),
-            floor=arrays["floor"],
+            norms=_log_norms(layers, arrays["floor"]) if layers else None,
             mean=arrays["mean"],
             sd=arrays["sd"],
             places={
@@ -89,26 +101,22 @@ class Usual:
 
     def z(self, norms: Mapping[str, Array]) -> Array:
         """Logs of squared norms, (B,) by layer, in deviations from the mean: (B, L)."""
-        values = np.stack([norms[layer] for layer in self.layers], 1)
-        largest = np.finfo(np.float64).max  # which an overflow counts as
-        return np.asarray((np.log(np.clip(values, self.floor, largest)) - self.mean) / self.sd)
+        assert self.norms is not None, "asked for layers that `layers` has not"
+        logs = self.norms(np.stack([norms[layer] for layer in self.layers], 1))
+        return np.asarray((logs - self.mean) / self.sd)
+
+
+def _log_norms(layers: tuple[str, ...], floor: Array) -> LogNorms:
+    """Of layers that are all live."""
+    return LogNorms(layers, np.ones(len(layers), dtype=bool), floor, {})
 
 
 def _finite(values: Array) -> Array:
-    """Of the samples that are.
-
-    Raises:
-        ValueError: There are too few.
-    """
-    found = values[np.isfinite(values).reshape(len(values), -1).all(1)]
-    if len(found) <= _FEWEST:
-        raise ValueError(f"Expected {_FEWEST + 1} samples at least, got {len(found)}.")
-    return found
+    """The samples that are."""
+    return np.asarray(values[np.isfinite(values).reshape(len(values), -1).all(1)])
 
 
 def _moments(values: Array) -> tuple[Array, Array]:
-    """Of the samples that are finite."""
-    values = _finite(values)
     sd = values.std(0, ddof=1)
     least = max(float(sd.max(initial=0.0)) * _SMALLEST, np.finfo(float).tiny)
     return values.mean(0), np.maximum(sd, least)

@@ -59,9 +59,6 @@ class Explaining:
     count: int
     without: str = ""
 
-    def __len__(self) -> int:
-        return self.count
-
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self | None:
         """The samples of several passes; places of other sizes than the first's are left out."""
@@ -76,7 +73,7 @@ class Explaining:
         return cls(
             Table.together(tables) if len(tables) == len(parts) else None,
             places,
-            sum(map(len, parts)),
+            sum(part.count for part in parts),
             next((part.without for part in parts if part.without), ""),
         )
 
@@ -165,7 +162,7 @@ class Measurements:
             kinds.pop() if len(kinds) == 1 else (),
             tuple(group for part in parts for group in part.groups),
             first.sample,
-            Explaining.together([part.explaining for part in parts if part.explaining]),
+            Explaining.together([it for part in parts if (it := part.explaining) is not None]),
         )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:

@@ -217,3 +217,17 @@ def test_a_broken_held_out_sample_explains_nothing() -> None:
     assert np.isfinite(usual.mean).all()
     assert all(np.isfinite(mean).all() for mean, _ in usual.places.values())
     np.testing.assert_allclose(usual.mean, sound.mean, atol=0.2)
+
+
+def test_places_and_layers_of_too_few_finite_samples_are_left_out() -> None:
+    made = om.Detector(adapter_of("glow"), method="forward")
+    measured = made.measure(batch_of("glow", HELD_OUT, seed=1), explain=3)
+    assert measured.explaining is not None
+    assert measured.explaining.norms is not None
+    measured.explaining.norms.values[1:] = np.inf
+    for values in measured.explaining.places.values():
+        values[1:] = np.nan
+    usual = made.fit_measured(measured).fitted.usual
+    assert usual is not None
+    assert (usual.layers, usual.places) == ((), {})
+    assert usual.without == "finite norms of 1 of 3 samples"
