@@ -66,14 +66,13 @@ _PADDING = (
 def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = None) -> None:
     """Check that an adapter keeps what the gradient engine and the detector rest on.
 
-    Its terms are finite and of shape (B,), the same each time, whatever the global random state,
-    of each sample the same alone, in the batch and in another order, and the same by the structural
-    copy of the model that scoring runs; some parameter has a
-    gradient, all are finite, and their norms are the same alone and in the batch; and computing
-    them leaves no trace in the model, the batch or the global random state. Elements add up to
-    their term, and what they expect is finite and of their shape. Terms of a
-    :class:`~ood_monitor.SequenceLikelihood` that tells padding from text, by ``padding`` or a mask,
-    are the same with more padding on either side, or refused.
+    Its terms are finite and of shape (B,), the same each time, whatever the global random state, of
+    each sample the same alone, in the batch and in another order, and the same by the structural
+    copy of the model that scoring runs; some parameter has a gradient, all are finite, and their
+    norms are the same alone and in the batch; and computing them leaves no trace in the model, the
+    batch or the global random state. Elements add up to their term, and what they expect is finite
+    and of their shape. Terms of a :class:`~ood_monitor.SequenceLikelihood` that tells padding from
+    text, by ``padding`` or a mask, are the same with more padding on either side, or refused.
 
     Args:
         adapter: The adapter.

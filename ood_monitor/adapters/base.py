@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
-from ood_monitor.modules import Passes, gradless, scored
+from ood_monitor.modules import Passes, device_of, gradless, scored
 
 __all__ = [
     "Adapter",
@@ -48,6 +48,7 @@ __all__ = [
     "tensors_in",
     "term_values",
     "uniform_draw",
+    "usable_by",
 ]
 
 #: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
@@ -199,6 +200,17 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
         )
     for start in range(0, total, size):
         yield map_tensors(lambda t, start=start: t[start : start + size], batch)  # type: ignore[misc]
+
+
+def usable_by(module: nn.Module, batch: Batch) -> Batch:
+    """A batch where a model is, of tensors of our own, which a backward pass may keep."""
+    device = device_of(module)
+
+    def usable(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device)
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+    return map_tensors(usable, batch)
 
 
 def _uncut(batch: Batch, size: int) -> str | None:

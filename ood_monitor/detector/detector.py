@@ -1,19 +1,23 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, describe, map_tensors
-from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    SampleKind,
+    batch_size,
+    describe,
+    map_tensors,
+)
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array, Density
@@ -30,22 +34,18 @@ from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting
 from ood_monitor.detector.measuring import explaining_of, measured_by
 from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_layers
+from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.saving import hub
-from ood_monitor.saving.card import save_card
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.statistics import has_layers
 
 __all__ = ["Detector", "Groups"]
 
-#: Gives the group of each sample of a batch.
-Groups: TypeAlias = Callable[[Batch], Tensor | Sequence[Any]]
 
-
-class Detector:
+class Detector(Pretrained):
     """Scores how unlike its training data a model finds a sample.
 
     Args:
@@ -185,15 +185,13 @@ class Detector:
         Raises:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
-        size = batch_size(batch)  # refuses what is none
-        plan = self._plan_of(batch)
+        count = min(explain, batch_size(batch))  # which refuses what is no batch
+        sample = self.adapter.sample_of(batch)
+        plan = self._plan(sample, lambda: has_layers(self.adapter, batch))
         measured = self._measured(plan, batch, None)
-        count = min(explain, size)
-        return (
-            replace(measured, explaining=self._explaining(plan, batch, count))
-            if count
-            else measured
-        )
+        if count == 0:
+            return measured
+        return replace(measured, explaining=self._explaining(plan, batch, count))
 
     def _measured_all(self, batches: Iterable[Batch]) -> Iterator[Measurements]:
         left = self.explained
@@ -315,142 +313,6 @@ class Detector:
         """
         return digest(self.adapter.module) != self.fitted.model
 
-    def save_pretrained(
-        self,
-        directory: str | PathLike[str],
-        *,
-        base_model: str | None = None,
-        base_model_revision: str | None = None,
-        diagnosis: Diagnosis | None = None,
-        card: bool = True,
-    ) -> None:
-        """Write ``detector.safetensors`` and ``config.json``; the model itself is not saved.
-
-        A model card, ``README.md``, comes beside them with a figure, ``calibration.png``, where
-        matplotlib is installed. A README that you wrote or changed is left alone.
-
-        Args:
-            directory: The folder, made if need be.
-            base_model: Name on the Hub of the model that is watched, if it does not say it itself.
-            base_model_revision: Its commit.
-            diagnosis: Of :func:`~ood_monitor.diagnose`, for the card.
-            card: Whether there is a card.
-
-        Raises:
-            RuntimeError: The detector is not fitted.
-            ValueError: ``layers`` is a function, which no file can hold; give name patterns.
-        """
-        fitted = self.fitted.based_on(base_model, base_model_revision)
-        fitted.save(Path(directory), self._options())
-        if card:
-            save_card(Path(directory), fitted, self._options(), diagnosis=diagnosis)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base_model: str | None = None,
-        base_model_revision: str | None = None,
-        diagnosis: Diagnosis | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload detector",
-    ) -> str:
-        """Upload what :meth:`save_pretrained` writes, in one commit; the repository is made.
-
-        Args:
-            repo_id: Name of the repository, ``"owner/name"``.
-            base_model: As there.
-            base_model_revision: As there.
-            diagnosis: As there.
-            private: Whether a new repository is private; what the owner's default says if None.
-            revision: The branch, which must exist; ``main`` by default.
-            token: For the Hub; the one that you are logged in with by default.
-            commit_message: Of the commit.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            RuntimeError: The detector is not fitted.
-            ValueError: As :meth:`save_pretrained`.
-            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
-        """
-        fitted = self.fitted.based_on(base_model, base_model_revision)
-        options = self._options()
-
-        def write(directory: Path, readme: str | None) -> None:
-            fitted.save(directory, options)
-            save_card(directory, fitted, options, name=repo_id, diagnosis=diagnosis, there=readme)
-
-        repository = hub.Repository(repo_id, revision, token)
-        return repository.push(write, private=private, message=commit_message)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | PathLike[str],
-        adapter: Adapter,
-        *,
-        groups: Groups | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        cache_dir: str | PathLike[str] | None = None,
-    ) -> Self:
-        """Read what :meth:`save_pretrained` wrote, from a folder or from the Hub.
-
-        Args:
-            name_or_path: The folder, or the repository, ``"owner/name"``, where no such folder is.
-            adapter: The model that the detector was fitted on.
-            groups: What gave the groups, if it was fitted with any.
-            revision: A branch, tag or commit of the repository.
-            token: For the Hub; the one that you are logged in with by default.
-            local_files_only: Whether to look only at what was downloaded before.
-            cache_dir: Where downloads are kept.
-
-        Raises:
-            FileNotFoundError: A file or the repository is missing, or not yours to read.
-            ValueError: A damaged file, a newer format, a model with other layers, or groups where
-                there were none, or none where there were.
-
-        Warns:
-            UserWarning: The model's weights are not those that the detector was fitted on, or of
-                another precision, so that the calibration is stale; or the adapter has another
-                seed, other noise levels or the like.
-        """
-        if Path(name_or_path).is_dir() or not hub.is_repository(name_or_path):
-            directory = Path(name_or_path)
-        else:
-            repository = hub.Repository(str(name_or_path), revision, token)
-            directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)
-        return cls._restored(*Fitted.load(directory), adapter, groups)
-
-    def state_dict(self) -> dict[str, str | bytes]:
-        """What :meth:`save_pretrained` writes, as primitives for a checkpoint.
-
-        Raises:
-            RuntimeError: The detector is not fitted.
-            ValueError: ``layers`` is a function.
-        """
-        config, tensors = self.fitted.dump(self._options())
-        return {"config": config, "tensors": tensors}
-
-    @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Any], adapter: Adapter, *, groups: Groups | None = None
-    ) -> Self:
-        """The detector whose :meth:`state_dict` this is; see :meth:`from_pretrained`.
-
-        Raises:
-            ValueError: As there.
-        """
-        missing = sorted({"config", "tensors"} - state.keys())
-        if missing:
-            raise ValueError(f"Expected the state of a detector, got one without {missing}.")
-        return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter, groups)
-
     @classmethod
     def _restored(
         cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter, groups: Groups | None
@@ -491,17 +353,17 @@ class Detector:
             self._summed = Summed(self.adapter)
         return self._summed
 
-    def _plan_of(self, batch: Batch) -> Plan:
-        plan = planned(self.adapter.sample_of(batch), self.method, self.density, self.parts)
-        asks = plan.is_default and "expected_norms" in plan.of_forward
-        return without_layers(plan.sample) if asks and not has_layers(self.adapter, batch) else plan
+    def _plan(self, sample: SampleKind | None, has_layers: Callable[[], bool]) -> Plan:
+        """What is measured of samples of a kind; expected norms by default only where there are."""
+        plan = planned(sample, self.method, self.density, self.parts)
+        is_default = self.method is None and self.parts is None
+        if is_default and "expected_norms" in plan.of_forward and not has_layers():
+            return without_layers(sample)
+        return plan
 
     def _fitting(self, measured: Measurements) -> Fitting:
-        plan = planned(measured.sample, self.method, self.density, self.parts)
-        if plan.is_default and not plan.of_forward <= measured.tables.keys():
-            plan = without_layers(plan.sample)
         return Fitting(
-            plan=plan,
+            plan=self._plan(measured.sample, lambda: "expected_norms" in measured.tables),
             layers=self.layers,
             calibration_fraction=self.calibration_fraction,
             trim=self.trim,

@@ -24,9 +24,6 @@ DEFAULTS: dict[SampleKind | None, Method] = {
     None: "gradient_norms",
 }
 
-#: The reason of what was chosen.
-_CHOSEN = "chosen"
-
 _KINDS: Mapping[SampleKind | None, str] = {
     "image": "samples are images",
     "sequence": "samples are sequences",
@@ -66,11 +63,6 @@ class Plan:
         return {"method": self.method, "density": density}
 
     @property
-    def is_default(self) -> bool:
-        """Whether nobody chose it."""
-        return self.reason != _CHOSEN
-
-    @property
     def needs_gradients(self) -> bool:
         """Whether a part takes a backward pass."""
         return any(part.needs_gradients for part in self.parts)
@@ -94,8 +86,8 @@ def planned(
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
-        return Plan(CHOSEN, chosen, sample, _CHOSEN)
-    reason = _CHOSEN if method else f"default where {_KINDS[sample]}"
+        return Plan(CHOSEN, chosen, sample, "chosen")
+    reason = "chosen" if method else f"default where {_KINDS[sample]}"
     word = method or DEFAULTS[sample]
     return Plan(word, _parts(word, sample, density), sample, reason)
 

@@ -22,16 +22,16 @@ from ood_monitor.adapters.base import (
     batch_size,
     checked_terms,
     describe,
-    map_tensors,
     pieces,
     tensors_in,
+    usable_by,
 )
 from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.modules import Passes, device_of, scored
+from ood_monitor.modules import Passes, scored
 
 __all__ = [
     "GradientNorms",
@@ -123,14 +123,13 @@ def terms_and_norms(
         raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {granularity!r}.")
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
-    device = device_of(adapter.module)
 
     def of_facts(passes: Passes[Adapter], usable: Batch, facts: Facts) -> GradientNorms:
         by_row, chunks = granularity == "row", pieces(usable, chunk_size or size)
         return _joined([_chunk_norms(passes, c, group, selected, by_row, facts) for c in chunks])
 
     def measured(passes: Passes[Adapter]) -> GradientNorms:
-        usable = map_tensors(lambda t: _usable(t, device), batch)
+        usable = usable_by(adapter.module, batch)
         facts = facts_of(passes, usable, group)
         found = of_facts(passes, usable, facts)
         check_last(passes, next(pieces(usable, chunk_size or size)), group, found.log_likelihood)
@@ -163,11 +162,11 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         >>> last_layers(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), 2)
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
-    selected, device = selection(adapter.module, None), device_of(adapter.module)
+    selected = selection(adapter.module, None)
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
         view = passes.fresh()
-        probe = map_tensors(lambda t: _usable(t, device), next(iter(pieces(batch, 2))))
+        probe = usable_by(adapter.module, next(pieces(batch, 2)))
         recorder = Recorder(view.module, selected, tensors_in(probe), batch_size(probe), False)
         for _ in recorded_terms(recorder, checked_terms(view, probe)):
             pass
@@ -201,12 +200,6 @@ def finite_samples(batch: Batch) -> Tensor:
     """Which samples hold finite values only, shape (B,), bool."""
     finite = [t.isfinite().reshape(len(t), -1).all(1).cpu() for t in tensors_in(batch)]
     return torch.stack(finite).all(0)
-
-
-def _usable(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the model's device, an object of our own, and able to be saved for a backward pass."""
-    tensor = tensor.to(device)
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _chunk_norms(

@@ -24,7 +24,14 @@ from ood_monitor.statistics.hooks import Sums
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.rows import Layout, Single
 
-__all__ = ["LayersOfAPass", "any_known", "discovered", "known_layers", "norms_of", "one_pass"]
+__all__ = [
+    "LayersOfAPass",
+    "WithoutLayersError",
+    "discovered",
+    "known_layers",
+    "norms_of",
+    "one_pass",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +45,15 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+class WithoutLayersError(ValueError):
+    """A pass calls no layer, of which there were expected norms."""
+
+
 def discovered(passes: Passes[Adapter], batch: Batch) -> dict[str, Layer]:
     """The layers that a pass over a batch calls, in module order.
 
     Raises:
-        ValueError: It calls none.
+        WithoutLayersError: It calls none.
     """
     view, positions, discovery = gradless(passes.holder, lambda: _looked_at(passes, batch))
     found = discovery.found
@@ -53,7 +64,7 @@ def discovered(passes: Passes[Adapter], batch: Batch) -> dict[str, Layer]:
         _tell_left_out(passes.holder, found.keys() - kept.keys())
         found = kept
     if not found:
-        raise ValueError(_without_layers(view, discovery.called))
+        raise WithoutLayersError(_without_layers(view, discovery.called))
     order = {name: index for index, (name, _) in enumerate(view.module.named_modules())}
     found = {name: found[name] for name in sorted(found, key=order.__getitem__)}
     _known[passes.holder] = {**_found_of(passes.holder), **found}
@@ -118,7 +129,7 @@ def one_pass(
         if any(both[name] != layer for name, layer in layers.items()):
             return one_pass(passes, batch, both, of_term)
     if layers and not sums.taken:
-        raise ValueError(_without_layers(view, called=False))
+        raise WithoutLayersError(_without_layers(view, called=False))
     return Single(sums.taken, terms)
 
 
@@ -172,11 +183,6 @@ def norms_of(
         dtype = torch.promote_types(like.dtype, torch.float32)
         found[name] = like.new_zeros((size, count), dtype=dtype)
     return found
-
-
-def any_known(adapter: Adapter) -> bool:
-    """Whether a layer of the adapter was found before."""
-    return bool(_found_of(adapter))
 
 
 def _found_of(adapter: Adapter) -> dict[str, Layer]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
     Adapter,
@@ -14,12 +15,13 @@ from ood_monitor.adapters.base import (
     describe,
     map_tensors,
     pieces,
+    usable_by,
 )
 from ood_monitor.adapters.elements import Elements
-from ood_monitor.modules import Passes, device_of, scored
+from ood_monitor.modules import Passes, scored
 from ood_monitor.statistics.expected_norms import (
     LayersOfAPass,
-    any_known,
+    WithoutLayersError,
     discovered,
     known_layers,
     norms_of,
@@ -30,6 +32,9 @@ from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.surprise import surprise_map, value_columns
 
 __all__ = ["ForwardStatistics", "expected_layers", "forward_statistics", "has_layers"]
+
+#: Of adapters that were asked.
+_has_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,10 @@ def forward_statistics(
             f"Expected samples, and chunk_size of at least 1, got {chunk_size} and "
             f"{describe(batch)}."
         )
-    device = device_of(adapter.module)
     wanted = _Wanted(sample, values, map, layers if isinstance(layers, Mapping) else {})
 
     def measured(passes: Passes[Adapter]) -> ForwardStatistics:
-        usable = map_tensors(lambda t: _usable(t, device), batch)
+        usable = usable_by(adapter.module, batch)
         chunks = list(pieces(usable, chunk_size or size))
         known = known_layers(passes, chunks[0], layers) if norms else {}
         return _joined(part for chunk in chunks for part in _parts(passes, chunk, known, wanted))
@@ -126,23 +130,26 @@ def expected_layers(adapter: Adapter, batch: Batch) -> dict[str, int]:
     Raises:
         ValueError: There is none.
     """
-    device = device_of(adapter.module)
 
     def found(passes: Passes[Adapter]) -> dict[str, int]:
-        usable = map_tensors(lambda t: _usable(t, device), batch)
+        usable = usable_by(adapter.module, batch)
         return {name: layer.groups for name, layer in discovered(passes, usable).items()}
 
     return scored(found, adapter, adapter.module)
 
 
 def has_layers(adapter: Adapter, batch: Batch) -> bool:
-    """Whether there is an expected norm of any layer; by a pass until one was seen."""
-    if any_known(adapter):
-        return True
-    try:
-        return bool(expected_layers(adapter, next(pieces(batch, 1))))
-    except ValueError:
-        return False
+    """Whether an adapter's passes call a layer, of which there are expected norms.
+
+    By a pass of one sample, the first time.
+    """
+    if adapter not in _has_layers:
+        try:
+            _has_layers[adapter] = bool(expected_layers(adapter, next(pieces(batch, 1))))
+        except WithoutLayersError:
+            _has_layers[adapter] = False
+    found: bool = _has_layers[adapter]
+    return found
 
 
 @dataclass(frozen=True)
@@ -169,12 +176,6 @@ class _Columns:
             self.values = {**found, **self.values}
         if self.wanted.map:
             self.map |= surprise_map({term: value})
-
-
-def _usable(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the model's device, and an object of our own."""
-    tensor = tensor.to(device)
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _parts(

@@ -8,11 +8,11 @@ from ood_monitor.adapters.base import (
     Batch,
     batch_size,
     checked_elements,
-    map_tensors,
     pieces,
+    usable_by,
 )
 from ood_monitor.adapters.elements import Elements, counted_of, resolved
-from ood_monitor.modules import Passes, device_of, gradless, scored
+from ood_monitor.modules import Passes, gradless, scored
 
 __all__ = ["surprise_by_place"]
 
@@ -37,13 +37,13 @@ def surprise_by_place(
     Raises:
         ValueError: A term or its elements are of the wrong form.
     """
-    device, size = device_of(adapter.module), max(1, batch_size(batch))
+    size = chunk_size or max(1, batch_size(batch))
 
     def found(passes: Passes[Adapter]) -> dict[str, Tensor]:
-        usable = map_tensors(lambda t: t.to(device).clone(), batch)
+        usable = usable_by(adapter.module, batch)
         chunks = [
             gradless(passes.holder, lambda own=own: _by_place(passes, own))  # type: ignore[misc]
-            for own in pieces(usable, chunk_size or size)
+            for own in pieces(usable, size)
         ]
         return {term: torch.cat([part[term] for part in chunks]) for term in chunks[0]}
 

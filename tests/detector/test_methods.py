@@ -192,6 +192,14 @@ def test_a_model_without_layers_keeps_gradient_norms() -> None:
         om.Detector(om.LogLikelihood(Shift()), method="forward").fit([images], progress=False)
 
 
+def test_a_batch_that_is_refused_says_nothing_of_layers() -> None:
+    made = om.Detector(adapter_of("glow"))
+    with pytest.raises(ValueError, match="Expected"):
+        made.measure(torch.full((3, 1, 4, 4), 7.0))  # beyond the range of its bins
+    fitted = made.fit([batch_of("glow", 60, seed=1)], progress=False).fitted
+    assert fitted.method == "forward"
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_method_and_its_reason_are_said(name: str, tmp_path: Path) -> None:
     adapter, of, options, method, reason = DEFAULTS[name]

@@ -1,0 +1,176 @@
+"""Saved and loaded: to a folder, to the Hub, to a checkpoint."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+from torch import Tensor
+
+from ood_monitor.adapters.base import Adapter, Batch
+from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.saving import hub
+from ood_monitor.saving.card import save_card
+from ood_monitor.saving.fitted import Fitted
+
+__all__ = ["Groups", "Pretrained"]
+
+#: Gives the group of each sample of a batch.
+Groups: TypeAlias = Callable[[Batch], Tensor | Sequence[Any]]
+
+
+class Pretrained(abc.ABC):
+    """A fitted detector's ways to files and back; :class:`~ood_monitor.Detector` is the one."""
+
+    @property
+    @abc.abstractmethod
+    def fitted(self) -> Fitted:
+        """What was learned."""
+
+    @abc.abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """Its own settings, JSON-able."""
+
+    @classmethod
+    @abc.abstractmethod
+    def _restored(
+        cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter, groups: Groups | None
+    ) -> Self:
+        """The detector that has learned this, with these settings."""
+
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        diagnosis: Diagnosis | None = None,
+        card: bool = True,
+    ) -> None:
+        """Write ``detector.safetensors`` and ``config.json``; the model itself is not saved.
+
+        A model card, ``README.md``, comes beside them with a figure, ``calibration.png``, where
+        matplotlib is installed. A README that you wrote or changed is left alone.
+
+        Args:
+            directory: The folder, made if need be.
+            base_model: Name on the Hub of the model that is watched, if it does not say it itself.
+            base_model_revision: Its commit.
+            diagnosis: Of :func:`~ood_monitor.diagnose`, for the card.
+            card: Whether there is a card.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: ``layers`` is a function, which no file can hold; give name patterns.
+        """
+        fitted = self.fitted.based_on(base_model, base_model_revision)
+        fitted.save(Path(directory), self._options())
+        if card:
+            save_card(Path(directory), fitted, self._options(), diagnosis=diagnosis)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        diagnosis: Diagnosis | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload detector",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, in one commit; the repository is made.
+
+        Args:
+            repo_id: Name of the repository, ``"owner/name"``.
+            base_model: As there.
+            base_model_revision: As there.
+            diagnosis: As there.
+            private: Whether a new repository is private; what the owner's default says if None.
+            revision: The branch, which must exist; ``main`` by default.
+            token: For the Hub; the one that you are logged in with by default.
+            commit_message: Of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: As :meth:`save_pretrained`.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        """
+        fitted = self.fitted.based_on(base_model, base_model_revision)
+        options = self._options()
+
+        def write(directory: Path, readme: str | None) -> None:
+            fitted.save(directory, options)
+            save_card(directory, fitted, options, name=repo_id, diagnosis=diagnosis, there=readme)
+
+        repository = hub.Repository(repo_id, revision, token)
+        return repository.push(write, private=private, message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        adapter: Adapter,
+        *,
+        groups: Groups | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
+    ) -> Self:
+        """Read what :meth:`save_pretrained` wrote, from a folder or from the Hub.
+
+        Args:
+            name_or_path: The folder, or the repository, ``"owner/name"``, where no such folder is.
+            adapter: The model that the detector was fitted on.
+            groups: What gave the groups, if it was fitted with any.
+            revision: A branch, tag or commit of the repository.
+            token: For the Hub; the one that you are logged in with by default.
+            local_files_only: Whether to look only at what was downloaded before.
+            cache_dir: Where downloads are kept.
+
+        Raises:
+            FileNotFoundError: A file or the repository is missing, or not yours to read.
+            ValueError: A damaged file, a newer format, a model with other layers, or groups where
+                there were none, or none where there were.
+
+        Warns:
+            UserWarning: The model's weights are not those that the detector was fitted on, or of
+                another precision, so that the calibration is stale; or the adapter has another
+                seed, other noise levels or the like.
+        """
+        if Path(name_or_path).is_dir() or not hub.is_repository(name_or_path):
+            directory = Path(name_or_path)
+        else:
+            repository = hub.Repository(str(name_or_path), revision, token)
+            directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)
+        return cls._restored(*Fitted.load(directory), adapter, groups)
+
+    def state_dict(self) -> dict[str, str | bytes]:
+        """What :meth:`save_pretrained` writes, as primitives for a checkpoint.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: ``layers`` is a function.
+        """
+        config, tensors = self.fitted.dump(self._options())
+        return {"config": config, "tensors": tensors}
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], adapter: Adapter, *, groups: Groups | None = None
+    ) -> Self:
+        """The detector whose :meth:`state_dict` this is; see :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: As there.
+        """
+        missing = sorted({"config", "tensors"} - state.keys())
+        if missing:
+            raise ValueError(f"Expected the state of a detector, got one without {missing}.")
+        return cls._restored(*Fitted.parse(state["config"], state["tensors"]), adapter, groups)
