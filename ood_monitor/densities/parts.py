@@ -19,7 +19,7 @@ from ood_monitor.densities.mixture import GaussianMixture
 from ood_monitor.densities.one_sided import OneSided
 from ood_monitor.densities.terms import TermsAndNorms
 
-__all__ = ["CHOSEN", "KINDS", "FittedPart", "Kind", "Method", "Part"]
+__all__ = ["CHOSEN", "KINDS", "OF_GRADIENTS", "OF_SQUARES", "FittedPart", "Kind", "Method", "Part"]
 
 #: What a detector goes by: realised gradient norms as in the paper, what a forward pass gives, or
 #: both joined.
@@ -29,8 +29,10 @@ Method: TypeAlias = Literal["gradient_norms", "forward", "both"]
 CHOSEN: Literal["parts"] = "parts"
 
 #: What a part is of: the likelihood's values, its expectation by place, expected norms, low
-#: likelihood, realised gradient norms.
-Kind: TypeAlias = Literal["values", "map", "expected_norms", "log_likelihood", "gradient_norms"]
+#: likelihood, realised gradient norms by tensor and by input channel.
+Kind: TypeAlias = Literal[
+    "values", "map", "expected_norms", "log_likelihood", "gradient_norms", "channel_norms"
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,14 @@ KINDS: dict[Kind, _Of] = {
     "expected_norms": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
     "log_likelihood": _Of(OneSided),
     "gradient_norms": _Of(TermsAndNorms),
+    "channel_norms": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
 }
+
+#: Those that are sums of squares, whose logarithm is taken above a floor.
+OF_SQUARES: frozenset[Kind] = frozenset(kind for kind, of in KINDS.items() if of.floor is not None)
+
+#: Those that take a backward pass.
+OF_GRADIENTS: frozenset[Kind] = frozenset({"gradient_norms", "channel_norms"})
 
 
 @dataclass(frozen=True)
@@ -100,12 +109,13 @@ class Part:
             and an image's bits. ``"map"``: what was expected by place, on a grid of 4 by 4.
             ``"expected_norms"``: expected squared gradient norms by layer. ``"log_likelihood"``:
             low likelihood, one-sided. ``"gradient_norms"``: realised squared gradient norms by
-            layer, as in the paper.
+            layer, as in the paper. ``"channel_norms"``: these of weights, by groups of input
+            channels.
         density: Of which a copy is fitted; by default :class:`~ood_monitor.TermsAndNorms` of
             gradient norms, a mixture of two Gaussians of values, the log-likelihood itself, and a
             Gaussian with the covariance of Ledoit and Wolf of the others.
-        floor: Of expected norms: ``"median"``, the default, or ``"mean"`` for layers without
-            positions, as of models of a table's rows.
+        floor: Of expected norms and of those by channel: ``"median"``, the default, or ``"mean"``
+            for layers without positions, as of models of a table's rows.
 
     Raises:
         ValueError: An unknown kind, or a floor of what are no sums of squares.
@@ -122,7 +132,7 @@ class Part:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Expected a part of {get_args(Kind)}, got {self.kind!r}.")
-        if self.floor is not None and KINDS[self.kind].floor is None:
+        if self.floor is not None and self.kind not in OF_SQUARES:
             raise ValueError(f"Expected no floor of {self.kind!r}, which are no sums of squares.")
 
     @property
@@ -133,7 +143,7 @@ class Part:
     @property
     def needs_gradients(self) -> bool:
         """Whether it takes a backward pass."""
-        return self.kind == "gradient_norms"
+        return self.kind in OF_GRADIENTS
 
     def fit(self, measured: Measurements, eps: float) -> FittedPart:
         """Learn from normal samples, computed with machine precision ``eps``.
@@ -141,7 +151,7 @@ class Part:
         Raises:
             ValueError: No column varies, or too few that say something.
         """
-        if self.needs_gradients:
+        if self.kind == "gradient_norms":
             return self._fit_norms(measured, eps)
         of = KINDS[self.kind]
         columns = Columns.fit(self.kind, measured.tables[self.kind], eps, self.floor or of.floor)

@@ -59,8 +59,8 @@ class Detector(Pretrained):
             :class:`~ood_monitor.TermsAndNorms`; it chooses gradient norms.
         parts: In place of a method: any of :class:`~ood_monitor.Part`, or their kinds.
         layers: Which parameters are features; all by default.
-        granularity: Of gradient norms: ``"tensor"`` as in the paper, or ``"row"``, which chooses
-            them.
+        granularity: Of gradient norms: ``"tensor"`` as in the paper, ``"row"`` or ``"column"``,
+            which choose them.
         chunk_size: Samples per pass, to bound memory.
         calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
         trim: Share of the fit samples, the most anomalous, that are left out when the density is
@@ -201,7 +201,7 @@ class Detector(Pretrained):
 
     def _explaining(self, plan: Plan, batch: Batch, count: int) -> Explaining:
         # By tensor they are measured of all samples.
-        is_measured = plan.needs_gradients and self.granularity == "tensor"
+        is_measured = plan.has("gradient_norms") and self.granularity == "tensor"
         return explaining_of(
             self.adapter,
             map_tensors(lambda tensor: tensor[:count], batch),

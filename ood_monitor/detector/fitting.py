@@ -68,7 +68,7 @@ class Fitting:
         usual = self._usual(adapter, measured)
         measured = _finite(measured)
         fit, calibrate = self._split(len(measured))
-        if self.plan.needs_gradients:
+        if self.plan.has("gradient_norms"):
             _tell_of_no_gradient(measured)
         dtype = dtype_of(adapter.module)
         eps = torch.finfo(dtype).eps

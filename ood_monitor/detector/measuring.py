@@ -11,6 +11,7 @@ from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size
 from ood_monitor.densities.features import table
 from ood_monitor.densities.measurements import GRADIENT_NORMS, Explaining, Measurements, Table
 from ood_monitor.densities.parts import Kind
+from ood_monitor.detector.channels import channel_norms
 from ood_monitor.detector.plan import Plan
 from ood_monitor.detector.summed import norms_of
 from ood_monitor.gradients import Granularity
@@ -76,7 +77,19 @@ def measured_by(
         if fitted is None and PNG_BITS in found.values:
             found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
-    if plan.needs_gradients:
+    if plan.has("channel_norms"):
+        kind: Kind = "channel_norms"
+        norms = channel_norms(
+            adapter,
+            batch,
+            differentiated=differentiated,
+            layers=layers,
+            chunk_size=chunk_size,
+            fitted=() if fitted is None else _columns_of(fitted, kind),
+        )
+        tables[kind] = Table(*table({f"{kind}/{key}": it for key, it in norms.norms.items()}))
+        likelihoods = norms.log_likelihood
+    if plan.has("gradient_norms"):
         norms = norms_of(
             differentiated, batch, layers=layers, granularity=granularity, chunk_size=chunk_size
         )
@@ -112,6 +125,12 @@ def explaining_of(
         except Exception as error:  # of any kind, where a model can only run forward
             without = f"{type(error).__name__}: {error}"
     return Explaining(of_layers, places, batch_size(batch), without)
+
+
+def _columns_of(fitted: Fitted, kind: Kind) -> list[str]:
+    """The columns of a fitted part, without the name of its kind."""
+    part = next(part for part in fitted.joined.parts if part.kind == kind)
+    return [name.removeprefix(f"{kind}/") for name in part.columns.all_names]
 
 
 def _is_small(values: Tensor) -> bool:

@@ -59,13 +59,13 @@ class Plan:
         """Those of a detector that fits the same."""
         if self.method == CHOSEN:
             return {"parts": self.parts}
-        density = next((part.density for part in self.parts if part.needs_gradients), None)
+        norms = (part.density for part in self.parts if part.kind == "gradient_norms")
+        density = next(norms, None)
         return {"method": self.method, "density": density}
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether a part takes a backward pass."""
-        return any(part.needs_gradients for part in self.parts)
+    def has(self, kind: Kind) -> bool:
+        """Whether it has a part of a kind."""
+        return any(part.kind == kind for part in self.parts)
 
     @property
     def of_forward(self) -> frozenset[Kind]:

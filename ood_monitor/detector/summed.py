@@ -5,7 +5,7 @@ each, and detect no better where the terms' values stand beside them: .943 and .
 30 pairs of `docs/evidence.md`. Terms that take passes of their own, as noise levels do, stay apart.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def norms_of(
     batch: Batch,
     *,
     layers: Layers,
-    granularity: Granularity = "tensor",
+    granularity: Granularity | Mapping[str, Granularity] = "tensor",
     chunk_size: int | None,
 ) -> GradientNorms:
     """Terms, and squared norms of their gradients, or of their sum's if they are summed.

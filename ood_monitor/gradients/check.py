@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, map_tensors
+from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
@@ -218,8 +219,8 @@ def _compare(
     parameters = adapter.module.named_parameters()
     dtypes = {name: precision_of(p).to_real() for name, p in parameters if name in chosen}
     every = chosen.__contains__
-    fast = recorded_norms(passes, probe, n, every, by_row=True)
-    values, exact = loop_norms(passes, probe, n, every)
+    fast = recorded_norms(passes, probe, n, every, _by_row)
+    values, exact = loop_norms(passes, probe, n, every, _by_row)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
     done = fast.left_over | wrong_before
@@ -282,7 +283,7 @@ def _gives_the_same(
     if one is None or one.terms != tuple(values):
         return False
     rest = dtypes.keys() - looped
-    found = recorded_rows(adapter.module, one, n, rest.__contains__, by_row=True)
+    found = recorded_rows(adapter.module, one, n, rest.__contains__, _by_row)
     try:
         _check_independence(adapter, found.log_likelihood, values, set(dtypes.values()))
     except ValueError:  # a network that looks at the time of its first row, say
@@ -330,6 +331,10 @@ def _without_verdict(exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -
         if not values.isfinite().all()
         or not (values > _noise(largest[key.split("/", 1)[0]], dtypes[key.split("/", 1)[1]])).all()
     }
+
+
+def _by_row(name: str) -> Granularity:
+    return "row"
 
 
 def _total(norms: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ matrix of all patches is the sum of shifted blocks of the raw one, dimension by 
 
 Throughout n is the number of gradients asked for: the batch size, or the number of groups of
 consecutive samples, whose positions then simply belong together. A *row* is an index of a
-parameter's first dimension: an output channel, an output unit, an element of a bias.
+parameter's first dimension: an output channel, an output unit, an element of a bias. A *column* is
+one of its second: an input channel, an input unit. Columns are the rows of the transposed map.
 """
 
 import math
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,21 @@ from torch import Tensor
 __all__ = [
     "EmbeddingWeight",
     "Factor",
+    "Granularity",
     "Materialised",
     "OfEachSample",
     "Outer",
     "Shifted",
+    "count_of",
     "full_precision",
-    "rows_of",
+    "norms_by",
+    "norms_of_gradient",
 ]
+
+#: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
+#: first dimension (output channel or unit, element of a bias); ``"column"``: one per index of its
+#: second (input channel or unit), and one of a tensor without. Those of a tensor sum to its own.
+Granularity: TypeAlias = Literal["tensor", "row", "column"]
 
 #: Elements of an intermediate result held at once, by kind of device: on a CPU what stays in the
 #: cache, on a GPU what keeps it busy.
@@ -60,6 +69,24 @@ class Factor(Protocol):
     def row_norms(self) -> Tensor:
         """Squared norms by row, shape (n, rows)."""
 
+    def column_norms(self) -> Tensor:
+        """Squared norms by column, shape (n, columns)."""
+
+
+def norms_by(granularity: Granularity, factor: Factor) -> Tensor:
+    """Squared norms of a factor's gradients: (n,) of tensors, else (n, rows) or (n, columns)."""
+    if granularity == "column":
+        return factor.column_norms()
+    return factor.row_norms().sum(1) if granularity == "tensor" else factor.row_norms()
+
+
+def count_of(granularity: Granularity, shape: torch.Size) -> tuple[int, ...]:
+    """The shape of one gradient's norms: () of a tensor, else (rows,) or (columns,)."""
+    if granularity == "tensor":
+        return ()
+    dimension = 0 if granularity == "row" else 1
+    return (shape[dimension] if len(shape) > dimension else 1,)
+
 
 def full_precision(tensor: Tensor) -> Tensor:
     """At least single: squares of half precision overflow, and their sums round."""
@@ -68,15 +95,15 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def rows_of(gradient: Tensor) -> Tensor:
-    """Squared norm of each row of one gradient, shape (rows,); one row for a scalar.
+def norms_of_gradient(granularity: Granularity, gradient: Tensor) -> Tensor:
+    """Squared norms of one gradient; one row or column for a scalar.
 
     A sparse gradient, as of ``nn.Embedding(sparse=True)``, is that of its dense form; of a complex
     one the absolute values are squared.
     """
     gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
     gradient = gradient.abs() if gradient.is_complex() else gradient
-    return gradient.reshape(gradient.shape[0] if gradient.ndim else 1, -1).square().sum(1)
+    return norms_by(granularity, Materialised(gradient[None]))[0]
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,12 @@ class Materialised:
     def row_norms(self) -> Tensor:
         rows = self.values.shape[1] if self.values.ndim > 1 else 1
         return self.values.reshape(len(self.values), rows, -1).square().sum(2)
+
+    def column_norms(self) -> Tensor:
+        if self.values.ndim < 3:
+            return self.row_norms().sum(1, keepdim=True)
+        others = [d for d in range(1, self.values.ndim) if d != 2]
+        return self.values.square().sum(others)
 
 
 @dataclass(frozen=True)
@@ -114,6 +147,9 @@ class OfEachSample:
     def row_norms(self) -> Tensor:
         return Materialised(self.gradients(0, self.n)).row_norms()
 
+    def column_norms(self) -> Tensor:
+        return Materialised(self.gradients(0, self.n)).column_norms()
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -131,6 +167,9 @@ class Outer:
         if gram_is_cheaper(t, t, r, c):
             return _in_slices(self._by_gram, n, t * max(t, r), self.rows)
         return _in_slices(lambda s: self._products(s).square().sum(2), n, r * c, self.rows)
+
+    def column_norms(self) -> Tensor:
+        return Outer(self.columns, self.rows, self.shape[::-1]).row_norms()
 
     def _products(self, samples: slice) -> Tensor:
         return self.rows[samples].transpose(1, 2) @ self.columns[samples]
@@ -168,6 +207,11 @@ class Shifted:
         else:
             by_group = _in_slices(self._direct, n, groups * r * c, self.rows)
         return by_group.flatten(1)
+
+    def column_norms(self) -> Tensor:
+        n, _, groups, r = self.rows.shape[:4]
+        held = groups * r * self.columns.shape[3]
+        return _in_slices(self._direct_by_column, n, held, self.rows)
 
     @cached_property
     def _sizes(self) -> tuple[int, ...]:
@@ -238,6 +282,11 @@ class Shifted:
         norms = (product.square().sum(3) for product in self._products(columns, samples))
         return reduce(Tensor.add_, norms)
 
+    def _direct_by_column(self, samples: slice) -> Tensor:
+        """Squared norms by column of a weight, whose groups share them: (samples, C)."""
+        products = self._products(self._shifts(samples), samples)
+        return reduce(Tensor.add_, (product.square().sum((1, 2)) for product in products))
+
     def _by_gram(self, samples: slice) -> Tensor:
         rows = self._flat_rows[samples]
         gram = reduce(torch.add, (self._gram(phase, samples) for phase in self._phases))
@@ -281,6 +330,11 @@ class EmbeddingWeight:
         return by_position.new_zeros(len(self.g), self.shape[0]).scatter_add(
             1, self.index, by_position
         )
+
+    def column_norms(self) -> Tensor:
+        # Gradients of one row at all its positions add up before they are squared.
+        same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
+        return ((same @ self.g) * self.g).sum(1)
 
 
 def gram_is_cheaper(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Adapter, Batch, OnePass, checked_terms, tensors_in
-from ood_monitor.gradients.factors import full_precision
+from ood_monitor.gradients.factors import Granularity, count_of, full_precision
 from ood_monitor.gradients.recorder import Recorder
 from ood_monitor.modules import Passes
 
@@ -19,7 +19,7 @@ class Recorded:
 
     Attributes:
         log_likelihood: ``{term: (B,)}``, in nats.
-        norms: ``{"term/parameter": (n,)}``, or ``(n, rows)`` by row; zero where no gradient came.
+        norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``; zero where no gradient came.
         left_over: Parameters that only the loop gets right.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
         constant: Terms without any graph, which are values alone.
@@ -37,7 +37,7 @@ def recorded_norms(
     batch: Batch,
     n: int,
     selected: Callable[[str], bool],
-    by_row: bool,
+    by: Callable[[str], Granularity],
     last_of_graph: frozenset[str] = frozenset(),
 ) -> Recorded:
     """Terms and squared gradient norms.
@@ -47,19 +47,19 @@ def recorded_norms(
         batch: B = n * group samples.
         n: Number of groups of consecutive samples.
         selected: Which parameters, by name.
-        by_row: Norms by row, else of whole tensors.
+        by: The granularity of each.
         last_of_graph: As an earlier pass found it: their backward pass frees the graph as it goes,
             which saves the memory that the gradients then take.
     """
     adapter = passes.fresh()
-    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by_row)
+    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by)
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     constant: set[str] = set()
     for term, value in recorded_terms(recorder, checked_terms(adapter, batch)):
         values[term] = value.detach()
         constant |= set() if value.requires_grad else {term}
-        found = _squared_norms(recorder, value, n, by_row, keep_graph=term not in last_of_graph)
+        found = _squared_norms(recorder, value, n, by, keep_graph=term not in last_of_graph)
         norms |= {f"{term}/{name}": squared for name, squared in found.items()}
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
@@ -67,7 +67,11 @@ def recorded_norms(
 
 
 def recorded_rows(
-    module: nn.Module, one: OnePass, n: int, selected: Callable[[str], bool], by_row: bool
+    module: nn.Module,
+    one: OnePass,
+    n: int,
+    selected: Callable[[str], bool],
+    by: Callable[[str], Granularity],
 ) -> Recorded:
     """As :func:`recorded_norms`, of all terms by one pass.
 
@@ -75,12 +79,12 @@ def recorded_rows(
         ValueError: The values are not one a row.
     """
     count = len(one.terms)
-    recorder = Recorder(module, selected, tensors_in(one.batch), count * n, by_row)
+    recorder = Recorder(module, selected, tensors_in(one.batch), count * n, by)
     with recorder:
         value = one.values(one.batch)
     if value.ndim != 1 or len(value) % count:
         raise ValueError(f"Expected a value a row, got shape {tuple(value.shape)}.")
-    found = _squared_norms(recorder, value, count * n, by_row, keep_graph=False)
+    found = _squared_norms(recorder, value, count * n, by, keep_graph=False)
     norms = {
         f"{term}/{name}": part
         for name, squared in found.items()
@@ -91,14 +95,18 @@ def recorded_rows(
 
 
 def _squared_norms(
-    recorder: Recorder, value: Tensor, n: int, by_row: bool, *, keep_graph: bool
+    recorder: Recorder,
+    value: Tensor,
+    n: int,
+    by: Callable[[str], Granularity],
+    *,
+    keep_graph: bool,
 ) -> dict[str, Tensor]:
     """By parameter, with zeros where no gradient came."""
     found = recorder.squared_norms(value, keep_graph=keep_graph)
     norms = {}
     for name, leaf in recorder.leaves.items():
-        rows = leaf.shape[0] if leaf.ndim else 1
-        zeros = full_precision(leaf.new_zeros((n, rows) if by_row else (n,)))
+        zeros = full_precision(leaf.new_zeros(n, *count_of(by(name), leaf.shape)))
         norms[name] = found.get(name, zeros)
     return norms
 

@@ -9,9 +9,9 @@ Metric of Deep Generative Models for Out-Of-Distribution Detection (Dauncey, Hol
 Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
+from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
@@ -42,11 +43,6 @@ __all__ = [
     "terms_and_norms",
 ]
 
-#: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
-#: first dimension (output channel or unit, element of a bias), whose sum is the tensor's.
-Granularity: TypeAlias = Literal["tensor", "row"]
-
-
 #: Samples up to which all terms are computed at once, where an adapter can. More gain little time,
 #: and take as many times the memory as there are terms.
 _FEW = 16
@@ -58,7 +54,8 @@ class GradientNorms:
 
     Attributes:
         log_likelihood: Each term's values, ``{term: (B,)}``, in nats.
-        norms: ``{"term/parameter": (B / group,)}``, or ``(B / group, rows)`` by row.
+        norms: ``{"term/parameter": (B / group,)}``, or ``(B / group, rows)`` by row,
+            ``(B / group, columns)`` by column.
     """
 
     log_likelihood: dict[str, Tensor]
@@ -70,7 +67,7 @@ def gradient_norms(
     batch: Batch,
     *,
     layers: Layers = None,
-    granularity: Granularity = "tensor",
+    granularity: Granularity | Mapping[str, Granularity] = "tensor",
     group: int = 1,
     chunk_size: int | None = None,
 ) -> dict[str, Tensor]:
@@ -82,12 +79,15 @@ def gradient_norms(
         adapter: The model.
         batch: B samples, on any device.
         layers: Which parameters; all by default.
-        granularity: ``"tensor"`` or ``"row"``.
+        granularity: ``"tensor"``, ``"row"`` or ``"column"``, of all parameters or by their names;
+            those that a mapping does not name are whole tensors.
         group: Samples whose terms are added before differentiating, consecutive in the batch.
         chunk_size: Samples per pass, to bound memory; a multiple of ``group``.
 
     Returns:
-        ``{"term/parameter": (B / group,)}`` in module order, or ``(B / group, rows)`` by row.
+        ``{"term/parameter": (B / group,)}`` in module order, or ``(B / group, rows)`` by row, or
+        ``(B / group, columns)`` by column: indices of a parameter's second dimension, which are the
+        input channels of most weights.
 
     Raises:
         ValueError: The batch is empty, not finite or not divisible into groups; the model has no
@@ -110,7 +110,7 @@ def terms_and_norms(
     batch: Batch,
     *,
     layers: Layers = None,
-    granularity: Granularity = "tensor",
+    granularity: Granularity | Mapping[str, Granularity] = "tensor",
     group: int = 1,
     chunk_size: int | None = None,
 ) -> GradientNorms:
@@ -119,14 +119,13 @@ def terms_and_norms(
     Raises:
         ValueError: As there.
     """
-    if granularity not in get_args(Granularity):
-        raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {granularity!r}.")
+    by = _granularity_of(granularity)
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
 
     def of_facts(passes: Passes[Adapter], usable: Batch, facts: Facts) -> GradientNorms:
-        by_row, chunks = granularity == "row", pieces(usable, chunk_size or size)
-        return _joined([_chunk_norms(passes, c, group, selected, by_row, facts) for c in chunks])
+        chunks = pieces(usable, chunk_size or size)
+        return _joined([_chunk_norms(passes, c, group, selected, by, facts) for c in chunks])
 
     def measured(passes: Passes[Adapter]) -> GradientNorms:
         usable = usable_by(adapter.module, batch)
@@ -162,12 +161,12 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         >>> last_layers(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), 2)
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
-    selected = selection(adapter.module, None)
+    selected, by = selection(adapter.module, None), _granularity_of("tensor")
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
         view = passes.fresh()
         probe = usable_by(adapter.module, next(pieces(batch, 2)))
-        recorder = Recorder(view.module, selected, tensors_in(probe), batch_size(probe), False)
+        recorder = Recorder(view.module, selected, tensors_in(probe), batch_size(probe), by)
         for _ in recorded_terms(recorder, checked_terms(view, probe)):
             pass
         return list(recorder.used)
@@ -176,6 +175,19 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
     if not 0 < k <= len(used):
         raise ValueError(f"Expected k from 1 to the {len(used)} parameters used, got {k}.")
     return used[-k:]
+
+
+def _granularity_of(
+    granularity: Granularity | Mapping[str, Granularity],
+) -> Callable[[str], Granularity]:
+    """The granularity of each parameter, by name."""
+    given = granularity if isinstance(granularity, Mapping) else {"": granularity}
+    for each in given.values():
+        if each not in get_args(Granularity):
+            raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {each!r}.")
+    if not isinstance(granularity, Mapping):
+        return lambda name: granularity
+    return lambda name: granularity.get(name, "tensor")
 
 
 def _checked_size(batch: Batch, group: int, chunk_size: int | None) -> int:
@@ -207,7 +219,7 @@ def _chunk_norms(
     chunk: Batch,
     group: int,
     selected: Callable[[str], bool],
-    by_row: bool,
+    by: Callable[[str], Granularity],
     facts: Facts,
 ) -> GradientNorms:
     n = batch_size(chunk) // group
@@ -218,22 +230,25 @@ def _chunk_norms(
 
     at_once = facts.at_once and batch_size(chunk) <= _FEW
     fast = (
-        _norms_at_once(passes.fresh(), chunk, n, by_rule, by_row)
+        _norms_at_once(passes.fresh(), chunk, n, by_rule, by)
         if at_once
-        else recorded_norms(passes, chunk, n, by_rule, by_row, facts.last_of_graph)
+        else recorded_norms(passes, chunk, n, by_rule, by, facts.last_of_graph)
     )
     slow = by_loop | fast.left_over
     norms = fast.norms
     if slow:
-        rows = loop_norms(passes, chunk, n, slow.__contains__)[1]
-        norms = norms | {key: value if by_row else value.sum(1) for key, value in rows.items()}
+        norms = norms | loop_norms(passes, chunk, n, slow.__contains__, by)[1]
     names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
     return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
 
 
 def _norms_at_once(
-    adapter: Adapter, chunk: Batch, n: int, selected: Callable[[str], bool], by_row: bool
+    adapter: Adapter,
+    chunk: Batch,
+    n: int,
+    selected: Callable[[str], bool],
+    by: Callable[[str], Granularity],
 ) -> Recorded:
     one = adapter.one_pass(chunk)
     if one is None:
@@ -241,7 +256,7 @@ def _norms_at_once(
             f"Expected {type(adapter).__name__}.one_pass to give what it gave on first use, got "
             "None; it must not depend on the batch."
         )
-    return recorded_rows(adapter.module, one, n, selected, by_row)
+    return recorded_rows(adapter.module, one, n, selected, by)
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

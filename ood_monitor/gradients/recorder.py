@@ -26,7 +26,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from ood_monitor.gradients.factors import Factor, Materialised, full_precision
+from ood_monitor.gradients.factors import (
+    Factor,
+    Granularity,
+    Materialised,
+    full_precision,
+    norms_by,
+)
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
 from ood_monitor.gradients.rules import (
     JOINING,
@@ -90,7 +96,7 @@ class Recorder(TorchFunctionMode):
         selected: Which parameters, by name, get features. The backward pass stops at the first.
         data: The tensors of the batch.
         n: Number of gradients: the batch size, or the number of groups.
-        by_row: Norms by row, else of whole tensors.
+        by: The granularity of each.
     """
 
     def __init__(
@@ -99,7 +105,7 @@ class Recorder(TorchFunctionMode):
         selected: Callable[[str], bool],
         data: Iterable[Tensor],
         n: int,
-        by_row: bool,
+        by: Callable[[str], Granularity],
     ) -> None:
         super().__init__()
         self.left_over: set[str] = set()
@@ -108,7 +114,7 @@ class Recorder(TorchFunctionMode):
         #: Terms, counted from 0, whose graph a later one needs.
         self.shared: set[int] = set()
         self._term = 0
-        self._n, self._by_row = n, by_row
+        self._n, self._by = n, by
         #: The followed parameters by name, in module order.
         self.leaves: dict[str, Tensor] = {}
         # By identity; of a derived tensor, which its source keeps alive, or of a parameter.
@@ -191,8 +197,8 @@ class Recorder(TorchFunctionMode):
             keep_graph: Whether a later term may need the graph; else it is freed on the way.
 
         Returns:
-            ``{parameter: (n, rows)}``, or ``(n,)`` each if not by row. Parameters in
-            :attr:`left_over` are missing from it or incomplete.
+            ``{parameter: (n,)}``, or ``(n, rows)``. Parameters in :attr:`left_over` are missing
+            from it or incomplete.
         """
         self._collected, self._norms = [], {}
         if id(value) in self._sources:
@@ -411,12 +417,9 @@ class Recorder(TorchFunctionMode):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:
                 with torch._C.DisableTorchFunction():
-                    self._store(name, factor.row_norms())
+                    self._norms[name] = norms_by(self._by(name), factor)
             else:
                 self._collected.append((source, factor))
-
-    def _store(self, name: str, row_norms: Tensor) -> None:
-        self._norms[name] = row_norms if self._by_row else row_norms.sum(1)
 
     def _sum_up_uses(self) -> None:
         """Norms of parameters with several uses, and of those behind derived tensors."""
@@ -424,13 +427,13 @@ class Recorder(TorchFunctionMode):
         names = {name for source, _ in self._collected for name in source.names}
         elements = sum(source.tensor.numel() for source, _ in self._collected)
         step = max(1, _HELD_ELEMENTS // max(1, elements + sum(leaves[k].numel() for k in names)))
-        rows: dict[str, list[Tensor]] = {}
+        norms: dict[str, list[Tensor]] = {}
         for start in range(0, self._n if names else 0, step):
             stop = min(start + step, self._n)
             for name, total in self._summed_gradients(leaves, start, stop).items():
-                rows.setdefault(name, []).append(Materialised(total).row_norms())
-        for name, pieces in rows.items():
-            self._store(name, torch.cat(pieces))
+                found = norms_by(self._by(name), Materialised(total))
+                norms.setdefault(name, []).append(found)
+        self._norms |= {name: torch.cat(pieces) for name, pieces in norms.items()}
 
     def _summed_gradients(
         self, leaves: dict[str, Tensor], start: int, stop: int

@@ -17,7 +17,7 @@ from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities import DENSITIES
 from ood_monitor.densities.columns import FLOORS
 from ood_monitor.densities.features import layer_of
-from ood_monitor.densities.parts import CHOSEN, KINDS, Method
+from ood_monitor.densities.parts import CHOSEN, KINDS, OF_SQUARES, Method
 from ood_monitor.gradients import Granularity
 
 __all__ = ["check_arrays", "check_settings", "sample_of", "strict_json"]
@@ -205,8 +205,8 @@ def _check_part(told: str, part: Any) -> None:
         raise ValueError(
             f"Expected to drop some of the {len(columns)} columns, got {sorted(dropped)[:5]}."
         )
-    if ("floor" in part) != (part["kind"] == "expected_norms"):
-        raise ValueError(f"Expected a floor of expected norms alone, got another in {told!r}.")
+    if ("floor" in part) != (part["kind"] in OF_SQUARES):
+        raise ValueError(f"Expected a floor of {sorted(OF_SQUARES)} alone, got {told!r} otherwise.")
     if "terms" in part and part["kind"] != "gradient_norms":
         raise ValueError(f"Expected terms of gradient norms alone, got them of {told!r}.")
 
@@ -344,7 +344,7 @@ def _of_part(part: Mapping[str, Any]) -> dict[str, _Shape]:
     shapes: dict[str, _Shape] = {}
     if part["kind"] != "gradient_norms":
         shapes = {"centre": (live,), "scale": (live,)}
-    if part["kind"] in ("gradient_norms", "expected_norms"):
+    if part["kind"] in {"gradient_norms", *OF_SQUARES}:
         shapes["floor"] = (columns,)
     density = _of_density(part["density"], _live_terms(part), live)
     shapes |= _named("density.", density)

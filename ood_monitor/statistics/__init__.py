@@ -5,6 +5,7 @@ from ood_monitor.statistics.forward import (
     expected_layers,
     forward_statistics,
     has_layers,
+    input_dimensions,
 )
 from ood_monitor.statistics.places import surprise_by_place
 
@@ -13,5 +14,6 @@ __all__ = [
     "expected_layers",
     "forward_statistics",
     "has_layers",
+    "input_dimensions",
     "surprise_by_place",
 ]

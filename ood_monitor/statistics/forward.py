@@ -31,7 +31,13 @@ from ood_monitor.statistics.png import PNG_BITS, png_bits
 from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.surprise import surprise_map, value_columns
 
-__all__ = ["ForwardStatistics", "expected_layers", "forward_statistics", "has_layers"]
+__all__ = [
+    "ForwardStatistics",
+    "expected_layers",
+    "forward_statistics",
+    "has_layers",
+    "input_dimensions",
+]
 
 #: Of adapters that were asked.
 _has_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -134,6 +140,36 @@ def expected_layers(adapter: Adapter, batch: Batch) -> dict[str, int]:
     def found(passes: Passes[Adapter]) -> dict[str, int]:
         usable = usable_by(adapter.module, batch)
         return {name: layer.groups for name, layer in discovered(passes, usable).items()}
+
+    return scored(found, adapter, adapter.module)
+
+
+def input_dimensions(adapter: Adapter, batch: Batch) -> dict[str, int]:
+    """Weights of the layers that have an expected norm, and where their input channels are.
+
+    Args:
+        adapter: The model.
+        batch: Samples of it.
+
+    Returns:
+        ``{parameter: dimension}``, 0 or 1, of the parameters of these layers that have two
+        dimensions or more; of a depthwise convolution's, the one that has the channels.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+
+    def found(passes: Passes[Adapter]) -> dict[str, int]:
+        usable = usable_by(adapter.module, batch)
+        known = known_layers(passes, usable, None)
+        parts = dict(passes.module.named_modules())
+        return {
+            f"{layer}.{name}".lstrip("."): of.dimension_in(p.shape)
+            for layer, of in known.items()
+            if of is not None
+            for name, p in parts[layer].named_parameters()
+            if p.ndim > 1
+        }
 
     return scored(found, adapter, adapter.module)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ood_monitor.statistics.layers import GROUPS, Layer, first_tensor_of
 
-__all__ = ["Sums", "Taken"]
+__all__ = ["Sums", "Taken", "grouped"]
 
 #: Pieces of an input that are looked at one after the other, for the sake of memory, and numbers
 #: that are so few that a piece may have them.
@@ -122,16 +122,16 @@ class Sums:
         if axis == -1 and self._length is not None and self._is_sequence(h):
             h = h.reshape(self._size, self._length, h.shape[-1])
             squares = _squares(h, 1) if self._counted is None else _of_counted(h, self._counted)
-            return Taken(_grouped(squares), (self._length,))
+            return Taken(grouped(squares), (self._length,))
         if self._length is not None and self._size > 1:
-            return Taken(_grouped(_totals(h, axis)), (None,))
+            return Taken(grouped(_totals(h, axis)), (None,))
         k, rest = divmod(len(h), self._size)
         if rest or not k:
-            return Taken(_grouped(_totals(h, axis)), (None,))
+            return Taken(grouped(_totals(h, axis)), (None,))
         if k > 1:
             h, axis = h.view(self._size, k, *h.shape[1:]), 2 if axis == 1 else -1
         positions = [d for d in range(1, h.ndim) if d != axis % h.ndim]
-        return Taken(_grouped(_squares(h, *positions)), (k,))
+        return Taken(grouped(_squares(h, *positions)), (k,))
 
     def _is_sequence(self, h: Tensor) -> bool:
         """Whether h has a row of channels for each position: (B, T, C) or (B * T, C).
@@ -192,7 +192,7 @@ def _of_counted(h: Tensor, counted: Tensor) -> Tensor:
     return total
 
 
-def _grouped(squares: Tensor) -> Tensor:
+def grouped(squares: Tensor) -> Tensor:
     """Sums over the channels of a group, (B, C) to (B, min(32, C))."""
     channels = squares.shape[1]
     if channels <= GROUPS:

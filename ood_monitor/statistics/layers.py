@@ -29,6 +29,9 @@ GROUPS = 32
 _CONVOLUTION = re.compile(r"q?conv(olution)?(\dd)?")
 _PRODUCT = re.compile(r"q?linear|\w*mm|\w*matmul|gem[mv]|rnn|lstm|gru")
 
+#: Where "aten::convolution" is told that it is a transposed one.
+_TRANSPOSED = 6
+
 #: With channels last, unlike all other convolutions.
 _OTHER_CONVOLUTION = "tbc"
 
@@ -40,15 +43,24 @@ class Layer:
     Attributes:
         channels: C, of its input.
         axis: Where in its input they are: 1 of a convolution's, -1 of a linear map's.
+        weight_dimension: Where in its weight they are: 1, or 0 of a transposed convolution's and of
+            a matrix that inputs are multiplied by.
     """
 
     channels: int
     axis: int
+    weight_dimension: int = 1
 
     @property
     def groups(self) -> int:
         """G = min(32, C)."""
         return min(GROUPS, self.channels)
+
+    def dimension_in(self, weight: torch.Size) -> int:
+        """Where the input channels are in a weight of this shape."""
+        other = 1 - self.weight_dimension
+        is_other = weight[other] == self.channels != weight[self.weight_dimension]
+        return other if is_other else self.weight_dimension
 
 
 @dataclass
@@ -139,17 +151,19 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
             others = [t for t in given if call.is_in(t, call.of_others)]
             own = [t for t in given if call.is_in(t, call.of_first)]
             if len(own) == 1 and not others:
-                self._look(call, func, given, own[0])
+                self._look(call, func, args, given, own[0])
             made = [t for t in tree_leaves(result) if _is_tensor(t)]
             for tensor in made if own or others else ():
                 call.mark(tensor, call.of_first if own else call.of_others)
         return result
 
-    def _look(self, call: _Call, func: Any, given: list[Tensor], own: Tensor) -> None:
+    def _look(
+        self, call: _Call, func: Any, args: tuple[Any, ...], given: list[Tensor], own: Tensor
+    ) -> None:
         """Whether an operation on what comes from a call's first tensor makes it a layer."""
         h = call.first
         assert h is not None
-        layer = _layer_of(func, given, own, h)
+        layer = _layer_of(func, args, given, own, h)
         if layer is not None:
             self.found.setdefault(call.name, layer)
             shapes = self.shapes.setdefault(call.name, [])
@@ -165,20 +179,38 @@ def first_tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     return next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
 
 
-def _layer_of(func: Any, given: list[Tensor], own: Tensor, h: Tensor) -> Layer | None:
+def _layer_of(
+    func: Any, args: tuple[Any, ...], given: list[Tensor], own: Tensor, h: Tensor
+) -> Layer | None:
     """The layer that makes an operation on ``own`` of its input h; None if it is none."""
     parts = func._schema.name.partition("::")[2].strip("_").split("_")
     if not (h.is_floating_point() or h.is_quantized) or h.ndim < 2:
         return None
     if any(_CONVOLUTION.fullmatch(part) for part in parts):
         fits = own.ndim == h.ndim > 2 and own.shape[1] == h.shape[1]
-        return Layer(h.shape[1], 1) if fits and _OTHER_CONVOLUTION not in parts else None
+        if not fits or _OTHER_CONVOLUTION in parts:
+            return None
+        transposed = "transpose" in parts or args[_TRANSPOSED:][:1] == (True,)
+        return Layer(h.shape[1], 1, 0 if transposed else 1)
     if any(_PRODUCT.fullmatch(part) for part in parts):
         # Of two factors the second is mapped by the first, along its last dimension but one.
         is_second = sum(t.ndim > 1 for t in given) > 1 and own is given[-1]
         contracted = own.shape[-2 if is_second and own.ndim > 1 else -1]
-        return Layer(h.shape[-1], -1) if contracted == h.shape[-1] else None
+        if contracted != h.shape[-1]:
+            return None
+        return Layer(h.shape[-1], -1, _weight_dimension(given, own, -1 if is_second else -2))
     return None
+
+
+def _weight_dimension(given: list[Tensor], own: Tensor, contracted: int) -> int:
+    """Where the input's channels are in the matrix that a product has beside its input.
+
+    It comes as a view, whose neighbours in memory are those of the weight's last dimension.
+    """
+    others = [t for t in given if t is not own and t.ndim > 1]
+    if not others or others[-1].stride(contracted) == 1:
+        return 1
+    return 0
 
 
 def _is_leaf(name: str, module: nn.Module) -> bool:

@@ -160,7 +160,7 @@ def test_rows_belong_to_their_layer(rows: int) -> None:
     assert [layer_of(name) for name in names] == ["t=50/up.0.weight"] * rows + ["t=50/up.0.bias"]
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_names_are_those_of_the_gradient_norms(granularity: str) -> None:
     adapter = om.LogLikelihood(Attention())
     found = om.gradient_norms(adapter, torch.randn(3, 3, 4), granularity=granularity)

@@ -276,7 +276,7 @@ def test_sample_scores_the_same_alone_and_in_any_batch(
         torch.testing.assert_close(some.p_value, together.p_value[order], rtol=0, atol=1 / 49)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 @every_small
 def test_layers_add_up_to_the_score(small: Small, granularity: Any) -> None:
     detector = fitted(small, n=100, granularity=granularity)
@@ -286,7 +286,7 @@ def test_layers_add_up_to_the_score(small: Small, granularity: Any) -> None:
     assert tuple(scores.layers) == tuple(scores.z) == detector.fitted.layers
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_layers_are_named_as_the_parameters(granularity: Any) -> None:
     scores = fitted(n=100, granularity=granularity).score(BRANCHES.data(3))
     names = [f"log_likelihood/{name}" for name, _ in BRANCHES.model().named_parameters()]

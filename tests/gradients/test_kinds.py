@@ -107,13 +107,16 @@ def alone(adapter: om.Adapter, batch: Any, granularity: str) -> dict[str, Tensor
         gradients = torch.autograd.grad(value.sum(), list(named.values()), allow_unused=True)
         for (name, leaf), gradient in zip(named.items(), gradients, strict=True):
             dense = torch.zeros_like(leaf) if gradient is None else gradient.to_dense()
-            squares = dense.abs().square().reshape(len(leaf), -1).sum(1)
-            row = squares if granularity == "row" else squares.sum()
-            found.setdefault(f"{term}/{name}", []).append(row)
-    return {key: torch.stack(rows) for key, rows in found.items()}
+            squares = (dense.abs() if dense.is_complex() else dense).square()
+            kept = {"tensor": (), "row": (0,), "column": (1,)}[granularity]
+            rest = [d for d in range(squares.ndim) if d not in kept]
+            norms = squares.sum(rest) if rest else squares
+            is_one = granularity != "tensor" and not norms.ndim
+            found.setdefault(f"{term}/{name}", []).append(norms[None] if is_one else norms)
+    return {key: torch.stack(norms) for key, norms in found.items()}
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 @pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
 # By forward-mode differentiation, of itself.

@@ -56,7 +56,7 @@ def test_selection(layers: Layers, expected: list[str] | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpm", "gpt2"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_selected_norms_are_those_among_all(name: str, granularity: Any) -> None:
     adapter, batch = model(name)()
     every = gradient_norms(adapter, batch, granularity=granularity)

@@ -70,6 +70,15 @@ def rows(gradients: Norms) -> Norms:
     }
 
 
+def columns(gradients: Norms) -> Norms:
+    return {
+        k: (g.flatten(3).square().sum((1, 3)) if g.ndim > 3 else g.square().sum(1))
+        if g.ndim > 2
+        else g.reshape(len(g), -1).square().sum(1, keepdim=True)
+        for k, g in gradients.items()
+    }
+
+
 def tensors(gradients: Norms) -> Norms:
     return {k: norms.sum(1) for k, norms in rows(gradients).items()}
 
@@ -102,6 +111,7 @@ def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms) -> None
     adapter, batch = case()
     assert_norms(gradient_norms(adapter, batch), tensors(exact))
     assert_norms(gradient_norms(adapter, batch, granularity="row"), rows(exact))
+    assert_norms(gradient_norms(adapter, batch, granularity="column"), columns(exact))
 
 
 @quick_models

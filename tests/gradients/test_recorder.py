@@ -17,7 +17,7 @@ def net() -> nn.Sequential:
 
 
 def recorder(net: nn.Module, *names: str) -> Recorder:
-    return Recorder(net, names.__contains__, [X], n=4, by_row=False)
+    return Recorder(net, names.__contains__, [X], n=4, by=lambda name: "tensor")
 
 
 def test_followed_weights_get_norms_without_being_in_the_graph(net: nn.Sequential) -> None:

@@ -1,9 +1,9 @@
 """Each operation's rule against autograd, one group of samples at a time."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor.gradients import factors
-from ood_monitor.gradients.factors import Factor, Materialised, Outer, gram_is_cheaper, rows_of
+from ood_monitor.gradients.factors import (
+    Factor,
+    Granularity,
+    Materialised,
+    Outer,
+    count_of,
+    gram_is_cheaper,
+    norms_by,
+    norms_of_gradient,
+)
 from ood_monitor.gradients.rules import POINTWISE, RULES, pointwise
 
 SAMPLES = 4
@@ -155,6 +164,13 @@ def of_each_group(
     }
 
 
+def assert_norms(factor: Factor, gradients: Iterable[Tensor]) -> None:
+    """A factor's norms of every granularity are those of its gradients."""
+    for granularity in get_args(Granularity):
+        expected = torch.stack([norms_of_gradient(granularity, each) for each in gradients])
+        torch.testing.assert_close(norms_by(granularity, factor), expected)
+
+
 @pytest.mark.parametrize("n", [4, 2, 1], ids="{} groups".format)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("form", ["direct", "gram"])
@@ -168,11 +184,11 @@ def test_factors_equal_gradients(
     names = [name for name in ("weight", "bias") if name in arguments]
     found = RULES[call.operation].factors(n, g, arguments)
     for name, exact in of_each_group(call, arguments, names, g, n).items():
-        factor, rows = found[name], torch.stack([rows_of(gradient) for gradient in exact])
+        factor = found[name]
         dense = exact.to_dense()
         torch.testing.assert_close(factor.gradients(0, n), dense)
         torch.testing.assert_close(factor.gradients(n - 1, n), dense[n - 1 :])
-        torch.testing.assert_close(factor.row_norms(), rows)
+        assert_norms(factor, exact)
 
 
 def test_every_rule_is_called_above() -> None:
@@ -214,10 +230,10 @@ def test_slices_change_nothing(
     make: Callable[[], Factor], gram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factor = make()
-    expected = factor.row_norms()
+    expected = factor.row_norms(), factor.column_norms()
     monkeypatch.setattr(factors, "gram_is_cheaper", lambda *sizes: gram)
     monkeypatch.setitem(factors._HELD_ELEMENTS, "cpu", 1)
-    torch.testing.assert_close(factor.row_norms(), expected)
+    torch.testing.assert_close((factor.row_norms(), factor.column_norms()), expected)
 
 
 # What a rule leaves to the loop
@@ -296,9 +312,7 @@ def test_pointwise_of_an_operand_with_rows_for_each_sample(shape: tuple[int, ...
             exact.append(torch.autograd.grad(data * leaf, leaf, part)[0])
         torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
         torch.testing.assert_close(factor.gradients(1, n), torch.stack(exact[1:]))
-        torch.testing.assert_close(
-            factor.row_norms(), torch.stack([rows_of(gradient) for gradient in exact])
-        )
+        assert_norms(factor, exact)
 
 
 # Materialised gradients
@@ -307,7 +321,12 @@ def test_pointwise_of_an_operand_with_rows_for_each_sample(shape: tuple[int, ...
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2), (3, 2, 2)], ids=str)
 def test_materialised(shape: tuple[int, ...]) -> None:
     gradients = draw(4, *shape)
-    rows = torch.stack([rows_of(gradient) for gradient in gradients])
-    assert rows.shape == (4, shape[0] if shape else 1)
-    torch.testing.assert_close(Materialised(gradients).row_norms(), rows)
-    torch.testing.assert_close(rows.sum(1), gradients.reshape(4, -1).square().sum(1))
+    factor, whole = Materialised(gradients), gradients.reshape(4, -1).square().sum(1)
+    for dimension, granularity in enumerate(("row", "column")):
+        norms = norms_by(granularity, factor)
+        assert norms.shape == (4, *count_of(granularity, torch.Size(shape)))
+        torch.testing.assert_close(norms.sum(1), whole)
+        if len(shape) > dimension:
+            own = gradients.movedim(dimension + 1, 1).reshape(4, shape[dimension], -1)
+            torch.testing.assert_close(norms, own.square().sum(2))
+    torch.testing.assert_close(norms_by("tensor", factor), whole)

@@ -53,7 +53,7 @@ def load(directory: Path) -> om.Detector:
 
 
 @pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_scores_come_back_to_the_bit(small: Any, granularity: Any, tmp_path: Path) -> None:
     x = small.data(100)
     detector = om.Detector(small(), granularity=granularity, chunk_size=40)
@@ -235,7 +235,7 @@ class Other(Branches):
         return -0.5 * (self.left(x[:, :3]).square().sum(1) + right(x[:, 3:]).square().sum(1))
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 @pytest.mark.parametrize("change", ["more", "fewer", "shape", "name"])
 @pytest.mark.filterwarnings("ignore:Stale calibration")
 def test_model_with_other_layers_is_refused(change: str, granularity: Any, tmp_path: Path) -> None:
