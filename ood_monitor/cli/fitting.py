@@ -81,7 +81,8 @@ def fit(
         ),
     ] = None,
     granularity: Annotated[
-        Granularity, typer.Option(help="A feature for each tensor, or for each of its rows or columns.")
+        Granularity,
+        typer.Option(help="A feature for each tensor, or for each of its rows or columns."),
     ] = "tensor",
     key: Key = None,
     split: Split = None,

@@ -224,7 +224,11 @@ def _compare(
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
     done = fast.left_over | wrong_before
-    wrong = disagreeing(fast.norms, exact, dtypes, done)
+    with torch._C.DisableTorchFunction():  # no calls of the model's, which are watched
+        wrong, unsettled = (
+            disagreeing(fast.norms, exact, dtypes, done),
+            _without_verdict(exact, dtypes),
+        )
     if wrong:
         warnings.warn(
             f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
@@ -233,7 +237,6 @@ def _compare(
         )
     looped = frozenset(wrong | done)
     at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
-    unsettled = _without_verdict(exact, dtypes)
     with_graph = {key for key in unsettled if key.split("/", 1)[0] not in fast.constant}
     return Facts(looped, fast.last_of_graph, at_once), with_graph
 
@@ -289,7 +292,8 @@ def _gives_the_same(
     except ValueError:  # a network that looks at the time of its first row, say
         return False
     exact = {key: rows for key, rows in exact.items() if key.split("/", 1)[1] in rest}
-    return not found.left_over and not disagreeing(found.norms, exact, dtypes)
+    with torch._C.DisableTorchFunction():
+        return not found.left_over and not disagreeing(found.norms, exact, dtypes)
 
 
 def disagreeing(

@@ -40,7 +40,8 @@ def loop_norms(
             for term, value in checked_terms(adapter, group):
                 values.setdefault(term, []).append(value.detach())
                 for name, gradient in _gradients(value.sum(), leaves):
-                    squared = norms_of_gradient(by(name), gradient)
+                    with torch._C.DisableTorchFunction():  # no call of the model's
+                        squared = norms_of_gradient(by(name), gradient)
                     norms.setdefault(f"{term}/{name}", []).append(squared)
                 del value  # frees the term's graph before the next forward pass
     return (

@@ -4,21 +4,59 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["kept_random_state"]
+__all__ = ["kept_random_state", "leaving_random_state"]
+
+R = TypeVar("R")
+
+#: Random states, each with what sets it.
+_States: TypeAlias = list[tuple[Callable[[Tensor], None], Tensor]]
 
 #: Whether what uses a model has ever drawn from a global generator.
 _draws: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def leaving_random_state(run: Callable[[], R], device: torch.device, by: object) -> R:
+    """What a function gives, with the random state of the CPU and of a device left as it was.
+
+    To see each operation costs more than a small model's backward pass. So a first use is watched
+    only where the random state has moved, and the function is called once more for that.
+
+    Args:
+        run: The function; it may be called a second time.
+        device: The device beside the CPU.
+        by: What draws.
+    """
+    if by in _draws:
+        with kept_random_state(device, by):
+            return run()
+    before = _states(device)
+    try:
+        result = run()
+    except Exception:
+        if _are(before, device):
+            raise
+    except BaseException:  # an interruption, after which nothing is called again
+        _put_back(before)
+        raise
+    else:
+        if _are(before, device):
+            _draws[by] = False
+            return result
+    with kept_random_state(device, by, before):
+        return run()
+
+
 @contextmanager
-def kept_random_state(device: torch.device, by: object) -> Iterator[None]:
+def kept_random_state(
+    device: torch.device, by: object, before: _States | None = None
+) -> Iterator[None]:
     """The random state of the CPU and of a device as it was, if the block draws.
 
     What draws nothing on its first use is not looked at again: another thread's draws are its own,
@@ -27,20 +65,20 @@ def kept_random_state(device: torch.device, by: object) -> Iterator[None]:
     Args:
         device: The device beside the CPU.
         by: What draws.
+        before: What it is put back to; by default what it is.
     """
     known = by in _draws
     if known and not _draws[by]:
         yield
         return
-    states, draws = _states(device), _Draws()
+    states, draws = before or _states(device), _Draws()
     try:
         with draws:
             yield
         _draws[by] = known or draws.seen
     finally:
         if draws.seen:
-            for set_, state in states:
-                set_(state)
+            _put_back(states)
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -67,14 +105,26 @@ def _draws_globally(parameters: Any, args: tuple[Any, ...], kwargs: dict[str, An
     given = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
     defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
     values = defaults | given
+    generator = values.get("generator")
+    owned = (torch.default_generator, *torch.cuda.default_generators)
+    is_global = generator is None or any(generator is its for its in owned)
     # Attention could draw for its dropout.
-    return values.get("generator") is None and values.get("dropout_p") != 0
+    return is_global and values.get("dropout_p") != 0
 
 
-def _states(device: torch.device) -> list[tuple[Callable[[Tensor], None], Tensor]]:
-    """Random states, each with what sets it."""
-    states: list[tuple[Callable[[Tensor], None], Tensor]] = []
-    states.append((torch.set_rng_state, torch.get_rng_state()))
+def _put_back(states: _States) -> None:
+    for set_, state in states:
+        set_(state)
+
+
+def _are(states: _States, device: torch.device) -> bool:
+    """Whether the random states are these."""
+    pairs = zip(states, _states(device), strict=True)
+    return all(torch.equal(state, now) for (_, state), (_, now) in pairs)
+
+
+def _states(device: torch.device) -> _States:
+    states: _States = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type not in ("cpu", "meta"):
         backend = torch.get_device_module(device)
         states.append((partial(_set_on, backend, device), backend.get_rng_state(device)))

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ood_monitor.modules.caches import overrides_train, renew, renew_if_harmless
 from ood_monitor.modules.copies import Structure
 from ood_monitor.modules.in_place import PythonState, restored
-from ood_monitor.modules.random_state import kept_random_state
+from ood_monitor.modules.random_state import kept_random_state, leaving_random_state
 from ood_monitor.modules.substitutes import renormalises
 from ood_monitor.modules.tensors import Tensors
 from ood_monitor.modules.weights import device_of
@@ -244,21 +244,34 @@ def _scored_in_views(function: Callable[[Passes[T]], R], holder: T, module: nn.M
     Raises:
         _LeftError: A pass ran the user's own module.
     """
+
+    def run(passes: Passes[T]) -> R:
+        with _modes(module):
+            result = function(passes)
+            passes.end()
+        return result
+
+    def watched() -> R:
+        return _watched(run, holder, module)
+
+    def unwatched() -> R:
+        return run(Passes(holder, module, is_watched=False))
+
+    device = device_of(module)
     if holder in _staying:
         try:
-            passes = Passes(holder, module, is_watched=False)
-            with _modes(module, holder):
-                result = function(passes)
-                passes.end()
-            return result
+            return leaving_random_state(unwatched, device, holder)
         except _UnwatchedError:
             _staying.pop(holder, None)  # type: ignore[no-untyped-call]
+    return leaving_random_state(watched, device, holder)
+
+
+def _watched(run: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> R:
     passes, state = Passes(holder, module), PythonState(module, holder)
     watch = _Watch(passes)
     try:
-        with _modes(module, holder), watch:
-            result = function(passes)
-            passes.end()
+        with watch:
+            result = run(passes)
     except Exception as error:  # of any kind: the model met its user's tensors in train mode
         if watch.left:
             state.put_back()  # what the module did before it met one
@@ -282,7 +295,11 @@ def scoring_view(module: nn.Module) -> Iterator[nn.Module]:
     Yields:
         A structural copy that shares its weights, or the module itself, put back afterwards.
     """
-    with _modes(module, module), ExitStack() as stack:
+    with (
+        _modes(module),
+        kept_random_state(device_of(module), module),
+        ExitStack() as stack,
+    ):
         in_place = _has_no_copy(module)
         if in_place:
             stack.enter_context(restored(module))
@@ -303,7 +320,7 @@ def scoring_in_place(module: nn.Module, by: object) -> Iterator[PythonState]:
         What puts attributes back, which is done at the end too.
     """
     needed = [(p, p.requires_grad) for p in module.parameters()]
-    with _modes(module, by), restored(module):
+    with _modes(module), kept_random_state(device_of(module), by), restored(module):
         state = PythonState(module, by)
         try:
             yield state
@@ -315,14 +332,12 @@ def scoring_in_place(module: nn.Module, by: object) -> Iterator[PythonState]:
 
 
 @contextmanager
-def _modes(module: nn.Module, by: object) -> Iterator[None]:
-    device = device_of(module)
+def _modes(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
+        for kind in {"cpu", device_of(module).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(kept_random_state(device, by))
         yield
 
 

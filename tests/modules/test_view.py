@@ -205,9 +205,12 @@ def test_what_another_thread_draws_meanwhile_is_not_rolled_back(uses: int) -> No
 
 
 @pytest.mark.parametrize("uses", [1, 3])
-def test_what_a_model_draws_itself_is_rolled_back_each_time(uses: int) -> None:
+@pytest.mark.parametrize("generator", [None, torch.default_generator], ids=["none", "global"])
+def test_what_a_model_draws_itself_is_rolled_back_each_time(
+    uses: int, generator: torch.Generator | None
+) -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        torch.rand(1)
+        torch.rand(1, generator=generator)
         return m.f(x)
 
     adapter, batch = Gaussian(Function(forward, f=nn.Linear(3, 2))), torch.ones(4, 3)
