@@ -144,7 +144,7 @@ def check_last(
         passes: The model.
         batch: The samples of the pass.
         group: Samples whose terms are added.
-        log_likelihood: ``{term: (n,)}``, of these samples and more.
+        log_likelihood: ``{term: (B,)}``, of these samples and more.
 
     Raises:
         ValueError: They differ.
@@ -152,10 +152,14 @@ def check_last(
     last = batch_size(batch) // group - 1
     if last < 2 or passes.holder in _last_looked_at:
         return
-    together = {term: values[last : last + 1].detach() for term, values in log_likelihood.items()}
+    group_of = slice(last * group, (last + 1) * group)
+    together = {
+        term: values[group_of].detach().sum(0, keepdim=True)
+        for term, values in log_likelihood.items()
+    }
     if not all(values.isfinite().all() for values in together.values()):
         return
-    own = map_tensors(lambda t: t[last * group : (last + 1) * group], batch)
+    own = map_tensors(lambda t: t[group_of], batch)
     alone = {}
     for term, value in checked_terms(passes.fresh(), own):
         alone[term] = value.detach().sum(0, keepdim=True)

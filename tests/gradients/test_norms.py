@@ -127,6 +127,14 @@ def test_a_group_has_the_gradient_of_its_sum(case: Model) -> None:
     assert_norms(gradient_norms(adapter, batch, group=2, granularity="row"), rows(expected))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 6])
+def test_groups_may_be_many(chunk_size: int | None) -> None:
+    adapter, _ = model("conv2d")()
+    batch = torch.randn(12, 3, 6, 6).double()
+    expected = tensors(gradients(adapter, batch, group=2))
+    assert_norms(gradient_norms(adapter, batch, group=2, chunk_size=chunk_size), expected)
+
+
 @quick_models
 def test_chunks_change_nothing(case: Model, exact: Norms) -> None:
     adapter, batch = case()
