@@ -1,5 +1,6 @@
 """Two methods by one word, and what joins them."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,9 +25,11 @@ EVERY = [(name, method) for name in ("glow", "vae", "gpt2", "ddpm") for method i
 every_case = pytest.mark.parametrize(("name", "method"), EVERY)
 
 
-def detector(name: str, method: Method, **options: Any) -> om.Detector:
+@functools.cache
+def detector(name: str, method: Method) -> om.Detector:
+    """One for all tests, which leave it as it is."""
     held_out = pieces(batch_of(name, 60, seed=1), 30)
-    made = om.Detector(adapter_of(name), method=method, **options)
+    made = om.Detector(adapter_of(name), method=method, explain=8)
     return made.fit(held_out, progress=False)
 
 
