@@ -77,10 +77,10 @@ def split(
 
 def digits() -> dict[str, Tensor]:
     """The same of scikit-learn's digits, and what is trained on: for a quick run."""
-    images = trained.digits(fit=300)
+    images = trained.digits(fit=240, test=100, ood=40)
     found = dict(images.sets)
     fit = found.pop("fit")
-    return {"train": images.train, "fit": fit[:150], "calibration": fit[150:], **found}
+    return {"train": images.train, "fit": fit[:120], "calibration": fit[120:], **found}
 
 
 def unlike(images: Tensor, *others: Tensor) -> Tensor:
