@@ -21,6 +21,7 @@ from ood_monitor.alerts.alert import Alert
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", _BLACK)
 _BINS = 40
+_WIDE = 100  # times the first group's spread, from where an axis is logarithmic
 _COLUMNS = 3  # panels beside each other
 _NAMED = 20  # layers that a heat map has room to name
 
@@ -29,6 +30,9 @@ def score_histogram(
     groups: Mapping[str, ArrayLike], *, title: str, log_density: bool = False
 ) -> Figure:
     """Histograms of anomaly scores, such as calibration data beside the streams.
+
+    Where some scores lie far beyond those of the first group, the axis is linear about zero and
+    logarithmic further out, and bars show shares of the samples in place of densities.
 
     Args:
         groups: Scores by the name of their group, each of shape (N,); values that are not finite
@@ -42,12 +46,14 @@ def score_histogram(
     if not groups:
         raise ValueError("Expected at least one group of scores.")
     figure, axes = _one_panel(title)
-    for index, (name, scores) in enumerate(groups.items()):
-        finite, lost = _finite(name, scores)
-        label = f"{name} (n = {len(finite):,}{f', {lost:,} not finite' if lost else ''})"
-        _histogram(axes, finite, _COLOURS[index % len(_COLOURS)], label, log=log_density)
+    finite = {name: _finite(name, scores) for name, scores in groups.items()}
+    edges = _wide_edges([values for values, _ in finite.values()], axes)
+    for index, (name, (values, lost)) in enumerate(finite.items()):
+        label = f"{name} (n = {len(values):,}{f', {lost:,} not finite' if lost else ''})"
+        colour = _COLOURS[index % len(_COLOURS)]
+        _histogram(axes, values, colour, label, log=log_density, edges=edges)
     axes.set_xlabel("anomaly score (no unit; higher = more anomalous)")
-    axes.set_ylabel("density (per unit of score)")
+    axes.set_ylabel("density (per unit of score)" if edges is None else "share of the samples")
     axes.legend(fontsize="small")
     return figure
 
@@ -252,14 +258,36 @@ def _one_panel(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _wide_edges(groups: Sequence[NDArray[np.float64]], axes: Axes) -> NDArray[np.float64] | None:
+    """Edges of common bins where scores span orders of magnitude, on an axis set for them."""
+    low, centre, high = np.quantile(groups[0], [0.16, 0.5, 0.84])
+    every = np.concatenate(groups)
+    width = float(max(high - low, abs(centre)))
+    if width == 0 or np.abs(every).max() <= _WIDE * width:
+        return None
+    axes.set_xscale("asinh", linear_width=width)
+    ends = np.arcsinh([every.min() / width, every.max() / width])
+    edges: NDArray[np.float64] = width * np.sinh(np.linspace(ends[0], ends[1], _BINS + 1))
+    edges[[0, -1]] = every.min(), every.max()  # which rounding must not leave out
+    return edges
+
+
 def _histogram(
-    axes: Axes, values: NDArray[np.float64], colour: str, label: str, *, log: bool = False
+    axes: Axes,
+    values: NDArray[np.float64],
+    colour: str,
+    label: str,
+    *,
+    log: bool = False,
+    edges: NDArray[np.float64] | None = None,
 ) -> None:
+    """Densities, or shares of the values between edges."""
     bins = max(10, min(_BINS, math.isqrt(len(values))))
     axes.hist(
         values,
-        bins,
-        density=True,
+        bins if edges is None else edges.tolist(),
+        density=edges is None,
+        weights=None if edges is None else np.full(len(values), 1 / len(values)),
         log=log,
         histtype="stepfilled",
         facecolor=(colour, 0.3),

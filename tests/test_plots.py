@@ -143,6 +143,21 @@ def test_score_histogram_on_a_logarithmic_axis() -> None:
     assert figure.axes[0].get_yscale() == "log"
 
 
+def test_scores_of_all_magnitudes_are_seen() -> None:
+    groups = {"calibration": normal(0), "val": 1e6 * normal(9, 50), "below": -1e3 + normal(0)}
+    figure = score_histogram(groups, title="Scores")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "asinh"
+    assert axes.get_ylabel() == "share of the samples"
+    for outline, values in zip(outlines(axes), groups.values(), strict=True):
+        heights = outline[:, 1]
+        assert 0.02 < heights.max() < 1 + 1e-9
+        inside = outline[heights > 0, 0]
+        assert inside.min() <= values.min()
+        assert inside.max() >= values.max()
+    png(figure)
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
