@@ -26,11 +26,12 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.protocol import FPR, IN_DISTRIBUTION, Sizes
 from benchmarks.detection.shifts import CHANGED
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, machine, ratios, save
+from benchmarks.harness.measurement import claim, machine, peak_mebibytes, ratios, save
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities.joined import Joined
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.detector.plan import Plan, planned
+from ood_monitor.testing import flagged_interval
 
 Row = dict[str, Any]
 
@@ -50,8 +51,12 @@ PEERS = (methods.PAPER, "typicality", "likelihood + complexity")
 #: Of which a likelihood or a bound is known by elements; a denoiser's is not.
 MODELS = ("Glow", "VAE", "PixelCNN")
 
-#: Images a cost is measured with, fit samples of a small detector, and how severe corruptions are.
-BATCHES, FEW, SEVERITY = (8, 64), 100, 3
+#: Images a cost is measured with, and peak memory; fit samples of a small detector, and how severe
+#: corruptions are.
+BATCHES, MANY, FEW, SEVERITY = (8, 64), 256, 100, 3
+
+#: False-positive rates at which flagged test images are counted.
+RATES = (0.01, 0.05)
 
 #: What was to be reached against the near sets by models of Fashion-MNIST, and for corruptions.
 NEAR = ("MNIST", "EMNIST letters")
@@ -72,7 +77,7 @@ def rows_of(
     plans = plans_of(adapter, x, names)
     found = measured(adapter, x, plans.values())
     for name, plan in plans.items():
-        detector = om.Detector(adapter, chunk_size=methods.CHUNK, **COMPARED[name])
+        detector = om.Detector(adapter, **COMPARED[name])
         joined = fitted(plan, found["fit"])
         scores = {of: joined.score(it) for of, it in found.items() if of != "fit"}
         few = fitted(plan, found["fit"].take(range(min(FEW, len(found["fit"])))))
@@ -82,7 +87,11 @@ def rows_of(
             "parts": {part.kind: len(part.columns.names) for part in joined.parts},
             "sample": plan.sample,
             "found": caught(scores),
+            "counts": counts(scores),
+            "tested": len(scores["test"]),
+            "calibrated": len(scores["calibration"]),
             "forwards": costs(detector, x["test"]),
+            "memory": memory(detector, x["test"]),
             "few": aurocs({of: few.score(it) for of, it in found.items() if of != "fit"}),
         } | protocol.judged(scores)
     yield from peers(model, watched, adapter, sets, x, [name for name in names if name in PEERS])
@@ -178,6 +187,12 @@ def caught(scores: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def counts(scores: Mapping[str, Any]) -> dict[str, int]:
+    """How many test images have a p-value of at most each rate."""
+    p_value = ConformalPValue.fit(scores["calibration"]).p_value(scores["test"])
+    return {str(fpr): int((p_value <= fpr).sum()) for fpr in RATES}
+
+
 def costs(detector: om.Detector, x: Tensor) -> dict[str, float]:
     """Time of what a score measures, in plain forward passes without a gradient, by batch."""
     found: dict[str, float] = {}
@@ -189,6 +204,16 @@ def costs(detector: om.Detector, x: Tensor) -> dict[str, float]:
         times = ratios(plain, {"score": measure}, methods.ROUNDS)
         found[f"B = {batch}"] = round(times["score"], 2)
     return found
+
+
+def memory(detector: om.Detector, x: Tensor) -> float | None:
+    """Peak memory of a score of many images, in that of a plain pass; None where there are few."""
+    if len(x) < MANY:
+        return None
+    plain = functools.partial(forward, detector.adapter, x[:MANY])
+    measure = functools.partial(detector.measure, x[:MANY])
+    peaks = [(peak_mebibytes(measure), peak_mebibytes(plain)) for _ in range(methods.ROUNDS)]
+    return round(statistics.median(score / plain for score, plain in peaks), 2)
 
 
 @torch.no_grad()
@@ -211,6 +236,7 @@ def claims(rows: list[Row]) -> list[Row]:
     pairs = [row for row in rows if "auroc" in row]
     ours = [row for row in pairs if row["method"] == "forward"]
     found = [*near(ours), *of_corruptions(rows), *of_costs(pairs)]
+    found += of_counts(pairs)
     if ours:
         every = [value for row in ours for value in row["auroc"].values()]
         text = f"1 - mean AUROC of {len(every)} pairs"
@@ -254,6 +280,23 @@ def of_costs(pairs: list[Row]) -> Iterator[Row]:
                 value = max(row["forwards"][batch] for row in rows)
                 text = f"{model}, {method}, {batch}: plain forward passes a score"
                 yield claim(text, value, target)
+
+
+def of_counts(pairs: list[Row]) -> Iterator[Row]:
+    """Counts that a sound detector does not flag, and the memory of a score."""
+    cells = [(row, fpr) for row in pairs if "counts" in row for fpr in RATES]
+    outside = 0
+    for row, fpr in cells:
+        low, high = flagged_interval(row["tested"], row["calibrated"], fpr, cells=len(cells))
+        outside += not low <= row["counts"][str(fpr)] <= high
+    if cells:
+        yield claim(f"of {len(cells)} counts of flagged test images, outside their law", outside, 0)
+    for model in dict.fromkeys(row["model"] for row in pairs):
+        found = [r.get("memory") for r in pairs if (r["model"], r["method"]) == (model, "forward")]
+        most = max((ratio for ratio in found if ratio is not None), default=None)
+        if most is not None:
+            text = f"{model}, forward, B = {MANY}: peak memory of a score in that of a plain pass"
+            yield claim(text, most, 1.1)
 
 
 def misses(rows: list[Row], method: str) -> list[float]:
