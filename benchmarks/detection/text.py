@@ -12,16 +12,15 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 import transformers
 import typer
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,12 +35,16 @@ from benchmarks.detection.corpora import (
     shipped_texts,
     stored_texts,
 )
+from benchmarks.detection.forward import fitted
+from benchmarks.detection.protocol import auroc
 from benchmarks.harness.measurement import claim, machine, save
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.baselines import LowLikelihood, TotalNorm, Typicality
 from ood_monitor.densities.features import LogNorms, layer_of, table
+from ood_monitor.densities.parts import Method
+from ood_monitor.detector.plan import planned
 from ood_monitor.gradients import terms_and_norms
 
 BATCH = 32
@@ -206,13 +209,30 @@ def compared(model: om.SequenceLikelihood, of: Samples, size: Size) -> list[dict
         "row, last block": (gradient_scores, lambda m: m.columns(last)),
         "row": (gradient_scores, lambda m: m),
     }
-    return [
+    rows = [
         row
         for kind, (fit, view) in kinds.items()
         for row in evaluated(
             kind, fit, view(held_out), view(test), {k: view(m) for k, m in ood.items()}
         )
     ]
+    return [*rows, *of_detectors(model, of)]
+
+
+def of_detectors(model: om.SequenceLikelihood, of: Samples) -> Iterator[dict[str, Any]]:
+    """A row for each method of a detector, fitted on the same half."""
+    windows = {"held out": of.held_out, "test": of.test} | of.ood
+    tokens = {name: torch.from_numpy(found.astype(np.int64)) for name, found in windows.items()}
+    for method in get_args(Method):
+        detector = om.Detector(model, method=method, chunk_size=50)
+        found = {name: detector.measure(each) for name, each in tokens.items()}
+        half = len(of.held_out) // 2
+        plan = planned(found["held out"].sample, method, None, None)
+        joined = fitted(plan, found["held out"].take(range(half)))
+        scores = {name: joined.score(it) for name, it in found.items()}
+        calibration, test = scores.pop("held out")[half:], scores.pop("test")
+        each = {name: round(auroc(test, values), 3) for name, values in scores.items()}
+        yield row(method, "detector", each, round(false_alarms(calibration, test), 3))
 
 
 def evaluated(
@@ -223,8 +243,9 @@ def evaluated(
     calibration = held_out.rows(slice(half, None))
     rows = []
     for method, score in fit(held_out.rows(slice(half))).items():
-        found = {name: round(auroc(score, test, m), 3) for name, m in ood.items()}
-        alarms = round(false_alarms(score, calibration, test), 3)
+        normal = score(test)
+        found = {name: round(auroc(normal, score(m)), 3) for name, m in ood.items()}
+        alarms = round(false_alarms(score(calibration), normal), 3)
         rows.append(row(method, kind, found, alarms))
     return rows
 
@@ -241,16 +262,9 @@ def row(method: str, features: str, found: dict[str, float], alarms: float) -> d
     }
 
 
-def false_alarms(score: Score, calibration: Measured, test: Measured, level: float = 0.05) -> float:
+def false_alarms(calibration: Array, test: Array, level: float = 0.05) -> float:
     """Share of in-distribution test windows with a conformal p-value of at most the level."""
-    p_values = ConformalPValue.fit(score(calibration)).p_value(score(test))
-    return float(np.mean(p_values <= level))
-
-
-def auroc(score: Score, test: Measured, ood: Measured) -> float:
-    values = np.concatenate([score(test), score(ood)])
-    labels = np.repeat([0, 1], [len(test.log_p), len(ood.log_p)])
-    return float(roc_auc_score(labels, values))
+    return float(np.mean(ConformalPValue.fit(calibration).p_value(test) <= level))
 
 
 def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -266,12 +280,16 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "typicality's": chosen["typicality", "none"]["mean"],
         "the paper's density's": chosen["DiagonalGaussian", "tensor"]["mean"],
     }
-    text = "mean AUROC of the default short of"
+    forward = chosen["forward", "detector"]["mean"]
+    text = "mean AUROC of the default density of gradient norms short of"
     found = [
         claim(f"{text} {name}", round(mean - default["mean"], 4), 0.01)
         for name, mean in others.items()
     ]
-    text = "false alarms of the default at .05, later in the text than calibrated"
+    found.append(
+        claim("1 - mean AUROC of the detector's default, forward", round(1 - forward, 4), 0.03)
+    )
+    text = "false alarms of the default density at .05, later in the text than calibrated"
     return [*found, claim(text, default["false alarms at .05"], 0.08)]
 
 
