@@ -65,12 +65,14 @@ DATA ?= ../shared/data
 EVIDENCE = --data-dir $(DATA) --json benchmarks/results
 train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.train --data-dir $(DATA)
+	$(BIN)/python -m benchmarks.detection.no_law --data-dir $(DATA) --train runs/no-law
 
 evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json
 	$(BIN)/python -m benchmarks.detection.paper $(EVIDENCE)/paper.json --figures docs
 	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
+	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.detection.evidence_page

@@ -110,6 +110,26 @@ def corruptions(rows: Sequence[Row]) -> str:
     return table(["method", *models], lines)
 
 
+def no_law(report: Row, measured: str) -> list[str]:
+    """The part of the page on models whose law expects the same of every sample."""
+    rows = report["rows"]
+    return [
+        "## Models without an expectation",
+        f"By {measured}",
+        pages.paragraph(
+            "A decoder of one variance and flows on a fixed base expect the same of every image, "
+            "so that there is no surprise to tell from it. Of Fashion-MNIST, trained here; what "
+            "`forward` has are the terms' own values, bits and expected norms."
+        ),
+        overall(rows),
+        pages.paragraph("`forward` of each set, with its 95 % interval, beside the others:"),
+        pair_by_pair(rows),
+        "### Claims of these models",
+        pages.missed(report["claims"]),
+        pages.claims(report["claims"]),
+    ]
+
+
 def tables(report: Row, measured: str) -> list[str]:
     """The part of the page on rows of tables."""
     rows = report["rows"]
