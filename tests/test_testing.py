@@ -35,7 +35,7 @@ def right(adapter: Custom, x: Tensor) -> Tensor:
     return -0.5 * (adapter.module(x) - x).square().sum(1)
 
 
-@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*map(slow_if_heavy, FOREIGN)])
 def test_every_adapter_keeps_the_contract(case: Model) -> None:
     check_adapter(*case())
 
@@ -247,10 +247,14 @@ class Changed(om.Adapter):
             yield term, self._change(value) if isinstance(value, om.Elements) else value
 
 
-def test_expectations_of_our_adapters_are_taken_for_them() -> None:
+def test_expectations_of_text_are_taken_for_them() -> None:
     module = Bigram()
     tokens = texts(module)
     check_adapter(om.SequenceLikelihood(module), tokens[:3], samples=tokens)
+
+
+@pytest.mark.slow
+def test_expectations_of_a_flow_are_taken_for_them() -> None:
     flow = glow_with_priors()
     images = flow.sample(1000)
     check_adapter(om.LogLikelihood(flow), images[:3], samples=images)

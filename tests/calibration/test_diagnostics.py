@@ -94,6 +94,7 @@ def test_training_takes_the_shared_gradient_away() -> None:
     assert upper[1] < 0.1 < upper[0]
 
 
+@pytest.mark.slow
 def test_noise_that_samples_share_is_no_flaw_of_the_model() -> None:
     """With the same noise for all, samples' gradients agree in what the noise does."""
     module = Noisy(noise=3.0)
@@ -214,5 +215,5 @@ def test_mean_correlation_is_that_of_the_features() -> None:
 
 def test_effective_degrees_of_freedom_are_those_of_the_gradients() -> None:
     """A Normal's gradient by its mean is Normal itself, of three independent elements."""
-    diagnosis = diagnose(om.LogLikelihood(Normal()), randn(4000, 3).split(500))
+    diagnosis = diagnose(om.LogLikelihood(Normal()), randn(2000, 3).split(500))
     assert diagnosis.effective_dof["latent/mean"] == pytest.approx(3, rel=0.1)

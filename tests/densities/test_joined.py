@@ -30,6 +30,7 @@ def measured(n: int = 200, seed: int = 0, shift: float = 0.0) -> Measurements:
         "expected_norms": Table(layers, np.exp(columns(layers))),
         "log_likelihood": Table(("total",), columns(("",))),
         "gradient_norms": Table(norms, np.exp(columns(norms))),
+        "channel_norms": Table(norms, np.exp(columns(norms))),
     }
     return Measurements(("t", "u"), columns(("t", "u")), tables)
 

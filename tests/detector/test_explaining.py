@@ -91,8 +91,14 @@ def test_texts_have_no_usual_places() -> None:
 # By layer
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize("method", ["gradient_norms", "forward", "both"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "forward") for name in ADAPTERS),
+        *((name, method) for name in ("glow", "gpt2") for method in ("gradient_norms", "both")),
+        pytest.param("ddpm", "both", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_are_in_deviations_of_held_out_norms(name: str, method: Any) -> None:
     made, batch = detector(name, method=method), batch_of(name, 4, seed=2)
     why = made.explain(batch, layers=True)

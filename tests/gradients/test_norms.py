@@ -160,7 +160,13 @@ def test_keys_are_terms_then_parameters_in_module_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["conv2d", "ddpm", "attention", "gpt2", "tied", "weight-norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conv2d", "attention", "gpt2", "tied", "weight-norm"),
+        pytest.param("ddpm", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     adapter, batch = model(name)(dtype)
     weights = {k: v.double() for k, v in adapter.module.state_dict().items()}

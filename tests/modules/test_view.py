@@ -137,6 +137,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_a_thousand_scores_leave_state_and_memory_as_they_were() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
     net[0].register_forward_hook(lambda *_: None)

@@ -54,4 +54,4 @@ ADAPTERS: dict[str, tuple[Callable[[], om.Adapter], Callable[[int], Any]]] = {
 
 def fitted(name: str) -> om.Detector:
     held_out = pieces(batch_of(name, 80, seed=1), 40)
-    return om.Detector(adapter_of(name)).fit(held_out, progress=False)
+    return om.Detector(adapter_of(name), explain=8).fit(held_out, progress=False)

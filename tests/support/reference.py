@@ -37,5 +37,7 @@ def looped(
     """Terms (B,), and norms by row of all parameters, (n, rows), of n groups or of each sample."""
     count = batch_size(batch) if n is None else n
     return scored(
-        lambda passes: loop_norms(passes, batch, count, lambda name: True), adapter, adapter.module
+        lambda passes: loop_norms(passes, batch, count, lambda name: True, lambda name: "row"),
+        adapter,
+        adapter.module,
     )

@@ -52,6 +52,7 @@ def on_images() -> tuple[Any, om.Detector]:
 # What it is fitted on.
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_are_the_same_images() -> None:
     pipe, images = TEXT(), TEXT.images(44)
     # On the grid of 256 values, which PIL images are on.
@@ -187,6 +188,7 @@ def test_a_saved_detector_scores_as_before(on_images: tuple[Any, Any], tmp_path:
     assert torch.equal(scores(other, loaded).score, scores(pipe, detector).score)
 
 
+@pytest.mark.slow
 def test_the_bound_is_an_adapter_as_any_other() -> None:
     pipe = TEXT()
     adapter = replayed_bound(pipe, call=TEXT.arguments(), levels=(50, 500))
