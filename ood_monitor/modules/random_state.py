@@ -90,6 +90,11 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: for that PyTorch would load its compiler, seconds of a process that compiles none."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -108,6 +108,11 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module, self._thread = module, threading.get_ident()
         self._stack: list[_Call] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: for that PyTorch would load its compiler, seconds of a process that compiles none."""
+        return False
+
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Follow the modules' calls, in this thread."""

@@ -1,6 +1,7 @@
 """What is a layer, and what is none."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from support.model_case import Function, Gaussian
 from torch import Tensor, nn
 
-from ood_monitor.statistics import expected_layers
+from ood_monitor.statistics import expected_layers, forward_statistics
 
 
 class Attend(nn.Module):
@@ -149,3 +150,24 @@ def test_layers_come_in_module_order_with_at_most_32_groups() -> None:
         ("a", 32),
         ("b", 4),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # by the compiler, of itself
+def test_a_compiled_function_in_a_pass_changes_nothing() -> None:
+    def forward(m: Any, x: Tensor, *, middle: Any) -> Tensor:
+        return m.out(middle(m.before(x)))
+
+    def middle(h: Tensor) -> Tensor:
+        return 2 * h.tanh() + h
+
+    parts = {"before": nn.Linear(6, 8), "out": nn.Linear(8, 6)}
+    compiled = torch.compile(middle, backend="eager")
+    plain, other = (
+        Gaussian(Function(partial(forward, middle=each), **parts).double())
+        for each in (middle, compiled)
+    )
+    x = torch.randn(3, 6).double()
+    assert expected_layers(plain, x) == expected_layers(other, x) == {"before": 6, "out": 8}
+    found, expected = (forward_statistics(a, x, sample="row") for a in (other, plain))
+    torch.testing.assert_close(found.expected_norms, expected.expected_norms)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
