@@ -165,13 +165,17 @@ class Structure:
     # Tensors and modules
 
     def _parameter(self, parameter: nn.Parameter) -> Tensor:
-        if hasattr(parameter, "__tensor_flatten__") or nn.parameter.is_lazy(parameter):
+        kind = type(parameter)
+        if kind is not nn.Parameter and (
+            hasattr(parameter, "__tensor_flatten__") or nn.parameter.is_lazy(parameter)
+        ):
             return self._remember(parameter, parameter)
         self.originals.add(id(parameter))
         value, shared = parameter.detach(), self._shares_weights
         value = value if shared and not value.is_inference() else value.clone()
-        alias = torch.Tensor._make_subclass(type(parameter), value, parameter.requires_grad)
-        vars(alias).update(vars(parameter))
+        alias = torch.Tensor._make_subclass(kind, value, parameter.requires_grad)
+        if own := vars(parameter):
+            vars(alias).update(own)
         return self._remember(parameter, alias)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -201,10 +205,10 @@ class Structure:
         computed = _computed(cast(Any, type(module)))
         for name, value in list(vars(module).items()):
             kind = type(value)
-            if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
-                own[name] = value
-            elif name in _EMPTIED or (kind in _CONTAINERS and not value):
+            if (kind in _CONTAINERS and not value) or name in _EMPTIED:  # most of them
                 own[name] = kind()
+            elif kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
+                own[name] = value
             elif name in SHARED:
                 own[name] = value
             elif name in _TABLES:
