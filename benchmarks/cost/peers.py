@@ -56,7 +56,9 @@ def loop(adapter: om.Adapter, batch: Tensor) -> Callable[[], Norms]:
 
     def run() -> Norms:
         rows = scored(
-            lambda passes: loop_norms(passes, batch, len(batch), lambda name: True)[1],
+            lambda passes: loop_norms(
+                passes, batch, len(batch), lambda name: True, lambda name: "row"
+            )[1],
             adapter,
             adapter.module,
         )
