@@ -207,9 +207,11 @@ class Structure:
             kind = type(value)
             if (kind in _CONTAINERS and not value) or name in _EMPTIED:  # most of them
                 own[name] = kind()
-            elif kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
-                own[name] = value
-            elif name in SHARED:
+            elif (
+                kind in _ATOMS
+                or (kind is tuple and _ATOMS.issuperset(map(type, value)))
+                or name in SHARED
+            ):
                 own[name] = value
             elif name in _TABLES:
                 own[name] = {k: self._of(part) for k, part in list(value.items())}
