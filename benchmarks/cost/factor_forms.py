@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.harness.measurement import claim, machine, save, seconds
+from benchmarks.harness.measurement import claim, conclude, machine, seconds
 from ood_monitor.gradients import factors
 from ood_monitor.gradients.rules import RULES
 
@@ -102,9 +102,7 @@ def main(
     }
     for row in rows:
         typer.echo("  ".join(f"{value}" for value in row.values()))
-    for c in report["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(report, output)
+    conclude(report, output)
 
 
 if __name__ == "__main__":

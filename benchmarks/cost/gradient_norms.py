@@ -16,7 +16,7 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks.cost.peers import METHODS, Norms, ours, plain
-from benchmarks.harness.measurement import claim, machine, peak_mebibytes, ratios, save, seconds
+from benchmarks.harness.measurement import claim, conclude, machine, peak_mebibytes, ratios, seconds
 from benchmarks.harness.models import MODELS, Benchmark, made, small_unet
 from ood_monitor.adapters.base import checked_terms
 
@@ -163,11 +163,7 @@ def main(
         "growth of the small UNet": {} if quick else growth(rounds, device),
         "claims": [c for name, row in rows.items() for c in claims(name, row, MODELS[name])],
     }
-    for c in report["claims"]:
-        typer.echo(
-            f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
-        )
-    save(report, output)
+    conclude(report, output)
     if figure_path is not None and not quick:
         figure(report["growth of the small UNet"]).savefig(figure_path, dpi=150)
 

@@ -123,7 +123,7 @@ def claimed(found: dict[Part, Report]) -> list[str]:
         for part, report in found.items()
         for claim in report["claims"]
     ]
-    return ["## Claims", pages.missed(every), pages.claims(every)]
+    return pages.judged("## Claims", every)
 
 
 def main(

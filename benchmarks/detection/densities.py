@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ood_monitor as om
 from benchmarks.detection import datasets, trained
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.densities import FisherCombination, GaussianMixture, PrincipalGaussian, StudentT
 from ood_monitor.densities.baselines import (
     ChiSquare,
@@ -250,9 +250,7 @@ def main(
         datasets.require(data_dir, trained.SETS)
         images = trained.fashion(data_dir)
         found = report(trained.full(pipeline), images, cache_dir, most_rows)
-    for c in found["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(found, output)
+    conclude(found, output)
 
 
 if __name__ == "__main__":

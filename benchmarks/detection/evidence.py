@@ -18,7 +18,7 @@ from benchmarks.detection import datasets, methods, protocol, zoo
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
 from benchmarks.detection.protocol import FPR, Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 
 Row = dict[str, Any]
 GROUPS = (1, 5)
@@ -146,9 +146,7 @@ def main(
         typer.echo(line(row))
         rows.append(row)
     report = {"machine": machine(), "sizes": vars(sizes), "rows": rows, "claims": claims(rows)}
-    for c in report["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(report, output)
+    conclude(report, output)
 
 
 if __name__ == "__main__":

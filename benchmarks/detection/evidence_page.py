@@ -77,7 +77,7 @@ def evidence(report: Report, measured: str) -> list[str]:
         "Mean AUROC of all pairs:",
     ]
     blocks.append(overall(rows))
-    blocks += ["### Claims", pages.missed(report["claims"]), pages.claims(report["claims"])]
+    blocks += pages.judged("### Claims", report["claims"])
     return [*blocks, "### The default, pair by pair", intervals(rows), *model_by_model(rows)]
 
 
@@ -273,9 +273,7 @@ def questions(report: Report, measured: str) -> list[str]:
         ),
         "![AUROC against forward passes](evidence-layers-cost.png)",
         layers(rows),
-        "### Claims of this part",
-        pages.missed(report["claims"]),
-        pages.claims(report["claims"]),
+        *pages.judged("### Claims of this part", report["claims"]),
         "Samples to fit on, mean AUROC against all sets:",
         columns(rows, "fit size", ("model", "samples")),
         pages.paragraph(

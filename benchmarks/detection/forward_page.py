@@ -37,9 +37,7 @@ def section(report: Row, measured: str) -> list[str]:
         pair_by_pair(pairs),
         "Fifteen corruptions at severity 3, models of Fashion-MNIST:",
         corruptions(rows),
-        "### Claims of the methods",
-        pages.missed(report["claims"]),
-        pages.claims(report["claims"]),
+        *pages.judged("### Claims of the methods", report["claims"]),
     ]
 
 
@@ -124,9 +122,7 @@ def no_law(report: Row, measured: str) -> list[str]:
         overall(rows),
         pages.paragraph("`forward` of each set, with its 95 % interval, beside the others:"),
         pair_by_pair(rows),
-        "### Claims of these models",
-        pages.missed(report["claims"]),
-        pages.claims(report["claims"]),
+        *pages.judged("### Claims of these models", report["claims"]),
     ]
 
 
@@ -147,7 +143,5 @@ def tables(report: Row, measured: str) -> list[str]:
             "models. `forward` of rows is low likelihood, one-sided, joined with expected norms."
         ),
         table(["method", *shifts, "all"], lines),
-        "### Claims of tables",
-        pages.missed(report["claims"]),
-        pages.claims(report["claims"]),
+        *pages.judged("### Claims of tables", report["claims"]),
     ]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from benchmarks.detection.trained import unet
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import LogNorms, table
 
@@ -329,9 +329,7 @@ def main(
         tell(name, rows, found)
         report["rows"] += rows
         report["claims"] += claims(name, found)
-    for c in report["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(report, output)
+    conclude(report, output)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.detection import datasets, methods, protocol, trained, zoo
 from benchmarks.detection.pixelcnn import PixelCNN
 from benchmarks.detection.protocol import Array, Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities.baselines import Typicality
 from ood_monitor.densities.features import layer_of
@@ -350,7 +350,7 @@ def main(
         others = list(first[0].sets)[3:5]
         layers_figure(first, others, count).savefig(figures / "evidence-layers.png", dpi=110)
         timestep_figure(rows).savefig(figures / "evidence-timesteps.png", dpi=110)
-    save({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.detection.evidence import NEAR
 from benchmarks.detection.methods import DEFAULT, PAPER, Seen
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, machine, ratios, save
+from benchmarks.harness.measurement import claim, conclude, machine, ratios
 from ood_monitor.densities import GaussianMixture
 from ood_monitor.densities.baselines import Typicality
 from ood_monitor.densities.measurements import Measurements
@@ -314,7 +314,7 @@ def main(
         rows.append(row)
     if figures is not None:
         cost_figure(rows).savefig(figures / "evidence-layers-cost.png", dpi=110)
-    save({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 
 Row = dict[str, Any]
 
@@ -167,7 +167,7 @@ def main(
     for row in quick_rows() if quick else full(data_dir, model or list(zoo.zoo())):
         typer.echo(line(row))
         rows.append(row)
-    save({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
 
 
 if __name__ == "__main__":

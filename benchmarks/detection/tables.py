@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import ood_monitor as om
 from benchmarks.detection import protocol
 from benchmarks.detection.forward import fitted
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.detector.plan import planned
 
 Row = dict[str, Any]
@@ -167,9 +167,7 @@ def main(
                 typer.echo(line(row))
                 rows.append(row)
     report = {"machine": machine(), "rows": rows, "claims": claims(rows)}
-    for c in report["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(report, output)
+    conclude(report, output)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from benchmarks.detection.corpora import (
 )
 from benchmarks.detection.forward import fitted
 from benchmarks.detection.protocol import auroc
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities import Array, Density
@@ -351,9 +351,7 @@ def main(
     found = report(texts, size, steps, seed)
     typer.echo("  ".join(f"{name}: {value}" for name, value in found["model"].items()))
     typer.echo(shown(found["rows"]))
-    for c in found["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save(found, output)
+    conclude(found, output)
 
 
 if __name__ == "__main__":

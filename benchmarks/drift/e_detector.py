@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 import ood_monitor as om
 from benchmarks.drift.figures import MISSED, Row, figure, table
 from benchmarks.drift.peers import Array, Method, Step, ours, peers
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 
 Draw: TypeAlias = Callable[[np.random.Generator, int], Array]
 
@@ -280,11 +280,7 @@ def main(
     typer.echo(table(report["promises"], report["rows"]))
     for line in report["skipped"]:
         typer.echo(line)
-    for c in report["claims"]:
-        typer.echo(
-            f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
-        )
-    save(report, output)
+    conclude(report, output)
     if figure_path is not None:
         figure(report["rows"]).savefig(figure_path, dpi=150)
 

@@ -18,7 +18,7 @@ import typer
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from benchmarks.harness.measurement import claim, machine, save
+from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.drift.e_detector import JUMP, EDetector
 
 #: History, promised run time, runs, and where they are cut off.
@@ -123,7 +123,7 @@ def main(
     )
     text = "history of 500 and more: mean run length below the promise, standard errors, worst"
     claims = [claim(text, round(short, 2), 3.0)]
-    save({"machine": machine(), "rows": rows, "claims": claims}, output)
+    conclude({"machine": machine(), "rows": rows, "claims": claims}, output)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ def claim(text: str, value: float, target: float) -> dict[str, Any]:
     return {"claim": text, "value": value, "target": target, "holds": value <= target}
 
 
+def conclude(report: Mapping[str, Any], path: Path | None) -> None:
+    """Tell a report's claims, then :func:`save` it."""
+    for c in report["claims"]:
+        print(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})")
+    save(report, path)
+
+
 def save(report: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(report, indent=2) + "\n")

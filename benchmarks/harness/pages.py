@@ -49,6 +49,11 @@ def described(machine: Row) -> str:
 _NOT_VERSIONS = {"processor", "threads", "date", "seconds"}
 
 
+def judged(title: str, found: Sequence[Row]) -> list[str]:
+    """A part of a page: the claims that are missed, then all of them."""
+    return [title, missed(found), claims(found)]
+
+
 def claims(found: Iterable[Row]) -> str:
     """A table of what was claimed, as `benchmarks.harness.measurement.claim` gives it."""
     return table(

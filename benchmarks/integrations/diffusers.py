@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ood_monitor as om
 from benchmarks.detection import datasets, trained
-from benchmarks.harness.measurement import claim, machine, save, seconds
+from benchmarks.harness.measurement import claim, conclude, machine, seconds
 from benchmarks.harness.models import ddpm_cifar10
 from ood_monitor.densities.measurements import Measurements
 
@@ -413,9 +413,7 @@ def main(
             more, claims = detection(pipe, *fashion(data_dir, 300), "up_blocks.2", sizes, 10_000)
             told(more)
             found = {"rows": [*rows, *more], "claims": [*found["claims"], *claims]}
-    for c in found["claims"]:
-        typer.echo(f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']}")
-    save({"machine": machine()} | found, output)
+    conclude({"machine": machine()} | found, output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ood_monitor as om
-from benchmarks.harness.measurement import claim, machine, ratios, save
+from benchmarks.harness.measurement import claim, conclude, machine, ratios
 from benchmarks.harness.models import Case, made, small_unet
 from ood_monitor.adapters.base import checked_terms
 
@@ -154,11 +154,7 @@ def main(
     }
     for name, row in rows.items():
         typer.echo(f"{name}: {row}")
-    for c in report["claims"]:
-        typer.echo(
-            f"{'holds' if c['holds'] else 'FAILS'}  {c['claim']}: {c['value']} ({c['target']})"
-        )
-    save(report, output)
+    conclude(report, output)
 
 
 if __name__ == "__main__":
