@@ -39,16 +39,16 @@ def leaving_random_state(run: Callable[[], R], device: torch.device, by: object)
     before = _states(device)
     try:
         result = run()
-    except Exception:
+        if _are(before, device):
+            _draws[by] = False
+            return result
+        del result  # which may take as much memory as the one that comes
+    except Exception:  # of any kind: what fails may have drawn before
         if _are(before, device):
             raise
     except BaseException:  # an interruption, after which nothing is called again
         _put_back(before)
         raise
-    else:
-        if _are(before, device):
-            _draws[by] = False
-            return result
     with kept_random_state(device, by, before):
         return run()
 
