@@ -1,17 +1,17 @@
-"""Realised gradient norms by input channel of each layer: what expected norms are expected of.
+"""Realised gradient norms by input channel of each layer: those that expected norms foretell.
 
 The weights are those of the layers that have an expected norm, by the same groups of channels, so
 that each realised norm stands beside its expectation.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size
+from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.densities.features import layer_of
 from ood_monitor.detector.summed import norms_of
 from ood_monitor.gradients import GradientNorms
@@ -65,16 +65,13 @@ def channel_norms(
         differentiated, batch, layers=by.__contains__, granularity=by, chunk_size=chunk_size
     )
     norms = {key: grouped(values) for key, values in found.norms.items()}
-    return replace(found, norms=_as_fitted(norms, fitted, batch_size(batch)) if fitted else norms)
+    return replace(found, norms=_as_fitted(norms, fitted) if fitted else norms)
 
 
-def _as_fitted(norms: Mapping[str, Tensor], columns: Sequence[str], size: int) -> dict[str, Tensor]:
+def _as_fitted(norms: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Tensor]:
     """The norms that a detector knows, in its order."""
     like = next(iter(norms.values()))
-    widths: dict[str, int] = {}
-    for column in columns:
-        widths[layer_of(column)] = widths.get(layer_of(column), 0) + 1
-    zeros = {
-        key: torch.zeros_like(like[:, :1]).expand(size, width) for key, width in widths.items()
+    return {
+        key: norms[key] if key in norms else like.new_zeros(len(like), width)
+        for key, width in Counter(map(layer_of, columns)).items()
     }
-    return {key: norms.get(key, zeros[key]) for key in widths}

@@ -63,31 +63,18 @@ def measured_by(
     tables: dict[str, Table] = {}
     likelihoods: dict[str, Tensor] = {}
     if plan.of_forward:
-        watched = _expected(adapter, batch, layers) if fitted is None else fitted.expected_layers
-        found = forward_statistics(
-            adapter,
-            batch,
-            sample=plan.sample,
-            layers=watched,
-            norms="expected_norms" in plan.of_forward,
-            values="values" in plan.of_forward,
-            map="map" in plan.of_forward,
-            chunk_size=chunk_size,
-        )
-        if fitted is None and PNG_BITS in found.values:
-            found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
+        found = _forward(plan, adapter, batch, layers, chunk_size, fitted)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.has("channel_norms"):
-        kind: Kind = "channel_norms"
         norms = channel_norms(
             adapter,
             batch,
             differentiated=differentiated,
             layers=layers,
             chunk_size=chunk_size,
-            fitted=() if fitted is None else _columns_of(fitted, kind),
+            fitted=() if fitted is None else _columns_of(fitted, "channel_norms"),
         )
-        tables[kind] = Table(*table({f"{kind}/{key}": it for key, it in norms.norms.items()}))
+        tables["channel_norms"] = Table(*table(_named("channel_norms", norms.norms)))
         likelihoods = norms.log_likelihood
     if plan.has("gradient_norms"):
         norms = norms_of(
@@ -96,6 +83,30 @@ def measured_by(
         tables[GRADIENT_NORMS], likelihoods = Table(*table(norms.norms)), norms.log_likelihood
     terms, values = table(likelihoods)
     return Measurements(terms, values, tables)
+
+
+def _forward(
+    plan: Plan,
+    adapter: Adapter,
+    batch: Batch,
+    layers: Layers,
+    chunk_size: int | None,
+    fitted: Fitted | None,
+) -> ForwardStatistics:
+    """What one forward pass gives of the plan's parts."""
+    found = forward_statistics(
+        adapter,
+        batch,
+        sample=plan.sample,
+        layers=_expected(adapter, batch, layers) if fitted is None else fitted.expected_layers,
+        norms=plan.has("expected_norms"),
+        values=plan.has("values"),
+        map=plan.has("map"),
+        chunk_size=chunk_size,
+    )
+    if fitted is None and PNG_BITS in found.values:
+        found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)
+    return found
 
 
 def explaining_of(
@@ -125,6 +136,11 @@ def explaining_of(
         except Exception as error:  # of any kind, where a model can only run forward
             without = f"{type(error).__name__}: {error}"
     return Explaining(of_layers, places, batch_size(batch), without)
+
+
+def _named(kind: Kind, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Columns under the name of their part."""
+    return {f"{kind}/{name}": values for name, values in columns.items()}
 
 
 def _columns_of(fitted: Fitted, kind: Kind) -> list[str]:
@@ -173,7 +189,7 @@ def _tables(found: ForwardStatistics, plan: Plan, size: int) -> dict[str, Table]
     tables: dict[str, Table] = {}
     for kind in given:
         if kind in plan.of_forward:
-            columns = {f"{kind}/{name}": values for name, values in given[kind].items()}
+            columns = _named(kind, given[kind])
             # A model may have none of a kind.
             tables[kind] = Table(*table(columns)) if columns else Table((), np.empty((size, 0)))
     return tables
