@@ -229,10 +229,8 @@ def _compare(
     _check_dependence(adapter, exact)
     done = fast.left_over | wrong_before
     with torch._C.DisableTorchFunction():  # no calls of the model's, which are watched
-        wrong, unsettled = (
-            disagreeing(fast.norms, exact, dtypes, done),
-            _without_verdict(exact, dtypes),
-        )
+        wrong = disagreeing(fast.norms, exact, dtypes, done)
+        unsettled = _without_verdict(exact, dtypes)
     if wrong:
         warnings.warn(
             f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ood_monitor.adapters.base import (
     Adapter,
@@ -90,8 +90,9 @@ def gradient_norms(
         input channels of most weights.
 
     Raises:
-        ValueError: The batch is empty, not finite or not divisible into groups; the model has no
-            parameters, mixes samples, or gives a term whose shape is not (B,).
+        ValueError: The batch is empty, not finite or not divisible into groups; a granularity is
+            none, or of no parameter; the model has no parameters, mixes samples, or gives a term
+            whose shape is not (B,).
 
     Example:
         >>> import ood_monitor as om
@@ -119,7 +120,7 @@ def terms_and_norms(
     Raises:
         ValueError: As there.
     """
-    by = _granularity_of(granularity)
+    by = _granularity_of(granularity, adapter.module)
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
 
@@ -161,7 +162,8 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         >>> last_layers(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), 2)
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
-    selected, by = selection(adapter.module, None), _granularity_of("tensor")
+    selected = selection(adapter.module, None)
+    by = _granularity_of("tensor", adapter.module)
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
         view = passes.fresh()
@@ -178,16 +180,17 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
 
 
 def _granularity_of(
-    granularity: Granularity | Mapping[str, Granularity],
+    granularity: Granularity | Mapping[str, Granularity], module: nn.Module
 ) -> Callable[[str], Granularity]:
     """The granularity of each parameter, by name."""
-    given = granularity if isinstance(granularity, Mapping) else {"": granularity}
-    for each in given.values():
+    names = dict.fromkeys(name for name, _ in module.named_parameters())
+    by = granularity if isinstance(granularity, Mapping) else dict.fromkeys(names, granularity)
+    for name, each in by.items():
         if each not in get_args(Granularity):
             raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {each!r}.")
-    if not isinstance(granularity, Mapping):
-        return lambda name: granularity
-    return lambda name: granularity.get(name, "tensor")
+        if name not in names:
+            raise ValueError(f"Expected a granularity of parameters, got one of {name!r}.")
+    return lambda name: by.get(name, "tensor")
 
 
 def _checked_size(batch: Batch, group: int, chunk_size: int | None) -> int:

@@ -71,6 +71,7 @@ class _Call:
     """
 
     name: str
+    module: nn.Module
     is_leaf: bool
     first: Tensor | None
     kept: list[Any] = field(default_factory=list)  # so that no storage's address is used again
@@ -137,7 +138,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self.called = True
         first = first_tensor_of(args, kwargs)
-        call = _Call(name, is_leaf, first)
+        call = _Call(name, module, is_leaf, first)
         for tensor in filter(_is_tensor, tree_leaves((args, kwargs))) if is_leaf else ():
             call.mark(tensor, call.of_first if tensor is first else call.of_others)
         self._stack.append(call)
@@ -168,7 +169,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether an operation on what comes from a call's first tensor makes it a layer."""
         h = call.first
         assert h is not None
-        layer = _layer_of(func, args, given, own, h)
+        layer = _layer_of(call.module, func, args, given, own, h)
         if layer is not None:
             self.found.setdefault(call.name, layer)
             shapes = self.shapes.setdefault(call.name, [])
@@ -185,7 +186,12 @@ def first_tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
 
 
 def _layer_of(
-    func: Any, args: tuple[Any, ...], given: list[Tensor], own: Tensor, h: Tensor
+    module: nn.Module,
+    func: Any,
+    args: tuple[Any, ...],
+    given: list[Tensor],
+    own: Tensor,
+    h: Tensor,
 ) -> Layer | None:
     """The layer that makes an operation on ``own`` of its input h; None if it is none."""
     parts = func._schema.name.partition("::")[2].strip("_").split("_")
@@ -203,19 +209,26 @@ def _layer_of(
         contracted = own.shape[-2 if is_second and own.ndim > 1 else -1]
         if contracted != h.shape[-1]:
             return None
-        return Layer(h.shape[-1], -1, _weight_dimension(given, own, -1 if is_second else -2))
+        others = [t for t in given if t is not own and t.ndim > 1]
+        along = -1 if is_second else -2
+        dimension = _weight_dimension(module, others[-1], along) if others else 1
+        return Layer(h.shape[-1], -1, dimension)
     return None
 
 
-def _weight_dimension(given: list[Tensor], own: Tensor, contracted: int) -> int:
-    """Where the input's channels are in the matrix that a product has beside its input.
+def _weight_dimension(module: nn.Module, matrix: Tensor, contracted: int) -> int:
+    """Where a weight has the input's channels, which are along a dimension of the matrix.
 
-    It comes as a view, whose neighbours in memory are those of the weight's last dimension.
+    The matrix is a view of the weight, transposed or not, so that its steps in memory tell; of one
+    that is computed from parameters, they are in the order of its own dimensions.
     """
-    others = [t for t in given if t is not own and t.ndim > 1]
-    if not others or others[-1].stride(contracted) == 1:
-        return 1
-    return 0
+    step, storage = matrix.stride(contracted), _storage(matrix)
+    for weight in module.parameters():
+        own = _storage(weight)
+        is_its = storage is not None and own is not None and own._cdata == storage._cdata
+        if is_its and weight.ndim == 2:
+            return int(weight.stride(1) == step)
+    return int(step == 1)
 
 
 def _is_leaf(name: str, module: nn.Module) -> bool:

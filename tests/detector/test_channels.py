@@ -1,7 +1,7 @@
 """Realised gradient norms by input channel: as a part of a detector, and against plain autograd."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,38 @@ def followed(layer: nn.Module, shape: tuple[int, ...], dimension: int) -> Case:
     return Case(lambda: net, shape, {"0.weight": dimension, "3.weight": 1})
 
 
+def transposed_in_memory() -> nn.Linear:
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    return layer
+
+
+def masked() -> nn.Module:
+    """A square linear map of a weight that is computed."""
+    layer = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Masked())
+    return layer
+
+
+class Masked(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * torch.tensor([[0.0, 1.0, 2.0]]).to(weight)
+
+
 CASES = {
     "linear": followed(nn.Linear(3, 5), (4, 3), 1),
     "square linear": followed(nn.Linear(3, 3), (3,), 1),
+    "linear, transposed in memory": followed(transposed_in_memory(), (3,), 1),
     "wide linear": followed(nn.Linear(70, 3), (70,), 1),
     "convolution": followed(nn.Conv2d(3, 5, 3, padding=1), (3, 4, 4), 1),
     "square convolution": followed(nn.Conv2d(3, 3, 3), (3, 4, 4), 1),
     "depthwise convolution": followed(nn.Conv2d(4, 4, 3, groups=4), (4, 4, 4), 0),
     "transposed convolution": followed(nn.ConvTranspose2d(3, 5, 3), (3, 4, 4), 0),
     "square transposed convolution": followed(nn.ConvTranspose1d(3, 3, 2), (3, 4), 0),
+    "a computed weight": replace(
+        followed(masked(), (4, 3), 1),
+        dimensions={"0.parametrizations.weight.original": 1, "3.weight": 1},
+    ),
     "a matrix": followed(Conv1D(5, 3), (3,), 0),
     "a square matrix": followed(Conv1D(3, 3), (4, 3), 0),
 }

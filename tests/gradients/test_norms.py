@@ -71,12 +71,11 @@ def rows(gradients: Norms) -> Norms:
 
 
 def columns(gradients: Norms) -> Norms:
-    return {
-        k: (g.flatten(3).square().sum((1, 3)) if g.ndim > 3 else g.square().sum(1))
-        if g.ndim > 2
-        else g.reshape(len(g), -1).square().sum(1, keepdim=True)
-        for k, g in gradients.items()
-    }
+    found = {}
+    for key, g in gradients.items():
+        others = [d for d in range(1, g.ndim) if d != 2]
+        found[key] = g.square().sum(others) if g.ndim > 2 else rows({key: g})[key].sum(1)[:, None]
+    return found
 
 
 def tensors(gradients: Norms) -> Norms:
@@ -118,6 +117,29 @@ def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms) -> None
     assert any(DISAGREES in str(warning.message) for warning in caught) == case.warns
     assert_norms(gradient_norms(adapter, batch, granularity="row"), rows(exact))
     assert_norms(gradient_norms(adapter, batch, granularity="column"), columns(exact))
+
+
+def test_each_parameter_may_have_a_granularity_of_its_own() -> None:
+    adapter, batch = model("linear-2d")()
+    exact = gradients(adapter, batch)
+    found = gradient_norms(adapter, batch, granularity={"0.weight": "column", "2.weight": "row"})
+    expected = tensors(exact)
+    expected["log_likelihood/0.weight"] = columns(exact)["log_likelihood/0.weight"]
+    expected["log_likelihood/2.weight"] = rows(exact)["log_likelihood/2.weight"]
+    assert_norms(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "message"),
+    [
+        ("channel", "granularity of .*'column'.*, got 'channel'"),
+        ({"0.weight": "rows"}, "granularity of .*, got 'rows'"),
+        ({"0.weights": "row"}, "granularity of parameters, got one of '0.weights'"),
+    ],
+)
+def test_a_granularity_that_is_none_is_refused(granularity: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gradient_norms(*model("linear-2d")(), granularity=granularity)
 
 
 @quick_models
