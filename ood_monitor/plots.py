@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from ood_monitor.alerts.alert import Alert
 
@@ -155,7 +155,7 @@ def quantile_figure(z: Mapping[str, ArrayLike]) -> Figure:
     figure, panels = _panels(len(z))
     for axes, (layer, values) in zip(panels, z.items(), strict=True):
         finite = np.sort(_finite(layer, values)[0])
-        theory = norm.ppf((np.arange(len(finite)) + 0.5) / len(finite))
+        theory = ndtri((np.arange(len(finite)) + 0.5) / len(finite))
         ends = [min(theory[0], finite[0]), max(theory[-1], finite[-1])]
         axes.plot(ends, ends, color=_BLACK, linewidth=0.8, label="as fitted")
         axes.plot(theory, finite, ".", color=_BLUE, markersize=3, label="held-out samples")

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -138,6 +137,8 @@ def flagged_interval(
         >>> flagged_interval(600, 600, 0.01)
         (0, 22)
     """
+    from scipy.stats import betabinom
+
     if samples < 1 or calibration < 1 or cells < 1 or not 0 < fpr < 1 or not 0 < level < 1:
         raise ValueError(
             "Expected at least one sample, calibration score and cell, and fpr and level in "

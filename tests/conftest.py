@@ -9,6 +9,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_NUM_THREADS": "1",  # of NumPy's and of each process that a test starts
     "TRANSFORMERS_OFFLINE": "1",
 }
 

@@ -26,17 +26,17 @@ CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
 NEEDS_AN_EXTRA = {"ood_monitor.plots": "matplotlib"}
 
 
-def imported(statement: str) -> set[str]:
-    """The frameworks that a fresh interpreter has imported after the statement."""
-    program = f"import sys\n{statement}\nprint(*sys.modules)"
+#: What takes longer to import than PyTorch, and what fits or diagnoses needs alone.
+FITTERS = ["scipy.stats", "sklearn"]
+
+
+def imported(*statements: str) -> list[set[str]]:
+    """Which of these a fresh interpreter has imported after each statement."""
+    program = "import sys\n" + "".join(f"{s}\nprint(*sys.modules)\n" for s in statements)
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return set(done.stdout.split()) & {*FRAMEWORKS, "torch._dynamo"}
-
-
-@pytest.mark.parametrize("module", ["ood_monitor", "ood_monitor.cli"])
-def test_importing_the_package_or_its_command_line_imports_no_framework(module: str) -> None:
-    assert imported(f"import {module}") == set()
+    looked_for = {*FRAMEWORKS, *FITTERS, "torch._dynamo"}
+    return [set(line.split()) & looked_for for line in done.stdout.splitlines()]
 
 
 FITTING = """
@@ -49,15 +49,17 @@ detector.score(held_out[:2])
 """
 
 
-def test_a_detector_loads_no_compiler() -> None:
-    """PyTorch's takes seconds, which a service would pay in its first request."""
-    assert imported(FITTING) == set()
-    assert imported("import torch._dynamo") == {"torch._dynamo"}
+def test_neither_package_nor_command_line_nor_a_fit_loads_what_it_does_not_need() -> None:
+    """A framework that is not there, or seconds that a service would pay in its first request."""
+    package, command_line, fit = imported("import ood_monitor", "import ood_monitor.cli", FITTING)
+    assert package == command_line == set()
+    assert fit == {*FITTERS}
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "ood_monitor_integrations"])
-def test_importing_a_framework_would_be_noticed(module: str) -> None:
-    assert imported(f"import {module}") == {module}
+def test_what_is_loaded_would_be_noticed() -> None:
+    given = ["matplotlib", "ood_monitor_integrations", "scipy.stats", "torch._dynamo"]
+    found = imported(*(f"import {module}" for module in given))
+    assert all(module in now for module, now in zip(given, found, strict=True))
 
 
 def test_public_names_are_sorted_and_all() -> None:

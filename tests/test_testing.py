@@ -154,7 +154,7 @@ def test_a_single_sample_is_refused() -> None:
 
 
 def flow() -> nn.Module:
-    return zuko.flows.MAF(features=3, transforms=2, hidden_features=(8,))
+    return zuko.flows.MAF(features=3, transforms=1, hidden_features=(8,))
 
 
 def samples(flow: Any, n: int = 1000) -> Tensor:
@@ -166,7 +166,7 @@ def scaled(flow: nn.Module, factor: float) -> om.LogLikelihood:
     return om.LogLikelihood(flow, lambda flow, x: factor * flow().log_prob(x))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_log_likelihood_in_nats_is_taken_for_it(seed: int) -> None:
     torch.manual_seed(seed)
     model = flow()
@@ -174,7 +174,7 @@ def test_log_likelihood_in_nats_is_taken_for_it(seed: int) -> None:
     check_adapter(om.LogLikelihood(model), x[:3], samples=x)
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5, 1 / 3])
+@pytest.mark.parametrize("factor", [2.0, 1 / 3])
 def test_other_units_are_named(factor: float) -> None:
     model = flow()
     x = samples(model)

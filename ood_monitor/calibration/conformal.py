@@ -31,7 +31,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, rankdata
 
 MINIMUM_SCORES = 20
 """The fewest scores to calibrate with; with fewer, no p-value is below .05."""
@@ -294,6 +293,8 @@ def lag1_autocorrelation(scores: ArrayLike) -> float:
           (Abraham Wald, Jacob Wolfowitz, 1943)
         | https://doi.org/10.1214/aoms/1177731358
     """
+    from scipy.stats import rankdata
+
     ranks = rankdata(check_scores(scores, minimum=3))
     centred = ranks - ranks.mean()
     energy = float(centred @ centred)
@@ -341,6 +342,8 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
           (Charles Clopper, Egon Pearson, 1934)
         | https://doi.org/10.1093/biomet/26.4.404
     """
+    from scipy.stats import binomtest
+
     if not (n >= 1 and 0 <= successes <= n and 0.0 < confidence < 1.0):
         raise ValueError(
             "Expected 0 <= successes <= n, n >= 1 and confidence in (0, 1), "

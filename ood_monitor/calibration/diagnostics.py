@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.stats import kstest, spearmanr
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from ood_monitor.adapters.base import (
@@ -139,7 +137,7 @@ def diagnose(
         ),
         mean_correlation=_mean_correlation(features),
         mixed=_second_population(scores),
-        noise_correlation=None if again is None else float(spearmanr(scores, again).statistic),
+        noise_correlation=None if again is None else _rank_correlation(scores, again),
     )
     return replace(found, problems=(*_problems_of_model(found), *_problems_of_fit(found)))
 
@@ -205,6 +203,8 @@ def _norms(adapter: Adapter, batches: list[Batch], layers: Layers) -> tuple[tupl
 
 def _ks(features: Array) -> list[float]:
     """Of each feature's later half to a Normal fitted to its earlier one."""
+    from scipy.stats import kstest
+
     fit, rest = np.array_split(features, 2)
     mean, sd = fit.mean(0), fit.std(0, ddof=1)
     columns = ((rest - mean) / sd).T
@@ -215,6 +215,12 @@ def _scores(density: Density, features: Array) -> Array:
     """Of the later half, under a fit to the earlier one."""
     fit, rest = np.array_split(features, 2)
     return copy.deepcopy(density).fit(fit).score(rest)
+
+
+def _rank_correlation(one: Array, other: Array) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(one, other).statistic)
 
 
 def _mean_correlation(features: Array) -> float:
@@ -230,6 +236,8 @@ def _second_population(scores: Array) -> float:
 
     Ashman's D tells two populations from a long tail, which two Normals fit better than one too.
     """
+    from sklearn.mixture import GaussianMixture
+
     z = ((scores - scores.mean()) / scores.std())[:, None]
     one, two = (GaussianMixture(k, n_init=3, reg_covar=1e-3, random_state=0).fit(z) for k in (1, 2))
     means, variances = two.means_.ravel(), two.covariances_.ravel()

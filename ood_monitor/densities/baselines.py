@@ -19,12 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import logsumexp, polygamma
-from scipy.stats import gaussian_kde, loggamma
-from sklearn import ensemble, svm
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ood_monitor.densities import Array, DiagonalGaussian
 from ood_monitor.densities.base import check_fitted, checked, checked_fit
@@ -221,6 +216,8 @@ class ChiSquare:
 
     def score(self, features: Array) -> Array:
         check_fitted(self, "_dof")
+        from scipy.stats import loggamma
+
         features = checked(features, self._dof)
         # Squared norms beyond all numbers are infinitely anomalous.
         with np.errstate(over="ignore"):
@@ -247,6 +244,8 @@ def effective_dof(features: Array) -> Array:
 
 
 def _inverse_trigamma(value: float) -> float:
+    from scipy.optimize import brentq
+
     # Of 1 / y < trigamma(y) < 1 / y + 1 / y^2, with room for rounding.
     low, high = 0.5 / value, 2 / value + 2
     return float(brentq(lambda y: float(polygamma(1, y)) - value, low, high))
@@ -266,6 +265,8 @@ class DensityOfStates:
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)
+        from scipy.stats import gaussian_kde
+
         self._kernels = [gaussian_kde(column) for column in features.T.copy()]
         self._mean = features.mean(0)
         return self
@@ -285,6 +286,9 @@ class _ByScikitLearn(abc.ABC):
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         self._pipeline = make_pipeline(StandardScaler(), self._model()).fit(features)
         self._mean = features.mean(0)
         return self
@@ -320,6 +324,8 @@ class OneClassSVM(_ByScikitLearn):
         self._nu = nu
 
     def _model(self) -> Any:
+        from sklearn import svm
+
         return svm.OneClassSVM(nu=self._nu)
 
 
@@ -334,6 +340,8 @@ class IsolationForest(_ByScikitLearn):
         self._seed = seed
 
     def _model(self) -> Any:
+        from sklearn import ensemble
+
         return ensemble.IsolationForest(random_state=self._seed)
 
 

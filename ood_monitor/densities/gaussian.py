@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias, get_args
 
 import numpy as np
-from sklearn.covariance import ledoit_wolf_shrinkage, oas
 
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
@@ -206,6 +205,8 @@ def _axes(z: Array) -> tuple[Array, Array]:
 
 
 def _amount(shrinkage: Shrinkage, z: Array, axes: Array, variances: Array) -> float:
+    from sklearn.covariance import ledoit_wolf_shrinkage, oas
+
     if shrinkage == "ledoit_wolf":
         amount = float(ledoit_wolf_shrinkage(z, assume_centered=True))
     elif shrinkage == "oas":

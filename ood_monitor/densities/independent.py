@@ -11,7 +11,7 @@ import math
 from typing import Self
 
 import numpy as np
-from scipy import stats
+from scipy.special import log_ndtr
 
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
@@ -90,7 +90,9 @@ class StudentT:
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)
-        excess = np.maximum(stats.kurtosis(features, axis=0), 0.0)
+        from scipy.stats import kurtosis
+
+        excess = np.maximum(kurtosis(features, axis=0), 0.0)
         with np.errstate(divide="ignore"):
             self._dof = np.minimum(4 + 6 / excess, self._largest_dof)
         self._mean = features.mean(0)
@@ -102,8 +104,10 @@ class StudentT:
 
     def contributions(self, features: Array) -> Array:
         check_fitted(self, "_mean")
+        from scipy.stats import t
+
         features = checked(features, self._mean)
-        return np.asarray(-stats.t.logpdf(features, self._dof, self._mean, self._scale))
+        return np.asarray(-t.logpdf(features, self._dof, self._mean, self._scale))
 
     def state(self) -> dict[str, Array]:
         options = {"largest_dof": np.array([self._largest_dof])}
@@ -128,4 +132,4 @@ class FisherCombination(_Standardised):
         return np.asarray(self.contributions(features).sum(1))
 
     def contributions(self, features: Array) -> Array:
-        return np.asarray(-2 * (math.log(2) + stats.norm.logsf(np.abs(self._z(features)))))
+        return np.asarray(-2 * (math.log(2) + log_ndtr(-np.abs(self._z(features)))))

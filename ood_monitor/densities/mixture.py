@@ -5,7 +5,6 @@ from typing import Self
 
 import numpy as np
 from scipy.special import logsumexp, softmax
-from sklearn import mixture
 
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
@@ -41,6 +40,8 @@ class GaussianMixture:
         self._components, self._regularisation, self._seed = components, regularisation, seed
 
     def fit(self, features: Array) -> Self:
+        from sklearn import mixture
+
         features = checked_fit(features, self.minimum_samples)
         self._mean, self._sd = features.mean(0), features.std(0)
         fitted = mixture.GaussianMixture(

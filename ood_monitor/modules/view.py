@@ -403,11 +403,13 @@ class _Watch(TorchFunctionMode):
         raise _LeftError  # before anything is written
 
     def _has_original(self, values: Iterable[Any]) -> bool:
-        return any(
-            id(value) in self._passes._originals
-            or (isinstance(value, list | tuple) and self._has_original(value))
-            for value in values
-        )
+        originals = self._passes._originals
+        for value in values:  # plainly: of each operation's arguments
+            if id(value) in originals:
+                return True
+            if isinstance(value, list | tuple) and self._has_original(value):
+                return True
+        return False
 
 
 def _bytes(module: nn.Module) -> int:

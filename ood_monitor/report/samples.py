@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from scipy.stats import kstest, kstwo
 
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.calibration.scores import Scores
@@ -53,10 +52,14 @@ class HeldOut:
 
         With few samples, what one of a hundred well fitted layers exceeds by chance.
         """
+        from scipy.stats import kstwo
+
         return max(_POOR, float(kstwo.isf(0.01, max(self.count, 1))))
 
     def distances(self) -> dict[str, float]:
         """Kolmogorov-Smirnov distance of each layer's z from a standard normal."""
+        from scipy.stats import kstest
+
         return {
             name: float(kstest(values[np.isfinite(values)], "norm").statistic)
             for name, values in self.z.items()

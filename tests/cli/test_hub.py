@@ -49,7 +49,6 @@ def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     process = subprocess.Popen(

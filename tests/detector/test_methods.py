@@ -67,7 +67,8 @@ def test_forward_leaves_the_model_as_it_was(name: str) -> None:
     adapter = adapter_of(name)
     before = {key: value.clone() for key, value in adapter.module.state_dict().items()}
     hooks = [dict(module._forward_pre_hooks) for module in adapter.module.modules()]
-    om.Detector(adapter, method="forward").fit([batch_of(name, 40, seed=1)], progress=False)
+    made = om.Detector(adapter, method="forward", explain=8)
+    made.fit([batch_of(name, 40, seed=1)], progress=False)
     after = adapter.module.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert [dict(module._forward_pre_hooks) for module in adapter.module.modules()] == hooks
@@ -207,7 +208,7 @@ def test_a_batch_that_is_refused_says_nothing_of_layers() -> None:
 def test_a_method_and_its_reason_are_said(name: str, tmp_path: Path) -> None:
     adapter, of, options, method, reason = DEFAULTS[name]
     held_out = [batch_of(of, 60, seed=1)]
-    made = om.Detector(adapter, **options).fit(held_out, progress=False)
+    made = om.Detector(adapter, explain=8, **options).fit(held_out, progress=False)
     assert (made.fitted.method, made.fitted.reason) == (method, reason)
     made.save_pretrained(tmp_path)
     assert f"{method} ({reason})" in (tmp_path / "README.md").read_text()
@@ -322,10 +323,10 @@ OFFLOADED: dict[str, Callable[[nn.Module], None]] = {"sequential": sequential, "
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_offloaded_models_are_watched_forward(name: str, how: str, tmp_path: Path) -> None:
     held_out, new = [batch_of(name, 60, seed=1)], batch_of(name, 5, seed=2)
-    whole = om.Detector(adapter_of(name), method="forward").fit(held_out, progress=False)
-    adapter = adapter_of(name)
+    whole, adapter = detector(name, "forward"), adapter_of(name)
     OFFLOADED[how](adapter.module)
-    fitted = om.Detector(adapter, method="forward").fit(held_out, progress=False)
+    made = om.Detector(adapter, method="forward", explain=8)
+    fitted = made.fit(held_out, progress=False)
     torch.testing.assert_close(fitted.score(new).score, whole.score(new).score, rtol=1e-4, atol=0)
     assert torch.equal(fitted.score(new).p_value, whole.score(new).p_value)
     assert fitted.fitted.model == whole.fitted.model

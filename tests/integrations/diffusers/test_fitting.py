@@ -315,7 +315,7 @@ def test_two_processes_score_as_one_does() -> None:
 def worker(rank: int, processes: int, port: int) -> subprocess.Popen[str]:
     alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     # One thread: several sum in another order.
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     tests = str(Path(__file__).parents[2])
     path = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])}
     return subprocess.Popen(

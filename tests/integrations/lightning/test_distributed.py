@@ -23,12 +23,7 @@ def environment(rank: int, port: int) -> dict[str, str]:
     """As torchrun or a cluster sets it for a process of its own."""
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     places = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    return (
-        os.environ
-        | addresses
-        | places
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    )
+    return os.environ | addresses | places | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
