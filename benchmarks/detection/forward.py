@@ -26,7 +26,7 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.protocol import FPR, IN_DISTRIBUTION, Sizes
 from benchmarks.detection.shifts import CHANGED
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine, peak_mebibytes, ratios
+from benchmarks.harness.measurement import claim, conclude, machine, peak_of_tensors, ratios
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities.joined import Joined
 from ood_monitor.densities.measurements import Measurements
@@ -207,13 +207,12 @@ def costs(detector: om.Detector, x: Tensor) -> dict[str, float]:
 
 
 def memory(detector: om.Detector, x: Tensor) -> float | None:
-    """Peak memory of a score of many images, in that of a plain pass; None where there are few."""
+    """Of tensors, at the peak of a score of many images and of a plain pass; None of few images."""
     if len(x) < MANY:
         return None
     plain = functools.partial(forward, detector.adapter, x[:MANY])
     measure = functools.partial(detector.measure, x[:MANY])
-    peaks = [(peak_mebibytes(measure), peak_mebibytes(plain)) for _ in range(methods.ROUNDS)]
-    return round(statistics.median(score / plain for score, plain in peaks), 2)
+    return round(peak_of_tensors(measure) / peak_of_tensors(plain), 2)
 
 
 @torch.no_grad()

@@ -7,15 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-
-#: glibc's option of how large a block has pages of its own.
-_MMAP_THRESHOLD = -3
 
 
 def processor() -> str:
@@ -60,20 +59,27 @@ def ratios(plain: Run, methods: Mapping[str, Run], rounds: int) -> dict[str, flo
 def peak_mebibytes(run: Run) -> float:
     """How much a run raises the process's resident memory at its peak (Linux), or the GPU's.
 
-    Each tensor has pages of its own meanwhile, which go back when it is freed: the allocator's
-    holes, as large as what small models allocate and another size each time, are not counted.
+    What the process keeps of freed memory is in it, which of small models is as much again, and
+    another amount each time: :func:`peak_of_tensors` counts what is alive.
     """
     if torch.cuda.is_initialized():
         return _peak_on_gpu(run)
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     run()
-    peak = _resident("VmHWM") - before
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 25)  # the most that it comes to by itself
-    return peak
+    return _resident("VmHWM") - before
+
+
+def peak_of_tensors(run: Run) -> float:
+    """Mebibytes of the tensors that a run made and that were alive at once, at their peak."""
+    if torch.cuda.is_initialized():
+        return _peak_on_gpu(run)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes)), default=0) / 2**20
 
 
 def _peak_on_gpu(run: Run) -> float:
