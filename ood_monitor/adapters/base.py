@@ -138,6 +138,16 @@ class Adapter(abc.ABC):
         """
         return None
 
+    def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]] | None:
+        """What a denoiser leaves of samples without noise, by level; None of all other models.
+
+        Returns:
+            For each level its name and the prediction less its target, shape (B, ...), up to a
+            factor that is the same for all samples. Each takes a pass of its own when it is asked
+            for.
+        """
+        return None
+
     def sample_of(self, batch: Batch) -> SampleKind | None:
         """What the samples of a batch are, or None where that is not plain."""
         return self.sample

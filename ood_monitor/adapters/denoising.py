@@ -33,7 +33,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,9 @@ _PREDICTIONS = {
 }
 
 
+#: Noise to signal where residuals are taken: least noise of pixels and of latents, and much.
+_RATIOS = (0.015, 0.33, 3.4)
+
 #: Names of a time, where a forward takes it before the sample.
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "time_steps")
 
@@ -125,11 +128,14 @@ class DenoisingBound(Adapter):
             embeddings, ``added_cond_kwargs``.
         time: What the network takes for the schedule's t. Flux: ``lambda t: t / 1000``.
         seed: Seed of the noise, which all samples share.
+        ratios: Where :meth:`residuals` are taken, as sigma / alpha, at the nearest levels; or how
+            many of them: 2 are 0.015, of latents 0.33, and 3.4; 3 are these three. What has one
+            channel or three is taken for pixels.
 
     Raises:
         ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what
-            its network predicts, no level or one outside [0, T), no draw, or the bound of an
-            epsilon prediction at a level without signal.
+            its network predicts, no level or one outside [0, T), no draw, the bound of an epsilon
+            prediction at a level without signal, or ratios that are not positive.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020)
@@ -160,6 +166,7 @@ class DenoisingBound(Adapter):
         condition: Condition = no_condition,
         time: Callable[[Tensor], Tensor] = lambda t: t,
         seed: int = 0,
+        ratios: Literal[2, 3] | Sequence[float] = 2,
     ) -> None:
         if network is schedule:
             raise ValueError(
@@ -179,6 +186,7 @@ class DenoisingBound(Adapter):
         self._draws, self._antithetic = draws, antithetic
         self._inputs, self._condition, self._time = inputs, condition, time
         self.levels = self._checked(levels)
+        self._ratios = _checked_ratios(ratios)
 
     @classmethod
     def paper(cls, network: nn.Module, schedule: Any, **options: Any) -> Self:
@@ -207,6 +215,26 @@ class DenoisingBound(Adapter):
         x = repeated(x, self._copies)
         for level in self.levels:  # nothing here holds a term while the next is computed
             yield f"t={level}", self._mean(self._term(x, condition, level))
+
+    def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        """Yield prediction less target of samples without noise, ``t=<level>``, shape (B, C, ...).
+
+        No draw of noise decides what they show. They are no likelihood's bound.
+        """
+        x = self._checked_inputs(batch)
+        condition = self._condition(batch)
+        for level in self._levels_without_noise(x):
+            alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
+            predicted = self._predicted(alpha * x, self._times(x, level), condition)
+            target = self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
+            yield f"t={level}", predicted - target
+
+    def _levels_without_noise(self, x: Tensor) -> list[int]:
+        ratios = self._ratios
+        if isinstance(ratios, int):
+            least = 0 if x.ndim == 4 and x.shape[1] in (1, 3) else 1
+            ratios = _RATIOS if ratios == 3 else (_RATIOS[least], _RATIOS[2])
+        return list(dict.fromkeys(map(self.schedule.nearest, ratios)))
 
     def one_pass(self, batch: Batch) -> OnePass | None:
         """All levels at once, but for the variational bound's weights."""
@@ -238,10 +266,7 @@ class DenoisingBound(Adapter):
         alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
         noise = self._noise(x, level)
         noise = noise.repeat(len(x) // len(noise), *[1] * (x.ndim - 1))
-        # Made of the samples: to the gradients' engine, a time for each sample is data of its own.
-        told = self._told(x, level)
-        t = torch.full_like(x.flatten(1)[:, 0], told.item(), dtype=told.dtype)
-        error = self._error(x, noise, alpha, sigma, t, condition)
+        error = self._error(x, noise, alpha, sigma, self._times(x, level), condition)
         if self._loss == "vlb":
             return self._bound(x.flatten(1), error.square().sum(1), level)
         return -self._loss_of(error)
@@ -288,6 +313,14 @@ class DenoisingBound(Adapter):
         t = _precise(self._time, self.schedule.t[level])
         dtype = torch.promote_types(x.dtype, torch.float32) if t.is_floating_point() else t.dtype
         return t.to(x.device, dtype)
+
+    def _times(self, x: Tensor, level: int) -> Tensor:
+        """The same for each sample, (B,).
+
+        Made of the samples: to the gradients' engine, a time for each sample is data of its own.
+        """
+        told = self._told(x, level)
+        return torch.full_like(x.flatten(1)[:, 0], told.item(), dtype=told.dtype)
 
     def _predicted(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         given = x_t.to(dtype_of(self.module, x_t.dtype))
@@ -342,6 +375,15 @@ def _prediction(given: str | None, stated: Any, schedule: NoiseSchedule) -> _Pre
             "`prediction_type=`."
         )
     return _PREDICTIONS[name]
+
+
+def _checked_ratios(ratios: Literal[2, 3] | Sequence[float]) -> int | tuple[float, ...]:
+    if ratios in (2, 3):
+        return int(cast(int, ratios))
+    found = () if isinstance(ratios, int) else tuple(float(ratio) for ratio in ratios)
+    if not found or not all(0 < ratio < math.inf for ratio in found):
+        raise ValueError(f"Expected ratios as 2, 3 or positive numbers, got {ratios!r}.")
+    return found
 
 
 def _normaliser(schedule: Any) -> Callable[[Tensor], Tensor] | None:

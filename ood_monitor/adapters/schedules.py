@@ -9,6 +9,7 @@ Variance-preserving models have :math:`\alpha_t^2 = \bar\alpha_t`, :math:`\sigma
 scheduler is never used: after a pipeline's call its step index and its sigmas are that call's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias, get_args
@@ -80,6 +81,21 @@ class NoiseSchedule:
     def snr(self) -> Tensor:
         """The signal-to-noise ratio alpha^2 / sigma^2 of each level, shape (T,)."""
         return (self.alpha / self.sigma).square()
+
+    def nearest(self, ratio: float) -> int:
+        """The level whose sigma / alpha is nearest to a ratio, by orders of magnitude.
+
+        Raises:
+            ValueError: No level has both signal and noise, or the ratio is not positive.
+        """
+        usable = (self.alpha > 0) & (self.sigma > 0)
+        if not usable.any() or not ratio > 0:
+            raise ValueError(
+                "Expected a positive ratio of noise to signal, and a level with both, got "
+                f"{ratio} and sigma from {self.sigma[0]:.4g} to {self.sigma[-1]:.4g}."
+            )
+        distances = ((self.sigma / self.alpha).log() - math.log(ratio)).abs()
+        return int(torch.where(usable, distances, torch.inf).argmin())
 
     @classmethod
     def variance_preserving(cls, alphas_cumprod: Tensor) -> Self:

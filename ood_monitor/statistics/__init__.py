@@ -1,5 +1,6 @@
 """What one forward pass says: values, what the model expected of them, and its layers' inputs."""
 
+from ood_monitor.statistics.denoising import DenoiserStatistics, denoiser_statistics
 from ood_monitor.statistics.forward import (
     ForwardStatistics,
     expected_layers,
@@ -10,7 +11,9 @@ from ood_monitor.statistics.forward import (
 from ood_monitor.statistics.places import surprise_by_place
 
 __all__ = [
+    "DenoiserStatistics",
     "ForwardStatistics",
+    "denoiser_statistics",
     "expected_layers",
     "forward_statistics",
     "has_layers",

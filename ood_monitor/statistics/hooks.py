@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ood_monitor.statistics.layers import GROUPS, Layer, first_tensor_of
 
-__all__ = ["Sums", "Taken", "grouped"]
+__all__ = ["Sums", "Taken", "grouped", "part_of"]
 
 #: Pieces of an input that are looked at one after the other, for the sake of memory, and numbers
 #: that are so few that a piece may have them.
@@ -83,7 +83,7 @@ class Sums:
         try:
             for name, layer in self._layers.items():
                 hook = functools.partial(self._take, name, layer)
-                part = _part_of(self._module, name)
+                part = part_of(self._module, name)
                 handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
             yield self
         finally:
@@ -144,7 +144,7 @@ class Sums:
         return h.shape[:-1] in ((rows,), (self._size, self._length))
 
 
-def _part_of(module: nn.Module, name: str) -> Any:
+def part_of(module: nn.Module, name: str) -> Any:
     """As `get_submodule`, which asks each time whether there is one."""
     part: Any = module
     for key in name.split(".") if name else ():

@@ -98,6 +98,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         found: Layers by name.
         shapes: Of each, the shapes of its inputs.
+        last: The name of the layer that was called last.
         called: Whether any module was called.
     """
 
@@ -105,6 +106,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[str, Layer] = {}
         self.shapes: dict[str, list[torch.Size]] = {}
+        self.last: str | None = None
         self.called = False
         self._module, self._thread = module, threading.get_ident()
         self._stack: list[_Call] = []
@@ -172,6 +174,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layer = _layer_of(call.module, func, args, given, own, h)
         if layer is not None:
             self.found.setdefault(call.name, layer)
+            self.last = call.name
             shapes = self.shapes.setdefault(call.name, [])
             if h.shape not in shapes:
                 shapes.append(h.shape)

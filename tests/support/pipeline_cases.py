@@ -71,10 +71,18 @@ class PipelineCase:
     def call_of_one(self) -> Arguments:
         return (self.one or self.arguments)()
 
-    def loss(self, pipe: Any, x: Tensor, level: int, arguments: Arguments, seed: int = 0) -> Tensor:
+    def loss(
+        self,
+        pipe: Any,
+        x: Tensor,
+        level: int,
+        arguments: Arguments,
+        seed: int = 0,
+        amount: float = 1.0,
+    ) -> Tensor:
         """-1/2 of the summed squared error of each sample (B, ...) at a noise level, (B,)."""
         generator = torch.Generator().manual_seed(1000 * seed + level)
-        noise = torch.randn(x.shape[1:], generator=generator).expand_as(x)
+        noise = amount * torch.randn(x.shape[1:], generator=generator).expand_as(x)
         config = pipe.scheduler.config
         if isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             sigma = (level + 1) / 1000

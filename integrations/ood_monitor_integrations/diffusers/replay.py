@@ -103,6 +103,10 @@ class ReplayedBound(Adapter):
             raise ValueError(f"Expected a mapping with a {SAMPLE!r}, got {describe(batch)}.")
         return self._bound.log_likelihood(batch)
 
+    def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        """Yield what the denoiser leaves of samples without noise, by level."""
+        return self._bound.residuals(batch)
+
     def one_pass(self, batch: Batch) -> OnePass | None:
         """All levels at once."""
         return self._bound.one_pass(batch)

@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
+from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
+from ood_monitor_integrations.diffusers.recorded_call import record_call
 from support.given_pipeline_cases import GIVEN
 from support.pipeline_cases import PIPELINES, PipelineCase, seeded_call
 from torch import Tensor
 
 import ood_monitor as om
+from ood_monitor.statistics import denoiser_statistics
 
 # diffusers' own, of schedulers that hand a tensor to numpy and of Flux's ControlNet.
 pytestmark = [
@@ -91,3 +93,20 @@ def test_an_input_is_scored_by_the_training_loss_of_its_encoding(case: PipelineC
     watched = monitor_pipeline(pipe, monitor, what="inputs", raise_on_error=True)
     found = watched(**seeded_call(arguments)).ood.log_likelihood
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=0)
+
+
+@every_pipeline
+def test_residuals_are_those_of_the_training_target_without_noise(case: PipelineCase) -> None:
+    pipe, arguments = case(), case.arguments()
+    found = record_call(pipe, seeded_call(arguments), 0)
+    bound = replayed_bound(pipe, call=arguments)
+    batch = bound.batch(found.call, found.count)
+    levels = []
+    for name, residual in bound.residuals(batch):
+        levels.append(int(name.removeprefix("t=")))
+        expected = case.loss(pipe, batch["sample"], levels[-1], arguments, amount=0.0)
+        torch.testing.assert_close(
+            -0.5 * residual.square().flatten(1).sum(1), expected, rtol=1e-4, atol=0
+        )
+    assert len(levels) == 2
+    assert denoiser_statistics(bound, batch).output_layer

@@ -1,0 +1,220 @@
+"""What a denoiser leaves of samples without noise: its last layer's gradient, and energies.
+
+One forward pass a level, and no backward pass over the network. With noise that all samples share a
+draw decides what is seen; without it nothing does.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ood_monitor.adapters.base import (
+    Adapter,
+    Batch,
+    batch_size,
+    describe,
+    map_tensors,
+    pieces,
+    usable_by,
+)
+from ood_monitor.modules import Passes, scored
+from ood_monitor.statistics.expected_norms import LayersOfAPass, norms_of
+from ood_monitor.statistics.hooks import Sums
+from ood_monitor.statistics.layers import Discovery, Layer
+from ood_monitor.statistics.output_layer import OutputLayer
+from ood_monitor.statistics.rows import Layout, Single, layout_of
+from ood_monitor.statistics.spectrum import band_energies, lag_cosines
+
+__all__ = ["DenoiserStatistics", "denoiser_statistics"]
+
+#: An image of fewer pixels a side has no neighbours at all shifts.
+_LEAST_SIDE = 3
+
+
+@dataclass(frozen=True)
+class DenoiserStatistics:
+    """What passes without noise give of B samples, in columns by level.
+
+    Attributes:
+        output_layer: ``{"t=1/expected": (B, G)}``, and ``apart`` and ``norm``, sums of squares by
+            group of the last layer's input channels, as
+            :mod:`~ood_monitor.statistics.output_layer` defines them.
+        energies: ``{"t=1/input.<layer>": (B,)}``, sums of squares of what each layer was given, and
+            ``{"t=1/band": (B, bands)}`` of residuals that are images.
+        cosines: ``{"t=1/lag": (B, 6)}``, of residuals that are images, with themselves shifted.
+    """
+
+    output_layer: dict[str, Tensor] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
+    cosines: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Known:
+    """What was found of an adapter's passes.
+
+    Attributes:
+        layers: By name.
+        last: The one that was called last.
+        shapes: Of the last layer's inputs that were looked at.
+    """
+
+    layers: LayersOfAPass
+    last: str
+    shapes: set[torch.Size] = field(default_factory=set)
+
+
+#: By adapter.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def denoiser_statistics(
+    adapter: Adapter, batch: Batch, *, chunk_size: int | None = None
+) -> DenoiserStatistics:
+    """The last layer's gradient and the energies of each sample, without noise.
+
+    The model is left as it was. A sample whose pass is not finite has columns that are not, and
+    changes none of the others'.
+
+    Args:
+        adapter: One with :meth:`~ood_monitor.Adapter.residuals`, as of a denoising bound.
+        batch: B samples, on any device.
+        chunk_size: Samples a pass, to bound memory.
+
+    Raises:
+        ValueError: The batch is empty, the adapter has no residuals, no layer is called as a
+            module, or the last one is not called once in a pass.
+
+    Example:
+        >>> import ood_monitor as om
+        >>> network = torch.nn.Conv2d(1, 1, 3, padding=1)
+        >>> network.forward = lambda x, t, forward=network.forward: forward(x)
+        >>> bound = om.DenoisingBound(network, torch.linspace(0.9999, 0.01, 1000))
+        >>> found = denoiser_statistics(bound, torch.rand(3, 1, 8, 8))
+        >>> {name: tuple(values.shape) for name, values in found.energies.items()}
+        {'t=0/input.': (3,), 't=0/band': (3, 6), 't=929/input.': (3,), 't=929/band': (3, 6)}
+    """
+    size = batch_size(batch)
+    if size == 0 or (chunk_size is not None and chunk_size < 1):
+        raise ValueError(
+            f"Expected samples, and chunk_size of at least 1, got {chunk_size} and "
+            f"{describe(batch)}."
+        )
+
+    def measured(passes: Passes[Adapter]) -> DenoiserStatistics:
+        usable = usable_by(adapter.module, batch)
+        chunks = pieces(usable, chunk_size or size)
+        return _joined([part for chunk in chunks for part in _parts(passes, chunk)])
+
+    return scored(measured, adapter, adapter.module)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What a pass at one level gave of a batch."""
+
+    name: str
+    single: Single
+    squares: Mapping[str, Tensor]
+    bands: Tensor | None
+    lags: Tensor | None
+
+
+def _parts(passes: Passes[Adapter], chunk: Batch) -> list[DenoiserStatistics]:
+    """The statistics of a chunk, or of each of its samples where they must be alone."""
+    size, found, layout = batch_size(chunk), DenoiserStatistics(), Layout()
+    known = _found(passes, chunk)
+
+    def alone(index: int) -> Single:
+        own = map_tensors(lambda tensor: tensor[index : index + 1], chunk)
+        return next(_levels(passes, own, known)).single
+
+    levels = list(_levels(passes, chunk, known))  # a pass of one sample would take its hooks
+    if size > 1:
+        layout = layout_of(passes.holder, size, levels[0].single, alone)
+    if layout.alone:
+        return [part for own in pieces(chunk, 1) for part in _parts(passes, own)]
+    for level in levels:
+        _add(found, level, norms_of(level.single, layout, known.layers, {}, size))
+    return [found]
+
+
+def _add(found: DenoiserStatistics, level: _Level, norms: Mapping[str, Tensor]) -> None:
+    """Put a level's columns under its name."""
+    for name, squares in level.squares.items():
+        found.output_layer[f"{level.name}/{name}"] = squares
+    for name, sums in norms.items():
+        found.energies[f"{level.name}/input.{name}"] = sums.sum(1)
+    if level.bands is not None and level.lags is not None:
+        found.energies[f"{level.name}/band"] = level.bands
+        found.cosines[f"{level.name}/lag"] = level.lags
+
+
+def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_Level]:
+    """A pass a level, with hooks on the layers while the model runs."""
+    view, size = passes.fresh(), batch_size(batch)
+    of_last = known.layers[known.last]
+    assert of_last is not None
+    sums = Sums(view.module, known.layers, size)
+    last = OutputLayer(view.module, known.last, of_last, known.shapes)
+    with ExitStack() as stack:
+        stack.enter_context(sums.hooked())
+        stack.enter_context(last.hooked())
+        residuals = iter(_residuals(view, batch))
+        while True:
+            with torch.no_grad(), sums.taking():
+                item = next(residuals, None)
+            if item is None:
+                return
+            yield _measured(*item, sums, last)
+            sums.taken = {}
+
+
+def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer) -> _Level:
+    squares = last.squares(residual)
+    residual = residual.detach()
+    energy = residual.flatten(1).square().sum(1)
+    is_image = residual.ndim == 4 and min(residual.shape[2:]) >= _LEAST_SIDE
+    bands, lags = (band_energies(residual), lag_cosines(residual)) if is_image else (None, None)
+    return _Level(name, Single(dict(sums.taken), {name: energy}), squares, bands, lags)
+
+
+def _residuals(view: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    found = view.residuals(map_tensors(torch.clone, batch))  # a model may write into its input
+    if found is None:
+        raise ValueError(
+            f"Expected an adapter with residuals of samples without noise, got "
+            f"{type(view).__name__}, which has none: these are of denoisers."
+        )
+    yield from found
+
+
+def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
+    """The layers of a pass and the last of them, found once for each adapter."""
+    if passes.holder not in _known:
+        view = passes.fresh()
+        discovery = Discovery(view.module)
+        with torch.no_grad(), discovery.looking():
+            for _ in _residuals(view, batch):
+                pass
+        if discovery.last is None:
+            raise ValueError(
+                f"Expected {type(view).__name__} to call modules that are convolutions or linear "
+                "maps, got none: use method='gradient_norms'."
+            )
+        layers: dict[str, Layer | None] = {**discovery.found}
+        _known[passes.holder] = _Known(layers, discovery.last)
+    known: _Known = _known[passes.holder]
+    return known
+
+
+def _joined(parts: list[DenoiserStatistics]) -> DenoiserStatistics:
+    def joined(name: str) -> dict[str, Tensor]:
+        columns: list[dict[str, Tensor]] = [getattr(part, name) for part in parts]
+        return {key: torch.cat([of[key] for of in columns]) for key in columns[0]}
+
+    return DenoiserStatistics(joined("output_layer"), joined("energies"), joined("cosines"))

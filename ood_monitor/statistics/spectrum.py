@@ -1,0 +1,80 @@
+"""How a residual's energy lies: by spatial frequency, and between neighbouring pixels.
+
+What a denoiser leaves of known images is nearly white; of others it leaves structure.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["band_energies", "lag_cosines"]
+
+#: Edges of the bands as shares of an image's side, of images and of small ones.
+_EDGES = tuple(edge / 32 for edge in (0, 2, 4, 7, 11, 16, 23, 46))
+_FEW_EDGES = tuple(edge / 8 for edge in (0, 0.5, 1.5, 2.5, 4, 6, 12))
+_SMALL = 16
+
+#: Shifts by rows and columns.
+_LAGS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (2, 2))
+
+
+def band_energies(residual: Tensor) -> Tensor:
+    """Energies of the orthonormal discrete cosine transform, in radial bands.
+
+    Args:
+        residual: Shape (B, C, H, W).
+
+    Returns:
+        (B, bands): 7, or 6 of images with a side of fewer than 16 pixels; summed over channels.
+        They add up to the residual's squared norm.
+
+    Example:
+        >>> flat = torch.ones(1, 1, 8, 8)
+        >>> band_energies(flat).round()
+        tensor([[64.,  0.,  0.,  0.,  0.,  0.]])
+    """
+    height, width = residual.shape[2:]
+    of_rows, of_columns = (_cosines(n).to(residual) for n in (height, width))
+    energies = (of_rows @ residual @ of_columns.mT).square().sum(1)
+    return energies.flatten(1) @ _bands(height, width).to(residual)
+
+
+def lag_cosines(residual: Tensor) -> Tensor:
+    """The cosine of a residual with itself, shifted by (0, 1), (1, 0), (1, 1) and twice these.
+
+    Args:
+        residual: Shape (B, C, H, W), of at least 3 by 3 pixels.
+
+    Returns:
+        (B, 6), in [-1, 1]; 0 where there is nothing.
+    """
+    height, width = residual.shape[2:]
+    found = []
+    for rows, columns in _LAGS:
+        one = residual[..., rows:, columns:].flatten(1)
+        other = residual[..., : height - rows, : width - columns].flatten(1)
+        found.append(torch.cosine_similarity(one, other, dim=1))
+    return torch.stack(found, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _cosines(n: int) -> Tensor:
+    """The orthonormal transform, (n, n), a frequency each row."""
+    k = torch.arange(n, dtype=torch.float64, device="cpu")[:, None]
+    x = k.T + 0.5
+    rows = (math.pi * k * x / n).cos() * math.sqrt(2 / n)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+@functools.lru_cache(maxsize=16)
+def _bands(height: int, width: int) -> Tensor:
+    """Which band each frequency is in, (H W, bands), one or zero."""
+    edges = _FEW_EDGES if min(height, width) < _SMALL else _EDGES
+    y, x = (torch.arange(n, dtype=torch.float64, device="cpu") / n for n in (height, width))
+    radius = torch.hypot(y[:, None], x).flatten()
+    inner = torch.tensor(edges[1:-1], dtype=torch.float64, device="cpu")
+    band = torch.bucketize(radius, inner, right=True)
+    return (band[:, None] == torch.arange(len(edges) - 1, device="cpu")).double()
