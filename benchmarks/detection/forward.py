@@ -43,7 +43,12 @@ COMPARED: dict[str, dict[str, Any]] = {
     "values": {"parts": ["values"]},
     "expected_norms": {"parts": ["expected_norms"]},
     "values, map": {"parts": ["values", "map"]},
+    "output_layer": {"parts": ["output_layer"]},
+    "energies": {"parts": ["energies"]},
 }
+
+#: Those that are of denoisers alone: `benchmarks.detection.denoisers`.
+OF_DENOISERS = ("output_layer", "energies")
 
 #: Methods of `benchmarks.detection.methods` that they are compared with.
 PEERS = (methods.PAPER, "typicality", "likelihood + complexity")
@@ -101,7 +106,13 @@ def plans_of(adapter: om.Adapter, x: Mapping[str, Tensor], names: list[str]) -> 
     """What each of the methods that are detectors measures of these samples."""
     sample = adapter.sample_of(x["fit"])
     return {
-        name: planned(sample, options.get("method"), None, options.get("parts"))
+        name: planned(
+            sample,
+            options.get("method"),
+            None,
+            options.get("parts"),
+            is_denoiser=adapter.is_denoiser,
+        )
         for name, options in COMPARED.items()
         if name in names
     }
@@ -217,7 +228,9 @@ def memory(detector: om.Detector, x: Tensor) -> float | None:
 
 @torch.no_grad()
 def forward(adapter: om.Adapter, x: Tensor) -> None:
-    """A plain pass, which computes no expectation."""
+    """A plain pass, which computes no expectation; of a denoiser, at one level."""
+    if isinstance(adapter, om.DenoisingBound):
+        adapter = adapter.with_levels(adapter.levels[:1])
     list(methods.Whole(adapter).log_likelihood(x))
 
 
@@ -344,7 +357,8 @@ def main(
     if not quick_run:
         datasets.require(data_dir, datasets.SOURCES)
     names, models = on or list(zoo.TRAINED_ON), model or list(MODELS)
-    compared, rows = method or [*COMPARED, *PEERS], []
+    of_likelihoods = [name for name in COMPARED if name not in OF_DENOISERS]
+    compared, rows = method or [*of_likelihoods, *PEERS], []
     for row in quick(compared) if quick_run else full(data_dir, names, models, compared):
         typer.echo(line(row))
         rows.append(row)

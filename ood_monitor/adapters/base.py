@@ -96,6 +96,7 @@ class Adapter(abc.ABC):
         sample: What a sample is, where the adapter was told.
         is_one_pass: Whether all terms come of one forward pass: a detector then takes gradients of
             their sum, as the paper does, and not a backward pass for each.
+        is_denoiser: Whether it has :meth:`residuals`, which ``method="forward"`` then goes by.
 
     Example:
         >>> class Gaussian(Adapter):
@@ -112,6 +113,7 @@ class Adapter(abc.ABC):
     module: nn.Module
     sample: SampleKind | None = None
     is_one_pass: bool = False
+    is_denoiser: bool = False
 
     @abc.abstractmethod
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
@@ -138,15 +140,20 @@ class Adapter(abc.ABC):
         """
         return None
 
-    def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]] | None:
-        """What a denoiser leaves of samples without noise, by level; None of all other models.
+    def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        """Yield what a denoiser leaves of samples without noise, by level.
 
-        Returns:
-            For each level its name and the prediction less its target, shape (B, ...), up to a
-            factor that is the same for all samples. Each takes a pass of its own when it is asked
-            for.
+        Yields:
+            The level's name and the prediction less its target, shape (B, ...), up to a factor that
+            is the same for all samples. Each takes a pass of its own when it is asked for.
+
+        Raises:
+            ValueError: It is no denoiser.
         """
-        return None
+        raise ValueError(
+            f"Expected a denoiser, which leaves residuals of samples without noise, got "
+            f"{type(self).__name__}: `is_denoiser` says which adapters are."
+        )
 
     def sample_of(self, batch: Batch) -> SampleKind | None:
         """What the samples of a batch are, or None where that is not plain."""

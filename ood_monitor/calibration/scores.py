@@ -19,7 +19,8 @@ class Scores:
         score: (B,), higher = more anomalous; its unit is the density's and means nothing by itself.
             Infinite where a density of your own finds a sample impossible, or normal beyond all.
         p_value: (B,), conformal: the chance that an in-distribution sample scores at least this.
-        log_likelihood: (B,), nats, the sum of the terms.
+        log_likelihood: (B,), nats, the sum of the terms; nan where the detector's parts are of no
+            term, as those of a denoiser without noise.
         layers: ``{"term/parameter": (B,)}``, each layer's part of the score; they add up to it.
             With the default density also ``{"term": (B,)}``, the part of the term's value itself,
             if the model has several terms.

@@ -99,7 +99,7 @@ class Measurements:
     """Terms and statistics of N samples of one model.
 
     Attributes:
-        terms: Names of the likelihood's terms, T of them.
+        terms: Names of the likelihood's terms, T of them; none where no part is of the likelihood.
         log_likelihood: (N, T), nats.
         tables: Columns by what they are of: squared gradient norms under ``"gradient_norms"``,
             named "term/parameter" or "term/parameter[row]"; what one forward pass gives under the
@@ -120,6 +120,13 @@ class Measurements:
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
+
+    @property
+    def total(self) -> Array:
+        """The log-likelihood (N,), nats; nan where no term of it was measured."""
+        if not self.terms:
+            return np.full(len(self), np.nan)
+        return np.asarray(self.log_likelihood.sum(1))
 
     @classmethod
     def of_norms(

@@ -19,7 +19,17 @@ from ood_monitor.densities.mixture import GaussianMixture
 from ood_monitor.densities.one_sided import OneSided
 from ood_monitor.densities.terms import TermsAndNorms
 
-__all__ = ["CHOSEN", "KINDS", "OF_GRADIENTS", "OF_SQUARES", "FittedPart", "Kind", "Method", "Part"]
+__all__ = [
+    "CHOSEN",
+    "KINDS",
+    "OF_DENOISERS",
+    "OF_GRADIENTS",
+    "OF_SQUARES",
+    "FittedPart",
+    "Kind",
+    "Method",
+    "Part",
+]
 
 #: What a detector goes by: realised gradient norms as in the paper, what a forward pass gives, or
 #: both joined.
@@ -29,9 +39,17 @@ Method: TypeAlias = Literal["gradient_norms", "forward", "both"]
 CHOSEN: Literal["parts"] = "parts"
 
 #: What a part is of: the likelihood's values, its expectation by place, expected norms, low
-#: likelihood, realised gradient norms by tensor and by input channel.
+#: likelihood, realised gradient norms by tensor and by input channel; and of denoisers without
+#: noise the last layer, and energies.
 Kind: TypeAlias = Literal[
-    "values", "map", "expected_norms", "log_likelihood", "gradient_norms", "channel_norms"
+    "values",
+    "map",
+    "expected_norms",
+    "log_likelihood",
+    "gradient_norms",
+    "channel_norms",
+    "output_layer",
+    "energies",
 ]
 
 
@@ -58,10 +76,15 @@ KINDS: dict[Kind, _Of] = {
     "log_likelihood": _Of(OneSided),
     "gradient_norms": _Of(TermsAndNorms),
     "channel_norms": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
+    "output_layer": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
+    "energies": _Of(lambda: ShrunkGaussian("ledoit_wolf")),
 }
 
 #: Those that are sums of squares, whose logarithm is taken above a floor.
 OF_SQUARES: frozenset[Kind] = frozenset(kind for kind, of in KINDS.items() if of.floor is not None)
+
+#: Those of what denoisers leave of samples without noise.
+OF_DENOISERS: frozenset[Kind] = frozenset({"output_layer", "energies"})
 
 #: Those that take a backward pass.
 OF_GRADIENTS: frozenset[Kind] = frozenset({"gradient_norms", "channel_norms"})
@@ -110,12 +133,14 @@ class Part:
             ``"expected_norms"``: expected squared gradient norms by layer. ``"log_likelihood"``:
             low likelihood, one-sided. ``"gradient_norms"``: realised squared gradient norms by
             layer, as in the paper. ``"channel_norms"``: these of weights, by groups of input
-            channels.
+            channels. ``"output_layer"`` and ``"energies"``: of a denoiser without noise, the last
+            layer's gradient expected and realised, and the energies of layers' inputs and of the
+            residual's frequencies.
         density: Of which a copy is fitted; by default :class:`~ood_monitor.TermsAndNorms` of
             gradient norms, a mixture of two Gaussians of values, the log-likelihood itself, and a
             Gaussian with the covariance of Ledoit and Wolf of the others.
-        floor: Of expected norms and of those by channel: ``"median"``, the default, or ``"mean"``
-            for layers without positions, as of models of a table's rows.
+        floor: Of expected norms, those by channel and the last layer's: ``"median"``, the default,
+            or ``"mean"`` for layers without positions, as of models of a table's rows.
 
     Raises:
         ValueError: An unknown kind, or a floor of what are no sums of squares.

@@ -252,7 +252,7 @@ class Detector(Pretrained):
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(fitted.p_value(score, measured.groups)),
-            log_likelihood=torch.from_numpy(measured.log_likelihood.sum(1)),
+            log_likelihood=torch.from_numpy(measured.total),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (means - fitted.layer_mean) / fitted.layer_sd),
             valid=torch.from_numpy(~np.isnan(score)),
@@ -355,7 +355,8 @@ class Detector(Pretrained):
 
     def _plan(self, sample: SampleKind | None, has_layers: Callable[[], bool]) -> Plan:
         """What is measured of samples of a kind; expected norms by default only where there are."""
-        plan = planned(sample, self.method, self.density, self.parts)
+        is_denoiser = self.adapter.is_denoiser
+        plan = planned(sample, self.method, self.density, self.parts, is_denoiser=is_denoiser)
         is_default = self.method is None and self.parts is None
         if is_default and "expected_norms" in plan.of_forward and not has_layers():
             return without_layers(sample)

@@ -83,7 +83,7 @@ class Fitting:
             sample=self.plan.sample,
             reason=self.plan.reason,
             calibration=ConformalPValue.fit(scores),
-            log_likelihood=rest.log_likelihood.sum(1),
+            log_likelihood=rest.total,
             parameters=parameters_of(adapter, self.layers),
             layer_mean=means.mean(0),
             layer_sd=np.maximum(means.std(0, ddof=1), eps),

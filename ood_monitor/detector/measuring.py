@@ -19,6 +19,7 @@ from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.statistics import (
     ForwardStatistics,
+    denoiser_statistics,
     expected_layers,
     forward_statistics,
     surprise_by_place,
@@ -65,6 +66,8 @@ def measured_by(
     if plan.of_forward:
         found = _forward(plan, adapter, batch, layers, chunk_size, fitted)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
+    if plan.of_denoiser:
+        tables |= _without_noise(plan, adapter, batch, layers, chunk_size)
     if plan.has("channel_norms"):
         norms = channel_norms(
             adapter,
@@ -81,6 +84,8 @@ def measured_by(
             differentiated, batch, layers=layers, granularity=granularity, chunk_size=chunk_size
         )
         tables[GRADIENT_NORMS], likelihoods = Table(*table(norms.norms)), norms.log_likelihood
+    if not likelihoods:
+        return Measurements((), np.empty((batch_size(batch), 0)), tables)
     terms, values = table(likelihoods)
     return Measurements(terms, values, tables)
 
@@ -136,6 +141,36 @@ def explaining_of(
         except Exception as error:  # of any kind, where a model can only run forward
             without = f"{type(error).__name__}: {error}"
     return Explaining(of_layers, places, batch_size(batch), without)
+
+
+def _without_noise(
+    plan: Plan, adapter: Adapter, batch: Batch, layers: Layers, chunk_size: int | None
+) -> dict[str, Table]:
+    """Of each part of a denoiser, its columns; energies as logarithms, beside cosines."""
+    found = denoiser_statistics(adapter, batch, chunk_size=chunk_size)
+    logs = {
+        name: energies.double().clamp(min=np.finfo(float).tiny).log()
+        for name, energies in _of_chosen(found.energies, adapter, layers).items()
+    }
+    given: dict[Kind, Mapping[str, Tensor]] = {
+        "output_layer": found.output_layer,
+        "energies": logs | found.cosines,
+    }
+    return {kind: Table(*table(_named(kind, given[kind]))) for kind in plan.of_denoiser}
+
+
+def _of_chosen(
+    energies: Mapping[str, Tensor], adapter: Adapter, layers: Layers
+) -> Mapping[str, Tensor]:
+    """Without the inputs of layers whose weight is not among the chosen parameters."""
+    if layers is None:
+        return energies
+    chosen, found = selection(adapter.module, layers), {}
+    for name, values in energies.items():
+        _, of_input, layer = name.partition("/input.")
+        if not of_input or chosen(f"{layer}.weight"):
+            found[name] = values
+    return found
 
 
 def _named(kind: Kind, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

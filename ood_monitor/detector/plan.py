@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities import Density
-from ood_monitor.densities.parts import CHOSEN, Kind, Method, Part
+from ood_monitor.densities.parts import CHOSEN, OF_DENOISERS, Kind, Method, Part
 from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
@@ -69,12 +69,23 @@ class Plan:
 
     @property
     def of_forward(self) -> frozenset[Kind]:
-        """The kinds of its parts that a forward pass gives."""
-        return frozenset(part.kind for part in self.parts if not part.needs_gradients)
+        """The kinds of its parts that a pass of the likelihood gives."""
+        kinds = {part.kind for part in self.parts if not part.needs_gradients}
+        return frozenset(kinds - OF_DENOISERS)
+
+    @property
+    def of_denoiser(self) -> frozenset[Kind]:
+        """The kinds of its parts that passes without noise give."""
+        return OF_DENOISERS & {part.kind for part in self.parts}
 
 
 def planned(
-    sample: SampleKind | None, method: Method | None, density: Density | None, parts: Parts | None
+    sample: SampleKind | None,
+    method: Method | None,
+    density: Density | None,
+    parts: Parts | None,
+    *,
+    is_denoiser: bool = False,
 ) -> Plan:
     """The plan for samples of a kind.
 
@@ -83,19 +94,20 @@ def planned(
         method: As the user chose it, or None.
         density: Of gradient norms, as the user chose it, or None.
         parts: As the user chose them, or None.
+        is_denoiser: Whether the adapter has residuals without noise.
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
         return Plan(CHOSEN, chosen, sample, "chosen")
     reason = "chosen" if method else f"default where {_KINDS[sample]}"
     word = method or DEFAULTS[sample]
-    return Plan(word, _parts(word, sample, density), sample, reason)
+    return Plan(word, _parts(word, sample, density, is_denoiser), sample, reason)
 
 
 def without_layers(sample: SampleKind | None) -> Plan:
     """The default of a model that calls no layer, of which there are no expected norms."""
     reason = "default where no convolution or linear map is called as a module"
-    return Plan("gradient_norms", _parts("gradient_norms", sample, None), sample, reason)
+    return Plan("gradient_norms", (Part("gradient_norms"),), sample, reason)
 
 
 def checked_method(
@@ -140,11 +152,19 @@ def _kind_of(part: Part | Kind) -> Kind:
     return part.kind if isinstance(part, Part) else Part(part).kind
 
 
-def _parts(method: Method, sample: SampleKind | None, density: Density | None) -> tuple[Part, ...]:
+def _parts(
+    method: Method, sample: SampleKind | None, density: Density | None, is_denoiser: bool
+) -> tuple[Part, ...]:
     norms = (Part("gradient_norms", density),)
     if method == "gradient_norms":
         return norms
-    # A table's rows have no paradox, and their layers no positions.
-    of_rows = (Part("log_likelihood"), Part("expected_norms", floor="mean"))
-    forward = of_rows if sample == "row" else (Part("values"), Part("expected_norms"))
+    forward = _of_forward(sample, is_denoiser)
     return forward if method == "forward" else (*forward, *norms)
+
+
+def _of_forward(sample: SampleKind | None, is_denoiser: bool) -> tuple[Part, ...]:
+    if is_denoiser:
+        return Part("output_layer"), Part("energies")
+    if sample == "row":  # which has no paradox, and its layers no positions
+        return Part("log_likelihood"), Part("expected_norms", floor="mean")
+    return Part("values"), Part("expected_norms")

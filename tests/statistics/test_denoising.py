@@ -48,7 +48,7 @@ def differentiated(adapter: om.Adapter, batch: Any, weight: nn.Parameter, axis: 
     """Squared gradients of half the squared residual, by group of channels, by level."""
     found: dict[str, list[Tensor]] = {}
     for sample in pieces(batch, 1):
-        for name, residual in adapter.residuals(sample) or ():
+        for name, residual in adapter.residuals(sample):
             [gradient] = torch.autograd.grad(0.5 * residual.square().sum(), weight)
             by_channel = gradient.square().movedim(axis, 0).flatten(1).sum(1)
             sums = torch.zeros(min(GROUPS, len(by_channel)), dtype=torch.float64)
@@ -353,7 +353,7 @@ def test_a_last_layer_that_tells_nothing_is_refused_by_name(name: str) -> None:
 
 def test_what_has_no_residuals_is_refused() -> None:
     adapter = om.LogLikelihood(om.models.Glow(channels=1, size=4, levels=1, steps=1, hidden=4))
-    with pytest.raises(ValueError, match="these are of denoisers"):
+    with pytest.raises(ValueError, match="Expected a denoiser"):
         denoiser_statistics(adapter, torch.rand(3, 1, 4, 4))
     with pytest.raises(ValueError, match="Expected samples, and chunk_size of at least 1"):
         denoiser_statistics(adapter, torch.rand(0, 1, 4, 4))
