@@ -73,6 +73,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
+	$(BIN)/python -m benchmarks.detection.denoisers $(EVIDENCE)/denoisers.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.detection.evidence_page
