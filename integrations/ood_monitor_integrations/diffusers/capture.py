@@ -21,7 +21,8 @@ from torch import Tensor, nn
 __all__ = ["Capture", "DenoiserCall", "capturing", "hooked", "sample_argument", "stepping"]
 
 _active: ContextVar["Capture | None"] = ContextVar("ood_monitor_capture", default=None)
-_lock = threading.Lock()
+#: Taken again where the interpreter collects, within it, a block that was never left.
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -104,26 +105,50 @@ def capturing(capture: Capture | None) -> Iterator[None]:
         _active.reset(token)
 
 
-_hooks: dict[int, tuple[Any, int]] = {}
+@dataclass
+class _Shared:
+    """What several blocks put on one object, and how many of them there are.
+
+    A block counts itself before all else. What the interpreter collects meanwhile, a pipeline that
+    nobody detached, may end another block in the same thread and finds this one counted.
+    """
+
+    users: int = 0
+    put: Any = None
+
+    @classmethod
+    def joined(cls, among: dict[int, "_Shared"], key: int) -> "_Shared":
+        """The one of an object, with another user."""
+        while True:
+            shared = among.setdefault(key, cls())
+            shared.users += 1
+            if among.get(key) is shared:  # else its last user left before it was counted
+                return shared
+
+    def left(self, among: dict[int, "_Shared"], key: int) -> bool:
+        """Whether that was the last user."""
+        self.users -= 1
+        if self.users == 0:
+            del among[key]
+        return self.users == 0
+
+
+_hooks: dict[int, _Shared] = {}
 
 
 @contextmanager
 def hooked(module: nn.Module) -> Iterator[None]:
     """Watch a module's calls; one hook, however many watch it."""
     with _lock:
-        handle, users = _hooks.get(id(module), (None, 0))
-        if handle is None:
-            handle = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        _hooks[id(module)] = handle, users + 1
+        shared = _Shared.joined(_hooks, id(module))
+        if shared.put is None:
+            shared.put = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
     try:
         yield
     finally:
         with _lock:
-            handle, users = _hooks.pop(id(module))
-            if users > 1:
-                _hooks[id(module)] = handle, users - 1
-            else:
-                handle.remove()
+            if shared.left(_hooks, id(module)):
+                shared.put.remove()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a module that is compiled in place, whose hooks would be too
@@ -134,29 +159,29 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any] | None 
         capture.forward(module, args, kwargs)
 
 
-_stepped: dict[int, tuple[Callable[..., Any] | None, int]] = {}
+_stepped: dict[int, _Shared] = {}
 
 
 @contextmanager
 def stepping(scheduler: Any) -> Iterator[None]:
     """Watch a scheduler's steps; one patch of the instance, however many calls share it."""
     with _lock:
-        own, users = _stepped.get(id(scheduler), (scheduler.__dict__.get("step"), 0))
-        if not users:
+        shared = _Shared.joined(_stepped, id(scheduler))
+        if shared.put is None:
+            own = scheduler.__dict__.get("step")
+            shared.put = (own,)
             # Bound, so that a deep copy of the scheduler steps itself.
             scheduler.__dict__["step"] = MethodType(_recorded(scheduler, own), scheduler)
-        _stepped[id(scheduler)] = own, users + 1
     try:
         yield
     finally:
         with _lock:
-            own, users = _stepped.pop(id(scheduler))
-            if users > 1:
-                _stepped[id(scheduler)] = own, users - 1
-            elif own is None:
-                del scheduler.__dict__["step"]
-            else:
-                scheduler.__dict__["step"] = own
+            if shared.left(_stepped, id(scheduler)):
+                [own] = shared.put
+                if own is None:
+                    del scheduler.__dict__["step"]
+                else:
+                    scheduler.__dict__["step"] = own
 
 
 def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The hook itself: what it gives, what it leaves alone, what it costs, and what it never breaks."""
 
 import copy
+import gc
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
+from ood_monitor_integrations.diffusers.capture import hooked
 from support.pipeline_cases import case_of, known, seeded_call
 from torch import Tensor
 
@@ -475,3 +477,34 @@ def test_an_adapter_of_ones_own_gets_the_batch_that_is_made_for_it(pipe: Any) ->
     monitor = monitor_of(own_bound(pipe))
     watched = monitor_pipeline(pipe, monitor, batch=batch, raise_on_error=True)
     assert call(watched).ood.valid.all()
+
+
+class Collecting(torch.nn.Linear):
+    """While a hook is put on, the interpreter collects what nobody holds, as it may at any time."""
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_watch_that_nobody_ended_may_be_collected_while_another_begins(shared: bool) -> None:
+    module = Collecting(1, 1)
+    abandoned: list[Any] = [hooked(module if shared else torch.nn.Linear(1, 1))]
+    abandoned[0].__enter__()
+    abandoned.append(abandoned)  # so that it lives until it is collected
+    gc.disable()
+    del abandoned
+    seen: list[int] = []
+
+    def work() -> None:
+        with hooked(module):
+            gc.collect()
+            seen.append(len(module._forward_pre_hooks))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    gc.enable()
+    assert seen == [1]
+    assert not module._forward_pre_hooks
