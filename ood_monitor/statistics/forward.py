@@ -153,7 +153,8 @@ def input_dimensions(adapter: Adapter, batch: Batch) -> dict[str, int]:
 
     Returns:
         ``{parameter: dimension}``, 0 or 1, of the parameters of these layers that have two
-        dimensions or more; of a depthwise convolution's, the one that has the channels.
+        dimensions or more; of a depthwise convolution's, the one that has the channels. Those of
+        a grouped one are summed over the groups. A tied one has its first name.
 
     Raises:
         ValueError: There is no such layer.
@@ -163,11 +164,12 @@ def input_dimensions(adapter: Adapter, batch: Batch) -> dict[str, int]:
         usable = usable_by(adapter.module, batch)
         known = known_layers(passes, usable, None)
         parts = dict(passes.module.named_modules())
+        names = {id(p): name for name, p in passes.module.named_parameters()}  # of tied ones, once
         return {
-            f"{layer}.{name}".lstrip("."): of.dimension_in(p.shape)
+            names[id(p)]: of.dimension_in(p.shape)
             for layer, of in known.items()
             if of is not None
-            for name, p in parts[layer].named_parameters()
+            for p in parts[layer].parameters()
             if p.ndim > 1
         }
 

@@ -59,8 +59,9 @@ class Layer:
     def dimension_in(self, weight: torch.Size) -> int:
         """Where the input channels are in a weight of this shape."""
         other = 1 - self.weight_dimension
-        is_other = weight[other] == self.channels != weight[self.weight_dimension]
-        return other if is_other else self.weight_dimension
+        # A depthwise convolution's has one column; so has a scale, whose kernel is none.
+        is_depthwise = weight[self.weight_dimension] == 1 < weight[2:].numel()
+        return other if is_depthwise and weight[other] == self.channels else self.weight_dimension
 
 
 @dataclass

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from support.model_case import Function, Gaussian
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
-from ood_monitor.statistics import expected_layers, forward_statistics
+import ood_monitor as om
+from ood_monitor.statistics import expected_layers, forward_statistics, input_dimensions
 
 
 class Attend(nn.Module):
@@ -171,3 +173,38 @@ def test_a_compiled_function_in_a_pass_changes_nothing() -> None:
     found, expected = (forward_statistics(a, x, sample="row") for a in (other, plain))
     torch.testing.assert_close(found.expected_norms, expected.expected_norms)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
+
+
+DIMENSIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), (4, 5, 5), {"weight": 1}),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 5, 5), {"weight": 0}),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), (4, 5, 5), {"weight": 0}),
+    "scaled": (
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+        (4,),
+        {
+            "parametrizations.weight.original0": 1,
+            "parametrizations.weight.original1": 1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_input_channels_are_where_the_weight_has_them(name: str) -> None:
+    make, shape, dimensions = DIMENSIONS[name]
+    adapter = Gaussian(nn.Sequential(make(), nn.Flatten()))
+    found = input_dimensions(adapter, torch.randn(2, *shape))
+    assert {key.split("0.", 1)[1]: value for key, value in found.items()} == dimensions
+
+
+@pytest.mark.parametrize("first", ["head", "embedding"])
+def test_a_tied_weight_has_its_first_name(first: str) -> None:
+    embedding, head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+    head.weight = embedding.weight
+    parts = {"embedding": embedding, "head": head}
+    ordered = dict(sorted(parts.items(), key=lambda item: item[0] != first))
+    network = Function(lambda m, x: m.head(m.embedding(x).tanh()), **ordered)
+    found = input_dimensions(om.SequenceLikelihood(network), torch.randint(9, (3, 4)))
+    assert [name.split(".")[-2] for name in found] == [first]
+    assert set(found.values()) == {1}
