@@ -38,7 +38,10 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> str:
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    # MLflow remembers it for the process, and for those that it starts: other tests are not its.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     found = mlflow.set_experiment(tmp_path.name)
     return str(found.experiment_id)
 
