@@ -224,8 +224,9 @@ class DenoisingBound(Adapter):
         No draw of noise decides what they show. They are no likelihood's bound.
         """
         x = self._checked_inputs(batch)
-        condition = self._condition(batch)
         for level in self._levels_without_noise(x):
+            # Made anew for each, since a network may write into it.
+            condition = self._condition(map_tensors(torch.clone, batch))
             alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
             predicted = self._predicted(alpha * x, self._times(x, level), condition)
             target = self._prediction.target(x, torch.zeros_like(x), alpha, sigma)

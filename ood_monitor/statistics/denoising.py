@@ -4,12 +4,12 @@ One forward pass a level, and no backward pass over the network. With noise that
 draw decides what is seen; without it nothing does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
@@ -21,9 +21,10 @@ from ood_monitor.adapters.base import (
     pieces,
     usable_by,
 )
+from ood_monitor.gradients.factors import full_precision
 from ood_monitor.modules import Passes, scored
-from ood_monitor.statistics.expected_norms import LayersOfAPass, norms_of
-from ood_monitor.statistics.hooks import Sums
+from ood_monitor.statistics.expected_norms import LayersOfAPass
+from ood_monitor.statistics.hooks import Sums, Taken
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.output_layer import OutputLayer
 from ood_monitor.statistics.rows import Layout, Single, layout_of
@@ -60,12 +61,12 @@ class _Known:
     Attributes:
         layers: By name.
         last: The one that was called last.
-        shapes: Of the last layer's inputs that were looked at.
+        parts: Of what the model was made then.
     """
 
     layers: LayersOfAPass
     last: str
-    shapes: set[torch.Size] = field(default_factory=set)
+    parts: int
 
 
 #: By adapter.
@@ -131,24 +132,43 @@ def _parts(passes: Passes[Adapter], chunk: Batch) -> list[DenoiserStatistics]:
 
     def alone(index: int) -> Single:
         own = map_tensors(lambda tensor: tensor[index : index + 1], chunk)
-        return next(_levels(passes, own, known)).single
+        return _of_all(_levels(passes, own, known))
 
     levels = list(_levels(passes, chunk, known))  # a pass of one sample would take its hooks
     if size > 1:
-        layout = layout_of(passes.holder, size, levels[0].single, alone)
+        layout = layout_of(passes.holder, size, _of_all(levels), alone)
     if layout.alone:
         return [part for own in pieces(chunk, 1) for part in _parts(passes, own)]
     for level in levels:
-        _add(found, level, norms_of(level.single, layout, known.layers, {}, size))
+        _add(found, level, _inputs(level, layout, known, size))
     return [found]
 
 
-def _add(found: DenoiserStatistics, level: _Level, norms: Mapping[str, Tensor]) -> None:
+def _of_all(levels: Iterable[_Level]) -> Single:
+    """What is compared of samples alone and in a batch: of every level, by its name."""
+    taken: dict[str, Taken] = {}
+    terms: dict[str, Tensor] = {}
+    for level in levels:
+        taken |= {f"{level.name}/{name}": each for name, each in level.single.taken.items()}
+        terms |= level.single.terms
+    return Single(taken, terms)
+
+
+def _inputs(level: _Level, layout: Layout, known: _Known, size: int) -> dict[str, Tensor]:
+    """Sums of squares of each layer's input, (B,); zeros of one that was not called."""
+    energy = next(iter(level.single.terms.values()))
+    found = {name: torch.zeros_like(energy) for name in known.layers}
+    for name, taken in level.single.taken.items():
+        found[name] = layout.sums(f"{level.name}/{name}", taken, size).sum(1)
+    return found
+
+
+def _add(found: DenoiserStatistics, level: _Level, inputs: Mapping[str, Tensor]) -> None:
     """Put a level's columns under its name."""
     for name, squares in level.squares.items():
         found.output_layer[f"{level.name}/{name}"] = squares
-    for name, sums in norms.items():
-        found.energies[f"{level.name}/input.{name}"] = sums.sum(1)
+    for name, sums in inputs.items():
+        found.energies[f"{level.name}/input.{name}"] = sums
     if level.bands is not None and level.lags is not None:
         found.energies[f"{level.name}/band"] = level.bands
         found.cosines[f"{level.name}/lag"] = level.lags
@@ -160,7 +180,7 @@ def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_L
     of_last = known.layers[known.last]
     assert of_last is not None
     sums = Sums(view.module, known.layers, size)
-    last = OutputLayer(view.module, known.last, of_last, known.shapes)
+    last = OutputLayer(view.module, known.last, of_last)
     with ExitStack() as stack:
         stack.enter_context(sums.hooked())
         stack.enter_context(last.hooked())
@@ -176,7 +196,7 @@ def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_L
 
 def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer) -> _Level:
     squares = last.squares(residual)
-    residual = residual.detach()
+    residual = full_precision(residual.detach())
     energy = residual.flatten(1).square().sum(1)
     is_image = residual.ndim == 4 and min(residual.shape[2:]) >= _LEAST_SIDE
     bands, lags = (band_energies(residual), lag_cosines(residual)) if is_image else (None, None)
@@ -189,7 +209,9 @@ def _residuals(view: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:
 
 def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
     """The layers of a pass and the last of them, found once for each adapter."""
-    if passes.holder not in _known:
+    before: _Known | None = _known.get(passes.holder)  # type: ignore[no-untyped-call]
+    parts = _parts_of(passes.module)
+    if before is None or before.parts != parts:
         view = passes.fresh()
         discovery = Discovery(view.module)
         with torch.no_grad(), discovery.looking():
@@ -201,9 +223,14 @@ def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
                 "maps, got none: use method='gradient_norms'."
             )
         layers: dict[str, Layer | None] = {**discovery.found}
-        _known[passes.holder] = _Known(layers, discovery.last)
+        _known[passes.holder] = _Known(layers, discovery.last, parts)
     known: _Known = _known[passes.holder]
     return known
+
+
+def _parts_of(module: nn.Module) -> int:
+    """A number that changes where a part is replaced, wrapped or added."""
+    return hash((id(module), *((name, id(part)) for name, part in module.named_modules())))
 
 
 def _joined(parts: list[DenoiserStatistics]) -> DenoiserStatistics:

@@ -44,17 +44,15 @@ class OutputLayer:
         module: The scoring view.
         name: The layer's name.
         layer: What is known of it.
-        shapes: Of inputs of which it was seen that the layer gives what its hook is given; more are
-            added.
 
     Attributes:
         calls: How often it was called in this thread since the last :meth:`squares`.
     """
 
-    def __init__(self, module: nn.Module, name: str, layer: Layer, shapes: set[torch.Size]) -> None:
+    def __init__(self, module: nn.Module, name: str, layer: Layer) -> None:
         self.calls = 0
         self._part, self._name, self._layer = part_of(module, name), name, layer
-        self._shapes, self._thread = shapes, threading.get_ident()
+        self._thread = threading.get_ident()
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
@@ -80,15 +78,23 @@ class OutputLayer:
         r = full_precision(self._derivative(residual, output))
         size, h = len(residual), full_precision(h)
         if self._layer.axis == 1:
+            if len(h) % size:
+                raise ValueError(self._refusal(f"inputs {tuple(h.shape)} of {size} samples"))
             weights, realised = _of_convolution(self._part, self._layer, size, h, r)
             h = h.flatten(2)
         else:
+            if h.numel() // h.shape[-1] % size:
+                raise ValueError(self._refusal(f"inputs {tuple(h.shape)} of {size} samples"))
             rows = r.reshape(size, -1, r.shape[-1])
             h = h.reshape(size, -1, h.shape[-1])
             shape = torch.Size([r.shape[-1], h.shape[-1]])
             weights, realised = rows.square().sum(2), Outer(rows, h, shape).column_norms()
             h = h.transpose(1, 2)
-        found = {"expected": _weighted(h, None), "apart": _weighted(h, weights), "norm": realised}
+        # A sample may have several rows, such as a video's frames.
+        expected, apart = (
+            _weighted(h, each).view(size, -1, h.shape[1]).sum(1) for each in (None, weights)
+        )
+        found = {"expected": expected, "apart": apart, "norm": realised}
         return {name: grouped(sums) for name, sums in found.items()}
 
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -99,23 +105,24 @@ class OutputLayer:
         h = first_tensor_of(args, kwargs)
         if h is None or not isinstance(output, Tensor):
             raise ValueError(self._refusal(f"one that gives {type(output).__name__}"))
-        self._check_call(h, args, kwargs, output)
+        self._check_call(h, output)
         self._input = h.detach().clone()  # what follows may write into it
         # Until the pass's own `no_grad` ends: nothing before the layer is in the graph.
         torch.set_grad_enabled(True)
         self._output = output.detach().requires_grad_()
         return self._output.clone()
 
-    def _check_call(self, h: Tensor, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        """On the first call of a shape, that the layer gives what came out."""
-        if h.shape in self._shapes:
-            return
-        again = self._part.forward(*args, **kwargs)  # without hooks, which count what is given
+    def _check_call(self, h: Tensor, output: Tensor) -> None:
+        """That the layer gives the linear map of its input and its weight that the sums assume."""
+        expected = _mapped(self._part, self._layer, h)
+        if expected is None or expected.shape != output.shape:
+            raise ValueError(self._refusal("one that is no plain convolution or linear map"))
+        eps = torch.finfo(output.dtype).eps
         finite = output.detach()[output.isfinite()]
-        atol = 1e-4 * float(finite.abs().max()) if len(finite) else 0.0
-        if not torch.allclose(again, output, rtol=1e-3, atol=atol, equal_nan=True):
-            raise ValueError(self._refusal("one that gives another output when it is called again"))
-        self._shapes.add(h.shape)
+        largest = float(finite.abs().max()) if len(finite) else 0.0
+        rtol = max(1e-3, 8 * eps)
+        if not torch.allclose(expected, output, rtol=rtol, atol=rtol * largest, equal_nan=True):
+            raise ValueError(self._refusal("one that gives more than its weight times its input"))
 
     def _taken(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         calls, self.calls = self.calls, 0
@@ -129,7 +136,7 @@ class OutputLayer:
     def _derivative(self, residual: Tensor, output: Tensor) -> Tensor:
         """Of half the squared residual by the layer's output."""
         [found] = torch.autograd.grad(residual, output, residual.detach(), allow_unused=True)
-        if found is None:
+        if found is None or (residual.any() and not found.any()):  # of another head, say
             raise ValueError(self._refusal("a residual that does not come from it"))
         return found
 
@@ -138,6 +145,26 @@ class OutputLayer:
             f"Expected {self._name!r}, the last layer of a pass, to be called once by it and to "
             f"give what the prediction is made of, got {got}: use method='gradient_norms'."
         )
+
+
+def _mapped(part: Any, layer: Layer, h: Tensor) -> Tensor | None:
+    """The layer's weight times an input, and its bias; None of what has not these by name."""
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        return None
+    if layer.axis != 1:
+        matrix = weight if layer.weight_dimension == 1 else weight.T
+        fits = weight.ndim == 2 and matrix.shape[1] == h.shape[-1]
+        return F.linear(h, matrix, bias) if fits else None
+    names = ("groups", "kernel_size", "stride", "padding", "dilation")
+    if not all(hasattr(part, name) for name in names):
+        return None
+    padded, settings = _padded(part, h)
+    if layer.weight_dimension == 0:
+        output_padding = getattr(part, "output_padding", 0)
+        given = (weight, bias, part.stride, part.padding, output_padding, part.groups)
+        return _TRANSPOSED[h.ndim](h, *given, part.dilation)
+    return _CONVOLUTIONS[h.ndim](padded, weight, bias, groups=part.groups, **settings)
 
 
 def _of_convolution(

@@ -117,6 +117,7 @@ def _compared(
     singles = {index: alone(index) for index in ends}
     dtype = _precision(adapter)
     if not all(_same_terms(batch, single, index, dtype) for index, single in singles.items()):
+        _check_repeats(adapter, singles[ends[0]], alone(ends[0]), dtype)
         return Layout(alone=True), True
     names = {*batch.taken, *(name for single in singles.values() for name in single.taken)}
     shared, is_settled = set(), len(ends) > 1
@@ -135,6 +136,15 @@ def _compared(
             return Layout(alone=True), True
         shared.add(name)
     return Layout(shared=frozenset(shared)), is_settled
+
+
+def _check_repeats(adapter: Adapter, once: Single, again: Single, dtype: torch.dtype) -> None:
+    """That a sample has the same terms each time: else no measure of one alone means anything."""
+    if not _same_terms(once, again, 0, dtype):
+        raise ValueError(
+            f"Expected {type(adapter).__name__} to give a sample the same terms each time, got "
+            "others in a second pass: what it draws must come from a generator of its own."
+        )
 
 
 def _ends(size: int, batch: Single) -> list[int]:

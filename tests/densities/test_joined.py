@@ -31,6 +31,8 @@ def measured(n: int = 200, seed: int = 0, shift: float = 0.0) -> Measurements:
         "log_likelihood": Table(("total",), columns(("",))),
         "gradient_norms": Table(norms, np.exp(columns(norms))),
         "channel_norms": Table(norms, np.exp(columns(norms))),
+        "output_layer": Table(layers, np.exp(columns(layers))),
+        "energies": Table(layers, columns(layers)),
     }
     return Measurements(("t", "u"), columns(("t", "u")), tables)
 

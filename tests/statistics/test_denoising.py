@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import fft
 from support.diffusers_cases import FAMILIES, Family
 from support.model_case import Function, perturbed
@@ -330,9 +331,54 @@ def functional() -> nn.Module:
     return Function(lambda m, x, t: m.scale * x, scale=torch.ones(2, 1, 1))
 
 
+class Squashed(nn.Conv2d):
+    """Does more than its linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+class Scaled(nn.Linear):
+    """Likewise, by a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Own(nn.Module):
+    """A convolution without what nn.Conv2d says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1)
+
+
+def ending(layer: nn.Module) -> nn.Module:
+    return Function(lambda m, x, t: m.layer(x), layer=layer)
+
+
+def two_heads() -> nn.Module:
+    """Of which the second, a learned variance, is in no residual."""
+    heads = {name: nn.Conv2d(2, 2, 1) for name in ("mean", "variance")}
+    return Function(lambda m, x, t: torch.cat([m.mean(x), m.variance(x)], 1), **heads)
+
+
+def dropping() -> nn.Module:
+    layer = nn.Conv2d(2, 2, 1)
+    return Function(lambda m, x, t: m.layer(F.dropout(x, 0.5)), layer=layer)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "more than a map": (lambda: ending(Squashed(2, 2, 1)), "more than its weight times"),
+    "a number more": (lambda: ending(Scaled(8, 8)), "more than its weight times"),
+    "one's own": (lambda: ending(Own()), "no plain convolution or linear map"),
+    "two heads": (two_heads, "residual that does not come from it"),
+    "random": (dropping, "the same terms each time"),
     "called twice": (twice, "got 2 calls"),
-    "another output each time": (random, "another output when it is called again"),
+    "another output each time": (random, "more than its weight times its input"),
     "thrown away": (beside, "residual that"),
     "cut off": (without_gradients, "computed without gradients"),
     "groups": (grouped, "groups to be 1, got 2"),
@@ -364,7 +410,7 @@ def test_what_hooks_of_the_user_make_of_the_last_layer_is_refused() -> None:
     layer = nn.Conv2d(2, 2, 1)
     network = Function(lambda m, x, t: m.layer(x), layer=layer)
     layer.register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(ValueError, match="another output when it is called again"):
+    with pytest.raises(ValueError, match="more than its weight times its input"):
         denoiser_statistics(om.DenoisingBound(network, PRODUCTS), torch.rand(3, 2, 8, 8))
 
 
@@ -373,3 +419,88 @@ def test_first_use_gives_what_later_ones_give() -> None:
     first, later = (dict(columns_of(denoiser_statistics(adapter, batch))) for _ in range(2))
     for name, values in first.items():
         torch.testing.assert_close(values, later[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_that_comes_after_first_use_is_refused_too() -> None:
+    network = ending(nn.Conv2d(2, 2, 1))
+    adapter, x = om.DenoisingBound(network, PRODUCTS), torch.rand(3, 2, 8, 8)
+    denoiser_statistics(adapter, x)
+    network.layer.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="more than its weight times its input"):
+        denoiser_statistics(adapter, x)
+
+
+def test_a_last_layer_that_is_wrapped_or_replaced_is_found_again() -> None:
+    network = ending(nn.Conv2d(2, 2, 1)).double()
+    adapter = om.DenoisingBound(network, PRODUCTS)
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    denoiser_statistics(adapter, x)
+    network.layer = nn.Sequential(network.layer, nn.Conv2d(2, 2, 3, padding=1)).double()
+    found = denoiser_statistics(adapter, x).output_layer
+    for name, expected in differentiated(adapter, x, network.layer[1].weight, 1).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=0)
+
+
+def test_frames_of_a_sample_are_its_own() -> None:
+    """A convolution that sees k rows a sample, as a video's."""
+
+    def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        rows = x.transpose(1, 2).flatten(0, 1)
+        return m.layer(rows).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+    layer = nn.Conv2d(2, 2, 3, padding=1).double()
+    adapter = om.DenoisingBound(Function(forward, layer=layer), PRODUCTS)
+    x = torch.randn(3, 2, 4, 6, 6, dtype=torch.float64)
+    found = denoiser_statistics(adapter, x).output_layer
+    assert {tuple(values.shape) for values in found.values()} == {(3, 2)}
+    for name, expected in differentiated(adapter, x, layer.weight, 1).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=0)
+    for name, values in denoiser_statistics(adapter, x[1:2]).output_layer.items():
+        torch.testing.assert_close(values, found[name][1:2], rtol=1e-9, atol=0)
+
+
+def test_samples_that_mix_at_one_level_alone_are_measured_alone() -> None:
+    def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = m.layer(x)
+        return y - y.mean(0, keepdim=True) if int(t[0]) > 500 else y
+
+    network = Function(forward, layer=nn.Conv2d(2, 2, 1).double())
+    adapter, x = om.DenoisingBound(network, PRODUCTS), torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    together = dict(columns_of(denoiser_statistics(adapter, x)))
+    for name, values in columns_of(denoiser_statistics(adapter, x[:1])):
+        torch.testing.assert_close(together[name][:1], values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_residuals_of_half_precision_are_summed_in_single(dtype: torch.dtype) -> None:
+    network = ending(nn.Conv2d(3, 3, 3, padding=1)).to(dtype)
+    adapter = om.DenoisingBound(network, PRODUCTS, prediction_type="sample")
+    x = torch.full((2, 3, 64, 64), 9.0, dtype=dtype)
+    for _, values in columns_of(denoiser_statistics(adapter, x)):
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+
+
+class Writing(nn.Module):
+    """Writes into its condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+        scale += 1
+        return self.layer(x * scale)  # type: ignore[no-any-return]
+
+
+def test_what_a_network_writes_into_its_condition_is_of_one_level() -> None:
+    def bound(ratios: Any) -> om.DenoisingBound:
+        condition = lambda batch: {"scale": batch[1]}  # noqa: E731
+        return om.DenoisingBound(network, PRODUCTS, ratios=ratios, condition=condition)
+
+    network, given = Writing(), torch.zeros(3, 1, 1, 1)
+    batch = torch.rand(3, 2, 8, 8), given
+    both, alone = (dict(columns_of(denoiser_statistics(bound(r), batch))) for r in (2, [3.4]))
+    for name, values in alone.items():
+        torch.testing.assert_close(both[name], values)
+    assert not given.any()
