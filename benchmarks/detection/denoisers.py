@@ -24,8 +24,8 @@ from benchmarks.harness.measurement import claim, conclude, machine
 Row = dict[str, Any]
 
 #: What is compared, of `benchmarks.detection.forward`; with three levels, these alone.
-COMPARED = ("gradient_norms", "forward", "both", "output_layer", "energies", methods.PAPER)
-WITH_THREE = ("forward",)
+COMPARED = ("gradient_norms", "without noise", "output_layer", "energies", methods.PAPER)
+WITH_THREE = ("without noise",)
 
 TWO, THREE = "UNet", "UNet, three levels"
 
@@ -63,7 +63,7 @@ def quick() -> Iterator[Row]:
 
 
 def claims(rows: list[Row]) -> list[Row]:
-    ours = [row for row in rows if (row["model"], row["method"]) == (TWO, "forward")]
+    ours = [row for row in rows if (row["model"], row["method"]) == (TWO, "without noise")]
     every = [value for row in ours for value in row["auroc"].values()]
     near = [row["auroc"][name] for row in ours for name in row["auroc"] if name in NEAR]
     cost = max(max(row["forwards"].values()) for row in ours)

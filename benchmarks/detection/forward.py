@@ -43,12 +43,13 @@ COMPARED: dict[str, dict[str, Any]] = {
     "values": {"parts": ["values"]},
     "expected_norms": {"parts": ["expected_norms"]},
     "values, map": {"parts": ["values", "map"]},
+    "without noise": {"parts": ["output_layer", "energies"]},
     "output_layer": {"parts": ["output_layer"]},
     "energies": {"parts": ["energies"]},
 }
 
 #: Those that are of denoisers alone: `benchmarks.detection.denoisers`.
-OF_DENOISERS = ("output_layer", "energies")
+OF_DENOISERS = ("without noise", "output_layer", "energies")
 
 #: Methods of `benchmarks.detection.methods` that they are compared with.
 PEERS = (methods.PAPER, "typicality", "likelihood + complexity")
@@ -106,13 +107,7 @@ def plans_of(adapter: om.Adapter, x: Mapping[str, Tensor], names: list[str]) -> 
     """What each of the methods that are detectors measures of these samples."""
     sample = adapter.sample_of(x["fit"])
     return {
-        name: planned(
-            sample,
-            options.get("method"),
-            None,
-            options.get("parts"),
-            is_denoiser=adapter.is_denoiser,
-        )
+        name: planned(sample, options.get("method"), None, options.get("parts"))
         for name, options in COMPARED.items()
         if name in names
     }

@@ -135,15 +135,13 @@ def denoisers(report: Row, measured: str) -> list[str]:
         "## Denoisers without noise",
         f"By {measured}",
         pages.paragraph(
-            "The committed UNets. `forward` of a denoiser takes two passes of samples without "
-            "noise, or three: the last layer's gradient by input channel, expected and realised "
+            "The committed UNets. `without noise` takes two passes of samples without noise, or "
+            "three: the last layer's gradient by input channel, expected and realised "
             "(`output_layer`), and energies of layers' inputs and of the residual's frequencies "
             "(`energies`). Costs are in plain forward passes at one level. The rule was chosen on "
             "models of Fashion-MNIST, against sets that are among these; it is not the default."
         ),
         overall(rows),
-        pages.paragraph("`forward` of each set, with its 95 % interval, beside the others:"),
-        pair_by_pair(rows),
         *pages.judged("### Claims of denoisers", report["claims"]),
     ]
 

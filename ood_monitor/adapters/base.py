@@ -96,7 +96,7 @@ class Adapter(abc.ABC):
         sample: What a sample is, where the adapter was told.
         is_one_pass: Whether all terms come of one forward pass: a detector then takes gradients of
             their sum, as the paper does, and not a backward pass for each.
-        is_denoiser: Whether it has :meth:`residuals`, which ``method="forward"`` then goes by.
+        is_denoiser: Whether it has :meth:`residuals`.
 
     Example:
         >>> class Gaussian(Adapter):

@@ -355,8 +355,7 @@ class Detector(Pretrained):
 
     def _plan(self, sample: SampleKind | None, has_layers: Callable[[], bool]) -> Plan:
         """What is measured of samples of a kind; expected norms by default only where there are."""
-        is_denoiser = self.adapter.is_denoiser
-        plan = planned(sample, self.method, self.density, self.parts, is_denoiser=is_denoiser)
+        plan = planned(sample, self.method, self.density, self.parts)
         is_default = self.method is None and self.parts is None
         if is_default and "expected_norms" in plan.of_forward and not has_layers():
             return without_layers(sample)

@@ -84,8 +84,6 @@ def planned(
     method: Method | None,
     density: Density | None,
     parts: Parts | None,
-    *,
-    is_denoiser: bool = False,
 ) -> Plan:
     """The plan for samples of a kind.
 
@@ -94,14 +92,13 @@ def planned(
         method: As the user chose it, or None.
         density: Of gradient norms, as the user chose it, or None.
         parts: As the user chose them, or None.
-        is_denoiser: Whether the adapter has residuals without noise.
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
         return Plan(CHOSEN, chosen, sample, "chosen")
     reason = "chosen" if method else f"default where {_KINDS[sample]}"
     word = method or DEFAULTS[sample]
-    return Plan(word, _parts(word, sample, density, is_denoiser), sample, reason)
+    return Plan(word, _parts(word, sample, density), sample, reason)
 
 
 def without_layers(sample: SampleKind | None) -> Plan:
@@ -152,19 +149,15 @@ def _kind_of(part: Part | Kind) -> Kind:
     return part.kind if isinstance(part, Part) else Part(part).kind
 
 
-def _parts(
-    method: Method, sample: SampleKind | None, density: Density | None, is_denoiser: bool
-) -> tuple[Part, ...]:
+def _parts(method: Method, sample: SampleKind | None, density: Density | None) -> tuple[Part, ...]:
     norms = (Part("gradient_norms", density),)
     if method == "gradient_norms":
         return norms
-    forward = _of_forward(sample, is_denoiser)
+    forward = _of_forward(sample)
     return forward if method == "forward" else (*forward, *norms)
 
 
-def _of_forward(sample: SampleKind | None, is_denoiser: bool) -> tuple[Part, ...]:
-    if is_denoiser:
-        return Part("output_layer"), Part("energies")
+def _of_forward(sample: SampleKind | None) -> tuple[Part, ...]:
     if sample == "row":  # which has no paradox, and its layers no positions
         return Part("log_likelihood"), Part("expected_norms", floor="mean")
     return Part("values"), Part("expected_norms")
