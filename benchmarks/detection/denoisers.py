@@ -19,7 +19,7 @@ from benchmarks.detection import datasets, methods, protocol, trained, zoo
 from benchmarks.detection.forward import NEAR, line, rows_of
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.harness.measurement import claim, reported
 
 Row = dict[str, Any]
 
@@ -88,14 +88,10 @@ def main(
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    rows = []
     if not quick_run:
         datasets.require(data_dir, datasets.SOURCES)
-    for row in quick() if quick_run else full(data_dir):
-        typer.echo(line(row))
-        rows.append(row)
-    report = {"machine": machine(), "sizes": vars(Sizes()), "rows": rows, "claims": claims(rows)}
-    conclude(report, output)
+    rows = quick() if quick_run else full(data_dir)
+    reported(rows, line, claims, output, sizes=vars(Sizes()))
 
 
 if __name__ == "__main__":

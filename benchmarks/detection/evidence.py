@@ -18,7 +18,7 @@ from benchmarks.detection import datasets, methods, protocol, zoo
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
 from benchmarks.detection.protocol import FPR, Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.harness.measurement import claim, reported
 
 Row = dict[str, Any]
 GROUPS = (1, 5)
@@ -141,12 +141,8 @@ def main(
         datasets.require(data_dir, datasets.SOURCES)
     sizes = Sizes()
     names, models = on or list(zoo.TRAINED_ON), model or list(zoo.zoo())
-    rows = []
-    for row in quick() if quick_run else full(data_dir, cache_dir, sizes, names, models):
-        typer.echo(line(row))
-        rows.append(row)
-    report = {"machine": machine(), "sizes": vars(sizes), "rows": rows, "claims": claims(rows)}
-    conclude(report, output)
+    rows = quick() if quick_run else full(data_dir, cache_dir, sizes, names, models)
+    reported(rows, line, claims, output, sizes=vars(sizes))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.protocol import FPR, IN_DISTRIBUTION, Sizes
 from benchmarks.detection.shifts import CHANGED
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine, peak_of_tensors, ratios
+from benchmarks.harness.measurement import claim, peak_of_tensors, ratios, reported
 from ood_monitor.calibration import ConformalPValue
 from ood_monitor.densities.joined import Joined
 from ood_monitor.densities.measurements import Measurements
@@ -353,12 +353,9 @@ def main(
         datasets.require(data_dir, datasets.SOURCES)
     names, models = on or list(zoo.TRAINED_ON), model or list(MODELS)
     of_likelihoods = [name for name in COMPARED if name not in OF_DENOISERS]
-    compared, rows = method or [*of_likelihoods, *PEERS], []
-    for row in quick(compared) if quick_run else full(data_dir, names, models, compared):
-        typer.echo(line(row))
-        rows.append(row)
-    report = {"machine": machine(), "sizes": vars(Sizes()), "rows": rows, "claims": claims(rows)}
-    conclude(report, output)
+    compared = method or [*of_likelihoods, *PEERS]
+    rows = quick(compared) if quick_run else full(data_dir, names, models, compared)
+    reported(rows, line, claims, output, sizes=vars(Sizes()))
 
 
 if __name__ == "__main__":

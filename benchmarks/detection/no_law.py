@@ -24,7 +24,7 @@ from benchmarks.detection.forward import line, rows_of
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.train import train
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.harness.measurement import claim, reported
 from ood_monitor.adapters.flows import density_of
 from ood_monitor.adapters.observations import Gaussian
 
@@ -187,17 +187,14 @@ def main(
     ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    names, rows = model or list(models()), []
+    names = model or list(models())
     if not quick_run:
         datasets.require(data_dir, datasets.SOURCES)
     if training is not None:
         trained_models(data_dir, names, training)
         return
-    for row in quick() if quick_run else full(data_dir, names):
-        typer.echo(line(row))
-        rows.append(row)
-    report = {"machine": machine(), "sizes": vars(Sizes()), "rows": rows, "claims": claims(rows)}
-    conclude(report, output)
+    rows = quick() if quick_run else full(data_dir, names)
+    reported(rows, line, claims, output, sizes=vars(Sizes()))
 
 
 if __name__ == "__main__":

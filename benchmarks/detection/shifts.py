@@ -21,7 +21,7 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER, Seen
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.harness.measurement import claim, reported
 
 Row = dict[str, Any]
 
@@ -163,11 +163,8 @@ def main(
 ) -> None:
     if not quick:
         datasets.require(data_dir, datasets.SOURCES)
-    rows = []
-    for row in quick_rows() if quick else full(data_dir, model or list(zoo.zoo())):
-        typer.echo(line(row))
-        rows.append(row)
-    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+    rows = quick_rows() if quick else full(data_dir, model or list(zoo.zoo()))
+    reported(rows, line, claims, output)
 
 
 if __name__ == "__main__":

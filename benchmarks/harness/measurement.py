@@ -5,7 +5,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+Row = dict[str, Any]
 
 
 def processor() -> str:
@@ -97,6 +98,21 @@ def _resident(field: str) -> float:
 def claim(text: str, value: float, target: float) -> dict[str, Any]:
     """A claim that a figure is at most its target."""
     return {"claim": text, "value": value, "target": target, "holds": value <= target}
+
+
+def reported(
+    rows: Iterable[Row],
+    line: Callable[[Row], str],
+    claims: Callable[[list[Row]], list[Row]],
+    path: Path | None,
+    **facts: Any,
+) -> None:
+    """Tell each row as soon as it is measured, then :func:`conclude` a report of them."""
+    told: list[Row] = []
+    for row in rows:
+        print(line(row), flush=True)
+        told.append(row)
+    conclude({"machine": machine(), **facts, "rows": told, "claims": claims(told)}, path)
 
 
 def conclude(report: Mapping[str, Any], path: Path | None) -> None:
