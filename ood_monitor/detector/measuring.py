@@ -147,30 +147,16 @@ def _without_noise(
     plan: Plan, adapter: Adapter, batch: Batch, layers: Layers, chunk_size: int | None
 ) -> dict[str, Table]:
     """Of each part of a denoiser, its columns; energies as logarithms, beside cosines."""
-    found = denoiser_statistics(adapter, batch, chunk_size=chunk_size)
+    found = denoiser_statistics(adapter, batch, layers=layers, chunk_size=chunk_size)
     logs = {
         name: energies.double().clamp(min=np.finfo(float).tiny).log()
-        for name, energies in _of_chosen(found.energies, adapter, layers).items()
+        for name, energies in found.energies.items()
     }
     given: dict[Kind, Mapping[str, Tensor]] = {
         "output_layer": found.output_layer,
         "energies": logs | found.cosines,
     }
     return {kind: Table(*table(_named(kind, given[kind]))) for kind in plan.of_denoiser}
-
-
-def _of_chosen(
-    energies: Mapping[str, Tensor], adapter: Adapter, layers: Layers
-) -> Mapping[str, Tensor]:
-    """Without the inputs of layers whose weight is not among the chosen parameters."""
-    if layers is None:
-        return energies
-    chosen, found = selection(adapter.module, layers), {}
-    for name, values in energies.items():
-        _, of_input, layer = name.partition("/input.")
-        if not of_input or chosen(f"{layer}.weight"):
-            found[name] = values
-    return found
 
 
 def _named(kind: Kind, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ draw decides what is seen; without it nothing does.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.gradients.factors import full_precision
+from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.modules import Passes, scored
-from ood_monitor.statistics.expected_norms import LayersOfAPass
 from ood_monitor.statistics.hooks import Sums, Taken
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.output_layer import OutputLayer
@@ -54,18 +54,20 @@ class DenoiserStatistics:
     cosines: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Known:
     """What was found of an adapter's passes.
 
     Attributes:
         layers: By name.
-        last: The one that was called last.
+        last: The name of the one that was called last.
+        of_last: What is known of it.
         parts: Of what the model was made then.
     """
 
-    layers: LayersOfAPass
+    layers: Mapping[str, Layer]
     last: str
+    of_last: Layer
     parts: int
 
 
@@ -74,7 +76,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def denoiser_statistics(
-    adapter: Adapter, batch: Batch, *, chunk_size: int | None = None
+    adapter: Adapter, batch: Batch, *, layers: Layers = None, chunk_size: int | None = None
 ) -> DenoiserStatistics:
     """The last layer's gradient and the energies of each sample, without noise.
 
@@ -84,6 +86,7 @@ def denoiser_statistics(
     Args:
         adapter: One with :meth:`~ood_monitor.Adapter.residuals`, as of a denoising bound.
         batch: B samples, on any device.
+        layers: Whose inputs' energies are taken, by the names of their weights; all by default.
         chunk_size: Samples a pass, to bound memory.
 
     Raises:
@@ -108,8 +111,9 @@ def denoiser_statistics(
 
     def measured(passes: Passes[Adapter]) -> DenoiserStatistics:
         usable = usable_by(adapter.module, batch)
-        chunks = pieces(usable, chunk_size or size)
-        return _joined([part for chunk in chunks for part in _parts(passes, chunk)])
+        chunks = list(pieces(usable, chunk_size or size))
+        known = _chosen(_found(passes, chunks[0]), adapter.module, layers)
+        return _joined([part for chunk in chunks for part in _parts(passes, chunk, known)])
 
     return scored(measured, adapter, adapter.module)
 
@@ -125,10 +129,9 @@ class _Level:
     lags: Tensor | None
 
 
-def _parts(passes: Passes[Adapter], chunk: Batch) -> list[DenoiserStatistics]:
+def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[DenoiserStatistics]:
     """The statistics of a chunk, or of each of its samples where they must be alone."""
     size, found, layout = batch_size(chunk), DenoiserStatistics(), Layout()
-    known = _found(passes, chunk)
 
     def alone(index: int) -> Single:
         own = map_tensors(lambda tensor: tensor[index : index + 1], chunk)
@@ -138,7 +141,7 @@ def _parts(passes: Passes[Adapter], chunk: Batch) -> list[DenoiserStatistics]:
     if size > 1:
         layout = layout_of(passes.holder, size, _of_all(levels), alone)
     if layout.alone:
-        return [part for own in pieces(chunk, 1) for part in _parts(passes, own)]
+        return [part for own in pieces(chunk, 1) for part in _parts(passes, own, known)]
     for level in levels:
         _add(found, level, _inputs(level, layout, known, size))
     return [found]
@@ -177,10 +180,8 @@ def _add(found: DenoiserStatistics, level: _Level, inputs: Mapping[str, Tensor])
 def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_Level]:
     """A pass a level, with hooks on the layers while the model runs."""
     view, size = passes.fresh(), batch_size(batch)
-    of_last = known.layers[known.last]
-    assert of_last is not None
     sums = Sums(view.module, known.layers, size)
-    last = OutputLayer(view.module, known.last, of_last)
+    last = OutputLayer(view.module, known.last, known.of_last)
     with ExitStack() as stack:
         stack.enter_context(sums.hooked())
         stack.enter_context(last.hooked())
@@ -222,10 +223,19 @@ def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
                 f"Expected {type(view).__name__} to call modules that are convolutions or linear "
                 "maps, got none: use method='gradient_norms'."
             )
-        layers: dict[str, Layer | None] = {**discovery.found}
-        _known[passes.holder] = _Known(layers, discovery.last, parts)
+        found, last = discovery.found, discovery.last
+        _known[passes.holder] = _Known(found, last, found[last], parts)
     known: _Known = _known[passes.holder]
     return known
+
+
+def _chosen(known: _Known, module: nn.Module, layers: Layers) -> _Known:
+    """With those layers alone whose weight is among the chosen parameters."""
+    if layers is None:
+        return known
+    is_chosen = selection(module, layers)
+    of = {name: layer for name, layer in known.layers.items() if is_chosen(f"{name}.weight")}
+    return replace(known, layers=of)
 
 
 def _parts_of(module: nn.Module) -> int:

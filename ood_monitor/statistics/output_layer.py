@@ -77,14 +77,13 @@ class OutputLayer:
         h, output = self._taken(residual)
         r = full_precision(self._derivative(residual, output))
         size, h = len(residual), full_precision(h)
+        count = len(h) if self._layer.axis == 1 else h[..., 0].numel()
+        if count % size:
+            raise ValueError(self._refusal(f"inputs {tuple(h.shape)} of {size} samples"))
         if self._layer.axis == 1:
-            if len(h) % size:
-                raise ValueError(self._refusal(f"inputs {tuple(h.shape)} of {size} samples"))
             weights, realised = _of_convolution(self._part, self._layer, size, h, r)
             h = h.flatten(2)
         else:
-            if h.numel() // h.shape[-1] % size:
-                raise ValueError(self._refusal(f"inputs {tuple(h.shape)} of {size} samples"))
             rows = r.reshape(size, -1, r.shape[-1])
             h = h.reshape(size, -1, h.shape[-1])
             shape = torch.Size([r.shape[-1], h.shape[-1]])
