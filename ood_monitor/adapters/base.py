@@ -96,7 +96,6 @@ class Adapter(abc.ABC):
         sample: What a sample is, where the adapter was told.
         is_one_pass: Whether all terms come of one forward pass: a detector then takes gradients of
             their sum, as the paper does, and not a backward pass for each.
-        is_denoiser: Whether it has :meth:`residuals`.
 
     Example:
         >>> class Gaussian(Adapter):
@@ -113,7 +112,6 @@ class Adapter(abc.ABC):
     module: nn.Module
     sample: SampleKind | None = None
     is_one_pass: bool = False
-    is_denoiser: bool = False
 
     @abc.abstractmethod
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
@@ -151,8 +149,8 @@ class Adapter(abc.ABC):
             ValueError: It is no denoiser.
         """
         raise ValueError(
-            f"Expected a denoiser, which leaves residuals of samples without noise, got "
-            f"{type(self).__name__}: `is_denoiser` says which adapters are."
+            "Expected a denoiser, which leaves residuals of samples without noise, got "
+            f"{type(self).__name__}."
         )
 
     def sample_of(self, batch: Batch) -> SampleKind | None:

@@ -152,8 +152,6 @@ class DenoisingBound(Adapter):
         [('t=50', (4,)), ('t=500', (4,))]
     """
 
-    is_denoiser = True
-
     def __init__(
         self,
         network: nn.Module,

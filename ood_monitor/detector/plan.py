@@ -80,10 +80,7 @@ class Plan:
 
 
 def planned(
-    sample: SampleKind | None,
-    method: Method | None,
-    density: Density | None,
-    parts: Parts | None,
+    sample: SampleKind | None, method: Method | None, density: Density | None, parts: Parts | None
 ) -> Plan:
     """The plan for samples of a kind.
 

@@ -53,8 +53,6 @@ class ReplayedBound(Adapter):
         settings: What changes the denoiser beside its weights, when this was made.
     """
 
-    is_denoiser = True
-
     def __init__(
         self,
         denoiser: nn.Module,
