@@ -124,10 +124,28 @@ def read(directory: Path, name: str, split: str) -> Pixels:
     raise FileNotFoundError(missing(directory, [name]) or f"Expected {wanted} in {directory}.")
 
 
-def of_npz(path: Path, split: str) -> Pixels:
+def labels(directory: Path, name: str, split: str) -> Pixels:
+    """The classes of a split's images, (N,), in the same order.
+
+    Raises:
+        FileNotFoundError: The set is not there, or comes without labels.
+    """
+    file, folder = places(directory, name)
+    if file.exists():
+        return of_npz(file, f"{split}_labels")
+    stem = {"train": "train", "test": "t10k"}[split] + "-labels-idx1-ubyte"
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.exists():
+            return idx(path)
+    if (folder / "dataset_dict.json").exists():
+        return np.asarray(load_from_disk(folder)[split]["label"], dtype=np.uint8)
+    raise FileNotFoundError(missing(directory, [name]) or f"Expected {stem} in {directory}.")
+
+
+def of_npz(path: Path, key: str) -> Pixels:
     with np.load(path) as arrays:
-        images: Pixels = arrays[split]
-        return images
+        found: Pixels = arrays[key]
+        return found
 
 
 def idx(path: Path) -> Pixels:

@@ -59,8 +59,9 @@ Batch: TypeAlias = Any
 Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
 
 #: What a sample is, which decides by which statistics a detector judges it. It is an image, a
-#: sequence of tokens, or a row of a table, whose columns are its numbers.
-SampleKind: TypeAlias = Literal["image", "sequence", "row"]
+#: sequence of tokens, a row of a table, whose columns are its numbers, or whatever a diffusion
+#: model denoises.
+SampleKind: TypeAlias = Literal["image", "sequence", "row", "diffusion"]
 
 #: The least height and width of what is taken for an image without being called one.
 _LEAST_SIZE = 4

@@ -43,6 +43,7 @@ from ood_monitor.adapters.base import (
     Batch,
     Condition,
     OnePass,
+    SampleKind,
     checked_floating,
     checked_range,
     describe,
@@ -131,6 +132,9 @@ class DenoisingBound(Adapter):
         ratios: Where :meth:`residuals` are taken, as sigma / alpha, at the nearest levels; or how
             many of them: 2 are 0.015, of latents 0.33, and 3.4; 3 are these three. What has one
             channel or three is taken for pixels.
+        null_condition: Gives the keywords of no condition, as guidance takes them: an empty
+            prompt's embeddings, the label of none. :meth:`residuals` then make one more pass, which
+            shows whether a sample fits its condition: a wrong label or prompt.
 
     Raises:
         ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what
@@ -152,6 +156,8 @@ class DenoisingBound(Adapter):
         [('t=50', (4,)), ('t=500', (4,))]
     """
 
+    sample: SampleKind | None = "diffusion"
+
     def __init__(
         self,
         network: nn.Module,
@@ -167,6 +173,7 @@ class DenoisingBound(Adapter):
         time: Callable[[Tensor], Tensor] = lambda t: t,
         seed: int = 0,
         ratios: Literal[2, 3] | Sequence[float] = 2,
+        null_condition: Condition | None = None,
     ) -> None:
         if network is schedule:
             raise ValueError(
@@ -187,6 +194,7 @@ class DenoisingBound(Adapter):
         self._inputs, self._condition, self._time = inputs, condition, time
         self.levels = self._checked(levels)
         self._ratios = _checked_ratios(ratios)
+        self._null_condition = null_condition
 
     @classmethod
     def paper(cls, network: nn.Module, schedule: Any, **options: Any) -> Self:
@@ -219,16 +227,28 @@ class DenoisingBound(Adapter):
     def residuals(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield prediction less target of samples without noise, ``t=<level>``, shape (B, C, ...).
 
-        No draw of noise decides what they show. They are no likelihood's bound.
+        No draw of noise decides what they show. They are no likelihood's bound. With a null
+        condition, ``condition`` comes last: of the level of least noise, what the null condition
+        changes.
         """
         x = self._checked_inputs(batch)
-        for level in self._levels_without_noise(x):
-            # Made anew for each, since a network may write into it.
-            condition = self._condition(map_tensors(torch.clone, batch))
-            alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
-            predicted = self._predicted(alpha * x, self._times(x, level), condition)
-            target = self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
-            yield f"t={level}", predicted - target
+        conditioned: Tensor | None = None
+        for level in (levels := self._levels_without_noise(x)):
+            residual = self._residual(x, batch, level, self._condition)
+            if self._null_condition is not None and conditioned is None:
+                conditioned = residual.detach()
+            yield f"t={level}", residual
+        if self._null_condition is not None and conditioned is not None:
+            null = self._residual(x, batch, levels[0], self._null_condition)
+            yield "condition", null - conditioned
+
+    def _residual(self, x: Tensor, batch: Batch, level: int, condition: Condition) -> Tensor:
+        """Prediction less target at a level without noise."""
+        # Made anew for each, since a network may write into it.
+        given = condition(map_tensors(torch.clone, batch))
+        alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
+        predicted = self._predicted(alpha * x, self._times(x, level), given)
+        return predicted - self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
 
     def _levels_without_noise(self, x: Tensor) -> list[int]:
         ratios = self._ratios

@@ -31,9 +31,9 @@ class Pipeline:
         self._options: dict[str, Any] = {
             "call": recipe.arguments,
             "levels": recipe.levels or LEVELS,
-            "layers": None if recipe.layers is None else list(recipe.layers),
             "seed": self._seed,
         }
+        self._layers = None if recipe.layers is None else list(recipe.layers)
         self._bound: ReplayedBound | None = None
         self._recorded: RecordedCall | None = None
 
@@ -45,7 +45,8 @@ class Pipeline:
     def fit(self, images: Iterable[Tensor], samples: int, **options: Any) -> Detector:
         """As :meth:`~ood_monitor.cli.models.Model.fit`."""
         options.pop("seed")  # of the split, which a pipeline's detector has at 0
-        return fit_pipeline(self._pipe, images, samples=samples, **self._options, **options)
+        options |= self._options | {"layers": self._layers}
+        return fit_pipeline(self._pipe, images, samples=samples, **options)
 
     def batch(self, images: Tensor) -> Batch:
         """Images (B, C, H, W) in [0, 1] as latents, with the conditions of the call."""

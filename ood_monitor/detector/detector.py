@@ -32,15 +32,14 @@ from ood_monitor.detector.compatibility import (
 )
 from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting
-from ood_monitor.detector.measuring import explaining_of, measured_by
-from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_layers
+from ood_monitor.detector.measuring import explaining_of, is_measurable, measured_by
+from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_statistics
 from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
-from ood_monitor.statistics import has_layers
 
 __all__ = ["Detector", "Groups"]
 
@@ -52,9 +51,9 @@ class Detector(Pretrained):
         adapter: The model.
         method: ``"gradient_norms"``: layer-wise norms and their joint density, as in the paper.
             ``"forward"``: what one forward pass gives: expected and surprise of the likelihood, and
-            the norms that the model expected. ``"both"``: the two joined. By default
-            ``"forward"`` of images, sequences and rows of a table, as the adapter says, and
-            gradient norms of everything else, denoisers among them.
+            the norms that the model expected; of a diffusion model two passes without noise.
+            ``"both"``: the two joined. By default ``"forward"`` of images, sequences, rows of a
+            table and of diffusion models, as the adapter says, and gradient norms of all else.
         density: Of the log squared norms, and of nothing else but for the default, which is
             :class:`~ood_monitor.TermsAndNorms`; it chooses gradient norms.
         parts: In place of a method: any of :class:`~ood_monitor.Part`, or their kinds.
@@ -145,6 +144,17 @@ class Detector(Pretrained):
             raise RuntimeError("Expected a fitted detector, got one without fit: call `fit` first.")
         return self._fitted
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether scores take a backward pass: as fitted, or as was asked for.
+
+        Before a fit the default is taken to need none.
+        """
+        plan = planned(None, self.method or "forward", None, self.parts)
+        if self._fitted is not None:
+            plan = Plan.of(self._fitted)
+        return any(part.needs_gradients for part in plan.parts)
+
     def fit(self, held_out: Iterable[Batch], *, progress: bool = True) -> Self:
         """Fit the density on a part of held-out data, and calibrate on the rest.
 
@@ -187,7 +197,7 @@ class Detector(Pretrained):
         """
         count = min(explain, batch_size(batch))  # which refuses what is no batch
         sample = self.adapter.sample_of(batch)
-        plan = self._plan(sample, lambda: has_layers(self.adapter, batch))
+        plan = self._plan(sample, lambda plan: is_measurable(plan, self.adapter, batch))
         measured = self._measured(plan, batch, None)
         if count == 0:
             return measured
@@ -353,17 +363,15 @@ class Detector(Pretrained):
             self._summed = Summed(self.adapter)
         return self._summed
 
-    def _plan(self, sample: SampleKind | None, has_layers: Callable[[], bool]) -> Plan:
-        """What is measured of samples of a kind; expected norms by default only where there are."""
+    def _plan(self, sample: SampleKind | None, is_measurable: Callable[[Plan], bool]) -> Plan:
+        """What is measured of samples of a kind; by default only what can be."""
         plan = planned(sample, self.method, self.density, self.parts)
         is_default = self.method is None and self.parts is None
-        if is_default and "expected_norms" in plan.of_forward and not has_layers():
-            return without_layers(sample)
-        return plan
+        return without_statistics(sample) if is_default and not is_measurable(plan) else plan
 
     def _fitting(self, measured: Measurements) -> Fitting:
         return Fitting(
-            plan=self._plan(measured.sample, lambda: "expected_norms" in measured.tables),
+            plan=self._plan(measured.sample, lambda plan: plan.kinds <= measured.tables.keys()),
             layers=self.layers,
             calibration_fraction=self.calibration_fraction,
             trim=self.trim,

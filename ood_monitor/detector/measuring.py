@@ -22,16 +22,25 @@ from ood_monitor.statistics import (
     denoiser_statistics,
     expected_layers,
     forward_statistics,
+    has_layers,
+    has_statistics_without_noise,
     surprise_by_place,
 )
 from ood_monitor.statistics.png import PNG_BITS, in_range
 
-__all__ = ["explaining_of", "measured_by"]
+__all__ = ["explaining_of", "is_measurable", "measured_by"]
 
 _log = logging.getLogger(__name__)
 
 #: Samples of a pass that explains by layer, and the most places whose deviations are kept.
 _EXPLAINED_AT_ONCE, _MOST_PLACES = 8, 1 << 16
+
+
+def is_measurable(plan: Plan, adapter: Adapter, batch: Batch) -> bool:
+    """Whether an adapter's passes give what a plan's parts without gradients need."""
+    if plan.has("expected_norms"):
+        return has_layers(adapter, batch)
+    return not plan.of_denoiser or has_statistics_without_noise(adapter, batch)
 
 
 def measured_by(

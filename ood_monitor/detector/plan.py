@@ -10,17 +10,18 @@ from ood_monitor.densities.parts import CHOSEN, OF_DENOISERS, Kind, Method, Part
 from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Parts", "Plan", "checked_method", "planned", "without_layers"]
+__all__ = ["Parts", "Plan", "checked_method", "planned", "without_statistics"]
 
 #: Parts that a user chooses, by themselves or by their kind.
 Parts: TypeAlias = Sequence[Part | Kind]
 
 #: The method where none is chosen, by what a sample is: for each kind it was measured on models
-#: that nothing was tuned on, see docs/evidence.md. Of any other kind, denoisers too, it was not.
+#: that nothing was tuned on, see docs/evidence.md. Of any other kind it was not.
 DEFAULTS: dict[SampleKind | None, Method] = {
     "image": "forward",
     "sequence": "forward",
     "row": "forward",
+    "diffusion": "forward",
     None: "gradient_norms",
 }
 
@@ -28,6 +29,7 @@ _KINDS: Mapping[SampleKind | None, str] = {
     "image": "samples are images",
     "sequence": "samples are sequences",
     "row": "samples are rows of a table",
+    "diffusion": "samples are a diffusion model's",
     None: "the adapter does not say what a sample is",
 }
 
@@ -63,9 +65,14 @@ class Plan:
         density = next(norms, None)
         return {"method": self.method, "density": density}
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """Those of its parts."""
+        return frozenset(part.kind for part in self.parts)
+
     def has(self, kind: Kind) -> bool:
         """Whether it has a part of a kind."""
-        return any(part.kind == kind for part in self.parts)
+        return kind in self.kinds
 
     @property
     def of_forward(self) -> frozenset[Kind]:
@@ -76,7 +83,7 @@ class Plan:
     @property
     def of_denoiser(self) -> frozenset[Kind]:
         """The kinds of its parts that passes without noise give."""
-        return OF_DENOISERS & {part.kind for part in self.parts}
+        return OF_DENOISERS & self.kinds
 
 
 def planned(
@@ -98,9 +105,11 @@ def planned(
     return Plan(word, _parts(word, sample, density), sample, reason)
 
 
-def without_layers(sample: SampleKind | None) -> Plan:
-    """The default of a model that calls no layer, of which there are no expected norms."""
+def without_statistics(sample: SampleKind | None) -> Plan:
+    """The default of a model whose forward passes do not give what is measured of its kind."""
     reason = "default where no convolution or linear map is called as a module"
+    if sample == "diffusion":
+        reason = "default where passes without noise cannot be measured"
     return Plan("gradient_norms", (Part("gradient_norms"),), sample, reason)
 
 
@@ -157,4 +166,6 @@ def _parts(method: Method, sample: SampleKind | None, density: Density | None) -
 def _of_forward(sample: SampleKind | None) -> tuple[Part, ...]:
     if sample == "row":  # which has no paradox, and its layers no positions
         return Part("log_likelihood"), Part("expected_norms", floor="mean")
+    if sample == "diffusion":
+        return Part("output_layer"), Part("energies")
     return Part("values"), Part("expected_norms")

@@ -47,9 +47,12 @@ def _offloading(module: nn.Module) -> list[Any]:
 
 
 def dtype_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
-    """The type of the first floating-point parameter; the default for a module without any."""
+    """The type of the first floating-point parameter; the default for a module without any.
+
+    Weights of 8 bits are stored so and cast by layer: what the module computes in is another's.
+    """
     floating = (p.dtype for p in module.parameters() if p.is_floating_point())
-    return next(floating, default)
+    return next((dtype for dtype in floating if dtype.itemsize > 1), default)
 
 
 def precision_of(tensor: Tensor) -> torch.dtype:

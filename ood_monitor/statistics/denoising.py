@@ -4,6 +4,7 @@ One forward pass a level, and no backward pass over the network. With noise that
 draw decides what is seen; without it nothing does.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,10 @@ from ood_monitor.statistics.output_layer import OutputLayer
 from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.spectrum import band_energies, lag_cosines
 
-__all__ = ["DenoiserStatistics", "denoiser_statistics"]
+__all__ = ["DenoiserStatistics", "denoiser_statistics", "has_statistics_without_noise"]
+
+_log = logging.getLogger(__name__)
+
 
 #: An image of fewer pixels a side has no neighbours at all shifts.
 _LEAST_SIDE = 3
@@ -71,8 +75,9 @@ class _Known:
     parts: int
 
 
-#: By adapter.
+#: By adapter; and whether there are such statistics of it.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_measurable: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def denoiser_statistics(
@@ -116,6 +121,24 @@ def denoiser_statistics(
         return _joined([part for chunk in chunks for part in _parts(passes, chunk, known)])
 
     return scored(measured, adapter, adapter.module)
+
+
+def has_statistics_without_noise(adapter: Adapter, batch: Batch) -> bool:
+    """Whether :func:`denoiser_statistics` measures an adapter, tried on a sample the first time.
+
+    Where it does not, the log says why.
+    """
+    if adapter not in _measurable:
+        try:
+            denoiser_statistics(adapter, next(pieces(batch, 1)))
+            _measurable[adapter] = True
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:  # also PyTorch's, of what it cannot run so
+            _log.warning("Gradient norms are watched, since without noise: %s", error)
+            _measurable[adapter] = False
+    found: bool = _measurable[adapter]
+    return found
 
 
 @dataclass(frozen=True)

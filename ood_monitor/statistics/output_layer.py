@@ -33,6 +33,9 @@ __all__ = ["OutputLayer"]
 #: Numbers of a layer's input that are squared at once.
 _AT_ONCE = 1 << 18
 
+#: Attributes of a convolution that tell which of its inputs an output sees.
+_OF_CONVOLUTIONS = ("groups", "kernel_size", "stride", "padding", "dilation")
+
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -113,7 +116,7 @@ class OutputLayer:
 
     def _check_call(self, h: Tensor, output: Tensor) -> None:
         """That the layer gives the linear map of its input and its weight that the sums assume."""
-        expected = _mapped(self._part, self._layer, h)
+        expected = (_mapped if _has_weight(self._part, h) else _affine)(self._part, self._layer, h)
         if expected is None or expected.shape != output.shape:
             raise ValueError(self._refusal("one that is no plain convolution or linear map"))
         eps = torch.finfo(output.dtype).eps
@@ -146,6 +149,28 @@ class OutputLayer:
         )
 
 
+def _has_weight(part: Any, h: Tensor) -> bool:
+    """Whether the weight is at hand after a call: not quantised, cast or moved away until the next.
+
+    What has none by that name counts as having it.
+    """
+    weight = getattr(part, "weight", None)
+    if not isinstance(weight, Tensor):
+        return not callable(weight)
+    return (weight.device, weight.dtype) == (h.device, h.dtype)
+
+
+def _affine(part: Any, layer: Layer, h: Tensor) -> Tensor | None:
+    """What the layer gives of an input if it is an affine map there; None if it is not."""
+    once, twice, none = (part.forward(factor * h).detach() for factor in (1, 2, 0))
+    is_plain = layer.axis != 1 or all(hasattr(part, name) for name in _OF_CONVOLUTIONS)
+    largest = float(once.abs().nan_to_num(0.0, 0.0).max())
+    close = torch.allclose(
+        twice - once, once - none, rtol=1e-3, atol=1e-3 * largest, equal_nan=True
+    )
+    return once if is_plain and close else None
+
+
 def _mapped(part: Any, layer: Layer, h: Tensor) -> Tensor | None:
     """The layer's weight times an input, and its bias; None of what has not these by name."""
     weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
@@ -155,8 +180,7 @@ def _mapped(part: Any, layer: Layer, h: Tensor) -> Tensor | None:
         matrix = weight if layer.weight_dimension == 1 else weight.T
         fits = weight.ndim == 2 and matrix.shape[1] == h.shape[-1]
         return F.linear(h, matrix, bias) if fits else None
-    names = ("groups", "kernel_size", "stride", "padding", "dilation")
-    if not all(hasattr(part, name) for name in names):
+    if not all(hasattr(part, name) for name in _OF_CONVOLUTIONS):
         return None
     padded, settings = _padded(part, h)
     if layer.weight_dimension == 0:

@@ -158,7 +158,13 @@ DEFAULTS: dict[str, tuple[om.Adapter, str, dict[str, Any], str, str]] = {
         "forward",
         "default where samples are rows of a table",
     ),
-    "denoiser": (adapter_of("ddpm"), "ddpm", {}, "gradient_norms", UNKNOWN),
+    "denoiser": (
+        adapter_of("ddpm"),
+        "ddpm",
+        {},
+        "forward",
+        "default where samples are a diffusion model's",
+    ),
     "one's own": (untold("glow"), "glow", {}, "gradient_norms", UNKNOWN),
     "a word": (adapter_of("glow"), "glow", {"method": "both"}, "both", "chosen"),
     "a density": (
@@ -319,7 +325,7 @@ def grouped(module: nn.Module) -> None:
 OFFLOADED: dict[str, Callable[[nn.Module], None]] = {"sequential": sequential, "group": grouped}
 
 
-@pytest.mark.parametrize("name", ["glow", "vae", "gpt2"])
+@pytest.mark.parametrize("name", ["glow", "vae", "gpt2", "ddpm"])
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_offloaded_models_are_watched_forward(name: str, how: str, tmp_path: Path) -> None:
     held_out, new = [batch_of(name, 60, seed=1)], batch_of(name, 5, seed=2)
@@ -351,11 +357,38 @@ def test_offloaded_weights_that_change_are_stale() -> None:
 
 def test_a_denoiser_is_watched_without_noise() -> None:
     """By passes that are of no likelihood, so that it is not a number."""
-    made = om.Detector(adapter_of("ddpm"), parts=["output_layer", "energies"], explain=8)
+    made = om.Detector(adapter_of("ddpm"), explain=8)
     fitted = made.fit([batch_of("ddpm", 60, seed=1)], progress=False)
+    assert [part.kind for part in fitted.fitted.joined.parts] == ["output_layer", "energies"]
     new = batch_of("ddpm", 3, seed=2)
     assert fitted.score(new).log_likelihood.isnan().all()
     assert fitted.score(new).valid.all()
+
+
+def test_a_denoiser_that_cannot_be_measured_so_keeps_gradient_norms(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Twice(nn.Module):
+        """Calls its last layer twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            found: Tensor = self.last(self.last(x))
+            return found
+
+    bound = om.DenoisingBound(Twice(), torch.linspace(0.99, 0.01, 1000))
+    held_out = torch.rand(60, 1, 8, 8)
+    with caplog.at_level(logging.WARNING):
+        fitted = om.Detector(bound, explain=8).fit([held_out], progress=False)
+    assert fitted.fitted.method == "gradient_norms"
+    assert fitted.fitted.reason == "default where passes without noise cannot be measured"
+    assert "to be called once" in caplog.text
+    assert fitted.score(held_out).log_likelihood.isfinite().all()
+    with pytest.raises(ValueError, match="to be called once"):
+        om.Detector(bound, method="forward").fit([held_out], progress=False)
 
 
 def test_what_is_of_denoisers_is_refused_of_others() -> None:

@@ -41,7 +41,7 @@ def bound(end: float = 0.01, **options: Any) -> om.Adapter:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     x = torch.rand(80, 1, 8, 8)
-    detector = om.Detector(bound()).fit([x], progress=False)
+    detector = om.Detector(bound(), method="gradient_norms").fit([x], progress=False)
     detector.save_pretrained(tmp_path, card=False)
     return tmp_path
 
@@ -50,6 +50,7 @@ def test_the_recipe_of_a_bound_is_in_the_config(saved: Path) -> None:
     said = config(saved)["adapter"]
     assert said["class"] == "ood_monitor.adapters.denoising.DenoisingBound"
     expected = {"levels": [50, 500], "loss": "l2", "draws": 1, "antithetic": False, "seed": 0}
+    expected["ratios"] = 2
     assert said["arguments"].items() >= expected.items()
     assert said["arguments"]["schedule"]["levels"] == 1000
     assert said["terms"] == ["t=50", "t=500"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ood_monitor import Detector
+from ood_monitor.densities.parts import Method
 from support import diffusers_cases
 from support.diffusers_cases import unet
 from support.model_case import perturbed
@@ -106,17 +107,22 @@ def known(
     count: int = 44,
     levels: tuple[int, ...] = (500,),
     layers: tuple[str, ...] | None = None,
+    method: Method | None = None,
 ) -> Detector:
     """A detector for a pipeline with a case's weights, fitted once for all tests that ask."""
-    state = _fitted(case.name, count, levels, layers)
+    state = _fitted(case.name, count, levels, layers, method)
     call = case.call_of_one()
-    adapter = replayed_bound(pipe, call=call, levels=levels, layers=layers and list(layers))
+    adapter = replayed_bound(pipe, call=call, levels=levels)
     return Detector.from_state_dict(state, adapter)
 
 
 @functools.cache
 def _fitted(
-    name: str, count: int, levels: tuple[int, ...], layers: tuple[str, ...] | None
+    name: str,
+    count: int,
+    levels: tuple[int, ...],
+    layers: tuple[str, ...] | None,
+    method: Method | None,
 ) -> dict[str, Any]:
     case = case_of(name)
     detector = fit_pipeline(
@@ -125,6 +131,7 @@ def _fitted(
         call=case.call_of_one(),
         levels=levels,
         layers=layers and list(layers),
+        method=method,
         progress=False,
     )
     return detector.state_dict()

@@ -16,10 +16,13 @@ from ood_monitor.adapters.base import describe, map_tensors
 from ood_monitor_integrations.diffusers.capture import DenoiserCall, sample_argument
 from ood_monitor_integrations.diffusers.families import Family, family_of
 
-__all__ = ["BESIDE", "SAMPLE", "Recipe", "filled", "taken_apart"]
+__all__ = ["BESIDE", "NULL", "SAMPLE", "Recipe", "filled", "taken_apart"]
 
 #: Names in the batch: of the samples, and of what the denoiser is given beside them as channels.
 SAMPLE, BESIDE = "sample", "beside"
+
+#: Before the name of a condition: the one that guidance takes for none.
+NULL = "null."
 
 #: Arguments that a replay gives itself.
 _GIVEN = ("timestep", "return_dict")
@@ -69,7 +72,7 @@ class Recipe:
 
 
 def taken_apart(
-    denoiser: nn.Module, call: DenoiserCall, count: int
+    denoiser: nn.Module, call: DenoiserCall, count: int, *, with_null: bool = False
 ) -> tuple[Recipe, dict[str, Tensor]]:
     """A captured call as its recipe and its batch.
 
@@ -77,13 +80,15 @@ def taken_apart(
         denoiser: What was called.
         call: The call.
         count: B, the samples that the pipeline's call gave; guidance has doubled the denoiser's.
+        with_null: Whether to take the null conditions too, under names that begin with ``NULL``.
 
     Returns:
         The recipe, and the batch: ``"sample"``, (B, ...) in single precision at least, and the
         denoiser's further tensors of each sample by name.
 
     Raises:
-        ValueError: The denoiser was not given the scheduler's sample, or not its time.
+        ValueError: The denoiser was not given the scheduler's sample, or not its time; or null
+            conditions are asked for and the call has none.
     """
     family, found = family_of(denoiser), dict[str, Tensor]()
     given = {
@@ -102,7 +107,8 @@ def taken_apart(
     precise = torch.promote_types(call.sample.dtype, torch.float32)
     # In one order, whatever the order in which a pipeline names them.
     batch = {SAMPLE: call.sample.to(precise)} | dict(sorted(found.items()))
-    batch = {name: _conditional(tensor, count, family) for name, tensor in batch.items()}
+    nulls = _nulls(batch, count, family) if with_null else {}
+    batch = {name: _conditional(tensor, count, family) for name, tensor in batch.items()} | nulls
     recipe = Recipe(arguments, control, _divisor(*call.times), beside)
     return recipe, map_tensors(lambda tensor: tensor.detach().clone(), batch)
 
@@ -165,6 +171,19 @@ def _conditional(tensor: Tensor, count: int, family: Family) -> Tensor:
             f"Expected a multiple of the call's {count} samples, got {describe(tensor)}."
         )
     return tensor.chunk(copies)[family.conditional] if copies > 1 else tensor
+
+
+def _nulls(batch: Mapping[str, Tensor], count: int, family: Family) -> dict[str, Tensor]:
+    """The rows without the condition, of what guidance has doubled."""
+    conditions = {name: each for name, each in batch.items() if name != SAMPLE}
+    if not conditions or any(len(each) != 2 * count for each in conditions.values()):
+        told = describe(conditions) if conditions else "no condition"
+        raise ValueError(
+            "Expected a guided call, whose denoiser is given a null condition beside each sample's "
+            f"own, for condition_check=True, got {told} for {count} samples: pass `call=` with "
+            "guidance, or leave out the check."
+        )
+    return {NULL + name: each.chunk(2)[family.conditional - 1] for name, each in conditions.items()}
 
 
 def _beside(call: DenoiserCall, count: int, family: Family) -> tuple[int | None, Tensor | None]:

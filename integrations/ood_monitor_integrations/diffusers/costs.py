@@ -1,14 +1,20 @@
-"""What scoring a sample costs, by noise levels and layers, to choose before fitting."""
+"""What scoring a sample costs, by method, noise levels and layers, to choose before fitting."""
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ood_monitor import gradient_norms
-from ood_monitor.adapters.base import Batch, pieces, term_values
+from ood_monitor.adapters.base import Batch, pieces
+from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers
+from ood_monitor.statistics import denoiser_statistics
 from ood_monitor_integrations.diffusers.deployment import scorable
 from ood_monitor_integrations.diffusers.families import denoiser_of
 from ood_monitor_integrations.diffusers.recorded_call import record_call
@@ -22,12 +28,14 @@ class PlanCost:
     """What scoring a sample by a plan costs.
 
     Attributes:
-        levels: The plan's noise levels.
+        method: ``"forward"``, without noise, or ``"gradient_norms"`` of the bound.
+        levels: The bound's noise levels; of ``"forward"``, which takes its own, none.
         layers: Its layers; None for all.
         milliseconds: A sample, median over rounds.
         forwards: The same in forward passes of the denoiser on one sample.
     """
 
+    method: Method
     levels: tuple[int, ...]
     layers: Layers
     milliseconds: float
@@ -50,48 +58,61 @@ def plan_costs(
     Args:
         pipe: The pipeline.
         call: Arguments of its call, for two steps of which it is run.
-        levels: Noise levels to compare.
-        layers: Layers to compare at each of them.
+        levels: Noise levels to compare, of the bound's gradient norms.
+        layers: Layers to compare at each of them; without noise they cost alike.
         rounds: Runs of which the median is taken.
 
     Returns:
-        The cost of each pair of levels and layers, in the order given.
+        The cost without noise, then of each pair of levels and layers, in the order given.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: One that cannot be replayed.
     """
-    found = record_call(pipe, dict(call or {}), 0)
+    recorded = record_call(pipe, dict(call or {}), 0)
     bound = ReplayedBound(
         denoiser_of(pipe),
         pipe.scheduler,
-        found.call,
-        found.count,
+        recorded.call,
+        recorded.count,
         controlnet=getattr(pipe, "controlnet", None),
     )
-    batch = next(iter(pieces(bound.batch(found.call, found.count), 1)))
-    plans = [(tuple(chosen), of) for chosen in levels for of in layers]
+    batch = next(iter(pieces(bound.batch(recorded.call, recorded.count), 1)))
+    time_of = partial(_times, partial(_forward, bound, batch), rounds)
+    found: list[PlanCost] = []
     with scorable(pipe, denoiser_of(pipe)):
-        return [_cost(bound.with_levels(chosen), of, batch, rounds) for chosen, of in plans]
+        spent = time_of(partial(_without_noise, bound, batch))
+        found.append(PlanCost("forward", (), None, *spent))
+        for at in map(bound.with_levels, levels):
+            for of in layers:
+                spent = time_of(partial(_norms, at, batch, of))
+                found.append(PlanCost("gradient_norms", at.levels, of, *spent))
+    return found
 
 
-def _cost(bound: ReplayedBound, layers: Layers, batch: Batch, rounds: int) -> PlanCost:
-    gradient_norms(bound, batch, layers=layers)  # whose first use of a model checks it
-    spent, forward = [], []
+def _times(
+    plain: Callable[[], Tensor], rounds: int, run: Callable[[], Tensor]
+) -> tuple[float, float]:
+    """Milliseconds of a run, and the same in forward passes."""
+    run()  # whose first use of a model checks it
+    times: dict[Callable[[], Tensor], list[float]] = {run: [], plain: []}
     for _ in range(rounds):
-        start = time.perf_counter()
-        norms = gradient_norms(bound, batch, layers=layers)
-        next(iter(norms.values())).cpu()  # waits for the device
-        middle = time.perf_counter()
-        _forward(bound, batch)
-        spent.append(middle - start)
-        forward.append((time.perf_counter() - middle) / len(bound.levels))
-    milliseconds = 1000 * statistics.median(spent)
-    return PlanCost(
-        bound.levels, layers, milliseconds, milliseconds / (1000 * statistics.median(forward))
-    )
+        for each, spent in times.items():
+            start = time.perf_counter()
+            each().cpu()  # waits for the device
+            spent.append(time.perf_counter() - start)
+    mine, forward = map(statistics.median, times.values())
+    return 1000 * mine, mine / forward
 
 
-def _forward(bound: ReplayedBound, batch: Batch) -> None:
-    for value in term_values(bound, batch).values():
-        value.cpu()
+def _without_noise(bound: ReplayedBound, batch: Batch) -> Tensor:
+    return next(iter(denoiser_statistics(bound, batch).energies.values()))
+
+
+def _norms(bound: ReplayedBound, batch: Batch, layers: Layers) -> Tensor:
+    return next(iter(gradient_norms(bound, batch, layers=layers).values()))
+
+
+@torch.no_grad()
+def _forward(bound: ReplayedBound, batch: Batch) -> Tensor:
+    return next(iter(bound.residuals(batch)))[1]

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ood_monitor import Detector
+from ood_monitor.modules import stored_weights
 from ood_monitor.saving.fingerprints import digest, marks
 from ood_monitor_integrations.diffusers.families import original_of
 
@@ -68,7 +70,7 @@ def settings_of(module: nn.Module) -> str:
 
 def _sampled(module: nn.Module) -> str:
     state, parts = hashlib.sha256(), dict[torch.device, list[Tensor]]()
-    for name, parameter in module.named_parameters():
+    for name, parameter in stored_weights(module):
         state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         flat = parameter.detach().flatten()
         chosen = flat[:: max(1, len(flat) // _ELEMENTS)]
@@ -78,34 +80,55 @@ def _sampled(module: nn.Module) -> str:
     return state.hexdigest()
 
 
-def check_deployment(pipe: Any, module: nn.Module, mode: Mode, *, partly: bool = False) -> None:
-    """Refuse, by name, a denoiser that cannot be differentiated as it is deployed.
+def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detector) -> None:
+    """Refuse, by name, a denoiser that cannot be scored as it is deployed.
 
     Args:
         pipe: The pipeline.
         module: Its denoiser.
         mode: When scores are computed.
-        partly: Whether only some parameters are scored, so that others may be quantised.
+        detector: What scores it. One that takes gradients of some layers alone leaves others to be
+            quantised.
 
     Raises:
-        ValueError: Its weights are elsewhere, cast or quantised while it runs; or, in the
-            background, what the calls themselves move or cache.
+        ValueError: Its weights are elsewhere, cast or quantised while it runs, where gradients are
+            taken of them; or, in the background, what the calls themselves move or cache.
     """
     module = original_of(module)
-    name = type(module).__name__
-    hooks = {hook for m in module.modules() for hook in _registered(m)}
-    if any("group_offloading" in hook for hook in hooks):
-        raise ValueError(f"Expected {name} with its weights in place, got group offloading.")
-    if "layerwise_casting" in hooks:
-        raise ValueError(f"Expected {name} in 16 bits or more, got layerwise casting.")
-    if any(_moves_weights(m) for m in module.modules()):
-        raise ValueError(f"Expected {name} with its weights in place, got sequential offloading.")
-    if not partly:
-        _check_floating(module)
+    if detector.takes_gradients:
+        _check_differentiable(module)
+        if detector.layers is None:
+            _check_floating(module)
+    elif mode == "background" and (moves := _moves(module)):
+        raise ValueError(f"Expected mode='sync' with {moves}, which calls rely on.")
     if mode == "background" and _is_cached(module):
+        name = type(module).__name__
         raise ValueError(f"Expected mode='sync' for {name} with a cache, which scoring suspends.")
     if mode == "background" and _is_offloaded(pipe):
         raise ValueError("Expected mode='sync' with model offloading, which calls rely on.")
+
+
+def _check_differentiable(module: nn.Module) -> None:
+    name = type(module).__name__
+    if moves := _moves(module):
+        raise ValueError(
+            f"Expected {name} with its weights in place, got {moves}: fit with method='forward'."
+        )
+    if "layerwise_casting" in _all_registered(module):
+        raise ValueError(
+            f"Expected {name} in 16 bits or more, got layerwise casting: fit with method='forward'."
+        )
+
+
+def _moves(module: nn.Module) -> str:
+    """What takes weights away between the layers' calls, in words; empty if nothing does."""
+    if any("group_offloading" in hook for hook in _all_registered(module)):
+        return "group offloading"
+    return "sequential offloading" if any(map(_moves_weights, module.modules())) else ""
+
+
+def _all_registered(module: nn.Module) -> set[str]:
+    return {hook for m in module.modules() for hook in _registered(m)}
 
 
 @contextmanager
@@ -158,5 +181,5 @@ def _check_floating(module: nn.Module) -> None:
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(
                 f"Expected weights in 16 bits or more, got {name!r} of {parameter.dtype}; fit with "
-                "`layers=` to score others."
+                "`layers=` to score others, or with method='forward'."
             )

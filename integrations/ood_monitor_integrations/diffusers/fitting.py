@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -37,6 +37,8 @@ def fit_pipeline(
     *,
     call: Call | None = None,
     levels: Sequence[int] = LEVELS,
+    ratios: Literal[2, 3] | Sequence[float] = 2,
+    condition_check: bool = False,
     layers: Layers = None,
     samples: int = 500,
     seed: int = SEED,
@@ -57,8 +59,13 @@ def fit_pipeline(
             samples, from whole calls; it then tells what is unlike them, not what is unlike the
             training data, and its ``source`` says so.
         call: Arguments of all calls.
-        levels: Noise levels: each costs a pass; see :func:`plan_costs`. With fewer, more depends on
-            the seed: ``benchmarks/integrations/diffusers.py``.
+        levels: Noise levels of the bound, whose gradient norms these are; each costs a pass, see
+            :func:`plan_costs`. With fewer, more depends on the seed:
+            ``benchmarks/integrations/diffusers.py``.
+        ratios: Where samples without noise are looked at, two levels or three, as of
+            :class:`~ood_monitor.DenoisingBound`; what the default method goes by.
+        condition_check: Whether these also make a pass with the null condition of a guided call,
+            which shows that a sample does not fit its prompt or label.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
             "conv_norm_out.*", "conv_out.*"]``, costs less than all.
         samples: The most samples to use.
@@ -83,11 +90,13 @@ def fit_pipeline(
     first = next(recordings, None)
     if first is None:
         raise ValueError("Expected held-out batches, got an empty iterable.")
-    adapter = _bound(pipe, first[0], layers, levels, seed)
+    bound = {"levels": levels, "seed": seed, "ratios": ratios, "condition_check": condition_check}
+    adapter = _bound(pipe, first[0], bound)
     recordings = itertools.chain([first], recordings)
     batches = (_batch(pipe, adapter, *recording) for recording in recordings)
     source = "the pipeline's own samples" if data is None else "held-out images"
     detector = Detector(adapter, layers=layers, **{"source": source, **options})
+    check_deployment(pipe, denoiser_of(pipe), "sync", detector)
     with scorable(pipe, denoiser_of(pipe)):
         return detector.fit(_first(batches, samples), progress=progress)
 
@@ -97,7 +106,8 @@ def replayed_bound(
     *,
     call: Call | None = None,
     levels: Sequence[int] = LEVELS,
-    layers: Layers = None,
+    ratios: Literal[2, 3] | Sequence[float] = 2,
+    condition_check: bool = False,
     seed: int = SEED,
 ) -> ReplayedBound:
     """The adapter of a pipeline, as :func:`fit_pipeline` makes it, to load a saved detector with.
@@ -106,29 +116,26 @@ def replayed_bound(
         pipe: The pipeline.
         call: Arguments of a call, for two steps of which the pipeline is run.
         levels: Those that the detector was fitted at.
-        layers: Those that it was fitted on.
+        ratios: As of the fit.
+        condition_check: As of the fit.
         seed: That of the fit.
 
     Raises:
         TypeError: As there.
         ValueError: As there.
     """
-    return _bound(pipe, record_call(pipe, dict(call or {}), seed), layers, levels, seed)
+    bound = {"levels": levels, "seed": seed, "ratios": ratios, "condition_check": condition_check}
+    return _bound(pipe, record_call(pipe, dict(call or {}), seed), bound)
 
 
-def _bound(
-    pipe: Any, found: RecordedCall, layers: Layers, levels: Sequence[int], seed: int
-) -> ReplayedBound:
-    denoiser = denoiser_of(pipe)
-    check_deployment(pipe, denoiser, "sync", partly=layers is not None)
+def _bound(pipe: Any, found: RecordedCall, options: dict[str, Any]) -> ReplayedBound:
     return ReplayedBound(
-        denoiser,
+        denoiser_of(pipe),
         pipe.scheduler,
         found.call,
         found.count,
         controlnet=getattr(pipe, "controlnet", None),
-        levels=levels,
-        seed=seed,
+        **options,
     )
 
 

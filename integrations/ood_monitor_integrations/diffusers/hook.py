@@ -204,7 +204,7 @@ def _check(pipe: Any, detector: Detector, mode: Mode, *, has_batch: bool) -> Non
             f"Expected a detector of {type(pipe).__name__}'s {type(denoiser).__name__}, got one of "
             f"another {type(detector.adapter.module).__name__}."
         )
-    check_deployment(pipe, denoiser, mode, partly=detector.layers is not None)
+    check_deployment(pipe, denoiser, mode, detector)
     if isinstance(detector.adapter, ReplayedBound):
         check_pipeline(pipe)
     elif not has_batch:

@@ -26,6 +26,7 @@ from ood_monitor_integrations.diffusers.capture import (
     stepping,
 )
 from ood_monitor_integrations.diffusers.deployment import (
+    Mode,
     check_deployment,
     scorable,
     settings_of,
@@ -236,10 +237,9 @@ class PipelineMonitor:
     def _check(self, pipe: Any, denoiser: nn.Module) -> None:
         """The denoiser may have been changed since the last call."""
         self._tell_of_changes(pipe)
-        partly = self.monitor.detector.layers is not None
-        check_deployment(
-            pipe, denoiser, "sync" if self._worker is None else "background", partly=partly
-        )
+        mode: Mode = "sync" if self._worker is None else "background"
+        for monitor in self.monitors.values():
+            check_deployment(pipe, denoiser, mode, monitor.detector)
 
     def _task(
         self,

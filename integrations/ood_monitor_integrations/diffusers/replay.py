@@ -3,15 +3,16 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, DenoisingBound
-from ood_monitor.adapters.base import Batch, OnePass, describe
+from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
 from ood_monitor_integrations.diffusers.arguments import (
     BESIDE,
+    NULL,
     SAMPLE,
     Recipe,
     filled,
@@ -45,13 +46,17 @@ class ReplayedBound(Adapter):
         call: A call of it.
         count: B, the samples that the pipeline's call gave.
         controlnet: The pipeline's, if it has one.
-        levels: Noise levels, a pass each.
-        seed: Of the noise.
+        levels: Noise levels of the bound, a pass each.
+        seed: Of the bound's noise.
+        ratios: As of :class:`~ood_monitor.DenoisingBound`, where there is no noise.
+        condition_check: Whether to look at what the null condition changes, in one more pass.
 
     Attributes:
         module: The denoiser.
         settings: What changes the denoiser beside its weights, when this was made.
     """
+
+    sample: SampleKind | None = "diffusion"
 
     def __init__(
         self,
@@ -63,18 +68,23 @@ class ReplayedBound(Adapter):
         controlnet: nn.Module | None = None,
         levels: Sequence[int] = LEVELS,
         seed: int = SEED,
+        ratios: Literal[2, 3] | Sequence[float] = 2,
+        condition_check: bool = False,
     ) -> None:
         self.module = original_of(denoiser)
         self.settings = settings_of(self.module)
-        self._recipe, _ = taken_apart(self.module, call, count)
+        self._ratios, self._condition_check = ratios, condition_check
+        self._recipe, _ = taken_apart(self.module, call, count, with_null=condition_check)
         self._bound = DenoisingBound(
             _Network(self.module, controlnet, self._recipe),
             scheduler,
             levels=levels,
             inputs=lambda batch: batch[SAMPLE],
-            condition=lambda batch: {k: v for k, v in batch.items() if k != SAMPLE},
+            condition=_conditions,
             time=partial(_divided, divisor=self._recipe.divisor),
             seed=seed,
+            ratios=ratios,
+            null_condition=_null_conditions if condition_check else None,
         )
 
     @property
@@ -122,7 +132,7 @@ class ReplayedBound(Adapter):
             ValueError: The call differs in what does not belong to a sample, such as position ids
                 or the scale of an attention processor.
         """
-        recipe, batch = taken_apart(self.module, call, count)
+        recipe, batch = taken_apart(self.module, call, count, with_null=self._condition_check)
         self._recipe.check_same(recipe)
         return batch
 
@@ -161,6 +171,14 @@ class _Network(nn.Module):
                 **{self._name: x}, timestep=timestep, return_dict=False, **arguments
             )
         return dict(zip(self._outputs, outputs, strict=False))
+
+
+def _conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in batch.items() if k != SAMPLE and not k.startswith(NULL)}
+
+
+def _null_conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(NULL): v for k, v in batch.items() if k.startswith(NULL)}
 
 
 def _divided(t: Tensor, divisor: int) -> Tensor:

@@ -15,7 +15,7 @@ Weights are read from safetensors alone.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from diffusers import DiffusionPipeline
 
@@ -53,7 +53,8 @@ def replayed(
     revision: str | None = None,
     call: Mapping[str, Any] | None = None,
     levels: Sequence[int] = LEVELS,
-    layers: str | Sequence[str] | None = None,
+    ratios: Literal[2, 3] | Sequence[float] = 2,
+    condition_check: bool = False,
     seed: int = SEED,
 ) -> ReplayedBound:
     """What :func:`~ood_monitor_integrations.diffusers.fit_pipeline` made; arguments as there.
@@ -64,11 +65,14 @@ def replayed(
         revision: Its commit.
         call: Arguments of a call, JSON-able.
         levels: Those that the detector was fitted at.
-        layers: Those that it was fitted on.
+        ratios: As of the fit.
+        condition_check: As of the fit.
         seed: That of the fit.
     """
     pipe = _pipeline(folder, name, revision)
-    return replayed_bound(pipe, call=call, levels=levels, layers=layers, seed=seed)
+    return replayed_bound(
+        pipe, call=call, levels=levels, ratios=ratios, condition_check=condition_check, seed=seed
+    )
 
 
 def _pipeline(folder: str | None, name: str | None, revision: str | None) -> Any:

@@ -165,7 +165,8 @@ def test_a_caller_in_any_gradient_mode_gets_scores(mode: Any, expected: om.Score
 def test_a_pipeline_in_sixteen_bits_is_scored(name: str) -> None:
     case = case_of(name)
     pipe, precise = case(), case()
-    expected = call(watch(precise, case), case).ood.log_likelihood
+    of_norms = fitted(precise, case, method="gradient_norms")
+    expected = call(watch(precise, case, of_norms), case).ood.log_likelihood
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, torch.bfloat16)
@@ -177,8 +178,11 @@ def test_a_pipeline_in_sixteen_bits_is_scored(name: str) -> None:
         k: arguments[k][:1] if isinstance(v, torch.Tensor | list) else v
         for k, v in arguments.items()
     }
-    detector = fit_pipeline(pipe, [case.images(44)], call=one, levels=(500,), progress=False)
+    detector = fit_pipeline(
+        pipe, [case.images(44)], call=one, levels=(500,), method="both", progress=False
+    )
     found = watch(pipe, case, detector)(**seeded_call(arguments)).ood
+    assert found.valid.all()
     torch.testing.assert_close(found.log_likelihood, expected, rtol=0.05, atol=0)
 
 
@@ -312,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
 }
 
-#: As deployed, after the fit: refused when watched.
+#: As deployed, after the fit: refused where gradients are taken.
 DEPLOYED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "group offloading": (grouped, "group offloading"),
     "layerwise casting": (cast_by_layer, "layerwise casting"),
@@ -333,16 +337,37 @@ def test_a_pipeline_that_cannot_be_replayed_is_refused_by_name(name: str) -> Non
 def test_a_deployment_that_cannot_be_scored_is_refused_by_name(name: str) -> None:
     change, message = DEPLOYED[name]
     pipe = TEXT()
-    detector = known(pipe, TEXT)
+    detector = known(pipe, TEXT, method="gradient_norms")
     with pytest.raises(ValueError, match=message):
         watch(change(pipe), detector=detector)
     assert not pipe.unet._forward_pre_hooks
 
 
+def test_a_denoiser_whose_weights_come_and_go_is_watched_without_gradients(
+    expected: om.Scores,
+) -> None:
+    pipe = TEXT()
+    watched = watch(grouped(pipe), detector=known(pipe, TEXT))
+    check_as_before(watched, call(grouped(TEXT())), expected)
+    assert not watched.ood_monitor.stale
+    watched.ood_monitor.detach()
+    with pytest.raises(ValueError, match="Expected mode='sync' with group offloading"):
+        watch(pipe, detector=known(pipe, TEXT), mode="background")
+
+
+def test_a_denoiser_that_is_cast_by_layer_is_watched_without_gradients() -> None:
+    pipe = cast_by_layer(TEXT())
+    watched = watch(pipe, detector=fitted(pipe))
+    assert call(watched).ood.valid.all()
+    assert np.array_equal(np.asarray(call(watched)[0]), np.asarray(call(cast_by_layer(TEXT()))[0]))
+
+
 @pytest.mark.parametrize("name", ["group offloading", "layerwise casting"])
 def test_a_deployment_refused_later_breaks_no_call(name: str) -> None:
     change, _ = DEPLOYED[name]
-    watched = watch(TEXT(), raise_on_error=False)
+    pipe = TEXT()
+    norms = known(pipe, TEXT, method="gradient_norms")
+    watched = watch(pipe, detector=norms, raise_on_error=False)
     change(watched)
     assert call(watched).images.shape == (2, 3, 16, 16)
     assert watched.ood_monitor.counts.failures == 1
@@ -352,7 +377,7 @@ def test_the_remaining_layers_of_a_quantised_denoiser_are_refused_only_where_the
     None
 ):
     pipe = TEXT()
-    detector = fitted(pipe, layers=["conv_out.*"])
+    detector = fitted(pipe, layers=["conv_out.*"], method="gradient_norms")
     pipe.unet.register_parameter(
         "codes", nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     )

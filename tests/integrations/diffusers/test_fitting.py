@@ -214,11 +214,12 @@ def test_plans_are_measured_beside_a_forward_pass() -> None:
     plans = plan_costs(
         TEXT(), call=TEXT.arguments(), levels=[(500,), (50, 500)], layers=[None, end], rounds=2
     )
-    assert [(plan.levels, plan.layers) for plan in plans] == [
-        ((500,), None),
-        ((500,), end),
-        ((50, 500), None),
-        ((50, 500), end),
+    assert [(plan.method, plan.levels, plan.layers) for plan in plans] == [
+        ("forward", (), None),
+        ("gradient_norms", (500,), None),
+        ("gradient_norms", (500,), end),
+        ("gradient_norms", (50, 500), None),
+        ("gradient_norms", (50, 500), end),
     ]
     assert all(plan.milliseconds > 0 and plan.forwards > 0 for plan in plans)
 
@@ -263,7 +264,8 @@ def run_modular(blocks: Any, components: dict[str, Any], arguments: dict[str, An
 def test_a_block_watches_a_modular_pipeline() -> None:
     case = case_of("sdxl")
     pipe = case()
-    monitor = om.Monitor(fitted(pipe, [case.images(44)], case), fpr=0.05)
+    detector = fitted(pipe, [case.images(44)], case, method="gradient_norms")
+    monitor = om.Monitor(detector, fpr=0.05)
     plain = run_modular(modular(False), pipe.components, case.arguments())
     state = run_modular(modular(True, monitor), pipe.components, case.arguments())
     assert torch.equal(state.get("images"), plain.get("images"))

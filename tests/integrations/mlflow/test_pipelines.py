@@ -76,7 +76,7 @@ def test_a_fitted_pipeline(pipe: Any, folder: Path, tmp_path: Path) -> None:
         tmp_path / "model",
         factory=f"{MODULE}:replayed",
         files={"folder": folder},
-        arguments={"levels": [10, 500], "layers": LAYERS},
+        arguments={"levels": [10, 500]},
         weights=False,
         input_example={"sample": 2 * x[:2] - 1},
     )
