@@ -503,3 +503,41 @@ def test_what_a_network_writes_into_its_condition_is_of_one_level() -> None:
     for name, values in alone.items():
         torch.testing.assert_close(both[name], values)
     assert not given.any()
+
+
+class Labelled(nn.Module):
+    """Adds what it knows of a label to every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_label, self.layer = nn.Embedding(11, 2), nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        told: Tensor = self.of_label(labels)[..., None, None]
+        return self.layer(x + told)  # type: ignore[no-any-return]
+
+
+def labelled(null: bool = True, **options: Any) -> om.DenoisingBound:
+    nothing = {"null_condition": lambda batch: {"labels": torch.full_like(batch[1], 10)}}
+    return om.DenoisingBound(
+        Labelled().double(),
+        PRODUCTS,
+        condition=lambda batch: {"labels": batch[1]},
+        **(nothing if null else {}) | options,
+    )
+
+
+def test_a_null_condition_adds_a_pass_that_shows_what_it_changes() -> None:
+    bound, x = labelled(), torch.rand(3, 2, 8, 8, dtype=torch.float64)
+    labels = torch.tensor([1, 2, 10])
+    found = {name: value.detach() for name, value in bound.residuals((x, labels))}
+    *levels, last = found
+    assert last == "condition"
+    assert len(levels) == 2
+    null = dict(bound.residuals((x, torch.full_like(labels, 10))))
+    changed = null[levels[0]].detach() - found[levels[0]]
+    torch.testing.assert_close(found[last], changed)
+    assert found[last].flatten(1).norm(dim=1)[:2].min() > 0
+    assert not found[last][2].any()  # it was told of none already
+    with_check = columns_of(denoiser_statistics(bound, (x, labels)))
+    assert {name.split("/")[0] for name, _ in with_check} == {*levels, "condition"}

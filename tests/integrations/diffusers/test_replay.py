@@ -111,3 +111,51 @@ def test_residuals_are_those_of_the_training_target_without_noise(case: Pipeline
         )
     assert len(levels) == 2
     assert denoiser_statistics(bound, batch).output_layer
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "dit", "pixart", "controlnet"])
+def test_a_check_of_the_condition_takes_the_null_one_of_the_same_call(name: str) -> None:
+    case = next(case for case in PIPELINES + GIVEN if case.name == name)
+    pipe, arguments = case(), case.arguments()
+    found = record_call(pipe, seeded_call(arguments), 0)
+    bound = replayed_bound(pipe, call=arguments, condition_check=True)
+    batch = bound.batch(found.call, found.count)
+    conditions = [k for k in batch if k != "sample" and not k.startswith("null.")]
+    assert conditions
+    assert {f"null.{k}" for k in conditions} == {k for k in batch if k.startswith("null.")}
+    *levels, (last, changed) = bound.residuals(batch)
+    assert last == "condition"
+    unconditioned = batch | {k: batch[f"null.{k}"] for k in conditions}
+    [(_, null), *_] = bound.residuals(unconditioned)
+    torch.testing.assert_close(changed, null - levels[0][1], rtol=1e-4, atol=1e-5)
+    assert changed.any()
+
+
+def test_a_null_condition_is_the_negative_prompt() -> None:
+    case = next(case for case in PIPELINES if case.name == "stable-diffusion")
+    pipe, arguments = case(), case.arguments()
+    bound = replayed_bound(pipe, call=arguments, condition_check=True)
+    found = record_call(pipe, seeded_call(arguments), 0)
+    batch = bound.batch(found.call, found.count)
+    expected = {"": "prompt_embeds", "null.": "negative_prompt_embeds"}
+    for prefix, name in expected.items():
+        assert torch.equal(batch[f"{prefix}encoder_hidden_states"], arguments[name])
+
+
+def test_a_call_is_watched_with_a_check_of_its_condition() -> None:
+    case = next(case for case in PIPELINES if case.name == "stable-diffusion")
+    pipe, plain = case(), case()
+    detector = fitted(pipe, case, condition_check=True)
+    names = [name for part in detector.fitted.joined.parts for name in part.columns.names]
+    assert any("/condition/" in name for name in names)
+    watched = monitor_pipeline(pipe, monitor_of(detector), raise_on_error=True)
+    output = watched(**seeded_call(case.arguments()))
+    assert output.ood.valid.all()
+    assert np.array_equal(arrays(output), arrays(plain(**seeded_call(case.arguments()))))
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-unguided", "ddpm", "flux"])
+def test_a_check_is_refused_of_a_call_without_a_null_condition(name: str) -> None:
+    case = next(case for case in PIPELINES if case.name == name)
+    with pytest.raises(ValueError, match="Expected a guided call"):
+        replayed_bound(case(), call=case.arguments(), condition_check=True)
