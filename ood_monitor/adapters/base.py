@@ -22,6 +22,7 @@ from ood_monitor.adapters.elements import Elements, checked
 from ood_monitor.modules import Passes, device_of, gradless, scored
 
 __all__ = [
+    "NULL",
     "Adapter",
     "Batch",
     "Condition",
@@ -63,6 +64,9 @@ Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
 #: model denoises.
 SampleKind: TypeAlias = Literal["image", "sequence", "row", "diffusion"]
 
+#: What the name of a level ends with, of residuals with the null condition.
+NULL = "/null"
+
 #: The least height and width of what is taken for an image without being called one.
 _LEAST_SIZE = 4
 
@@ -97,6 +101,7 @@ class Adapter(abc.ABC):
         sample: What a sample is, where the adapter was told.
         is_one_pass: Whether all terms come of one forward pass: a detector then takes gradients of
             their sum, as the paper does, and not a backward pass for each.
+        has_null_condition: Whether :meth:`residuals` tell what a null condition leaves.
 
     Example:
         >>> class Gaussian(Adapter):
@@ -113,6 +118,7 @@ class Adapter(abc.ABC):
     module: nn.Module
     sample: SampleKind | None = None
     is_one_pass: bool = False
+    has_null_condition: bool = False
 
     @abc.abstractmethod
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:
@@ -144,7 +150,9 @@ class Adapter(abc.ABC):
 
         Yields:
             The level's name and the prediction less its target, shape (B, ...), up to a factor that
-            is the same for all samples. Each takes a pass of its own when it is asked for.
+            is the same for all samples. Each takes a pass of its own when it is asked for. With a
+            null condition the last is the same of the level before it, under its name and
+            ``NULL``.
 
         Raises:
             ValueError: It is no denoiser.

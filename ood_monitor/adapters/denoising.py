@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import (
+    NULL,
     Adapter,
     Batch,
     Condition,
@@ -133,8 +134,10 @@ class DenoisingBound(Adapter):
             many of them: 2 are 0.015, of latents 0.33, and 3.4; 3 are these three. What has one
             channel or three is taken for pixels.
         null_condition: Gives the keywords of no condition, as guidance takes them: an empty
-            prompt's embeddings, the label of none. :meth:`residuals` then make one more pass, which
-            shows whether a sample fits its condition: a wrong label or prompt.
+            prompt's embeddings, the label of none. :meth:`residuals` then make one more pass, at
+            the level of most noise, which shows whether a sample fits its own: by how much the
+            condition helps to denoise it, as diffusion classifiers do. It sees a wrong label or
+            prompt.
 
     Raises:
         ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what
@@ -146,6 +149,8 @@ class DenoisingBound(Adapter):
         | https://arxiv.org/abs/2006.11239
         | Variational Diffusion Models (Kingma, Salimans, Poole, Ho, 2021)
         | https://arxiv.org/abs/2107.00630
+        | Your Diffusion Model is Secretly a Zero-Shot Classifier (Li et al., 2023)
+        | https://arxiv.org/abs/2303.16203
 
     Example:
         >>> network = nn.Conv2d(1, 1, 3, padding=1)
@@ -195,6 +200,7 @@ class DenoisingBound(Adapter):
         self.levels = self._checked(levels)
         self._ratios = _checked_ratios(ratios)
         self._null_condition = null_condition
+        self.has_null_condition = null_condition is not None
 
     @classmethod
     def paper(cls, network: nn.Module, schedule: Any, **options: Any) -> Self:
@@ -228,19 +234,14 @@ class DenoisingBound(Adapter):
         """Yield prediction less target of samples without noise, ``t=<level>``, shape (B, C, ...).
 
         No draw of noise decides what they show. They are no likelihood's bound. With a null
-        condition, ``condition`` comes last: of the level of least noise, what the null condition
-        changes.
+        condition, ``t=<level>/null`` comes last, of the level of most noise.
         """
         x = self._checked_inputs(batch)
-        conditioned: Tensor | None = None
         for level in (levels := self._levels_without_noise(x)):
-            residual = self._residual(x, batch, level, self._condition)
-            if self._null_condition is not None and conditioned is None:
-                conditioned = residual.detach()
-            yield f"t={level}", residual
-        if self._null_condition is not None and conditioned is not None:
-            null = self._residual(x, batch, levels[0], self._null_condition)
-            yield "condition", null - conditioned
+            yield f"t={level}", self._residual(x, batch, level, self._condition)
+        if self._null_condition is not None:
+            null = self._residual(x, batch, levels[-1], self._null_condition)
+            yield f"t={levels[-1]}{NULL}", null
 
     def _residual(self, x: Tensor, batch: Batch, level: int, condition: Condition) -> Tensor:
         """Prediction less target at a level without noise."""
@@ -255,7 +256,7 @@ class DenoisingBound(Adapter):
         if isinstance(ratios, int):
             least = 0 if x.ndim == 4 and x.shape[1] in (1, 3) else 1
             ratios = _RATIOS if ratios == 3 else (_RATIOS[least], _RATIOS[2])
-        return list(dict.fromkeys(map(self.schedule.nearest, ratios)))
+        return sorted(set(map(self.schedule.nearest, ratios)))
 
     def one_pass(self, batch: Batch) -> OnePass | None:
         """All levels at once, but for the variational bound's weights."""

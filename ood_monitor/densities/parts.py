@@ -40,7 +40,7 @@ CHOSEN: Literal["parts"] = "parts"
 
 #: What a part is of: the likelihood's values, its expectation by place, expected norms, low
 #: likelihood, realised gradient norms by tensor and by input channel; and of denoisers without
-#: noise the last layer, and energies.
+#: noise the last layer, energies, and how well a sample fits its condition.
 Kind: TypeAlias = Literal[
     "values",
     "map",
@@ -50,6 +50,7 @@ Kind: TypeAlias = Literal[
     "channel_norms",
     "output_layer",
     "energies",
+    "condition",
 ]
 
 
@@ -78,13 +79,14 @@ KINDS: dict[Kind, _Of] = {
     "channel_norms": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
     "output_layer": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
     "energies": _Of(lambda: ShrunkGaussian("ledoit_wolf")),
+    "condition": _Of(OneSided),
 }
 
 #: Those that are sums of squares, whose logarithm is taken above a floor.
 OF_SQUARES: frozenset[Kind] = frozenset(kind for kind, of in KINDS.items() if of.floor is not None)
 
 #: Those of what denoisers leave of samples without noise.
-OF_DENOISERS: frozenset[Kind] = frozenset({"output_layer", "energies"})
+OF_DENOISERS: frozenset[Kind] = frozenset({"output_layer", "energies", "condition"})
 
 #: Those that take a backward pass.
 OF_GRADIENTS: frozenset[Kind] = frozenset({"gradient_norms", "channel_norms"})
@@ -135,7 +137,8 @@ class Part:
             layer, as in the paper. ``"channel_norms"``: these of weights, by groups of input
             channels. ``"output_layer"`` and ``"energies"``: of a denoiser without noise, the last
             layer's gradient expected and realised, and the energies of layers' inputs and of the
-            residual's frequencies.
+            residual's frequencies. ``"condition"``: of one with a null condition, a low gain from
+            its own, one-sided.
         density: Of which a copy is fitted; by default :class:`~ood_monitor.TermsAndNorms` of
             gradient norms, a mixture of two Gaussians of values, the log-likelihood itself, and a
             Gaussian with the covariance of Ledoit and Wolf of the others.

@@ -365,7 +365,8 @@ class Detector(Pretrained):
 
     def _plan(self, sample: SampleKind | None, is_measurable: Callable[[Plan], bool]) -> Plan:
         """What is measured of samples of a kind; by default only what can be."""
-        plan = planned(sample, self.method, self.density, self.parts)
+        has_null = self.adapter.has_null_condition
+        plan = planned(sample, self.method, self.density, self.parts, has_null=has_null)
         is_default = self.method is None and self.parts is None
         return without_statistics(sample) if is_default and not is_measurable(plan) else plan
 

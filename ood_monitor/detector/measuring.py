@@ -164,7 +164,13 @@ def _without_noise(
     given: dict[Kind, Mapping[str, Tensor]] = {
         "output_layer": found.output_layer,
         "energies": logs | found.cosines,
+        "condition": found.condition,
     }
+    if plan.has("condition") and not found.condition:
+        raise ValueError(
+            "Expected an adapter with a null condition for parts of 'condition', got one without: "
+            "give DenoisingBound its `null_condition=`, or `fit_pipeline` condition_check=True."
+        )
     return {kind: Table(*table(_named(kind, given[kind]))) for kind in plan.of_denoiser}
 
 

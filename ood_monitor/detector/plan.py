@@ -87,7 +87,12 @@ class Plan:
 
 
 def planned(
-    sample: SampleKind | None, method: Method | None, density: Density | None, parts: Parts | None
+    sample: SampleKind | None,
+    method: Method | None,
+    density: Density | None,
+    parts: Parts | None,
+    *,
+    has_null: bool = False,
 ) -> Plan:
     """The plan for samples of a kind.
 
@@ -96,13 +101,14 @@ def planned(
         method: As the user chose it, or None.
         density: Of gradient norms, as the user chose it, or None.
         parts: As the user chose them, or None.
+        has_null: Whether a diffusion model's adapter has a null condition.
     """
     if parts is not None:
         chosen = tuple(part if isinstance(part, Part) else Part(part) for part in parts)
         return Plan(CHOSEN, chosen, sample, "chosen")
     reason = "chosen" if method else f"default where {_KINDS[sample]}"
     word = method or DEFAULTS[sample]
-    return Plan(word, _parts(word, sample, density), sample, reason)
+    return Plan(word, _parts(word, sample, density, has_null), sample, reason)
 
 
 def without_statistics(sample: SampleKind | None) -> Plan:
@@ -155,17 +161,20 @@ def _kind_of(part: Part | Kind) -> Kind:
     return part.kind if isinstance(part, Part) else Part(part).kind
 
 
-def _parts(method: Method, sample: SampleKind | None, density: Density | None) -> tuple[Part, ...]:
+def _parts(
+    method: Method, sample: SampleKind | None, density: Density | None, has_null: bool
+) -> tuple[Part, ...]:
     norms = (Part("gradient_norms", density),)
     if method == "gradient_norms":
         return norms
-    forward = _of_forward(sample)
+    forward = _of_forward(sample, has_null)
     return forward if method == "forward" else (*forward, *norms)
 
 
-def _of_forward(sample: SampleKind | None) -> tuple[Part, ...]:
+def _of_forward(sample: SampleKind | None, has_null: bool) -> tuple[Part, ...]:
     if sample == "row":  # which has no paradox, and its layers no positions
         return Part("log_likelihood"), Part("expected_norms", floor="mean")
     if sample == "diffusion":
-        return Part("output_layer"), Part("energies")
+        condition = (Part("condition"),) if has_null else ()
+        return Part("output_layer"), Part("energies"), *condition
     return Part("values"), Part("expected_norms")

@@ -7,13 +7,14 @@ draw decides what is seen; without it nothing does.
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
+    NULL,
     Adapter,
     Batch,
     batch_size,
@@ -51,11 +52,14 @@ class DenoiserStatistics:
         energies: ``{"t=1/input.<layer>": (B,)}``, sums of squares of what each layer was given, and
             ``{"t=1/band": (B, bands)}`` of residuals that are images.
         cosines: ``{"t=1/lag": (B, 6)}``, of residuals that are images, with themselves shifted.
+        condition: ``{"t=500": (B,)}``: by how much a sample's condition lowers half its squared
+            residual, against the null condition.
     """
 
     output_layer: dict[str, Tensor] = field(default_factory=dict)
     energies: dict[str, Tensor] = field(default_factory=dict)
     cosines: dict[str, Tensor] = field(default_factory=dict)
+    condition: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,13 @@ def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[Denoise
         layout = layout_of(passes.holder, size, _of_all(levels), alone)
     if layout.alone:
         return [part for own in pieces(chunk, 1) for part in _parts(passes, own, known)]
+    energies = {level.name: level.single.terms[level.name] for level in levels}
     for level in levels:
-        _add(found, level, _inputs(level, layout, known, size))
+        if level.name.endswith(NULL):
+            own = level.name.removesuffix(NULL)
+            found.condition[own] = (energies[level.name] - energies[own]) / 2
+        else:
+            _add(found, level, _inputs(level, layout, known, size))
     return [found]
 
 
@@ -271,4 +280,4 @@ def _joined(parts: list[DenoiserStatistics]) -> DenoiserStatistics:
         columns: list[dict[str, Tensor]] = [getattr(part, name) for part in parts]
         return {key: torch.cat([of[key] for of in columns]) for key in columns[0]}
 
-    return DenoiserStatistics(joined("output_layer"), joined("energies"), joined("cosines"))
+    return DenoiserStatistics(*(joined(each.name) for each in fields(DenoiserStatistics)))

@@ -517,27 +517,63 @@ class Labelled(nn.Module):
         return self.layer(x + told)  # type: ignore[no-any-return]
 
 
-def labelled(null: bool = True, **options: Any) -> om.DenoisingBound:
+def labelled(
+    network: nn.Module | None = None, *, null: bool = True, **options: Any
+) -> om.DenoisingBound:
     nothing = {"null_condition": lambda batch: {"labels": torch.full_like(batch[1], 10)}}
     return om.DenoisingBound(
-        Labelled().double(),
+        network or Labelled().double(),
         PRODUCTS,
         condition=lambda batch: {"labels": batch[1]},
         **(nothing if null else {}) | options,
     )
 
 
-def test_a_null_condition_adds_a_pass_that_shows_what_it_changes() -> None:
+def test_a_null_condition_adds_a_pass_that_shows_by_how_much_the_own_one_helps() -> None:
     bound, x = labelled(), torch.rand(3, 2, 8, 8, dtype=torch.float64)
     labels = torch.tensor([1, 2, 10])
     found = {name: value.detach() for name, value in bound.residuals((x, labels))}
     *levels, last = found
-    assert last == "condition"
-    assert len(levels) == 2
+    assert last == f"{levels[1]}/null"
     null = dict(bound.residuals((x, torch.full_like(labels, 10))))
-    changed = null[levels[0]].detach() - found[levels[0]]
-    torch.testing.assert_close(found[last], changed)
-    assert found[last].flatten(1).norm(dim=1)[:2].min() > 0
-    assert not found[last][2].any()  # it was told of none already
-    with_check = columns_of(denoiser_statistics(bound, (x, labels)))
-    assert {name.split("/")[0] for name, _ in with_check} == {*levels, "condition"}
+    torch.testing.assert_close(found[last], null[levels[1]].detach())
+    plain, checked = (
+        denoiser_statistics(b, (x, labels)) for b in (labelled(bound.module, null=False), bound)
+    )
+    half = {k: found[k].square().flatten(1).sum(1) / 2 for k in (last, levels[1])}
+    assert list(checked.condition) == [levels[1]]
+    torch.testing.assert_close(checked.condition[levels[1]], half[last] - half[levels[1]])
+    assert checked.condition[levels[1]][:2].abs().min() > 0
+    assert checked.condition[levels[1]][2] == 0  # it was told of none already
+    assert not plain.condition
+    columns = dict(columns_of(checked))
+    assert all(torch.equal(columns[name], values) for name, values in columns_of(plain))
+
+
+def test_a_wrong_label_is_found_by_how_little_it_helps() -> None:
+    """Samples of a label are about its value: both labels' samples are as likely with their own."""
+    network = Labelled().double()
+    with torch.no_grad():
+        network.layer.weight.zero_()
+        network.layer.bias.zero_()
+        network.of_label.weight.zero_()
+        network.of_label.weight[1:3] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        network.layer.weight[:, :, 1, 1] = torch.eye(2)
+    bound = labelled(network, prediction_type="sample", ratios=[3.4])
+    labels = torch.arange(400) % 2 + 1
+    means = network.of_label(labels).detach()[..., None, None]
+    x = means + torch.randn(400, 2, 8, 8, dtype=torch.float64)
+    detector = om.Detector(bound, explain=0).fit([(x[:300], labels[:300])], progress=False)
+    assert [part.kind for part in detector.fitted.joined.parts][-1] == "condition"
+    right = detector.score((x[300:], labels[300:]))
+    wrong = detector.score((x[300:], 3 - labels[300:]))
+    assert (right.p_value <= 0.05).double().mean() < 0.15
+    assert (wrong.p_value <= 0.01).all()
+    assert (wrong.layers["condition/t=929"] > right.layers["condition/t=928"]).all()
+
+
+def test_a_check_of_the_condition_needs_a_null_one() -> None:
+    batch = torch.rand(60, 2, 8, 8, dtype=torch.float64), torch.ones(60, dtype=torch.long)
+    detector = om.Detector(labelled(null=False), parts=["condition"])
+    with pytest.raises(ValueError, match="with a null condition for parts of 'condition'"):
+        detector.fit([batch], progress=False)

@@ -74,6 +74,7 @@ class ReplayedBound(Adapter):
         self.module = original_of(denoiser)
         self.settings = settings_of(self.module)
         self._ratios, self._condition_check = ratios, condition_check
+        self.has_null_condition = condition_check
         self._recipe, _ = taken_apart(self.module, call, count, with_null=condition_check)
         self._bound = DenoisingBound(
             _Network(self.module, controlnet, self._recipe),
