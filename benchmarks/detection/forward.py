@@ -46,10 +46,11 @@ COMPARED: dict[str, dict[str, Any]] = {
     "without noise": {"parts": ["output_layer", "energies"]},
     "output_layer": {"parts": ["output_layer"]},
     "energies": {"parts": ["energies"]},
+    "with null condition": {"parts": ["output_layer", "energies", "condition"]},
 }
 
 #: Those that are of denoisers alone: `benchmarks.detection.denoisers`.
-OF_DENOISERS = ("without noise", "output_layer", "energies")
+OF_DENOISERS = ("without noise", "output_layer", "energies", "with null condition")
 
 #: Methods of `benchmarks.detection.methods` that they are compared with.
 PEERS = (methods.PAPER, "typicality", "likelihood + complexity")
