@@ -190,17 +190,20 @@ def watch_glow(digits: Digits) -> list[Row]:
 
 
 def watch_diffusion(digits: Digits) -> list[Row]:
-    """Train a UNet, save and load its pipeline, fit a detector, wrap the pipeline, watch."""
+    """Train a UNet, save and load its pipeline, fit by each method, wrap the pipeline, watch."""
     train_pipeline(digits.train).save_pretrained(OUT / "ddpm")
     pipe = DDPMPipeline.from_pretrained(OUT / "ddpm", low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(desc="sampling")
     adapter = om.DenoisingBound(pipe.unet, pipe.scheduler, inputs=lambda x: 2 * x - 1)
-    detector = om.Detector(adapter).fit(loader(digits.held_out))
-    detector.save_pretrained(OUT / "ddpm" / "detector")
-    aurocs = compare("diffusion", [detector], digits)
-    show_generated(pipe, detector)
-    watch = monitored("diffusion", detector, digits)
-    return [watch(shift, aurocs[shift]) for shift in digits.shifts]
+    detectors = [
+        om.Detector(adapter, method=method).fit(loader(digits.held_out)) for method in METHODS
+    ]
+    for method, detector in zip(METHODS, detectors, strict=True):
+        detector.save_pretrained(OUT / "ddpm" / method)
+    aurocs = compare("diffusion", detectors, digits)
+    show_generated(pipe, detectors[-1])
+    watches = [monitored("diffusion", detector, digits) for detector in detectors]
+    return [watch(shift, aurocs[shift]) for shift in digits.shifts for watch in watches]
 
 
 def train_pipeline(images: Tensor, steps: int = 600) -> DDPMPipeline:

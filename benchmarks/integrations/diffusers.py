@@ -27,6 +27,7 @@ from benchmarks.detection import datasets, trained
 from benchmarks.harness.measurement import claim, conclude, machine, seconds
 from benchmarks.harness.models import ddpm_cifar10
 from ood_monitor.densities.measurements import Measurements
+from ood_monitor.densities.parts import Method
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]
@@ -46,6 +47,7 @@ class Watching:
     """A way to watch.
 
     Attributes:
+        method: Of the detector; None for its default.
         layers: Patterns; None for all.
         levels: Noise levels.
         options: Of `monitor_pipeline`.
@@ -53,6 +55,7 @@ class Watching:
         mean: Whether the claim is of the mean of calls, as a share of the samples asks for.
     """
 
+    method: Method | None = "gradient_norms"
     layers: list[str] | None = None
     levels: tuple[int, ...] = (50, 500)
     options: dict[str, Any] = field(default_factory=dict)
@@ -68,21 +71,24 @@ def ways(last: str, *, few: bool) -> dict[str, Watching]:
         few: Those alone that can be told from few calls.
     """
     up, end = ["up_blocks.*", *OUTPUT], [f"{last}.*", *OUTPUT]
-    share = {"sample_rate": 0.1}
+    share, background = {"sample_rate": 0.1}, {"mode": "background", "queue_size": 4}
     all_ways = {
-        "sync, defaults": Watching(levels=LEVELS),
-        "sync, all layers": Watching(),
-        "sync, up blocks": Watching(up, target=0.12),
-        "sync, last up block": Watching(end, target=0.12),
-        "sync, last up block, one level": Watching(end, (500,)),
-        "sync, last up block, a tenth of samples": Watching(
-            end, options=share, target=0.02, mean=True
+        "sync, defaults": Watching(None, target=0.06),
+        "defaults, a tenth of samples": Watching(None, options=share, mean=True),
+        "defaults, background": Watching(None, options=background),
+        "gradient norms, four levels": Watching(levels=LEVELS),
+        "gradient norms, two levels": Watching(),
+        "gradient norms, up blocks": Watching(layers=up, target=0.12),
+        "gradient norms, last up block": Watching(layers=end, target=0.12),
+        "gradient norms, last up block, one level": Watching(layers=end, levels=(500,)),
+        "gradient norms, last up block, a tenth of samples": Watching(
+            layers=end, options=share, target=0.02, mean=True
         ),
-        "background, last up block": Watching(
-            end, options={"mode": "background", "queue_size": 4}, target=0.05
+        "gradient norms, last up block, background": Watching(
+            layers=end, options=background, target=0.05
         ),
     }
-    chosen = ("sync, defaults", "sync, last up block", "background, last up block")
+    chosen = ("sync, defaults", "defaults, background", "gradient norms, last up block")
     return {name: way for name, way in all_ways.items() if not few or name in chosen}
 
 
@@ -123,6 +129,7 @@ def latency(
             pipe,
             images,
             call={"output_type": "np"},
+            method=watching.method,
             levels=watching.levels,
             layers=watching.layers,
             chunk_size=8,
@@ -225,7 +232,9 @@ def single(
     for seed in seeds:
         start = time.perf_counter()
         few = [signed(sets["fit"][:100])]
-        detector = fit_pipeline(pipe, few, levels=every, seed=seed, progress=False)
+        detector = fit_pipeline(
+            pipe, few, method="gradient_norms", levels=every, seed=seed, progress=False
+        )
         measured = {name: measure(detector, images) for name, images in sets.items()}
         print(f"  seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
         for levels in settings:
@@ -332,6 +341,7 @@ def detection(
     cheap = fit_pipeline(
         pipe,
         [signed(held_out[:100])],
+        method="gradient_norms",
         levels=(500,),
         layers=[f"{last}.*", *OUTPUT],
         progress=False,
@@ -385,7 +395,8 @@ def latency_report() -> Iterator[Row]:
     cifar = pipeline(ddpm_cifar10()[0].module)
     yield from latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=3)
     for plan in plan_costs(cifar, call={"output_type": "np"}, layers=(None, ["up_blocks.3.*"])):
-        yield {"plan": f"{plan.levels}, {plan.layers or 'all layers'}"} | {
+        levels = plan.levels or "without noise"
+        yield {"plan": f"{plan.method}, {levels}, {plan.layers or 'all layers'}"} | {
             "milliseconds": round(plan.milliseconds, 1),
             "forwards": round(plan.forwards, 2),
         }

@@ -162,6 +162,16 @@ class Adapter(abc.ABC):
             f"{type(self).__name__}."
         )
 
+    def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
+        """The names and the values of :meth:`residuals` by a single pass, or None if not so.
+
+        Taken where samples are few and small, once a first use has shown that both are the same.
+
+        Returns:
+            K names, and K * B rows: those of the first, then those of the second.
+        """
+        return None
+
     def sample_of(self, batch: Batch) -> SampleKind | None:
         """What the samples of a batch are, or None where that is not plain."""
         return self.sample

@@ -243,6 +243,41 @@ class DenoisingBound(Adapter):
             null = self._residual(x, batch, levels[-1], self._null_condition)
             yield f"t={levels[-1]}{NULL}", null
 
+    def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
+        """All levels in one batch, and the null condition's rows after them."""
+        x = self._checked_inputs(batch)
+        levels = self._levels_without_noise(x)
+        names = [f"t={level}" for level in levels]
+        if self._null_condition is not None:
+            levels, names = [*levels, levels[-1]], [*names, f"{names[-1]}{NULL}"]
+        x, rows = map_tensors(lambda tensor: torch.cat([tensor] * len(levels)), (x, batch))
+        condition = self._condition_of_rows(rows, len(x) // len(levels))
+        if condition is None:
+            return None
+        told = torch.stack([self._told(x, level) for level in levels])
+        alpha, sigma = (
+            of[levels].to(x).repeat_interleave(len(x) // len(levels)).view(-1, *[1] * (x.ndim - 1))
+            for of in (self.schedule.alpha, self.schedule.sigma)
+        )
+        predicted = self._predicted(
+            alpha * x, told.repeat_interleave(len(x) // len(levels)), condition
+        )
+        target = self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
+        return tuple(names), predicted - target
+
+    def _condition_of_rows(self, rows: Batch, size: int) -> Mapping[str, Any] | None:
+        """Of the last so many the null condition; None where the two cannot be put together."""
+        own = self._condition(rows)
+        if self._null_condition is None:
+            return own
+        null, found = self._null_condition(rows), dict[str, Any]()
+        for name in own:
+            a, b = own[name], null.get(name)
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
+                return None
+            found[name] = torch.cat([a[:-size], b[-size:]])
+        return found if own.keys() == null.keys() else None
+
     def _residual(self, x: Tensor, batch: Batch, level: int, condition: Condition) -> Tensor:
         """Prediction less target at a level without noise."""
         # Made anew for each, since a network may write into it.

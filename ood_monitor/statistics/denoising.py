@@ -21,6 +21,7 @@ from ood_monitor.adapters.base import (
     describe,
     map_tensors,
     pieces,
+    tensors_in,
     usable_by,
 )
 from ood_monitor.gradients.factors import full_precision
@@ -36,6 +37,13 @@ __all__ = ["DenoiserStatistics", "denoiser_statistics", "has_statistics_without_
 
 _log = logging.getLogger(__name__)
 
+
+#: Numbers of a batch at all its levels, up to which these are passed at once: a small model spends
+#: as long between layers as in them.
+_AT_ONCE = 1 << 14
+
+#: Relative difference up to which that is the same.
+_TOLERANCE = 1e-3
 
 #: An image of fewer pixels a side has no neighbours at all shifts.
 _LEAST_SIDE = 3
@@ -71,12 +79,16 @@ class _Known:
         last: The name of the one that was called last.
         of_last: What is known of it.
         parts: Of what the model was made then.
+        levels: How many residuals there are.
+        at_once: Whether a pass of all levels gives the same; None where it was not tried.
     """
 
     layers: Mapping[str, Layer]
     last: str
     of_last: Layer
     parts: int
+    levels: int
+    at_once: bool | None = None
 
 
 #: By adapter; and whether there are such statistics of it.
@@ -155,6 +167,14 @@ class _Level:
     bands: Tensor | None
     lags: Tensor | None
 
+    def of(self, name: str, rows: slice) -> "_Level":
+        """Some of its rows, as those of a level."""
+        taken = {k: Taken(each.sums[rows], each.rows) for k, each in self.single.taken.items()}
+        terms = {name: self.single.terms[self.name][rows]}
+        squares = {k: each[rows] for k, each in self.squares.items()}
+        bands, lags = (None if it is None else it[rows] for it in (self.bands, self.lags))
+        return _Level(name, Single(taken, terms), squares, bands, lags)
+
 
 def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[DenoiserStatistics]:
     """The statistics of a chunk, or of each of its samples where they must be alone."""
@@ -165,6 +185,8 @@ def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[Denoise
         return _of_all(_levels(passes, own, known))
 
     levels = list(_levels(passes, chunk, known))  # a pass of one sample would take its hooks
+    if known.at_once is None and _is_small(chunk, known.levels):
+        known = _tried(passes, chunk, known, levels)
     if size > 1:
         layout = layout_of(passes.holder, size, _of_all(levels), alone)
     if layout.alone:
@@ -209,8 +231,62 @@ def _add(found: DenoiserStatistics, level: _Level, inputs: Mapping[str, Tensor])
         found.cosines[f"{level.name}/lag"] = level.lags
 
 
+def _tried(passes: Passes[Adapter], batch: Batch, known: _Known, levels: list[_Level]) -> _Known:
+    """Whether a pass of all levels gives what a pass of each gave."""
+    try:
+        together = list(_at_once(passes, batch, known))
+    except (ValueError, RuntimeError, IndexError, TypeError):  # of a network of one time a batch
+        together = []
+    is_same = len(together) == len(levels) and all(map(_same, together, levels))
+    _known[passes.holder] = replace(_known[passes.holder], at_once=is_same)
+    return replace(known, at_once=is_same)
+
+
+def _same(a: _Level, b: _Level) -> bool:
+    """Whether two passes gave the same of a level, but for rounding."""
+    if a.name != b.name or a.single.taken.keys() != b.single.taken.keys():
+        return False
+    pairs = [(a.squares[name], b.squares[name]) for name in b.squares]
+    pairs += [(a.single.terms[b.name], b.single.terms[b.name])]
+    for name, taken in b.single.taken.items():
+        if a.single.taken[name].rows != taken.rows:
+            return False
+        pairs.append((a.single.taken[name].sums, taken.sums))
+    rtol = max(_TOLERANCE, 8 * max(torch.finfo(each.dtype).eps for each, _ in pairs))
+    return all(
+        x.shape == y.shape
+        and torch.allclose(x, y, rtol=rtol, atol=rtol * float(y.abs().max()), equal_nan=True)
+        for x, y in pairs
+    )
+
+
+def _is_small(batch: Batch, levels: int) -> bool:
+    """Whether a pass of all levels costs no memory to speak of."""
+    numbers = sum(tensor.numel() for tensor in tensors_in(batch))
+    return levels * numbers <= _AT_ONCE
+
+
+def _at_once(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_Level]:
+    """The levels by one pass, of which each has its rows; none if the adapter has no such pass."""
+    view, size = passes.fresh(), batch_size(batch)
+    last = OutputLayer(view.module, known.last, known.of_last)
+    sums = Sums(view.module, known.layers, size * known.levels)
+    with sums.hooked(), last.hooked():
+        with torch.no_grad(), sums.taking():
+            found = view.residuals_at_once(map_tensors(torch.clone, batch))
+        if found is None:
+            return
+        names, residual = found
+        whole = _measured("", residual, sums, last)
+        for i, name in enumerate(names):
+            yield whole.of(name, slice(i * size, (i + 1) * size))
+
+
 def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_Level]:
-    """A pass a level, with hooks on the layers while the model runs."""
+    """A pass a level, or one of all, with hooks on the layers while the model runs."""
+    if known.at_once and _is_small(batch, known.levels):
+        yield from _at_once(passes, batch, known)
+        return
     view, size = passes.fresh(), batch_size(batch)
     sums = Sums(view.module, known.layers, size)
     last = OutputLayer(view.module, known.last, known.of_last)
@@ -248,15 +324,14 @@ def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
         view = passes.fresh()
         discovery = Discovery(view.module)
         with torch.no_grad(), discovery.looking():
-            for _ in _residuals(view, batch):
-                pass
+            levels = sum(1 for _ in _residuals(view, batch))
         if discovery.last is None:
             raise ValueError(
                 f"Expected {type(view).__name__} to call modules that are convolutions or linear "
                 "maps, got none: use method='gradient_norms'."
             )
         found, last = discovery.found, discovery.last
-        _known[passes.holder] = _Known(found, last, found[last], parts)
+        _known[passes.holder] = _Known(found, last, found[last], parts, levels)
     known: _Known = _known[passes.holder]
     return known
 

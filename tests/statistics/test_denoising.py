@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import map_tensors, pieces
-from ood_monitor.statistics import DenoiserStatistics, denoiser_statistics
+from ood_monitor.statistics import DenoiserStatistics, denoiser_statistics, denoising
 from ood_monitor.statistics.spectrum import band_energies, lag_cosines
 
 GROUPS = 32
@@ -578,3 +579,77 @@ def test_a_check_of_the_condition_needs_a_null_one() -> None:
     detector = om.Detector(labelled(null=False), parts=["condition"])
     with pytest.raises(ValueError, match="with a null condition for parts of 'condition'"):
         detector.fit([batch], progress=False)
+
+
+def at_once(bound: om.Adapter) -> bool | None:
+    """Whether all levels of a bound are passed at once, after a first use."""
+    found: bool | None = denoising._known[bound].at_once
+    return found
+
+
+@every_family
+def test_levels_at_once_are_as_they_are_one_by_one(family: Family) -> None:
+    bound, batch = of_family(family)
+    first = dict(columns_of(denoiser_statistics(bound, batch)))
+    assert at_once(bound)
+    denoiser_statistics(bound, batch)  # which may measure samples alone once more
+    calls: list[int] = []
+    with counting(bound.module, calls):
+        second = dict(columns_of(denoiser_statistics(bound, batch)))
+    assert len(calls) == 1
+    assert first.keys() == second.keys()
+    for name, values in second.items():
+        largest = float(first[name].abs().max())
+        torch.testing.assert_close(values, first[name], rtol=1e-9, atol=1e-12 * largest)
+
+
+@contextmanager
+def counting(module: nn.Module, calls: list[int]) -> Iterator[None]:
+    """How often a module or a view of it is called in a block."""
+    kind, original = type(module), type(module).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    kind.forward = counted  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        kind.forward = original  # type: ignore[method-assign]
+
+
+def test_a_null_condition_is_passed_with_the_levels() -> None:
+    bound, x = labelled(), torch.rand(3, 2, 8, 8, dtype=torch.float64)
+    batch, calls = (x, torch.tensor([1, 2, 10])), list[int]()
+    first = denoiser_statistics(bound, batch)
+    with counting(bound.module, calls):
+        second = denoiser_statistics(bound, batch)
+    assert len(calls) == 1
+    for name, values in first.condition.items():
+        torch.testing.assert_close(second.condition[name], values)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_network_of_one_time_a_batch_is_passed_level_by_level(count: int) -> None:
+    def forward(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        return m.layer(x * (1 + t[0] / 1000))  # type: ignore[no-any-return]
+
+    network = Function(forward, layer=nn.Conv2d(2, 2, 1).double())
+    bound, x = om.DenoisingBound(network, PRODUCTS), torch.rand(count, 2, 8, 8, dtype=torch.float64)
+    first = dict(columns_of(denoiser_statistics(bound, x)))
+    assert at_once(bound) is False
+    for name, values in columns_of(denoiser_statistics(bound, x)):
+        assert torch.equal(values, first[name])
+
+
+def test_large_batches_are_passed_level_by_level() -> None:
+    """So that a score takes the memory of a pass."""
+    bound = of_layer(nn.Conv2d(3, 2, 1))
+    small, large = (torch.rand(n, 2, 16, 16, dtype=torch.float64) for n in (2, 40))
+    denoiser_statistics(bound, small)
+    assert at_once(bound)
+    calls: list[int] = []
+    with counting(bound.module, calls):
+        denoiser_statistics(bound, large)
+    assert len(calls) >= 2

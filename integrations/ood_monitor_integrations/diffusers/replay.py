@@ -118,6 +118,10 @@ class ReplayedBound(Adapter):
         """Yield what the denoiser leaves of samples without noise, by level."""
         return self._bound.residuals(batch)
 
+    def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
+        """All levels in one batch."""
+        return self._bound.residuals_at_once(batch)
+
     def one_pass(self, batch: Batch) -> OnePass | None:
         """All levels at once."""
         return self._bound.one_pass(batch)
