@@ -66,6 +66,7 @@ EVIDENCE = --data-dir $(DATA) --json benchmarks/results
 train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.train --data-dir $(DATA)
 	$(BIN)/python -m benchmarks.detection.no_law --data-dir $(DATA) --train runs/no-law
+	$(BIN)/python -m benchmarks.detection.kinds --data-dir $(DATA)
 
 evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json

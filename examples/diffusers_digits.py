@@ -32,7 +32,7 @@ def main() -> int:
     pipe = trained(digits)
     for plan in plan_costs(pipe, call={"output_type": "np"}, layers=[None, END]):
         print(
-            f"levels {plan.levels}, {'the end' if plan.layers else 'all layers'}: "
+            f"{plan.method} {plan.levels}, {'the end' if plan.layers else 'all layers'}: "
             f"{plan.milliseconds:.0f} ms a sample, {plan.forwards:.1f} forward passes"
         )
     usual = {"num_inference_steps": 50, "output_type": "np"}

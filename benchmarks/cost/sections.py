@@ -203,11 +203,14 @@ def lightning_figures(report: Report) -> list[Figure]:
         hook = f"its hook: {percent(row['its hook, share of a step'])} of a step"
         step = f"{ratio(row['step with the training stream'])} plain steps"
         found.append((f"{name}, training step", step, hook))
-        tenth, every = (row[f"validation, one batch in {n} scored"] for n in (10, 1))
-        beside = f"every batch scored: {ratio(every)}"
-        found.append(
-            (f"{name}, validation, one batch in 10 scored", f"{ratio(tenth)} plain passes", beside)
-        )
+        for method in ("forward", "gradient_norms"):
+            every, tenth = (
+                row[f"validation, {method}, {which} scored"]
+                for which in ("every batch", "one batch in ten")
+            )
+            beside = f"one batch in ten: {ratio(tenth)}"
+            what = f"{name}, validation by {method}, every batch scored"
+            found.append((what, f"{ratio(every)} plain passes", beside))
     return found
 
 
@@ -282,6 +285,6 @@ def plans(rows: list[Row]) -> list[str]:
         return []
     cells = [(f"`{row['plan']}`", row["milliseconds"], ratio(row["forwards"])) for row in rows]
     return [
-        "What `plan_costs` tells of the last pipeline above, by noise levels and layers, a sample:",
+        "What `plan_costs` tells of the last pipeline above, a sample:",
         table(["plan", "milliseconds", "in forward passes of the network"], cells),
     ]

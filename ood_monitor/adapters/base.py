@@ -162,6 +162,10 @@ class Adapter(abc.ABC):
             f"{type(self).__name__}."
         )
 
+    def conditions(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What the model is told of each sample beside it, by name, (B, ...); empty of most."""
+        return {}
+
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """The names and the values of :meth:`residuals` by a single pass, or None if not so.
 

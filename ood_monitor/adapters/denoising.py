@@ -45,6 +45,7 @@ from ood_monitor.adapters.base import (
     Condition,
     OnePass,
     SampleKind,
+    batch_size,
     checked_floating,
     checked_range,
     describe,
@@ -53,6 +54,7 @@ from ood_monitor.adapters.base import (
     no_condition,
     normal_draws,
     repeated,
+    tensors_in,
 )
 from ood_monitor.adapters.schedules import NoiseSchedule, stated_prediction
 from ood_monitor.modules import dtype_of
@@ -242,6 +244,14 @@ class DenoisingBound(Adapter):
         if self._null_condition is not None:
             null = self._residual(x, batch, levels[-1], self._null_condition)
             yield f"t={levels[-1]}{NULL}", null
+
+    def conditions(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Labels, embeddings: those of the network's keywords that have a row for each sample."""
+        size, found = batch_size(batch), dict[str, Tensor]()
+        for name, value in self._condition(map_tensors(torch.clone, batch)).items():
+            tensors = [each for each in tensors_in(value) if each.ndim and len(each) == size]
+            found |= {f"{name}.{i}" if i else name: each for i, each in enumerate(tensors)}
+        return found
 
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch, and the null condition's rows after them."""

@@ -5,7 +5,7 @@ import typer
 from ood_monitor import __version__
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
-from ood_monitor.saving.card import told_explanation, told_method, told_parts
+from ood_monitor.saving.card import told_conditions, told_explanation, told_method, told_parts
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["facts_of", "show", "version"]
@@ -38,6 +38,7 @@ def facts_of(fitted: Fitted) -> dict[str, str | int | float]:
         "parts": told_parts(fitted),
         "explains": told_explanation(fitted),
         "samples": ", ".join(fitted.samples) or "of several shapes",
+        **({"conditions": conditions} if (conditions := told_conditions(fitted)) else {}),
         "layers": len(fitted.layers),
         "features": len(fitted.joined.names),
         "dropped features": len(fitted.joined.dropped),

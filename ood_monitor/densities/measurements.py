@@ -108,6 +108,8 @@ class Measurements:
         groups: The group of each sample, or none.
         sample: What a sample is, as the adapter said, or None.
         explaining: What is to explain others, of some of the samples, or None.
+        conditions: By name of what the model was told beside samples, the fingerprints of its
+            different values, in order.
     """
 
     terms: tuple[str, ...]
@@ -117,6 +119,7 @@ class Measurements:
     groups: tuple[str, ...] = ()
     sample: SampleKind | None = None
     explaining: Explaining | None = None
+    conditions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
@@ -170,6 +173,7 @@ class Measurements:
             tuple(group for part in parts for group in part.groups),
             first.sample,
             Explaining.together([it for part in parts if (it := part.explaining) is not None]),
+            _different([part.conditions for part in parts]),
         )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
@@ -185,7 +189,7 @@ class Measurements:
         """All of it as safetensors, to send to another process or to keep in a file."""
         names: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
         names["tables"] = {name: table.names for name, table in self.tables.items()}
-        names["sample"] = self.sample
+        names["sample"], names["conditions"] = self.sample, dict(self.conditions)
         arrays = {f"table.{name}": table.values for name, table in self.tables.items()}
         arrays["log_likelihood"] = self.log_likelihood
         if self.explaining is not None:
@@ -213,12 +217,19 @@ class Measurements:
             values, sample = arrays["log_likelihood"], names["sample"]
             told = names.get("explaining")
             explaining = None if told is None else Explaining._parse(told, arrays)
-            return cls(terms, values, tables, samples, groups, sample, explaining)
+            conditions = {name: tuple(found) for name, found in names["conditions"].items()}
+            return cls(terms, values, tables, samples, groups, sample, explaining, conditions)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"Expected measured samples, got {error!r}.") from error
 
     def _columns(self) -> tuple[object, ...]:
         return self.terms, {name: table.names for name, table in self.tables.items()}, self.sample
+
+
+def _different(parts: Sequence[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """The values of any part, by name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {n: tuple(sorted({it for part in parts for it in part.get(n, ())})) for n in names}
 
 
 def dropped_by(

@@ -17,6 +17,7 @@ from ood_monitor.adapters.base import (
     batch_size,
     describe,
     map_tensors,
+    usable_by,
 )
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
@@ -38,7 +39,7 @@ from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.saving.fingerprints import digest
+from ood_monitor.saving.fingerprints import digest, fingerprints_of
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Detector", "Groups"]
@@ -198,10 +199,15 @@ class Detector(Pretrained):
         count = min(explain, batch_size(batch))  # which refuses what is no batch
         sample = self.adapter.sample_of(batch)
         plan = self._plan(sample, lambda plan: is_measurable(plan, self.adapter, batch))
-        measured = self._measured(plan, batch, None)
+        measured = replace(self._measured(plan, batch, None), conditions=self._conditions(batch))
         if count == 0:
             return measured
         return replace(measured, explaining=self._explaining(plan, batch, count))
+
+    def _conditions(self, batch: Batch) -> dict[str, tuple[str, ...]]:
+        """The different values of what the model is told beside samples."""
+        found = self.adapter.conditions(usable_by(self.adapter.module, batch))
+        return {name: fingerprints_of(values) for name, values in found.items()}
 
     def _measured_all(self, batches: Iterable[Batch]) -> Iterator[Measurements]:
         left = self.explained

@@ -93,7 +93,7 @@ class Fitting:
             fit_count=len(seen),
             grouped=self._groups_of(scores, rest.groups),
             usual=usual,
-            provenance=Provenance.of(adapter, measured.terms),
+            provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
         )
 
     def _usual(self, adapter: Adapter, measured: Measurements) -> Usual | None:
@@ -160,6 +160,11 @@ def _finite(measured: Measurements) -> Measurements:
         np.flatnonzero(~sound)[:20].tolist(),
     )
     return measured.take(np.flatnonzero(sound))
+
+
+def _counts(measured: Measurements) -> dict[str, int]:
+    """How many different values there are of each condition."""
+    return {name: len(values) for name, values in measured.conditions.items()}
 
 
 def _tell_of_no_gradient(measured: Measurements) -> None:

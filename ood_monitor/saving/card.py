@@ -184,6 +184,8 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
     provenance, dropped = fitted.provenance, fitted.joined.dropped
     if terms := provenance.adapter.get("terms"):
         yield "terms of the log-likelihood", ", ".join(terms)
+    if conditions := told_conditions(fitted):
+        yield "conditions", conditions
     yield "layers", f"{len(fitted.layers):,}"
     reasons = ", ".join(f"{count:,} {why}" for why, count in Counter(dropped.values()).items())
     total = len(fitted.joined.all_names)
@@ -197,6 +199,15 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
         yield "groups of their own", f"{len(fitted.grouped.sizes):,}"
     if provenance.libraries:
         yield "fitted with", ", ".join(f"{k} {v}" for k, v in provenance.libraries.items())
+
+
+def told_conditions(fitted: Fitted) -> str:
+    """What the model was told beside samples, and of how many values; empty if nothing."""
+    counts = fitted.provenance.adapter.get("conditions", {})
+    return ", ".join(
+        f"{name} (one value)" if count == 1 else f"{name} ({count:,} values)"
+        for name, count in counts.items()
+    )
 
 
 def told_method(fitted: Fitted) -> str:

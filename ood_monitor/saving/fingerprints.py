@@ -9,7 +9,14 @@ from torch import Tensor, nn, uint8
 from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor.modules import stored_weights
 
-__all__ = ["digest", "digest_of_tensors", "hashes_where", "marks", "sample_hashes"]
+__all__ = [
+    "digest",
+    "digest_of_tensors",
+    "fingerprints_of",
+    "hashes_where",
+    "marks",
+    "sample_hashes",
+]
 
 
 def digest(module: nn.Module) -> str:
@@ -48,6 +55,11 @@ def sample_hashes(batch: Batch, rows: Sequence[int]) -> list[str]:
     """
     tensors = [tensor[list(rows)].detach().cpu() for tensor in tensors_in(batch)]
     return [_hash([tensor[i] for tensor in tensors]) for i in range(len(rows))]
+
+
+def fingerprints_of(values: Tensor) -> tuple[str, ...]:
+    """Twelve hexadecimal digits of each of the different rows of a tensor (B, ...), in order."""
+    return tuple(sorted({it[:12] for it in sample_hashes(values, range(len(values)))}))
 
 
 def hashes_where(chosen: Tensor, batch: Batch) -> list[str | None]:

@@ -52,15 +52,22 @@ class Provenance:
     libraries: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, terms: tuple[str, ...]) -> Self:
+    def of(
+        cls, adapter: Adapter, terms: tuple[str, ...], conditions: Mapping[str, int] | None = None
+    ) -> Self:
         """Of an adapter in this environment.
 
         Args:
             adapter: The model.
             terms: Names of its terms, in order.
+            conditions: How many different values samples had of what the model was told beside
+                them, by name.
         """
         name, revision = _base_model(adapter.module)
-        return cls(recipe(adapter) | {"terms": list(terms)}, name, revision, _libraries(adapter))
+        said = recipe(adapter) | {"terms": list(terms)}
+        if conditions:
+            said["conditions"] = dict(conditions)
+        return cls(said, name, revision, _libraries(adapter))
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> Self:

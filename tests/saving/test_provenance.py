@@ -13,6 +13,8 @@ from support.small_cases import SMALL
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.cli.showing import facts_of
+from ood_monitor.densities.measurements import Measurements
 from ood_monitor.saving.provenance import Provenance, differences, recipe
 
 BRANCHES = SMALL["branches"]
@@ -54,6 +56,35 @@ def test_the_recipe_of_a_bound_is_in_the_config(saved: Path) -> None:
     assert said["arguments"].items() >= expected.items()
     assert said["arguments"]["schedule"]["levels"] == 1000
     assert said["terms"] == ["t=50", "t=500"]
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.of_label = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(5, 1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = self.conv(x) + scale * self.of_label(labels)[..., None, None]
+        return result
+
+
+def test_a_detector_says_which_conditions_it_was_fitted_with(tmp_path: Path) -> None:
+    adapter = om.DenoisingBound(
+        Labelled(),
+        torch.linspace(0.99, 0.01, 1000),
+        condition=lambda batch: {"labels": batch[1], "scale": torch.tensor(0.5)},
+    )
+    x, labels = torch.rand(80, 1, 8, 8), torch.arange(80) % 3
+    parts = zip(x.split(40), labels.split(40), strict=True)
+    detector = om.Detector(adapter, explain=0)
+    measured = [Measurements.parse(detector.measure(part).dump()) for part in parts]
+    detector.fit_measured(Measurements.together(measured))
+    detector.save_pretrained(tmp_path)
+    assert config(tmp_path)["adapter"]["conditions"] == {"labels": 3}
+    assert "labels (3 values)" in (tmp_path / "README.md").read_text()
+    loaded = om.Detector.from_pretrained(tmp_path, adapter)
+    assert facts_of(loaded.fitted)["conditions"] == "labels (3 values)"
+    assert "conditions" not in facts_of(om.Detector(bound(), explain=0).fit([x]).fitted)
 
 
 def test_versions_are_in_the_config(saved: Path) -> None:

@@ -118,6 +118,10 @@ class ReplayedBound(Adapter):
         """Yield what the denoiser leaves of samples without noise, by level."""
         return self._bound.residuals(batch)
 
+    def conditions(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What the denoiser is told of each sample beside it."""
+        return self._bound.conditions(batch)
+
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch."""
         return self._bound.residuals_at_once(batch)
