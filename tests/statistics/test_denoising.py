@@ -653,3 +653,42 @@ def test_large_batches_are_passed_level_by_level() -> None:
     with counting(bound.module, calls):
         denoiser_statistics(bound, large)
     assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("compiled", ["module", "wrapper"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # by the compiler, of itself
+def test_compiled_denoisers_are_measured_like_others(compiled: str) -> None:
+    """Warmed, so that what the compiler keeps of a call would be used."""
+    family = FAMILIES[0]
+    network, batch = family.network().eval(), family.batch(3)
+    perturbed(network)
+    expected = dict(columns_of(denoiser_statistics(family.adapter(network), batch)))
+    if compiled == "module":
+        network.compile(backend="eager")
+    else:
+        network = torch.compile(network, backend="eager")  # type: ignore[assignment]
+    bound = family.adapter(network)
+    with torch.no_grad():
+        list(bound.residuals(batch))
+    for _ in range(2):
+        found = dict(columns_of(denoiser_statistics(bound, batch)))
+        assert [name.replace("_orig_mod.", "") for name in found] == list(expected)
+        for values, others in zip(found.values(), expected.values(), strict=True):
+            torch.testing.assert_close(values, others, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    "x86" not in torch.backends.quantized.supported_engines, reason="PyTorch without int8"
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@every_family
+def test_int8_denoisers_are_measured(family: Family) -> None:
+    """Also those whose last layer is quantised: a sample alone has the columns of its batch."""
+    network, batch = family.network().eval(), family.batch(3)
+    perturbed(network)
+    quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, torch.qint8)
+    bound = family.adapter(quantised)
+    together = dict(columns_of(denoiser_statistics(bound, batch, chunk_size=1)))
+    for i, own in enumerate(pieces(batch, 1)):
+        for name, values in columns_of(denoiser_statistics(bound, own)):
+            torch.testing.assert_close(values[0], together[name][i], rtol=0.05, atol=0.05)
