@@ -16,22 +16,41 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks.detection import colour, datasets, evidence_page, methods, protocol, train, zoo
+from benchmarks.detection import (
+    colour,
+    datasets,
+    denoisers,
+    evidence_page,
+    kinds,
+    methods,
+    protocol,
+    train,
+    zoo,
+)
 from benchmarks.detection.pixelcnn import PixelCNN
 from benchmarks.detection.trained import Watched
 
 FOLDER = datasets.SOURCES["MNIST"].folder
+LABELS = np.array([3, 1, 4, 1, 5, 9], dtype=np.uint8)
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 28, 28), dtype=np.uint8)
 
 
 def as_npz(folder: Path, images: np.ndarray) -> None:
-    np.savez_compressed(folder / "mnist_28x28.npz", train=images[:4], test=images)
+    labels = {"train_labels": LABELS[:4], "test_labels": LABELS}
+    np.savez_compressed(folder / "mnist_28x28.npz", train=images[:4], test=images, **labels)
 
 
 def as_idx(folder: Path, images: np.ndarray, *, zipped: bool) -> None:
-    for stem, part in (("train", images[:4]), ("t10k", images)):
-        data = b"\0\0\x08\x03" + np.array(part.shape, ">u4").tobytes() + part.tobytes()
-        name = f"{stem}-images-idx3-ubyte" + ".gz" * zipped
+    files = {
+        "train-images-idx3-ubyte": images[:4],
+        "t10k-images-idx3-ubyte": images,
+        "train-labels-idx1-ubyte": LABELS[:4],
+        "t10k-labels-idx1-ubyte": LABELS,
+    }
+    for stem, part in files.items():
+        head = bytes([0, 0, 8, part.ndim])
+        data = head + np.array(part.shape, ">u4").tobytes() + part.tobytes()
+        name = stem + ".gz" * zipped
         (folder / FOLDER).mkdir(exist_ok=True)
         (folder / FOLDER / name).write_bytes(gzip.compress(data) if zipped else data)
 
@@ -39,7 +58,10 @@ def as_idx(folder: Path, images: np.ndarray, *, zipped: bool) -> None:
 def as_dataset(folder: Path, images: np.ndarray) -> None:
     splits = {"train": images[:4], "test": images}
     found = {
-        k: Dataset.from_dict({"image": [Image.fromarray(i) for i in v]}) for k, v in splits.items()
+        k: Dataset.from_dict(
+            {"image": [Image.fromarray(i) for i in v], "label": LABELS[: len(v)].tolist()}
+        )
+        for k, v in splits.items()
     }
     DatasetDict(found).save_to_disk(folder / FOLDER)
 
@@ -58,6 +80,8 @@ def test_sets_are_read_in_every_form(write: Any, tmp_path: Path) -> None:
     assert np.array_equal(datasets.read(tmp_path, "MNIST", "test"), IMAGES)
     assert np.array_equal(datasets.read(tmp_path, "MNIST", "train"), IMAGES[:4])
     assert not datasets.missing(tmp_path, ["MNIST"])
+    assert np.array_equal(datasets.labels(tmp_path, "MNIST", "test"), LABELS)
+    assert np.array_equal(datasets.labels(tmp_path, "MNIST", "train"), LABELS[:4])
 
 
 def test_what_is_not_there_is_named_with_its_origin(tmp_path: Path) -> None:
@@ -67,6 +91,24 @@ def test_what_is_not_there_is_named_with_its_origin(tmp_path: Path) -> None:
     )
     with pytest.raises(FileNotFoundError, match="mnist_28x28"):
         datasets.read(tmp_path, "MNIST", "test")
+
+
+@pytest.mark.parametrize("name", kinds.kinds())
+def test_denoisers_of_every_kind_train_and_are_measured_with_their_label(name: str) -> None:
+    kind = kinds.kinds()[name]
+    network = kind.make()
+    x = torch.randn(4, *((4, 8, 8) if kind.latent else (1, 16, 16)))
+    labelled = kinds.with_labels(x, torch.tensor([0, 3, 9, 5]))
+    kinds.denoising(kind, network, labelled).backward()
+    assert any(p.grad is not None and p.grad.any() for p in network.parameters())
+    bound = kinds.bound(kind, network.eval(), null_condition=denoisers.none_of)
+    assert bound.conditions(labelled)["class_labels"].tolist() == [0, 3, 9, 5]
+    names = [name for name, _ in bound.residuals(labelled)]
+    assert len(names) == 3
+    assert names[-1].endswith("/null")
+    _, labels = kinds.parted(denoisers.mislabelled(labelled))
+    assert (labels != torch.tensor([0, 3, 9, 5])).all()
+    assert (labels < kinds.NONE).all()
 
 
 def test_another_file_is_no_idx(tmp_path: Path) -> None:
