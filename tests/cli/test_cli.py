@@ -252,6 +252,7 @@ def test_a_pipelines_detector_needs_its_folder_alone(tmp_path: Path, new: Path) 
         tmp_path / "data", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     )
     options = ["--level", 300, "--layer", "conv_out.*", "--fpr", 0.1, "--batch-size", 16]
+    options += ["--method", "gradient_norms"]
     succeeded("fit", pipe, data, tmp_path / "d", *options)
     rows = lines(succeeded("score", tmp_path / "d", data, "--fpr", 0.1))
     assert len(rows) == 60
