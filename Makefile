@@ -33,8 +33,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-spark.txt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
-		tests/integrations/lightning tests/integrations/mlflow
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method forward tests/integrations/diffusers
+		tests/integrations/lightning tests/integrations/mlflow tests/integrations/diffusers
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -343,21 +343,20 @@ def test_a_deployment_that_cannot_be_scored_is_refused_by_name(name: str) -> Non
     assert not pipe.unet._forward_pre_hooks
 
 
-def test_a_denoiser_whose_weights_come_and_go_is_watched_without_gradients(
-    expected: om.Scores,
-) -> None:
-    pipe = TEXT()
-    watched = watch(grouped(pipe), detector=known(pipe, TEXT))
+def test_a_denoiser_whose_weights_come_and_go_is_watched_without_gradients() -> None:
+    pipe, whole = TEXT(), TEXT()
+    expected = call(watch(whole, detector=known(whole, TEXT, method="forward"))).ood
+    watched = watch(grouped(pipe), detector=known(pipe, TEXT, method="forward"))
     check_as_before(watched, call(grouped(TEXT())), expected)
     assert not watched.ood_monitor.stale
     watched.ood_monitor.detach()
     with pytest.raises(ValueError, match="Expected mode='sync' with group offloading"):
-        watch(pipe, detector=known(pipe, TEXT), mode="background")
+        watch(pipe, detector=known(pipe, TEXT, method="forward"), mode="background")
 
 
 def test_a_denoiser_that_is_cast_by_layer_is_watched_without_gradients() -> None:
     pipe = cast_by_layer(TEXT())
-    watched = watch(pipe, detector=fitted(pipe))
+    watched = watch(pipe, detector=fitted(pipe, method="forward"))
     assert call(watched).ood.valid.all()
     assert np.array_equal(np.asarray(call(watched)[0]), np.asarray(call(cast_by_layer(TEXT()))[0]))
 

@@ -145,7 +145,7 @@ def test_a_null_condition_is_the_negative_prompt() -> None:
 def test_a_call_is_watched_with_a_check_of_its_condition() -> None:
     case = next(case for case in PIPELINES if case.name == "stable-diffusion")
     pipe, plain = case(), case()
-    detector = fitted(pipe, case, condition_check=True)
+    detector = fitted(pipe, case, condition_check=True, method="forward")
     assert detector.fitted.joined.parts[-1].kind == "condition"
     watched = monitor_pipeline(pipe, monitor_of(detector), raise_on_error=True)
     output = watched(**seeded_call(case.arguments()))
