@@ -270,7 +270,7 @@ def _at_once(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_
     """The levels by one pass, of which each has its rows; none if the adapter has no such pass."""
     view, size = passes.fresh(), batch_size(batch)
     last = OutputLayer(view.module, known.last, known.of_last)
-    sums = Sums(view.module, known.layers, size * known.levels)
+    sums = Sums(view.module, known.layers, size * known.levels, by_group=False)
     with sums.hooked(), last.hooked():
         with torch.no_grad(), sums.taking():
             found = view.residuals_at_once(map_tensors(torch.clone, batch))
@@ -288,7 +288,7 @@ def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_L
         yield from _at_once(passes, batch, known)
         return
     view, size = passes.fresh(), batch_size(batch)
-    sums = Sums(view.module, known.layers, size)
+    sums = Sums(view.module, known.layers, size, by_group=False)
     last = OutputLayer(view.module, known.last, known.of_last)
     with ExitStack() as stack:
         stack.enter_context(sums.hooked())

@@ -56,6 +56,7 @@ class Sums:
         layers: Its layers; None for one of which nothing is known yet.
         size: B.
         counted: (B, T) bool, which positions of a sequence count; None if all, or of no sequence.
+        by_group: Whether channels are told apart by their group; else G is 1.
 
     Attributes:
         taken: By layer, of those that were called in this thread.
@@ -68,10 +69,13 @@ class Sums:
         layers: Mapping[str, Layer | None],
         size: int,
         counted: Tensor | None = None,
+        *,
+        by_group: bool = True,
     ) -> None:
         self.taken: dict[str, Taken] = {}
         self.unknown = False
         self._module, self._layers, self._size = module, layers, size
+        self._by_group = by_group
         self._length = None if counted is None else counted.shape[1]
         self._counted = None if counted is None or bool(counted.all()) else counted
         self._thread, self._is_on = threading.get_ident(), False
@@ -127,7 +131,11 @@ class Sums:
             return Taken(grouped(_totals(h, axis)), (None,))
         k, rest = divmod(len(h), self._size)
         if rest or not k:
-            return Taken(grouped(_totals(h, axis)), (None,))
+            totals = grouped(_totals(h, axis))
+            return Taken(totals if self._by_group else totals.sum(1, keepdim=True), (None,))
+        if not self._by_group:
+            h = h.reshape(self._size, -1)
+            return Taken(_squares(h, 1)[:, None], (k,))
         if k > 1:
             h, axis = h.view(self._size, k, *h.shape[1:]), 2 if axis == 1 else -1
         positions = [d for d in range(1, h.ndim) if d != axis % h.ndim]
