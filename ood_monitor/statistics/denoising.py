@@ -143,14 +143,20 @@ def has_statistics_without_noise(adapter: Adapter, batch: Batch) -> bool:
     """Whether :func:`denoiser_statistics` measures an adapter, tried on a sample the first time.
 
     Where it does not, the log says why.
+
+    Raises:
+        ValueError: The sample is at fault, of which the adapter has no likelihood either.
     """
     if adapter not in _measurable:
+        own = next(pieces(batch, 1))
         try:
-            denoiser_statistics(adapter, next(pieces(batch, 1)))
+            denoiser_statistics(adapter, own)
             _measurable[adapter] = True
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:  # also PyTorch's, of what it cannot run so
+            usable = usable_by(adapter.module, own)
+            scored(lambda p: list(p.fresh().log_likelihood(usable)), adapter, adapter.module)
             _log.warning("Gradient norms are watched, since without noise: %s", error)
             _measurable[adapter] = False
     found: bool = _measurable[adapter]

@@ -391,6 +391,19 @@ def test_a_denoiser_that_cannot_be_measured_so_keeps_gradient_norms(
         om.Detector(bound, method="forward").fit([held_out], progress=False)
 
 
+def test_a_batch_that_is_refused_says_nothing_of_a_denoiser(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapter, held_out = adapter_of("ddpm"), batch_of("ddpm", 60, seed=1)
+    made = om.Detector(adapter, explain=8)
+    wrong: list[Callable[[Tensor], Tensor]] = [Tensor.long, lambda x: torch.cat([x, x], 1)]
+    for change in wrong:  # of another type, and of more channels than the network takes
+        with pytest.raises((ValueError, RuntimeError)):
+            made.measure(map_tensors(change, held_out))
+    assert made.fit([held_out], progress=False).fitted.method == "forward"
+    assert not [record for record in caplog.records if "Gradient norms" in record.message]
+
+
 def test_what_is_of_denoisers_is_refused_of_others() -> None:
     made = om.Detector(adapter_of("glow"), parts=["output_layer"])
     with pytest.raises(ValueError, match="Expected a denoiser"):
