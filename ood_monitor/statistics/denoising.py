@@ -192,7 +192,7 @@ def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[Denoise
 
     levels = list(_levels(passes, chunk, known))  # a pass of one sample would take its hooks
     if known.at_once is None and _is_small(chunk, known.levels):
-        known = _tried(passes, chunk, known, levels)
+        known, levels = _tried(passes, chunk, known, levels)
     if size > 1:
         layout = layout_of(passes.holder, size, _of_all(levels), alone)
     if layout.alone:
@@ -237,15 +237,17 @@ def _add(found: DenoiserStatistics, level: _Level, inputs: Mapping[str, Tensor])
         found.cosines[f"{level.name}/lag"] = level.lags
 
 
-def _tried(passes: Passes[Adapter], batch: Batch, known: _Known, levels: list[_Level]) -> _Known:
-    """Whether a pass of all levels gives what a pass of each gave."""
+def _tried(
+    passes: Passes[Adapter], batch: Batch, known: _Known, levels: list[_Level]
+) -> tuple[_Known, list[_Level]]:
+    """Whether a pass of all levels gives what a pass of each gave; and what counts, to the bit."""
     try:
         together = list(_at_once(passes, batch, known))
     except (ValueError, RuntimeError, IndexError, TypeError):  # of a network of one time a batch
         together = []
     is_same = len(together) == len(levels) and all(map(_same, together, levels))
     _known[passes.holder] = replace(_known[passes.holder], at_once=is_same)
-    return replace(known, at_once=is_same)
+    return replace(known, at_once=is_same), together if is_same else levels
 
 
 def _same(a: _Level, b: _Level) -> bool:

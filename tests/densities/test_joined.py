@@ -33,6 +33,7 @@ def measured(n: int = 200, seed: int = 0, shift: float = 0.0) -> Measurements:
         "channel_norms": Table(norms, np.exp(columns(norms))),
         "output_layer": Table(layers, np.exp(columns(layers))),
         "energies": Table(layers, columns(layers)),
+        "condition": Table(("t=500",), columns(("",))),
     }
     return Measurements(("t", "u"), columns(("t", "u")), tables)
 
