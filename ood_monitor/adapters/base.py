@@ -167,12 +167,10 @@ class Adapter(abc.ABC):
         return {}
 
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
-        """The names and the values of :meth:`residuals` by a single pass, or None if not so.
+        """The K names and the values of :meth:`residuals` by a single pass, or None if not so.
 
-        Taken where samples are few and small, once a first use has shown that both are the same.
-
-        Returns:
-            K names, and K * B rows: those of the first, then those of the second.
+        The values are K * B rows, those of the first name, then those of the second. They are taken
+        where samples are few and small, once a first use has shown that both are the same.
         """
         return None
 

@@ -147,7 +147,7 @@ class Detector(Pretrained):
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether scores take a backward pass: as fitted, or as was asked for.
+        """Whether scores take a backward pass, as fitted or, before that, as was asked for.
 
         Before a fit the default is taken to need none.
         """
