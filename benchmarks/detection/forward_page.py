@@ -131,40 +131,26 @@ def no_law(report: Row, measured: str) -> list[str]:
 def denoisers(report: Row, measured: str) -> list[str]:
     """The part of the page on denoisers without noise."""
     rows = report["rows"]
+    has_unets = any(row["model"] == "UNet" for row in rows)
+    unets = "The UNets of above, and five" if has_unets else "Five"
     return [
         "## Denoisers without noise",
         f"By {measured}",
         pages.paragraph(
-            "The committed UNets, and five kinds of class-conditional denoisers that are trained "
-            "here: on latents one of noise, of v and of a flow, and a transformer (DiT); on pixels "
-            "one of a flow. `without noise` is the default of diffusion models: two levels, or "
+            f"{unets} kinds of class-conditional denoisers that are trained here: on latents one "
+            "of noise, of v and of a flow, and a transformer (DiT); on pixels one of a flow. "
+            "`without noise` is the default of diffusion models: two levels, or "
             "three, of samples without noise; of the last layer's gradient by input channel, "
             "expected and realised (`output_layer`), and of energies of layers' inputs and of the "
             "residual's frequencies (`energies`). Peers take the same residuals. Costs are in "
             "plain forward passes at one level. The rule was chosen on other models of "
             "Fashion-MNIST, against five of the six sets; CIFAR-100 is the sixth."
         ),
-        overall(rows),
-        *by_model(rows),
+        overall([row for row in rows if "auroc" in row]),
         *wrong_labels(rows),
         *of_corruptions(rows),
         *pages.judged("### Claims of denoisers", report["claims"]),
     ]
-
-
-def by_model(rows: Sequence[Row]) -> list[str]:
-    """The mean of all sets, of each method on each model."""
-    chosen = {(model_of(r), r["method"]): r["mean"] for r in rows if "auroc" in r}
-    models = list(dict.fromkeys(model for model, _ in chosen))
-    lines = [
-        [method, *(auroc(chosen[m, method]) if (m, method) in chosen else "" for m in models)]
-        for method in dict.fromkeys(method for _, method in chosen)
-    ]
-    return ["Mean AUROC of all sets, by model:", table(["method", *models], lines)]
-
-
-def model_of(row: Row) -> str:
-    return f"{row['model']}, {row['on']}" if row["model"] == "UNet" else str(row["model"])
 
 
 def wrong_labels(rows: Sequence[Row]) -> list[str]:
