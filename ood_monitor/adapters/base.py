@@ -22,7 +22,7 @@ from ood_monitor.adapters.elements import Elements, checked
 from ood_monitor.modules import Passes, device_of, gradless, scored
 
 __all__ = [
-    "NULL",
+    "NULL_SUFFIX",
     "Adapter",
     "Batch",
     "Condition",
@@ -65,7 +65,7 @@ Condition: TypeAlias = Callable[[Batch], Mapping[str, Any]]
 SampleKind: TypeAlias = Literal["image", "sequence", "row", "diffusion"]
 
 #: What the name of a level ends with, of residuals with the null condition.
-NULL = "/null"
+NULL_SUFFIX = "/null"
 
 #: The least height and width of what is taken for an image without being called one.
 _LEAST_SIZE = 4
@@ -152,7 +152,7 @@ class Adapter(abc.ABC):
             The level's name and the prediction less its target, shape (B, ...), up to a factor that
             is the same for all samples. Each takes a pass of its own when it is asked for. With a
             null condition the last is the same of the level before it, under its name and
-            ``NULL``.
+            ``NULL_SUFFIX``.
 
         Raises:
             ValueError: It is no denoiser.

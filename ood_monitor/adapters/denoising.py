@@ -32,14 +32,13 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import (
-    NULL,
+    NULL_SUFFIX,
     Adapter,
     Batch,
     Condition,
@@ -56,45 +55,14 @@ from ood_monitor.adapters.base import (
     repeated,
     tensors_in,
 )
-from ood_monitor.adapters.schedules import NoiseSchedule, stated_prediction
+from ood_monitor.adapters.predictions import prediction_of
+from ood_monitor.adapters.schedules import NoiseSchedule
 from ood_monitor.modules import dtype_of
 
 __all__ = ["DenoisingBound", "DenoisingLoss"]
 
 #: What a term is minus of.
 DenoisingLoss: TypeAlias = Literal["l2", "l1", "vlb"]
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    """What a network predicts.
-
-    Attributes:
-        target: Of (x, noise, alpha, sigma).
-        scale: Of (alpha, sigma): an error of the prediction times this is one of x.
-    """
-
-    target: Callable[[Tensor, Tensor, Any, Any], Tensor]
-    scale: Callable[[float, float], float]
-
-
-_PREDICTIONS = {
-    "epsilon": _Prediction(
-        lambda x, noise, alpha, sigma: noise,
-        lambda alpha, sigma: sigma / alpha if alpha else math.inf,
-    ),
-    "sample": _Prediction(lambda x, noise, alpha, sigma: x, lambda alpha, sigma: 1.0),
-    "v_prediction": _Prediction(
-        lambda x, noise, alpha, sigma: alpha * noise - sigma * x,
-        lambda alpha, sigma: sigma / (alpha**2 + sigma**2),
-    ),
-    "flow_prediction": _Prediction(
-        lambda x, noise, alpha, sigma: noise - x, lambda alpha, sigma: sigma / (alpha + sigma)
-    ),
-    "velocity": _Prediction(
-        lambda x, noise, alpha, sigma: x - noise, lambda alpha, sigma: sigma / (alpha + sigma)
-    ),
-}
 
 
 #: Noise to signal where residuals are taken: least noise of pixels and of latents, and much.
@@ -195,7 +163,7 @@ class DenoisingBound(Adapter):
             raise ValueError(f"Expected a loss of {get_args(DenoisingLoss)}, got {loss!r}.")
         if draws < 1:
             raise ValueError(f"Expected at least one draw, got {draws}.")
-        self._prediction = _prediction(prediction_type, schedule, self.schedule)
+        self._prediction = prediction_of(prediction_type, schedule, self.schedule)
         self._loss = loss
         self._draws, self._antithetic = draws, antithetic
         self._inputs, self._condition, self._time = inputs, condition, time
@@ -243,7 +211,7 @@ class DenoisingBound(Adapter):
             yield f"t={level}", self._residual(x, batch, level, self._condition)
         if self._null_condition is not None:
             null = self._residual(x, batch, levels[-1], self._null_condition)
-            yield f"t={levels[-1]}{NULL}", null
+            yield f"t={levels[-1]}{NULL_SUFFIX}", null
 
     def conditions(self, batch: Batch) -> Mapping[str, Tensor]:
         """Labels, embeddings: those of the network's keywords that have a row for each sample."""
@@ -256,24 +224,18 @@ class DenoisingBound(Adapter):
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch, and the null condition's rows after them."""
         x = self._checked_inputs(batch)
-        levels = self._levels_without_noise(x)
+        size, levels = len(x), self._levels_without_noise(x)
         names = [f"t={level}" for level in levels]
         if self._null_condition is not None:
-            levels, names = [*levels, levels[-1]], [*names, f"{names[-1]}{NULL}"]
-        x, rows = map_tensors(lambda tensor: torch.cat([tensor] * len(levels)), (x, batch))
-        condition = self._condition_of_rows(rows, len(x) // len(levels))
+            levels, names = [*levels, levels[-1]], [*names, f"{names[-1]}{NULL_SUFFIX}"]
+        x, rows = _stacked((x, batch), len(levels))
+        condition = self._condition_of_rows(rows, size)
         if condition is None:
             return None
-        told = torch.stack([self._told(x, level) for level in levels])
-        alpha, sigma = (
-            of[levels].to(x).repeat_interleave(len(x) // len(levels)).view(-1, *[1] * (x.ndim - 1))
-            for of in (self.schedule.alpha, self.schedule.sigma)
-        )
-        predicted = self._predicted(
-            alpha * x, told.repeat_interleave(len(x) // len(levels)), condition
-        )
-        target = self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
-        return tuple(names), predicted - target
+        of_rows = {k: v.repeat_interleave(size) for k, v in self._by_level(x, levels).items()}
+        alpha, sigma = (of_rows[k].view(-1, *[1] * (x.ndim - 1)) for k in ("alpha", "sigma"))
+        residual = self._error(x, torch.zeros_like(x), alpha, sigma, of_rows["t"], condition)
+        return tuple(names), residual
 
     def _condition_of_rows(self, rows: Batch, size: int) -> Mapping[str, Any] | None:
         """Of the last so many the null condition; None where the two cannot be put together."""
@@ -293,8 +255,7 @@ class DenoisingBound(Adapter):
         # Made anew for each, since a network may write into it.
         given = condition(map_tensors(torch.clone, batch))
         alpha, sigma = float(self.schedule.alpha[level]), float(self.schedule.sigma[level])
-        predicted = self._predicted(alpha * x, self._times(x, level), given)
-        return predicted - self._prediction.target(x, torch.zeros_like(x), alpha, sigma)
+        return self._error(x, torch.zeros_like(x), alpha, sigma, self._times(x, level), given)
 
     def _levels_without_noise(self, x: Tensor) -> list[int]:
         ratios = self._ratios
@@ -308,18 +269,20 @@ class DenoisingBound(Adapter):
         if len(self.levels) == 1 or self._loss == "vlb":
             return None
         x, count = self._checked_inputs(batch), len(self.levels)
-        schedule, chosen = self.schedule, list(self.levels)
-        by_level = {
-            "noise": torch.stack([self._noise(x, level) for level in chosen]),
-            "alpha": schedule.alpha[chosen].to(x),
-            "sigma": schedule.sigma[chosen].to(x),
+        by_level = self._by_level(x, self.levels)
+        by_level["noise"] = torch.stack([self._noise(x, level) for level in self.levels])
+        rows = {name: value.repeat_interleave(len(x), 0) for name, value in by_level.items()}
+        rows["x"], rows["batch"] = _stacked((x, batch), count)
+        return OnePass(tuple(f"t={level}" for level in self.levels), rows, self._rows)
+
+    def _by_level(self, x: Tensor, levels: Sequence[int]) -> dict[str, Tensor]:
+        """What samples are mixed by and what the network is told, (K,) each."""
+        chosen = list(levels)
+        return {
+            "alpha": self.schedule.alpha[chosen].to(x),
+            "sigma": self.schedule.sigma[chosen].to(x),
             "t": torch.stack([self._told(x, level) for level in chosen]),
         }
-        rows = {name: value.repeat_interleave(len(x), 0) for name, value in by_level.items()}
-        rows["x"], rows["batch"] = map_tensors(
-            lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)), (x, batch)
-        )
-        return OnePass(tuple(f"t={level}" for level in chosen), rows, self._rows)
 
     def _rows(self, rows: Mapping[str, Any]) -> Tensor:
         """The term of each row of :meth:`one_pass`."""
@@ -335,7 +298,7 @@ class DenoisingBound(Adapter):
         noise = noise.repeat(len(x) // len(noise), *[1] * (x.ndim - 1))
         error = self._error(x, noise, alpha, sigma, self._times(x, level), condition)
         if self._loss == "vlb":
-            return self._bound(x.flatten(1), error.square().sum(1), level)
+            return self._bound(x.flatten(1), error.flatten(1).square().sum(1), level)
         return -self._loss_of(error)
 
     def _error(
@@ -347,11 +310,12 @@ class DenoisingBound(Adapter):
         t: Tensor,
         condition: Mapping[str, Any],
     ) -> Tensor:
-        """Prediction less target, (B, D); alpha and sigma are numbers, or of each row."""
+        """Prediction less target, as x; alpha and sigma are numbers, or of each row."""
         predicted = self._predicted(alpha * x + sigma * noise, t, condition)
-        return (predicted - self._prediction.target(x, noise, alpha, sigma)).flatten(1)
+        return predicted - self._prediction.target(x, noise, alpha, sigma)
 
     def _loss_of(self, error: Tensor) -> Tensor:
+        error = error.flatten(1)
         return error.abs().sum(1) if self._loss == "l1" else 0.5 * error.square().sum(1)
 
     @property
@@ -426,22 +390,9 @@ class DenoisingBound(Adapter):
         return chosen
 
 
-def _prediction(given: str | None, stated: Any, schedule: NoiseSchedule) -> _Prediction:
-    """As the argument says, the foreign schedule of itself, or our own."""
-    name = given or stated_prediction(stated)
-    silent = not isinstance(stated, Tensor) and schedule.prediction_type == "epsilon"
-    if name is None and silent:
-        raise ValueError(
-            f"Expected {type(stated).__name__} to say what its network predicts, by `config`'s "
-            "`prediction_type` or by `objective`, got neither: pass `prediction_type=`."
-        )
-    name = name or schedule.prediction_type
-    if name not in _PREDICTIONS:
-        raise ValueError(
-            f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}: pass "
-            "`prediction_type=`."
-        )
-    return _PREDICTIONS[name]
+def _stacked(batch: Batch, count: int) -> Batch:
+    """All samples several times, one batch after the other."""
+    return map_tensors(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)), batch)
 
 
 def _checked_ratios(ratios: Literal[2, 3] | Sequence[float]) -> int | tuple[float, ...]:

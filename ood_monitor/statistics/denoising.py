@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import (
-    NULL,
+    NULL_SUFFIX,
     Adapter,
     Batch,
     batch_size,
@@ -30,20 +30,16 @@ from ood_monitor.modules import Passes, scored
 from ood_monitor.statistics.hooks import Sums, Taken
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.output_layer import OutputLayer
-from ood_monitor.statistics.rows import Layout, Single, layout_of
+from ood_monitor.statistics.rows import Layout, Single, close, layout_of, precision_of_weights
 from ood_monitor.statistics.spectrum import band_energies, lag_cosines
 
 __all__ = ["DenoiserStatistics", "denoiser_statistics", "has_statistics_without_noise"]
 
 _log = logging.getLogger(__name__)
 
-
 #: Numbers of a batch at all its levels, up to which these are passed at once: a small model spends
 #: as long between layers as in them.
 _AT_ONCE = 1 << 14
-
-#: Relative difference up to which that is the same.
-_TOLERANCE = 1e-3
 
 #: An image of fewer pixels a side has no neighbours at all shifts.
 _LEAST_SIDE = 3
@@ -199,8 +195,8 @@ def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[Denoise
         return [part for own in pieces(chunk, 1) for part in _parts(passes, own, known)]
     energies = {level.name: level.single.terms[level.name] for level in levels}
     for level in levels:
-        if level.name.endswith(NULL):
-            own = level.name.removesuffix(NULL)
+        if level.name.endswith(NULL_SUFFIX):
+            own = level.name.removesuffix(NULL_SUFFIX)
             found.condition[own] = (energies[level.name] - energies[own]) / 2
         else:
             _add(found, level, _inputs(level, layout, known, size))
@@ -243,29 +239,26 @@ def _tried(
     """Whether a pass of all levels gives what a pass of each gave; and what counts, to the bit."""
     try:
         together = list(_at_once(passes, batch, known))
-    except (ValueError, RuntimeError, IndexError, TypeError):  # of a network of one time a batch
+    except Exception:  # of any kind: a network may take one time a batch
         together = []
-    is_same = len(together) == len(levels) and all(map(_same, together, levels))
+    dtype = precision_of_weights(passes.holder)
+    pairs = zip(together, levels, strict=False)
+    is_same = len(together) == len(levels) and all(_same(a, b, dtype) for a, b in pairs)
     _known[passes.holder] = replace(_known[passes.holder], at_once=is_same)
     return replace(known, at_once=is_same), together if is_same else levels
 
 
-def _same(a: _Level, b: _Level) -> bool:
+def _same(a: _Level, b: _Level, dtype: torch.dtype) -> bool:
     """Whether two passes gave the same of a level, but for rounding."""
     if a.name != b.name or a.single.taken.keys() != b.single.taken.keys():
         return False
     pairs = [(a.squares[name], b.squares[name]) for name in b.squares]
-    pairs += [(a.single.terms[b.name], b.single.terms[b.name])]
+    pairs.append((a.single.terms[b.name], b.single.terms[b.name]))
     for name, taken in b.single.taken.items():
         if a.single.taken[name].rows != taken.rows:
             return False
         pairs.append((a.single.taken[name].sums, taken.sums))
-    rtol = max(_TOLERANCE, 8 * max(torch.finfo(each.dtype).eps for each, _ in pairs))
-    return all(
-        x.shape == y.shape
-        and torch.allclose(x, y, rtol=rtol, atol=rtol * float(y.abs().max()), equal_nan=True)
-        for x, y in pairs
-    )
+    return all(x.shape == y.shape and close(x, y, dtype) for x, y in pairs)
 
 
 def _is_small(batch: Batch, levels: int) -> bool:

@@ -22,7 +22,7 @@ from ood_monitor.adapters.base import Adapter
 from ood_monitor.modules import precision_of
 from ood_monitor.statistics.hooks import Taken
 
-__all__ = ["Layout", "Single", "layout_of"]
+__all__ = ["Layout", "Single", "close", "layout_of", "precision_of_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _compared(
     if not ends:
         return Layout(), False
     singles = {index: alone(index) for index in ends}
-    dtype = _precision(adapter)
+    dtype = precision_of_weights(adapter)
     if not all(_same_terms(batch, single, index, dtype) for index, single in singles.items()):
         _check_repeats(adapter, singles[ends[0]], alone(ends[0]), dtype)
         return Layout(alone=True), True
@@ -126,13 +126,13 @@ def _compared(
         if len(own) < len(ends) or name not in batch.taken:
             return Layout(alone=True), True  # an expert, that is called for some
         totals, taken = {i: t.sums.sum(0) for i, t in own.items()}, batch.taken[name]
-        if _close(totals[ends[0]], totals[ends[-1]], dtype):
+        if close(totals[ends[0]], totals[ends[-1]], dtype):
             is_settled = False
         if len(taken.sums) == size and all(
-            _close(total, taken.sums[i], dtype) for i, total in totals.items()
+            close(total, taken.sums[i], dtype) for i, total in totals.items()
         ):
             continue
-        if not all(_close(total, taken.sums.sum(0), dtype) for total in totals.values()):
+        if not all(close(total, taken.sums.sum(0), dtype) for total in totals.values()):
             return Layout(alone=True), True
         shared.add(name)
     return Layout(shared=frozenset(shared)), is_settled
@@ -156,8 +156,8 @@ def _ends(size: int, batch: Single) -> list[int]:
     return sorted({indices[0], indices[-1]}) if indices else []
 
 
-def _precision(adapter: Adapter) -> torch.dtype:
-    """The coarsest of the weights."""
+def precision_of_weights(adapter: Adapter) -> torch.dtype:
+    """The coarsest of an adapter's weights."""
     dtypes = {precision_of(p) for p in adapter.module.parameters() if p.is_floating_point()}
     return max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -172,7 +172,8 @@ def _same_terms(batch: Single, single: Single, index: int, dtype: torch.dtype) -
     return True
 
 
-def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether sums are the same but for the rounding of a type."""
     rtol = _TOLERANCES.get(dtype, _TOLERANCE_IN_HALF)
     a, b = a.double(), b.double()
     # Beside the largest group, since one that is dead holds rounding.

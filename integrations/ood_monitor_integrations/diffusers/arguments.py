@@ -16,13 +16,13 @@ from ood_monitor.adapters.base import describe, map_tensors
 from ood_monitor_integrations.diffusers.capture import DenoiserCall, sample_argument
 from ood_monitor_integrations.diffusers.families import Family, family_of
 
-__all__ = ["BESIDE", "NULL", "SAMPLE", "Recipe", "filled", "taken_apart"]
+__all__ = ["BESIDE", "NULL_PREFIX", "SAMPLE", "Recipe", "filled", "taken_apart"]
 
 #: Names in the batch: of the samples, and of what the denoiser is given beside them as channels.
 SAMPLE, BESIDE = "sample", "beside"
 
 #: Before the name of a condition: the one that guidance takes for none.
-NULL = "null."
+NULL_PREFIX = "null."
 
 #: Arguments that a replay gives itself.
 _GIVEN = ("timestep", "return_dict")
@@ -80,7 +80,7 @@ def taken_apart(
         denoiser: What was called.
         call: The call.
         count: B, the samples that the pipeline's call gave; guidance has doubled the denoiser's.
-        with_null: Whether to take the null conditions too, under names that begin with ``NULL``.
+        with_null: Whether to take the null conditions too, under names with ``NULL_PREFIX``.
 
     Returns:
         The recipe, and the batch: ``"sample"``, (B, ...) in single precision at least, and the
@@ -183,7 +183,8 @@ def _nulls(batch: Mapping[str, Tensor], count: int, family: Family) -> dict[str,
             f"own, for condition_check=True, got {told} for {count} samples: pass `call=` with "
             "guidance, or leave out the check."
         )
-    return {NULL + name: each.chunk(2)[family.conditional - 1] for name, each in conditions.items()}
+    without = family.conditional - 1
+    return {NULL_PREFIX + name: each.chunk(2)[without] for name, each in conditions.items()}
 
 
 def _beside(call: DenoiserCall, count: int, family: Family) -> tuple[int | None, Tensor | None]:

@@ -12,7 +12,7 @@ from ood_monitor import Adapter, DenoisingBound
 from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
 from ood_monitor_integrations.diffusers.arguments import (
     BESIDE,
-    NULL,
+    NULL_PREFIX,
     SAMPLE,
     Recipe,
     filled,
@@ -183,11 +183,11 @@ class _Network(nn.Module):
 
 
 def _conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in batch.items() if k != SAMPLE and not k.startswith(NULL)}
+    return {k: v for k, v in batch.items() if k != SAMPLE and not k.startswith(NULL_PREFIX)}
 
 
 def _null_conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(NULL): v for k, v in batch.items() if k.startswith(NULL)}
+    return {k.removeprefix(NULL_PREFIX): v for k, v in batch.items() if k.startswith(NULL_PREFIX)}
 
 
 def _divided(t: Tensor, divisor: int) -> Tensor:
