@@ -133,11 +133,10 @@ class Sums:
         if rest or not k:
             totals = grouped(_totals(h, axis))
             return Taken(totals if self._by_group else totals.sum(1, keepdim=True), (None,))
-        if not self._by_group:
-            h = h.reshape(self._size, -1)
-            return Taken(_squares(h, 1)[:, None], (k,))
         if k > 1:
             h, axis = h.view(self._size, k, *h.shape[1:]), 2 if axis == 1 else -1
+        if not self._by_group:
+            return Taken(_squares(h, *range(1, h.ndim))[:, None], (k,))
         positions = [d for d in range(1, h.ndim) if d != axis % h.ndim]
         return Taken(grouped(_squares(h, *positions)), (k,))
 

@@ -162,6 +162,7 @@ def _has_weight(part: Any, h: Tensor) -> bool:
 
 def _affine(part: Any, layer: Layer, h: Tensor) -> Tensor | None:
     """What the layer gives of an input if it is an affine map there; None if it is not."""
+    # Its forward alone, which brings the weight back and calls no hook of ours.
     once, twice, none = (part.forward(factor * h).detach() for factor in (1, 2, 0))
     is_plain = layer.axis != 1 or all(hasattr(part, name) for name in _OF_CONVOLUTIONS)
     largest = float(once.abs().nan_to_num(0.0, 0.0).max())
