@@ -90,8 +90,9 @@ def fit_pipeline(
     first = next(recordings, None)
     if first is None:
         raise ValueError("Expected held-out batches, got an empty iterable.")
-    bound = {"levels": levels, "seed": seed, "ratios": ratios, "condition_check": condition_check}
-    adapter = _bound(pipe, first[0], bound)
+    adapter = _bound(
+        pipe, first[0], levels=levels, seed=seed, ratios=ratios, condition_check=condition_check
+    )
     recordings = itertools.chain([first], recordings)
     batches = (_batch(pipe, adapter, *recording) for recording in recordings)
     source = "the pipeline's own samples" if data is None else "held-out images"
@@ -124,11 +125,13 @@ def replayed_bound(
         TypeError: As there.
         ValueError: As there.
     """
-    bound = {"levels": levels, "seed": seed, "ratios": ratios, "condition_check": condition_check}
-    return _bound(pipe, record_call(pipe, dict(call or {}), seed), bound)
+    found = record_call(pipe, dict(call or {}), seed)
+    return _bound(
+        pipe, found, levels=levels, seed=seed, ratios=ratios, condition_check=condition_check
+    )
 
 
-def _bound(pipe: Any, found: RecordedCall, options: dict[str, Any]) -> ReplayedBound:
+def _bound(pipe: Any, found: RecordedCall, **options: Any) -> ReplayedBound:
     return ReplayedBound(
         denoiser_of(pipe),
         pipe.scheduler,
