@@ -39,14 +39,17 @@ Array = NDArray[np.float64]
 COMPARED = ("gradient_norms", "without noise", "output_layer", "energies", methods.PAPER)
 OURS, THREE, CHECKED = "without noise", "three levels", "with null condition"
 
-#: Noise to signal at the levels of peers, those of `methods.MSMA_LEVELS` on a linear schedule.
+#: Noise to signal at the levels of peers: from little to much, the same for pixels and latents.
 MSMA_RATIOS = {2: (0.015, 3.4), 10: (0.015, 0.33, 0.6, 0.9, 1.4, 2.1, 3.4, 5.8, 12.0, 35.0)}
 SCOPED_RATIOS = (0.015, 1.25)
 
 #: Whose corruptions are measured, as in `shifts`, and by what.
 CORRUPTED, OF_CORRUPTIONS = "UNet", ["gradient_norms", OURS]
 
+OURS_PARTS = ["output_layer", "energies"]
+
 Make = Callable[..., om.Adapter]
+Ratios = tuple[float, float]
 
 
 def bound(unet: nn.Module, **options: Any) -> om.Adapter:
@@ -71,28 +74,29 @@ def rows(
         checked = replace(watched, adapter=functools.partial(make, null_condition=none_of))
         yield from rows_of(name, checked, module, sets, [CHECKED])
     x = {of: watched.prepare(images) for of, images in sets.items()}
-    yield from others(name, make, module, x)
+    is_latent = has_labels and kinds.kinds()[name].latent
+    yield from others(name, make, module, x, (0.33, 3.4) if is_latent else (0.015, 3.4))
     if has_labels:
         yield from wrong_labels(name, make, module, x)
 
 
-def others(name: str, make: Make, module: nn.Module, x: Mapping[str, Tensor]) -> Iterator[Row]:
-    """Parts of ours, and peers."""
+def others(
+    name: str, make: Make, module: nn.Module, x: Mapping[str, Tensor], ratios: Ratios
+) -> Iterator[Row]:
+    """Parts of ours, at the ratios that it takes itself, and peers."""
     found = measured(make(module), x, OURS_PARTS)
     e_and_g = {of: only(it, ("/expected", "/norm")) for of, it in found.items()}
+    adapters = [Energy(make(module, ratios=[ratio])) for ratio in ratios]
     tables = {
         "e and g": scores_of(e_and_g, ["output_layer"]),
-        "32 groups a layer": scores_of(by_group(make, module, x, found), OURS_PARTS),
+        "32 groups a layer": scores_of(by_group(adapters, x, found), OURS_PARTS),
     }
-    for count, ratios in MSMA_RATIOS.items():
-        norms = {of: residual_norms(make(module, ratios=ratios), it) for of, it in x.items()}
+    for count, chosen in MSMA_RATIOS.items():
+        norms = {of: residual_norms(make(module, ratios=chosen), it) for of, it in x.items()}
         tables[f"MSMA, {count} levels"] = protocol.scored(GaussianMixture(), norms)
     tables["SCOPED"] = scoped(make(module, ratios=SCOPED_RATIOS), x)
     for method, scores in tables.items():
         yield {"model": name, "method": method, "found": caught(scores)} | protocol.judged(scores)
-
-
-OURS_PARTS = ["output_layer", "energies"]
 
 
 def measured(
@@ -127,10 +131,9 @@ class Energy(om.Adapter):
 
 
 def by_group(
-    make: Make, module: nn.Module, x: Mapping[str, Tensor], found: Mapping[str, Measurements]
+    adapters: list[Energy], x: Mapping[str, Tensor], found: Mapping[str, Measurements]
 ) -> dict[str, Measurements]:
     """With each layer's energies in 32 groups of channels, in place of one number a layer."""
-    adapters = [Energy(make(module, ratios=[ratio])) for ratio in ratios_of(x["fit"])]
     sums = {of: np.hstack([groups(adapter, it) for adapter in adapters]) for of, it in x.items()}
     floor = 0.01 * np.median(sums["fit"], 0)
     result = {}
@@ -144,11 +147,6 @@ def by_group(
         )
         result[of] = replace(it, tables=dict(it.tables) | {"energies": whole})
     return result
-
-
-def ratios_of(x: Tensor) -> tuple[float, float]:
-    """Those of a denoiser of latents, whose channels come with a label's, or of pixels."""
-    return (0.33, 3.4) if x.shape[1] > 4 else (0.015, 3.4)
 
 
 def groups(adapter: om.Adapter, x: Tensor) -> Array:

@@ -132,14 +132,16 @@ def denoisers(report: Row, measured: str) -> list[str]:
     """The part of the page on denoisers without noise."""
     rows = report["rows"]
     has_unets = any(row["model"] == "UNet" for row in rows)
-    unets = "The UNets of above, and five" if has_unets else "Five"
+    of_kinds = (
+        "" if has_unets else " Of the kinds alone, by `--model`: the UNets were not measured."
+    )
     return [
         "## Denoisers without noise",
-        f"By {measured}",
+        f"By {measured}{of_kinds}",
         pages.paragraph(
-            f"{unets} kinds of class-conditional denoisers that are trained here: on latents one "
-            "of noise, of v and of a flow, and a transformer (DiT); on pixels one of a flow. "
-            "`without noise` is the default of diffusion models: two levels, or "
+            "The UNets of above, and five kinds of class-conditional denoisers that are trained "
+            "here: on latents one of noise, of v and of a flow, and a transformer (DiT); on pixels "
+            "one of a flow. `without noise` is the default of diffusion models: two levels, or "
             "three, of samples without noise; of the last layer's gradient by input channel, "
             "expected and realised (`output_layer`), and of energies of layers' inputs and of the "
             "residual's frequencies (`energies`). Peers take the same residuals. Costs are in "
@@ -167,8 +169,7 @@ def wrong_labels(rows: Sequence[Row]) -> list[str]:
         pages.paragraph(
             "Known images with a wrong label against others with their own, AUROC. `condition` "
             "is by how much the label lowers the residual at the level of most noise, against no "
-            "label: one pass more. It was found on the first two models, for what the difference "
-            "of the two passes showed was less."
+            "label: one pass more. It was chosen on the first two models."
         ),
         table(["method", *models], lines),
     ]

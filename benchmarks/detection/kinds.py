@@ -212,10 +212,7 @@ def watched(kind: Kind, prepare: Callable[[Tensor], Tensor]) -> Watched:
 
 
 def watched_autoencoder() -> Watched:
-    def unused(_: nn.Module) -> om.Adapter:
-        raise NotImplementedError
-
-    return Watched(trained.signed, autoencoder, reconstruction, unused, 1_000, batch=64)
+    return Watched(trained.signed, autoencoder, reconstruction, om.ELBO, 1_000, batch=64)
 
 
 def every(data: Path, names: list[str] | None = None) -> Mapping[str, Watched]:

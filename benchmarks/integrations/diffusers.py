@@ -73,7 +73,7 @@ def ways(last: str, *, few: bool) -> dict[str, Watching]:
     up, end = ["up_blocks.*", *OUTPUT], [f"{last}.*", *OUTPUT]
     share, background = {"sample_rate": 0.1}, {"mode": "background", "queue_size": 4}
     all_ways = {
-        "sync, defaults": Watching(None, target=0.06),
+        "defaults": Watching(None, target=0.06),
         "defaults, a tenth of samples": Watching(None, options=share, mean=True),
         "defaults, background": Watching(None, options=background),
         "gradient norms, four levels": Watching(levels=LEVELS),
@@ -88,7 +88,7 @@ def ways(last: str, *, few: bool) -> dict[str, Watching]:
             layers=end, options=background, target=0.05
         ),
     }
-    chosen = ("sync, defaults", "defaults, background", "gradient norms, last up block")
+    chosen = ("defaults", "defaults, background", "gradient norms, last up block")
     return {name: way for name, way in all_ways.items() if not few or name in chosen}
 
 
