@@ -56,23 +56,28 @@ References:
     | https://www.aaai.org/Library/ICML/2003/icml03-100.php
 """
 
+import copy
 import hashlib
 import math
+import operator
 import sys
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.calibration.conformal import check_scores
+from ood_monitor.checks import number, whole
+from ood_monitor.drift.change import KEPT, Since, since_when
 
 JUMP = 0.01
 """The share :math:`J` of the Simple Jumper's capital that is dealt out anew at each step."""
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """The version of :meth:`EDetector.state_dict`."""
 
 Triple = tuple[float, float, float]
@@ -184,29 +189,36 @@ class Evidence:
 
 @dataclass(slots=True)
 class _Episode:
-    """What an episode adds to the calibration scores."""
+    """What an episode adds to the calibration scores; histories are by group."""
 
-    history: list[float]
+    histories: list[list[float]]
     stream: list[float] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    bets: deque[Sums] = field(default_factory=lambda: deque(maxlen=KEPT))
     log1p_sums: Sums = (0.0, 0.0, 0.0, 0.0)
     weights: Triple = (_THIRD, _THIRD, _THIRD)
     n: int = 0
+    grows: bool = True
 
-    def remember(self, score: float) -> None:
-        insort(self.history, score)
+    def remember(self, score: float, group: int) -> None:
+        insort(self.histories[group], score)
         self.stream.append(score)
+        self.groups.append(group)
 
     def bet(self, p: float, complement: float) -> float:
         """Moves the four sums on by one sample, and returns the log of their average."""
-        log_e, self.weights = simple_jumper(self.weights, p)
-        large, small, mean, alike = self.log1p_sums
-        large += log_power_bet(p)
-        small += log_power_bet(complement)
-        mean += log_e
-        alike += log_middle_bet(p, complement)
+        jump, self.weights = simple_jumper(self.weights, p)
+        bets = log_power_bet(p), log_power_bet(complement), jump, log_middle_bet(p, complement)
+        large, small, mean, alike = map(operator.add, self.log1p_sums, bets)
         self.log1p_sums = (log1p_exp(large), log1p_exp(small), log1p_exp(mean), log1p_exp(alike))
+        self.bets.append(bets)
         self.n += 1
         return log_mean_exp((large, small, mean, alike))
+
+    def copy(self) -> "_Episode":
+        histories = [history.copy() for history in self.histories]
+        lists = {name: getattr(self, name).copy() for name in ("stream", "groups", "bets")}
+        return replace(self, histories=histories, **lists)
 
 
 class EDetector:
@@ -229,6 +241,10 @@ class EDetector:
     The price of a growing history is that a change, if not found while it is the smaller part, is
     taken in (``benchmarks/drift/e_detector.py`` tells how often).
 
+    With groups, a score is ranked among those of its own group alone. In control these ranks are
+    uniform and independent too, whichever groups come, so that the promise is the same and a change
+    of the groups' mix alone is no alarm; :class:`~ood_monitor.drift.mix.MixDetector` tells of that.
+
     One detector serves one stream, one sample after the other. What an alarm means for the stream
     is the caller's to decide: without :meth:`restart` the sums go on, and so may the alarm.
 
@@ -237,11 +253,15 @@ class EDetector:
             order, with shape (m,). Exchangeable with the stream in control.
         ert: The expected run time to a false alarm, in samples: at least this many.
         seed: The seed of the tie-breakers :math:`U_n`. They are the only randomness.
-        max_history: The most scores to rank against, calibration scores included.
+        max_history: The most scores of a group to rank against, calibration scores included.
+        groups: The group of each calibration score, from 0 on, with shape (m,); one by default.
+        group_count: How many groups there are; by default those that come among ``groups``.
 
     Raises:
-        ValueError: If ``ert`` is below 2 or not finite, ``max_history`` is below 1, or
+        ValueError: If ``ert`` is below 2 or not finite, ``max_history`` is below 1, the groups are
+            not one from 0 to ``group_count`` - 1 for each score, or
             :func:`ood_monitor.calibration.conformal.check_scores` refuses the scores.
+        TypeError: If ``seed`` or ``max_history`` is no whole number.
 
     Example:
         Half a standard deviation, from sample 1000 on:
@@ -263,90 +283,113 @@ class EDetector:
         ert: float,
         seed: int = 0,
         max_history: int = 5000,
+        groups: ArrayLike | None = None,
+        group_count: int | None = None,
     ) -> None:
-        if not 2.0 <= ert < math.inf:
-            raise ValueError(f"Expected a finite expected run time of at least 2, got {ert}.")
-        if max_history < 1:
-            raise ValueError(f"Expected a history of at least 1 score, got {max_history}.")
-        # Adding 0 makes -0 and 0, which tie, the same to the digest.
-        calibration = np.sort(check_scores(calibration_scores)) + 0.0
-        self.ert = float(ert)
-        self.max_history = int(max_history)
+        self.ert = checked_ert(ert)
+        self.max_history = whole("max_history", max_history, 1)
         self._log_ert = math.log(self.ert)
-        self._calibration: list[float] = calibration.tolist()
-        self._digest = hashlib.sha256(calibration.astype("<f8").tobytes()).hexdigest()
-        entropy = np.random.SeedSequence([_SEED_DOMAIN, seed])
-        self._generator = np.random.Generator(np.random.PCG64(entropy))
+        self._calibration = _by_group(check_scores(calibration_scores), groups, group_count)
+        self._digest = _digest(self._calibration)
+        self._generator = tie_breaker(_SEED_DOMAIN, seed)
         self.restart()
 
-    def restart(self) -> None:
+    def copy(self) -> Self:
+        """Returns a detector that goes on from here, and changes nothing of this one."""
+        other = copy.copy(self)
+        other._episode = self._episode.copy()
+        other._generator = copy.deepcopy(self._generator)
+        return other
+
+    def restart(self, *, grow: bool = True) -> None:
         """Begins a new episode: the sums are 0 and the history is the calibration scores.
 
         After an alarm the history holds scores from after the change. Ranked against those, a
         change that goes on would look normal. The tie-breakers go on where they were. The promise
         is for an episode on average over calibration sets: if yours is an unlucky one, that is
         unlucky in every episode.
-        """
-        self._episode = _Episode(history=self._calibration.copy())
 
-    def update(self, score: float) -> Evidence:
+        Args:
+            grow: Whether the history grows with the stream. Where a change is known to go on, it
+                had better not, or the change is taken in and looks over.
+        """
+        self._episode = _Episode([scores.copy() for scores in self._calibration], grows=grow)
+
+    def update(self, score: float, group: int = 0) -> Evidence:
         """Takes in the score of one sample.
 
         Args:
             score: The score; it may be infinite, since only its rank matters.
+            group: The sample's group.
 
         Returns:
             The evidence after this sample.
 
         Raises:
-            ValueError: If the score is nan; the detector is then unchanged.
+            ValueError: If the score is nan or there is no such group; the detector is then
+                unchanged.
         """
         value = float(score)
         if math.isnan(value):
             raise ValueError("Expected a score that is a number, got nan.")
-        return self._advance(min(max(value, -_LARGEST), _LARGEST))
+        if not 0 <= group < len(self._calibration):
+            raise ValueError(f"Expected a group below {len(self._calibration)}, got {group}.")
+        return self._advance(min(max(value, -_LARGEST), _LARGEST), group)
 
-    def update_many(self, scores: ArrayLike) -> list[Evidence]:
+    def update_many(self, scores: ArrayLike, groups: ArrayLike | None = None) -> list[Evidence]:
         """Takes in the scores of several samples, as :meth:`update` would one after the other.
 
         Args:
             scores: The scores in the order of their arrival, with shape (B,); B may be 0, and
                 scores infinite.
+            groups: The group of each, with shape (B,); 0 by default.
 
         Returns:
             The evidence after each sample, with length B.
 
         Raises:
-            ValueError: If the scores are not one-dimensional or one is nan; the detector is then
-                unchanged.
+            ValueError: If the scores are not one-dimensional, one is nan, or the groups are not
+                one for each; the detector is then unchanged.
         """
         values = np.clip(np.asarray(scores, dtype=np.float64), -_LARGEST, _LARGEST)
-        return [self._advance(score) for score in check_scores(values, minimum=0).tolist()]
+        found: list[float] = check_scores(values, minimum=0).tolist()
+        own = _checked_groups(groups, len(found), len(self._calibration)).tolist()
+        return [self._advance(score, group) for score, group in zip(found, own, strict=True)]
 
-    def _advance(self, score: float) -> Evidence:
+    def _advance(self, score: float, group: int) -> Evidence:
         episode = self._episode
+        history = episode.histories[group]
         u = self._generator.random() or _SMALLEST_UNIFORM
-        p, complement = smoothed_rank(episode.history, score, u)
-        if len(episode.history) < self.max_history:
-            episode.remember(score)
+        p, complement = smoothed_rank(history, score, u)
+        if episode.grows and len(history) < self.max_history:
+            episode.remember(score, group)
         log_e = episode.bet(p, complement)
         return Evidence(p, log_e, log_e >= self._log_ert, episode.n)
+
+    def since(self) -> Since:
+        """Returns since when the evidence counts, back from the latest sample.
+
+        Raises:
+            ValueError: If no sample was taken in since the start.
+        """
+        return since_when(self._episode.bets)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without the calibration scores, as primitives that JSON can hold."""
         episode = self._episode
-        generator = self._generator.bit_generator.state["state"]
         return {
             "format": STATE_FORMAT,
             "calibration": self._digest,
             "ert": self.ert,
             "max_history": self.max_history,
             "n": episode.n,
+            "grows": episode.grows,
             "log1p_sums": list(episode.log1p_sums),
             "weights": list(episode.weights),
             "stream": episode.stream.copy(),
-            # 128 bits: as text, since many a JSON reader makes a double of a number.
-            "generator": {name: str(generator[name]) for name in ("state", "inc")},
+            "groups": episode.groups.copy() if len(self._calibration) > 1 else [],
+            "bets": [list(bets) for bets in episode.bets],
+            "generator": tie_breaker_state(self._generator),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -362,7 +405,7 @@ class EDetector:
         self._refuse_foreign(state)
         try:
             episode = self._episode_of(state)
-            generator = _generator_of(state["generator"])
+            generator = tie_breaker_of(state["generator"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"Malformed drift state: {error!r}.") from error
         self._episode, self._generator = episode, generator
@@ -383,16 +426,25 @@ class EDetector:
 
     def _episode_of(self, state: Mapping[str, Any]) -> _Episode:
         stream: list[float] = check_scores(state["stream"], minimum=0).tolist()
-        n = int(state["n"])
-        room = max(self.max_history - len(self._calibration), 0)
-        if len(stream) != min(n, room):
+        groups = _checked_groups(state["groups"] or None, len(stream), len(self._calibration))
+        n, grows, histories = int(state["n"]), bool(state["grows"]), []
+        for group, scores in enumerate(self._calibration):
+            own = [score for score, of in zip(stream, groups, strict=True) if of == group]
+            room = max(self.max_history - len(scores), 0) if grows else 0
+            if len(own) > min(n, room):
+                raise ValueError(f"{len(own)} scores after {n} samples")
+            histories.append(sorted(scores + own))
+        if len(histories) == 1 and len(stream) != min(n, room):
             raise ValueError(f"{len(stream)} scores after {n} samples")
         return _Episode(
-            history=sorted(self._calibration + stream),
+            histories,
             stream=stream,
+            groups=groups.tolist(),
+            bets=deque(map(_sums, state["bets"]), maxlen=KEPT),
             log1p_sums=_sums(state["log1p_sums"]),
             weights=_triple(state["weights"]),
             n=n,
+            grows=grows,
         )
 
 
@@ -419,6 +471,53 @@ def pooled_log_e_value(log_e_values: Iterable[float]) -> float:
     return float(np.logaddexp.reduce(values) - math.log(len(values)))
 
 
+def checked_ert(ert: float) -> float:
+    """Returns an expected run time that a test can promise.
+
+    Raises:
+        ValueError: If it is below 2 or not finite.
+        TypeError: If it is no number.
+    """
+    found = number("ert", ert, 2.0)
+    if math.isinf(found):
+        raise ValueError(f"Expected a finite ert, got {ert}.")
+    return found
+
+
+def tie_breaker(domain: int, seed: int) -> np.random.Generator:
+    """Returns the generator of tie-breakers of one kind of test."""
+    entropy = np.random.SeedSequence([domain, whole("seed", seed)])
+    return np.random.Generator(np.random.PCG64(entropy))
+
+
+def _checked_groups(groups: ArrayLike | None, count: int, group_count: int) -> NDArray[np.int64]:
+    """The group of each of so many scores, all 0 by default."""
+    found = np.zeros(count, dtype=np.int64) if groups is None else np.asarray(groups)
+    sound = found.shape == (count,) and (not count or found.dtype.kind in "iu")
+    if not sound or np.any((found < 0) | (found >= group_count)):
+        raise ValueError(f"Expected a group below {group_count} for each of {count} scores.")
+    return found.astype(np.int64)
+
+
+def _by_group(
+    scores: NDArray[np.float64], groups: ArrayLike | None, group_count: int | None
+) -> list[list[float]]:
+    """Calibration scores of each group, ascending."""
+    if group_count is None:
+        group_count = 1 if groups is None else int(np.max(np.asarray(groups), initial=0)) + 1
+    own = _checked_groups(groups, len(scores), whole("group_count", group_count, 1))
+    # Adding 0 makes -0 and 0, which tie, the same to the digest.
+    return [(np.sort(scores[own == group]) + 0.0).tolist() for group in range(group_count)]
+
+
+def _digest(calibration: Sequence[Sequence[float]]) -> str:
+    digest = hashlib.sha256()
+    for scores in calibration:
+        digest.update(len(scores).to_bytes(8, "little"))
+        digest.update(np.array(scores, dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
 def _sums(values: Sequence[float]) -> Sums:
     large, small, mean, alike = check_scores(values, minimum=4).tolist()
     return large, small, mean, alike
@@ -429,7 +528,15 @@ def _triple(values: Sequence[float]) -> Triple:
     return first, second, third
 
 
-def _generator_of(state: Mapping[str, str]) -> np.random.Generator:
+def tie_breaker_state(generator: np.random.Generator) -> dict[str, str]:
+    """Returns where a generator of :func:`tie_breaker` stands."""
+    state = generator.bit_generator.state["state"]
+    # 128 bits: as text, since many a JSON reader makes a double of a number.
+    return {name: str(state[name]) for name in ("state", "inc")}
+
+
+def tie_breaker_of(state: Mapping[str, str]) -> np.random.Generator:
+    """Returns the generator that goes on from what :func:`tie_breaker_state` gave."""
     bits = np.random.PCG64()
     bits.state = {
         "bit_generator": "PCG64",
