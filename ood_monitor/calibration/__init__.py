@@ -5,8 +5,9 @@ scores :math:`s_1, \ldots, s_n` of data that the detector was not fitted on; wit
 of the sample's own group. :func:`diagnose` tells which of the paper's assumptions hold on them.
 """
 
-from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue, binomial_interval
+from ood_monitor.calibration.conformal import ConformalPValue, binomial_interval
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
+from ood_monitor.calibration.groups import GroupedPValue
 from ood_monitor.calibration.scores import Scores
 
 __all__ = [

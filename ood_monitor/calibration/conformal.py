@@ -23,9 +23,7 @@ References:
 """
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Self
 
@@ -58,6 +56,21 @@ def check_scores(scores: ArrayLike, minimum: int = MINIMUM_SCORES) -> NDArray[np
     if bad:
         raise ValueError(f"Expected finite scores, got {bad} of {len(values)} that are not.")
     return values
+
+
+def p_values(calibration: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    r"""Returns :math:`(1 + \#\{i : s_i \geq s\}) / (n + 1)` of each score.
+
+    Args:
+        calibration: The calibration scores in ascending order, with shape (n,); n may be 0.
+        scores: The scores, with shape (B,).
+
+    Returns:
+        The p-values, with shape (B,); nan where the score is nan.
+    """
+    n = len(calibration)
+    at_least = n - np.searchsorted(calibration, scores, side="left")
+    return np.where(np.isnan(scores), np.nan, (1.0 + at_least) / (n + 1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +134,7 @@ class ConformalPValue:
         values = np.asarray(scores, dtype=np.float64)
         if values.ndim != 1:
             raise ValueError(f"Expected scores of shape (B,), got shape {values.shape}.")
-        n = len(self.scores)
-        at_least = n - np.searchsorted(self.scores, values, side="left")
-        return np.where(np.isnan(values), np.nan, (1.0 + at_least) / (n + 1.0))
+        return p_values(self.scores, values)
 
     def check_fpr(self, fpr: float) -> None:
         """Refuses a false-positive rate which this calibration cannot reach.
@@ -135,11 +146,10 @@ class ConformalPValue:
             ValueError: If the rate is not in (0, 1), or below the smallest p-value, so that
                 nothing would ever be flagged.
         """
-        if not 0.0 < fpr < 1.0:
-            raise ValueError(f"Expected a false-positive rate in (0, 1), got {fpr}.")
-        if fpr < self.smallest:
+        needed = samples_for(fpr)
+        if len(self.scores) < needed:
             raise ValueError(
-                f"A false-positive rate of {fpr} needs at least {samples_for(fpr)} "
+                f"A false-positive rate of {fpr} needs at least {needed} "
                 f"calibration samples, got {len(self.scores)}."
             )
 
@@ -167,96 +177,6 @@ class ConformalPValue:
         return above / (n + 1.0) + u * (largest - above / (n + 1.0))
 
 
-@dataclass(frozen=True, eq=False)
-class GroupedPValue:
-    """Conformal p-values within groups (Mondrian): each sample against its own group's scores.
-
-    Where groups differ in their scores (classes, prompts, tenants, resolutions), p-values against
-    all scores together flag one group too often and another never; within a group they are exact.
-    Groups with fewer than ``minimum`` scores, and groups never seen, are one group together; if
-    that has too few as well, they are compared with all scores.
-
-    Args:
-        scores: The calibration scores, with shape (n,).
-        groups: The group of each, with length n.
-        minimum: The fewest scores that make a group of its own.
-
-    Raises:
-        ValueError: If there is not one group for each score, :func:`check_scores` refuses the
-            scores, or the minimum is below :data:`MINIMUM_SCORES`.
-
-    References:
-        | Algorithmic Learning in a Random World (Vladimir Vovk, Alexander Gammerman,
-          Glenn Shafer, 2005), section 4.5
-        | https://doi.org/10.1007/b106715
-
-    Example:
-        >>> scores = np.concatenate([np.arange(100.0), np.arange(100.0) + 50])
-        >>> calibration = GroupedPValue(scores, ("cats",) * 100 + ("dogs",) * 100)
-        >>> calibration.p_value([120.0, 120.0], ["cats", "dogs"]).round(2)
-        array([0.01, 0.31])
-    """
-
-    scores: NDArray[np.float64]
-    groups: tuple[str, ...]
-    minimum: int = 100
-    _own: dict[str, ConformalPValue] = field(init=False, repr=False)
-    _others: ConformalPValue = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Checks the scores and groups, and sorts each group's scores."""
-        values = check_scores(self.scores)
-        if len(self.groups) != len(values):
-            raise ValueError(f"Expected {len(values)} groups, got {len(self.groups)}.")
-        if self.minimum < MINIMUM_SCORES:
-            raise ValueError(f"Expected a minimum >= {MINIMUM_SCORES}, got {self.minimum}.")
-        names = np.array(self.groups, dtype=object)
-        counts = Counter(self.groups)
-        large = [group for group, count in counts.items() if count >= self.minimum]
-        small = values[~np.isin(names, large)]
-        others = small if len(small) >= self.minimum else values
-        own = {group: ConformalPValue.fit(values[names == group]) for group in large}
-        object.__setattr__(self, "_own", own)
-        object.__setattr__(self, "_others", ConformalPValue.fit(others))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """How many scores each group of its own has, largest first."""
-        sizes = {group: len(calibration.scores) for group, calibration in self._own.items()}
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
-
-    def p_value(self, scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.float64]:
-        """Returns the p-value of each score within its group.
-
-        Args:
-            scores: The scores, with shape (B,).
-            groups: The group of each, with length B.
-
-        Returns:
-            The p-values, with shape (B,); nan where the score is nan.
-
-        Raises:
-            ValueError: If there is not one group for each score.
-        """
-        values = np.asarray(scores, dtype=np.float64)
-        if values.ndim != 1 or len(groups) != len(values):
-            raise ValueError(f"Expected {values.size} groups, got {len(groups)}.")
-        found = np.empty(len(values))
-        for group in set(groups):
-            members = np.array([g == group for g in groups])
-            found[members] = self._own.get(group, self._others).p_value(values[members])
-        return found
-
-    def check_fpr(self, fpr: float) -> None:
-        """Refuses a false-positive rate which the smallest group cannot reach.
-
-        Raises:
-            ValueError: As :meth:`ConformalPValue.check_fpr`, of the smallest group.
-        """
-        calibrations = [*self._own.values(), self._others]
-        min(calibrations, key=lambda calibration: len(calibration.scores)).check_fpr(fpr)
-
-
 def samples_for(fpr: float) -> int:
     r"""Returns how many calibration samples a false-positive rate needs.
 
@@ -265,7 +185,12 @@ def samples_for(fpr: float) -> int:
 
     Returns:
         The smallest n with :math:`1 / (n + 1) \leq` fpr.
+
+    Raises:
+        ValueError: If the rate is not in (0, 1).
     """
+    if not 0.0 < fpr < 1.0:
+        raise ValueError(f"Expected a false-positive rate in (0, 1), got {fpr}.")
     n = math.ceil(1.0 / fpr) - 1
     # The reciprocal of the float nearest to 1 / 49 rounds to just above 49.
     return n - 1 if 1.0 / n <= fpr else n

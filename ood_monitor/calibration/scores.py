@@ -8,7 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Scores"]
+__all__ = ["Scores", "joined_groups"]
+
+_EMPTY = {torch.bool: False, torch.int64: -1, torch.float64: math.nan}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Scores:
             smaller than usual; of ``"term"`` its value. Like ``layers``, without those that are
             dead or constant.
         valid: (B,), bool; False where the score is nan, and with it the p-value.
+        group: (B,), int64, the place of the sample's group among the detector's large ones, their
+            number for the others, -1 where it was not asked for; None of a detector without groups.
     """
 
     score: Tensor
@@ -37,6 +41,7 @@ class Scores:
     layers: dict[str, Tensor]
     z: dict[str, Tensor]
     valid: Tensor
+    group: Tensor | None = None
 
     @classmethod
     def none(cls) -> Self:
@@ -55,8 +60,7 @@ class Scores:
         """
 
         def spread(values: Tensor) -> Tensor:
-            empty = False if values.dtype == torch.bool else math.nan
-            whole = values.new_full((count,), empty)
+            whole = values.new_full((count,), _EMPTY[values.dtype])
             whole[rows] = values
             return whole
 
@@ -67,4 +71,17 @@ class Scores:
             layers={name: spread(values) for name, values in self.layers.items()},
             z={name: spread(values) for name, values in self.z.items()},
             valid=spread(self.valid),
+            group=None if self.group is None else spread(self.group),
         )
+
+
+def joined_groups(parts: Sequence[Scores]) -> Tensor | None:
+    """Groups of the samples of several, -1 of those of a part without; None if none has any."""
+    if all(part.group is None for part in parts):
+        return None
+    unknown = [torch.full_like(part.score, -1, dtype=torch.int64) for part in parts]
+    known = [
+        none if part.group is None else part.group
+        for part, none in zip(parts, unknown, strict=True)
+    ]
+    return torch.cat(known)

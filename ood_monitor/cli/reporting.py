@@ -12,7 +12,7 @@ import torch
 import typer
 
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
-from ood_monitor.calibration.scores import Scores
+from ood_monitor.calibration.scores import Scores, joined_groups
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.data import Samples, batches
 from ood_monitor.cli.models import Model
@@ -191,4 +191,5 @@ def _joined(parts: Sequence[Scores]) -> Scores:
         layers=by_layer("layers"),
         z=by_layer("z"),
         valid=torch.cat([p.valid for p in parts]),
+        group=joined_groups(parts),
     )

@@ -54,7 +54,7 @@ def score(
     if output is not None:
         check_output(output)
     detector, model, recipe = scoring.detector(directory)
-    (detector.fitted.grouped or detector.fitted.calibration).check_fpr(fpr)
+    detector.fitted.check_fpr(fpr)
     source, size = scoring.samples(data, recipe), scoring.batch_size
     counts = {"samples": 0, "flagged": 0, "invalid": 0}
     with table(output) as write:

@@ -68,9 +68,11 @@ class Detector(Pretrained):
             never left out; foreign ones make p-values larger, so that fewer samples are flagged.
         seed: Of the random split into fit and calibration samples.
         groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
-            its class, prompt class, tenant. P-values are then within groups; the drift test looks
-            at the whole stream. See :class:`~ood_monitor.calibration.conformal.GroupedPValue`.
-        minimum_group: The fewest calibration samples that make a group of its own.
+            its class, prompt class, tenant. P-values and the drift test then compare a sample with
+            its own group. See :class:`~ood_monitor.calibration.GroupedPValue`.
+        minimum_group: The fewest calibration samples that make a group of its own: as many as are
+            to be expected by the labels of the samples that fit. Smaller groups, and labels never
+            seen, are one group together.
         source: Where the held-out samples come from, in words; it is saved with the detector.
         explain: How many held-out samples :meth:`explain` goes by; 0 for none. Of these, gradient
             norms are taken, of few at a time, also where the method needs none; if they cannot be,
@@ -265,9 +267,11 @@ class Detector(Pretrained):
         score = parts.sum(1)
         means = fitted.joined.by_layer(features, np.mean)
         shares = fitted.joined.by_layer(parts, np.sum)
+        group = fitted.group(measured.groups, len(score))
         return Scores(
             score=torch.from_numpy(score),
             p_value=torch.from_numpy(fitted.p_value(score, measured.groups)),
+            group=None if group is None else torch.from_numpy(group),
             log_likelihood=torch.from_numpy(measured.total),
             layers=_columns(fitted.layers, shares),
             z=_columns(fitted.layers, (means - fitted.layer_mean) / fitted.layer_sd),

@@ -11,10 +11,10 @@ from ood_monitor.adapters.base import Adapter
 from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
     ConformalPValue,
-    GroupedPValue,
     autocorrelation_bound,
     lag1_autocorrelation,
 )
+from ood_monitor.calibration.groups import GroupedPValue, large_groups
 from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
@@ -45,7 +45,7 @@ class Fitting:
         trim: Share of the fit samples that is left out.
         seed: Of the split.
         grouped: Whether samples have groups.
-        minimum_group: The fewest calibration samples that make a group of its own.
+        minimum_group: The fewest calibration samples to be expected of a group of its own.
     """
 
     plan: Plan
@@ -91,7 +91,7 @@ class Fitting:
             model=digest(adapter.module),
             dtype=str(dtype),
             fit_count=len(seen),
-            grouped=self._groups_of(scores, rest.groups),
+            grouped=self._grouped(scores, rest.groups, measured.take(fit).groups),
             usual=usual,
             provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
         )
@@ -115,8 +115,21 @@ class Fitting:
         scores = Joined.fit(self.plan.parts, samples, eps).score(samples)
         return samples.take(np.flatnonzero(scores <= np.quantile(scores, 1 - self.trim)))
 
-    def _groups_of(self, scores: Array, groups: tuple[str, ...]) -> GroupedPValue | None:
-        return None if not self.grouped else GroupedPValue(scores, groups, self.minimum_group)
+    def _grouped(
+        self, scores: Array, calibrate: tuple[str, ...], fit: tuple[str, ...]
+    ) -> GroupedPValue | None:
+        """Scores by group; labels of samples that calibrate nothing say which groups are large."""
+        if not self.grouped:
+            return None
+        odds = self.calibration_fraction / (1 - self.calibration_fraction)
+        large = large_groups(fit, self.minimum_group / odds)
+        if not large:
+            _log.warning(
+                "No group of the %d has %d calibration samples, so that all are one group.",
+                len({*calibrate, *fit}),
+                self.minimum_group,
+            )
+        return GroupedPValue(scores, calibrate, large)
 
     def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections import Counter
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ood_monitor.adapters.base import SampleKind
-from ood_monitor.calibration.conformal import ConformalPValue, GroupedPValue
+from ood_monitor.calibration.conformal import ConformalPValue, samples_for
+from ood_monitor.calibration.groups import GroupedPValue
 from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
@@ -31,6 +34,8 @@ from ood_monitor.saving.provenance import Provenance
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
 
 CONFIG, TENSORS = "config.json", "detector.safetensors"
+
+_log = logging.getLogger(__name__)
 
 #: Version of the two files together; a newer one is refused. It grows when an older reader would
 #: misread what a newer one wrote, not when there is more to read.
@@ -94,7 +99,7 @@ class Fitted:
         )
         return dict(Counter(map(layer_of, names)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that identify what was learned."""
         return hashlib.sha256(save(self._arrays())).hexdigest()[:12]
@@ -104,6 +109,27 @@ class Fitted:
         if self.grouped is None:
             return self.calibration.p_value(scores)
         return self.grouped.p_value(scores, groups)
+
+    def group(self, labels: tuple[str, ...], count: int) -> NDArray[np.int64] | None:
+        """Of B samples, the place of each one's group; None without groups."""
+        return None if self.grouped is None else self.grouped.indices(labels, count)
+
+    def check_fpr(self, fpr: float) -> None:
+        """Refuse a false-positive rate at which nothing is flagged; tell of groups where it is so.
+
+        Raises:
+            ValueError: The rate is not in (0, 1), or there are too few calibration samples.
+        """
+        (self.grouped or self.calibration).check_fpr(fpr)
+        never = {} if self.grouped is None else self.grouped.never_flagged(fpr)
+        if never:
+            _log.warning(
+                "Too few calibration samples to flag any sample at fpr %g in these groups (%d are "
+                "needed): %s.",
+                fpr,
+                samples_for(fpr),
+                ", ".join(f"{group!r} has {size}" for group, size in never.items()),
+            )
 
     def based_on(self, base_model: str | None, revision: str | None) -> Self:
         """The same with the name of the model that is watched, where one is given."""
@@ -149,8 +175,8 @@ class Fitted:
             "options": options,
         }
         if self.grouped is not None:
-            config["groups"] = list(self.grouped.groups)
-            config["minimum_group"] = self.grouped.minimum
+            config["groups"] = list(self.grouped.labels)
+            config["large_groups"] = list(self.grouped.large)
         config |= self.provenance.dump()
         if self.usual is not None:
             config["explanation"] = self.usual.dump()
@@ -253,7 +279,7 @@ def _grouped(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> GroupedPV
     if "groups" not in config:
         return None
     groups = tuple(map(str, config["groups"]))
-    return GroupedPValue(arrays["grouped"], groups, int(config["minimum_group"]))
+    return GroupedPValue(arrays["grouped"], groups, tuple(config["large_groups"]))
 
 
 def _usual(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Usual | None:

@@ -127,7 +127,7 @@ _SETTINGS: dict[str, _Rule] = {
     "calibration_count": _Rule(lambda v: _is_whole(v, 1), "a count", required=False),
     "options": _Rule(lambda v: isinstance(v, dict), "a mapping"),
     "groups": _Rule(lambda v: isinstance(v, list) and all(map(_is_text, v)), "names", False),
-    "minimum_group": _Rule(lambda v: _is_whole(v, 1), "a count", False),
+    "large_groups": _Rule(_are_names, "names, each once", False),
     "adapter": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
     "base_model": _Rule(_is_text, "a name", False),
     "base_model_revision": _Rule(_is_text, "a name", False),
@@ -184,8 +184,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         _check_part(f"parts[{i}]", part)
     if len({part["kind"] for part in settings["parts"]}) < len(settings["parts"]):
         raise ValueError("Expected each kind of part once, got one twice.")
-    if ("groups" in settings) != ("minimum_group" in settings):
-        raise ValueError("Expected groups with their smallest size, got one without the other.")
+    if ("groups" in settings) != ("large_groups" in settings):
+        raise ValueError(
+            "Expected groups with the large ones among them, got one without the other: if an "
+            "earlier version has saved the detector, fit it again."
+        )
 
 
 def _check_mapping(told: str, value: Any, rules: Mapping[str, _Rule]) -> None:

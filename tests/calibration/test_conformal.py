@@ -2,8 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from scipy.stats import binom, kstest, norm
 from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
     ConformalPValue,
-    GroupedPValue,
     autocorrelation_bound,
     binomial_interval,
     check_scores,
@@ -257,84 +254,3 @@ def test_smoothing_is_seeded() -> None:
     first, again, other = (calibration.smoothed_p_value(scores, seed=s) for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
-
-
-# Groups
-
-SIZES = {"cats": 200, "dogs": 100, "rare": 60, "rarer": 50}
-NAMES = tuple(name for name, size in SIZES.items() for _ in range(size))
-
-
-def grouped(minimum: int = 100, seed: int = 0) -> GroupedPValue:
-    """Scores around 0 of cats, around 5 of dogs, around 10 of the rest."""
-    centres = {"cats": 0.0, "dogs": 5.0, "rare": 10.0, "rarer": 10.0}
-    noise = np.random.default_rng(seed).normal(size=len(NAMES))
-    return GroupedPValue(np.array([centres[n] for n in NAMES]) + noise, NAMES, minimum)
-
-
-def test_p_values_are_those_of_the_own_group() -> None:
-    calibration, new = grouped(), np.array([0.0, 5.0, 1.0])
-    found = calibration.p_value(new, ["cats", "dogs", "dogs"])
-    names = np.array(NAMES)
-    for i, group in enumerate(["cats", "dogs", "dogs"]):
-        own = ConformalPValue.fit(calibration.scores[names == group])
-        assert found[i] == own.p_value(new[[i]])[0]
-
-
-def test_small_groups_and_unseen_ones_are_one_group() -> None:
-    calibration = grouped()
-    assert calibration.sizes == {"cats": 200, "dogs": 100}
-    together = ConformalPValue.fit(calibration.scores[300:])
-    for group in ("rare", "rarer", "never seen"):
-        assert calibration.p_value([9.0], [group]) == together.p_value([9.0])
-
-
-def test_too_few_of_small_groups_are_compared_with_all() -> None:
-    calibration = grouped(minimum=120)
-    assert calibration.sizes == {"cats": 200}
-    assert grouped(minimum=150).p_value([9.0], ["dogs"]) == ConformalPValue.fit(
-        calibration.scores[200:]
-    ).p_value([9.0])
-    all_scores = GroupedPValue(calibration.scores[:210], NAMES[:210])
-    assert all_scores.p_value([3.0], ["dogs"]) == ConformalPValue.fit(
-        calibration.scores[:210]
-    ).p_value([3.0])
-
-
-@pytest.mark.parametrize("fpr", [0.1, 0.02])
-def test_coverage_holds_in_every_group_and_not_without(fpr: float) -> None:
-    flagged: dict[str, list[float]] = {"cats": [], "dogs": []}
-    pooled = []
-    for seed in range(150):
-        calibration = grouped(seed=seed)
-        noise = np.random.default_rng(10_000 + seed).normal(size=20)
-        for group, centre in (("cats", 0.0), ("dogs", 5.0)):
-            flagged[group] += (calibration.p_value(centre + noise, [group] * 20) <= fpr).tolist()
-        alone = ConformalPValue.fit(calibration.scores[:300])
-        pooled += (alone.p_value(5 + noise) <= fpr).tolist()
-    for flags in flagged.values():
-        low, high = binomial_interval(sum(flags), len(flags), 0.999)
-        assert low <= fpr
-        assert high >= fpr / 2
-    assert np.mean(pooled) > 1.5 * fpr  # all false alarms fall on the dogs
-
-
-def test_the_smallest_group_limits_the_rate() -> None:
-    grouped().check_fpr(0.01)
-    with pytest.raises(ValueError, match="needs at least 199 calibration samples, got 100"):
-        grouped().check_fpr(0.005)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: GroupedPValue(np.arange(30.0), ("a",) * 29), "Expected 30 groups, got 29"),
-        (lambda: GroupedPValue(np.arange(30.0), ("a",) * 30, 19), "minimum >= 20, got 19"),
-        (lambda: grouped().p_value([1.0, 2.0], ["cats"]), "Expected 2 groups, got 1"),
-        (lambda: GroupedPValue(np.full(30, np.nan), ("a",) * 30), "finite scores, got 30"),
-    ],
-    ids=["fit", "minimum", "score", "nan"],
-)
-def test_groups_that_do_not_fit_are_refused(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -268,7 +268,11 @@ FORGED: dict[str, Change] = {
     "a seed below zero": option("seed", -1),
     "patterns that are none": option("layers", [1, 2]),
     "groups of other samples": setting("groups", ["a", "b"]),
-    "groups without their size": lambda settings, arrays: settings.pop("minimum_group"),
+    "groups of which none is told to be large": lambda settings, arrays: settings.pop(
+        "large_groups"
+    ),
+    "a large group twice": setting("large_groups", ["a", "a"]),
+    "a large group called as the others": setting("large_groups", ["others"]),
     "terms that are no flags": part("terms", {"latent_1": "yes"}),
     "no layers": lambda settings, arrays: settings.pop("layers"),
     "an explanation that is no mapping": setting("explanation", [1]),

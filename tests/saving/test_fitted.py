@@ -34,7 +34,7 @@ def same_scores(a: om.Scores, b: om.Scores) -> bool:
     return all(
         x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
         if isinstance(x, dict)
-        else torch.equal(x, y)
+        else (x is y is None) or torch.equal(x, y)
         for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(om.Scores))
     )
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ood_monitor import Scores
+from ood_monitor.calibration.scores import joined_groups
 from ood_monitor_integrations.lightning.indices import Indices
 
 __all__ = ["StageScores"]
@@ -53,6 +54,7 @@ class StageScores:
         return cls(
             Scores(
                 **figures,
+                group=joined_groups(scores),
                 layers={
                     name: torch.cat([_of(s.layers, name, s) for s in scores]) for name in layers
                 },
@@ -72,6 +74,7 @@ class StageScores:
         return type(self)(
             Scores(
                 **{name: getattr(scores, name)[at] for name in _FIELDS},
+                group=None if scores.group is None else scores.group[at],
                 layers={name: values[at] for name, values in scores.layers.items()},
                 z={name: values[at] for name, values in scores.z.items()},
             ),
@@ -93,6 +96,8 @@ class StageScores:
         arrays = {name: getattr(scores, name).numpy() for name in _FIELDS}
         arrays |= {f"layers.{name}": values.numpy() for name, values in scores.layers.items()}
         arrays |= {f"z.{name}": values.numpy() for name, values in scores.z.items()}
+        if scores.group is not None:
+            arrays["group"] = scores.group.numpy()
         arrays |= {"dataset": self.dataset_index, "dataloader": self.dataloader_index}
         return save({name: np.ascontiguousarray(values) for name, values in arrays.items()})
 
@@ -106,7 +111,8 @@ class StageScores:
             return {n: tensors[f"{kind}.{n}"] for n in layers if f"{kind}.{n}" in tensors}
 
         figures = {name: tensors[name] for name in _FIELDS}
-        scores = Scores(**figures, layers=named("layers"), z=named("z"))
+        group = tensors.get("group")
+        scores = Scores(**figures, layers=named("layers"), z=named("z"), group=group)
         return cls(scores, arrays["dataset"], arrays["dataloader"])
 
     def write(self, folder: Path, stage: str) -> None:
