@@ -32,13 +32,16 @@ __all__ = [
     "severity_of",
 ]
 
-AlertKind = Literal["sample", "drift", "recovered", "invalid_input", "stale_calibration"]
+AlertKind = Literal[
+    "sample", "drift", "recovered", "invalid_input", "stale_calibration", "accepted"
+]
 Severity = Literal["info", "warning", "critical"]
 Status = Literal["OK", "WARN", "ALERT"]
+DriftOf = Literal["data", "mix"]
 
-#: Version of an alert's JSON; 1 had no status, terms or samples.
-_FORMAT = 2
-_READ = (1, _FORMAT)
+#: Version of an alert's JSON; 1 had no status, terms or samples, 2 not what a drift is of.
+_FORMAT = 3
+_READ = (1, 2, _FORMAT)
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 #: Characters of a sample's id that an alert carries.
@@ -124,6 +127,15 @@ class AlertEvidence:
         score_mean: Mean anomaly score over the window (higher = more anomalous).
         score_p95: 95th percentile of the anomaly score over the window.
         p_value: Conformal p-value of the most anomalous sample that triggered; None for drift.
+        drift_of: What a drift is of: the ``"data"``, or the ``"mix"`` of groups; None of all else.
+        since: Of a drift, the sample of the stream with which the evidence most likely began; a
+            gradual change or a false alarm has no such sample.
+        since_earliest: The first of those that nine tenths of the evidence may have begun with.
+        since_latest: The last of them.
+        correlation: Of neighbouring tested samples before a drift alert, by their ranks; None where
+            it may be chance.
+        ert_if_correlated: Mean number of tested samples between false drift alarms to be expected
+            if neighbours were as much alike while nothing is wrong.
     """
 
     log_e_value: float | None
@@ -137,11 +149,20 @@ class AlertEvidence:
     score_mean: float | None
     score_p95: float | None
     p_value: float | None = None
+    drift_of: DriftOf | None = None
+    since: int | None = None
+    since_earliest: int | None = None
+    since_latest: int | None = None
+    correlation: float | None = None
+    ert_if_correlated: float | None = None
 
     def __post_init__(self) -> None:
-        counts = {"flagged", "window"}
-        _make_plain(self, *(f.name for f in fields(self) if f.name not in counts))
-        _make_whole(self, *counts)
+        counts, places = {"flagged", "window"}, {"since", "since_earliest", "since_latest"}
+        other = counts | places | {"drift_of"}
+        _make_plain(self, *(f.name for f in fields(self) if f.name not in other))
+        _make_whole(self, *counts, *(name for name in places if vars(self)[name] is not None))
+        if self.drift_of is not None:
+            _check_word("drift_of", self.drift_of, get_args(DriftOf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +185,8 @@ class Alert:
         model: Fingerprint of the model.
         method: What the detector goes by, such as ``"gradient_norms"`` or ``"forward"``; None in
             alerts of before there was a choice.
-        status: The stream's, with this alert. By default OK with a recovery, ALERT with a drift,
-            else WARN.
+        status: The stream's, with this alert. By default OK with a recovery or what was accepted,
+            ALERT with a drift, else WARN.
         time: When it happened; any time zone, kept as UTC.
         id: 32 hexadecimal digits, the same through every delivery.
 
@@ -322,7 +343,8 @@ class LoggingSink:
 
     def __call__(self, alert: Alert, /) -> None:
         """Log `alert`."""
-        level = logging.INFO if alert.kind == "recovered" else _LEVELS[alert.severity]
+        is_over = alert.kind in ("recovered", "accepted")
+        level = logging.INFO if is_over else _LEVELS[alert.severity]
         self._logger.log(level, "%s", " ".join(_line(alert).split()))
 
 
@@ -346,9 +368,9 @@ def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
     A drift is *critical*: its e-value has reached the promised run time. A flagged sample is a
     *warning*, and *critical* if flags come more often than promised and not by chance: at least
     five in the window, and the lower end of their rate's interval above twice `fpr`. Invalid input
-    and a stale calibration are a *warning*, a recovery is *info*.
+    and a stale calibration are a *warning*, a recovery and what was accepted are *info*.
     """
-    if kind == "recovered":
+    if kind in ("recovered", "accepted"):
         return "info"
     rate, fpr = evidence.flagged_rate_low, evidence.fpr
     is_many = evidence.flagged >= _MANY and rate is not None and rate > _TIMES * (fpr or 0.0)
@@ -356,7 +378,7 @@ def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
 
 
 def _usual_status(kind: AlertKind) -> Status:
-    return {"recovered": "OK", "drift": "ALERT"}.get(kind, "WARN")  # type: ignore[return-value]
+    return {"recovered": "OK", "accepted": "OK", "drift": "ALERT"}.get(kind, "WARN")  # type: ignore[return-value]
 
 
 def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:

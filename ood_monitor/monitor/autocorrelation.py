@@ -1,46 +1,55 @@
 """Whether neighbouring samples of a stream are alike, which the drift test does not expect."""
 
-import logging
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import dataclass
 
 from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
-from ood_monitor.monitor.memory import LARGEST_PART
+from ood_monitor.drift.correlation import expected_run_time
 
-__all__ = ["Autocorrelation"]
+__all__ = ["OFTEN", "ONCE", "Neighbours", "neighbours_of"]
 
-#: Scores that neighbours are compared in, and how sure a warning of them is: it is looked at often.
-_SCORES_TO_CORRELATE, _CONFIDENCE = 200, 1 - 1e-6
+#: How sure it must be that neighbours are alike, where it is looked at once or ever again.
+ONCE, OFTEN = 0.999, 1 - 1e-6
 
-_log = logging.getLogger(__name__)
+#: Samples that neighbours are compared in, at least.
+_FEWEST = 10
 
 
-class Autocorrelation:
-    """Warns once, in the log, of a stream in control whose neighbouring scores are correlated.
+@dataclass(frozen=True)
+class Neighbours:
+    """How much neighbouring samples are alike.
 
-    Args:
-        stream: The stream's name.
-        thin: Every how many scores one is tested for a drift.
+    Attributes:
+        correlation: Of the ranks of neighbouring tested samples, in (0, 1).
+        ert: The run time to a false alarm, in tested samples, to be expected if neighbours were as
+            much alike while nothing is wrong.
+        promised: What was promised of samples that are not.
     """
 
-    def __init__(self, stream: str, thin: int) -> None:
-        self._stream, self._thin, self._has_warned = stream, thin, False
+    correlation: float
+    ert: float
+    promised: float
 
-    def look(self, scores: Sequence[float]) -> None:
-        """Look at the latest scores, in order."""
-        tested = list(scores)[:: self._thin]
-        if self._has_warned or len(tested) < _SCORES_TO_CORRELATE:
-            return
-        finite = np.clip(tested, -LARGEST_PART, LARGEST_PART)
-        found, bound = lag1_autocorrelation(finite), autocorrelation_bound(len(tested), _CONFIDENCE)
-        if found > bound:
-            self._has_warned = True
-            _log.warning(
-                "Neighbouring scores of stream %r are correlated (%.2f, expected at most %.2f): "
-                "drift alarms come more often than promised. Pass `thin=`, or one sample of each "
-                "independent unit (a request, a user).",
-                self._stream,
-                found,
-                bound,
-            )
+    def __str__(self) -> str:
+        """What an alert says of it."""
+        return (
+            f"Neighbouring samples are alike (correlation {self.correlation:.2f}): the change is "
+            f"still going on, or they always are, and then an alarm comes every {self.ert:,.0f} "
+            f"samples or so in place of {self.promised:,.0f}."
+        )
+
+
+def neighbours_of(ranks: Sequence[float], ert: float, confidence: float) -> Neighbours | None:
+    """How much neighbours are alike, by the drift test's own ranks; None if it may be chance.
+
+    Args:
+        ranks: Of the tested samples since the test last began, in order.
+        ert: The run time that was promised.
+        confidence: How sure it must be.
+    """
+    if len(ranks) < _FEWEST:
+        return None
+    found = lag1_autocorrelation(ranks)
+    if found <= autocorrelation_bound(len(ranks), confidence):
+        return None
+    return Neighbours(found, expected_run_time(ert, found), ert)

@@ -1,23 +1,38 @@
 """What a monitor remembers of its stream: running figures, flagged samples, and where it stands."""
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 
-from ood_monitor.alerts.alert import AlertEvidence, FlaggedSample, LayerShare, Status, TermShare
+from ood_monitor.alerts.alert import (
+    Alert,
+    AlertEvidence,
+    FlaggedSample,
+    LayerShare,
+    Status,
+    TermShare,
+)
 from ood_monitor.calibration.conformal import binomial_interval
 from ood_monitor.calibration.scores import Scores
+from ood_monitor.checks import number, whole
 from ood_monitor.densities import Array
+from ood_monitor.drift.change import KEPT
 
 __all__ = ["LARGEST_PART", "Episode", "Memory", "Row", "rows_of", "top_layers", "top_terms"]
 
 #: Scores of the episode that the running figures cover, and samples that the layers' means do.
 _RECENT_SCORES, _RECENT_LAYERS = 1000, 50
+
+_DEQUES = ("scores", "flags", "ranks", "tested", "flagged")
+
+#: Latest samples of which it counts how many could be scored.
+_RECENT_VALIDITY = 100
 
 #: Flagged samples that an alert names, and layers.
 _SAMPLES, _LAYERS = 20, 10
@@ -35,6 +50,7 @@ class Row:
     valid: bool
     layers: Array
     id: str | None
+    group: int = 0
 
 
 def rows_of(scores: Scores, names: Sequence[str], ids: Sequence[Any] | None) -> Iterator[Row]:
@@ -44,18 +60,25 @@ def rows_of(scores: Scores, names: Sequence[str], ids: Sequence[Any] | None) -> 
     parts = torch.stack([scores.layers.get(name, nothing) for name in names], 1)
     layers = torch.stack([z, parts.clamp(-LARGEST_PART, LARGEST_PART)], 1).numpy()
     called = [None] * len(layers) if ids is None else [i if i is None else str(i) for i in ids]
+    groups = [0] * len(layers) if scores.group is None else scores.group.tolist()
     columns = scores.score.tolist(), scores.p_value.tolist(), scores.valid.tolist()
-    for score, p_value, valid, of_layers, name in zip(*columns, layers, called, strict=True):
-        yield Row(score, p_value, valid, of_layers, name)
+    for row in zip(*columns, layers, called, groups, strict=True):
+        yield Row(*row)
 
 
 @dataclass
 class Episode:
-    """Running figures since the last (re)start of the drift test."""
+    """Running figures since the last (re)start of the drift test.
+
+    Of the samples that went into the test, ``ranks`` are its own of them, and ``tested`` are their
+    positions in the stream, counted from 1.
+    """
 
     seen: int = 0
     scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    ranks: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
+    tested: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT))
     layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
     flagged: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
 
@@ -68,6 +91,11 @@ class Episode:
             self.flagged.append(flagged)
         before = self.layers if self.layers.size else np.zeros_like(row.layers)
         self.layers = before + (row.layers - before) / min(self.seen, _RECENT_LAYERS)
+
+    def copy(self) -> Self:
+        """One that goes on from here, and changes nothing of this one; arrays are not written."""
+        deques = {name: copy.copy(getattr(self, name)) for name in _DEQUES}
+        return replace(self, **deques)
 
     def evidence(self, *, log_e_value: float, ert: float, fpr: float) -> AlertEvidence:
         """The figures of the latest thousand samples, with what else an alert says."""
@@ -103,6 +131,13 @@ class Memory:
         since_told: Samples since the last sample alert; None before the first.
         untold: Flagged samples of which no alert has told.
         stale: Whether the model has other weights than the detector knows.
+        quiet_seconds: As ``quiet``, while the monitor runs.
+        needed: Samples without an alarm that a recovery takes at least, by what the drift took.
+        validity: Whether the latest samples could be scored.
+        blind: Whether too many of them could not.
+        muted: Samples that are still to pass without a word.
+        held: The alert that stands while nothing is said.
+        owed: Alerts that are decided and not yet handed over.
     """
 
     episode: Episode = field(default_factory=Episode)
@@ -115,6 +150,30 @@ class Memory:
     since_told: int | None = None
     untold: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     stale: bool = False
+    quiet_seconds: float = 0.0
+    needed: int = 0
+    validity: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_VALIDITY))
+    blind: bool = False
+    muted: int = 0
+    held: Alert | None = None
+    owed: deque[Alert] = field(default_factory=deque)
+
+    def copy(self) -> Self:
+        """One that goes on from here, and changes nothing of this one."""
+        return replace(
+            self,
+            episode=self.episode.copy(),
+            untold=copy.copy(self.untold),
+            validity=copy.copy(self.validity),
+            owed=copy.copy(self.owed),
+        )
+
+    @property
+    def overall(self) -> Status:
+        """The status, of samples, weights and input together."""
+        if self.blind or self.status == "ALERT":
+            return "ALERT"
+        return "WARN" if self.stale else self.status
 
     def dump(self) -> dict[str, Any]:
         """All of it, as primitives that JSON can hold."""
@@ -129,9 +188,18 @@ class Memory:
             "since_told": self.since_told,
             "untold": _plain(self.untold),
             "stale": self.stale,
+            "quiet_seconds": self.quiet_seconds,
+            "needed": self.needed,
+            "validity": list(self.validity),
+            "blind": self.blind,
+            "muted": self.muted,
+            "held": None if self.held is None else self.held.to_json(),
+            "owed": [alert.to_json() for alert in self.owed],
             "seen": episode.seen,
             "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
             "flags": list(episode.flags),
+            "ranks": list(episode.ranks),
+            "tested": list(episode.tested),
             "layers": episode.layers.tolist(),
             "flagged": _plain(episode.flagged),
         }
@@ -155,7 +223,14 @@ class Memory:
             valid_run=_count_or_none(state["valid_run"]),
             since_told=_count_or_none(state["since_told"]),
             stale=bool(state["stale"]),
+            quiet_seconds=number("quiet_seconds", state["quiet_seconds"], 0),
+            needed=whole("needed", state["needed"]),
+            blind=bool(state["blind"]),
+            muted=whole("muted", state["muted"]),
+            held=None if state["held"] is None else Alert.from_json(state["held"]),
+            owed=deque(map(Alert.from_json, state["owed"])),
         )
+        memory.validity.extend(map(bool, state["validity"]))
         memory.untold.extend(_flagged(state["untold"]))
         if not memory._is_sound(layers):
             raise ValueError("a state that no monitor of this detector has")
@@ -169,7 +244,9 @@ class Memory:
             and min(episode.seen, self.samples_seen, self.invalid, self.quiet) >= 0
             and not math.isnan(self.log_e_value)
             and not np.isnan(episode.scores).any()
-            and len(episode.flags) == len(episode.scores) == recent
+            and len(episode.flags) == len(episode.scores) == recent >= len(episode.ranks)
+            and not np.isnan(episode.ranks).any()
+            and len(episode.tested) >= len(episode.ranks)
             and episode.layers.shape[1] == (layers if episode.seen else 0)
         )
 
@@ -219,6 +296,8 @@ def _episode(state: Mapping[str, Any]) -> Episode:
     episode = Episode(int(state["seen"]))
     episode.scores.extend(map(float, state["scores"]))
     episode.flags.extend(map(bool, state["flags"]))
+    episode.ranks.extend(map(float, state["ranks"]))
+    episode.tested.extend(whole("tested", position, 1) for position in state["tested"])
     episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
     episode.flagged.extend(_flagged(state["flagged"]))
     return episode

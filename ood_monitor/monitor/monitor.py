@@ -1,49 +1,33 @@
 """The monitor: a detector on a stream. It decides, remembers, and tells the sinks."""
 
 import copy
-import math
+import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from os import PathLike
 from typing import Any, Literal, Self
 
-import numpy as np
-
-from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.alerts.alert import (
-    Alert,
-    AlertEvidence,
-    AlertKind,
-    FlaggedSample,
-    Reading,
-    Sink,
-    Status,
-    Summary,
-    severity_of,
-)
+from ood_monitor.adapters.base import Batch
+from ood_monitor.alerts.alert import Alert, Reading, Sink, Status, Summary
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.calibration.scores import Scores
+from ood_monitor.checks import number, text, whole
 from ood_monitor.detector.detector import Detector
-from ood_monitor.drift.e_detector import EDetector, Evidence
-from ood_monitor.gradients.norms import finite_samples
-from ood_monitor.monitor.autocorrelation import Autocorrelation
-from ood_monitor.monitor.memory import (
-    Episode,
-    Memory,
-    Row,
-    rows_of,
-    top_layers,
-    top_terms,
-)
+from ood_monitor.monitor.decisions import Decisions, Rules
+from ood_monitor.monitor.memory import Memory, rows_of
+from ood_monitor.monitor.scoring import scored
 from ood_monitor.monitor.staleness import Weights
 from ood_monitor.saving.fingerprints import hashes_where
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Monitor"]
 
-#: Version of :meth:`Monitor.state_dict`; 1 knew no flagged samples, cool-down or stale weights.
-_STATE_FORMAT = 2
+#: Version of :meth:`Monitor.state_dict`; 2 knew no groups, no invalid runs and no alerts owed.
+_STATE_FORMAT = 3
+
+_log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -51,15 +35,20 @@ class Monitor:
 
     A *sample* alert says that a p-value is at most ``fpr``: a share ``fpr`` of in-distribution
     samples is flagged. A *drift* alert says that the stream as a whole has left the calibration
-    data: while it has not, one comes at most every ``ert`` samples on average. Alerts are
-    transitions: none of a sample while a drift alert stands, nor within ``cooldown`` samples of the
-    one before, which then names what was flagged meanwhile; after ``recovery`` samples without an
-    alarm a *recovered* alert ends a drift. How a stream is cut into batches changes nothing, except
-    that the sample alerts of an update become one at its end, of its most anomalous sample, and
-    none if a drift alert follows in it. The condition of both promises: samples are exchangeable
-    with the calibration data while nothing is wrong, and the model has the weights that the
-    detector was fitted on; a *stale_calibration* alert says that it has not, and a *recovered* one
-    that it has again.
+    data, or of a detector with groups, that their mix has: while it has not, one comes at most
+    every ``ert`` samples on average. Alerts are transitions: none of a sample while a drift alert
+    stands, nor within ``cooldown`` samples of the one before, which then names what was flagged
+    meanwhile; after ``recovery`` samples without an alarm, and four times as many as the drift's
+    evidence took, a *recovered* alert ends a drift. An *invalid_input* alert names a sample that
+    could not be scored; where ten of the latest hundred could not, another says so and stands until
+    all could. How a stream is cut into batches changes nothing, except that the sample alerts of an
+    update become one at its end, of its most anomalous sample, and none if a drift alert follows in
+    it. The condition of both promises: samples are exchangeable with the calibration data while
+    nothing is wrong, and the model has the weights that the detector was fitted on; a
+    *stale_calibration* alert says that it has not, and a *recovered* one that it has again.
+
+    An update is taken in as a whole, with its alerts owed to the sinks, or not at all, whatever
+    interrupts it.
 
     Args:
         detector: Fitted.
@@ -67,12 +56,14 @@ class Monitor:
         fpr: False-positive rate of single samples.
         sinks: Told of every alert from a thread of the monitor's own; never waited for.
         name: The stream's name in alerts.
-        recovery: Samples without an alarm after which the stream counts as recovered.
+        recovery: Samples without an alarm after which the stream counts as recovered, of those that
+            the drift test has seen; or a time, which is no evidence: where a drift lasts, it is
+            then told of again.
         cooldown: Samples after a sample alert without another.
         summary_every: Samples between running figures for sinks that show them.
         thin: Every how many samples one goes into the drift test, for streams whose neighbours are
-            alike; ``ert`` then counts these. A stream in control that shows such neighbours is
-            warned of in the log, once.
+            alike; ``ert`` and ``recovery`` then count these. A stream that shows such neighbours is
+            warned of in the log, once, and a drift alert says how much they are.
         seed: Of the drift test's tie-breakers.
         identify: ``"hash"`` names each flagged sample of :meth:`update` by its SHA-256, unless it
             is given an id.
@@ -87,7 +78,8 @@ class Monitor:
 
     Raises:
         RuntimeError: The detector is not fitted.
-        ValueError: ``fpr`` or ``ert`` is out of range, or too small for the calibration data.
+        ValueError: An option is out of range, or ``fpr`` too small for the calibration data.
+        TypeError: An option is of another type.
         OSError: The spool cannot be used, or another process has it.
 
     Example:
@@ -111,7 +103,7 @@ class Monitor:
         fpr: float = 0.01,
         sinks: Iterable[Sink] = (),
         name: str = "stream",
-        recovery: int = 500,
+        recovery: int | timedelta = 500,
         cooldown: int = 100,
         summary_every: int = 100,
         thin: int = 1,
@@ -121,54 +113,56 @@ class Monitor:
         spool: str | PathLike[str] | None = None,
     ) -> None:
         fitted = detector.fitted
-        (fitted.grouped or fitted.calibration).check_fpr(fpr)
-        if min(recovery, summary_every, thin) < 1:
-            raise ValueError(
-                "Expected recovery, summary_every and thin of at least 1, got "
-                f"{recovery}, {summary_every} and {thin}."
-            )
-        if min(cooldown, weights_every) < 0 or identify not in (None, "hash"):
-            raise ValueError(
-                "Expected cooldown and weights_every of at least 0 and identify None or 'hash', "
-                f"got {cooldown}, {weights_every} and {identify!r}."
-            )
+        rules = Rules(
+            name=text("name", name),
+            fpr=number("fpr", fpr),
+            ert=number("ert", ert),
+            recovery=_checked_recovery(recovery),
+            cooldown=whole("cooldown", cooldown),
+            summary_every=whole("summary_every", summary_every, 1),
+            thin=whole("thin", thin, 1),
+        )
+        fitted.check_fpr(rules.fpr)
+        if identify not in (None, "hash"):
+            raise ValueError(f"Expected identify None or 'hash', got {identify!r}.")
         # A copy, so that the baseline stays what it is if the detector is fitted again.
         self.detector = copy.copy(detector)
-        self.fpr, self.ert, self.name = fpr, float(ert), name
-        self._recovery, self._summary_every, self._thin = recovery, summary_every, thin
-        self._cooldown, self._identify = cooldown, identify
-        self._autocorrelation = Autocorrelation(name, thin)
-        self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
-        self._state = Memory()
+        self.fpr, self.ert, self.name = rules.fpr, rules.ert, rules.name
+        self._identify, self._seed = identify, whole("seed", seed)
+        self._weights_every, self._next_look = whole("weights_every", weights_every), 0
+        self._decisions = Decisions.of(rules, fitted, seed=seed)
+        self._is_told_of_neighbours = False
         self._lock = threading.RLock()
-        self._fingerprint, self._layers = fitted.fingerprint, fitted.layers
         self._weights = Weights(detector.adapter.module, fitted.model)
-        self._weights_every, self._next_look = weights_every, 0
         if weights_every:
             self._weights.are_stale()  # the costly look, before the stream waits for it
         self._dispatcher = Dispatcher(sinks, spool=spool)
+        self._seen_at = time.monotonic()
         self.last: Scores | None = None
 
     @property
     def status(self) -> Status:
-        """OK, WARN (a sample was flagged lately, or stale weights) or ALERT (a drift)."""
-        status = self._state.status
-        return "WARN" if status == "OK" and self._state.stale else status
+        """OK, WARN or ALERT, as the alerts say that have not ended.
+
+        WARN: a sample was flagged lately, or weights are stale. ALERT: a drift, or many of the
+        latest samples could not be scored.
+        """
+        return self._decisions.memory.overall
 
     @property
     def samples_seen(self) -> int:
         """Samples so far, the invalid ones included."""
-        return self._state.samples_seen
+        return self._decisions.memory.samples_seen
 
     @property
     def invalid(self) -> int:
         """Samples so far that could not be scored."""
-        return self._state.invalid
+        return self._decisions.memory.invalid
 
     @property
     def log_e_value(self) -> float:
         """Natural logarithm of the drift test's e-value; an alarm is raised at log(ert)."""
-        return self._state.log_e_value
+        return self._decisions.memory.log_e_value
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -178,8 +172,8 @@ class Monitor:
     def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> list[Alert]:
         """Score B samples, in the order in which they came, and decide.
 
-        A sample with a value that is not finite is counted, gets score and p-value nan in
-        :attr:`last`, and changes nothing for the others or for the drift test.
+        A sample that cannot be scored is counted, gets score and p-value nan in :attr:`last`, and
+        changes nothing for the others or for the drift test.
 
         Args:
             batch: As the detector's held-out batches were.
@@ -206,22 +200,12 @@ class Monitor:
         """
         start = time.perf_counter()
         try:
-            scores = self._scored(batch)
+            scores = scored(self.detector, batch)
         except Exception:  # of any kind: it is counted, and raised on
             self._measure(failed=1)
             raise
         self._measure(seconds=time.perf_counter() - start)
         return scores
-
-    def _scored(self, batch: Batch) -> Scores:
-        self.detector.check(batch)
-        finite = finite_samples(batch)
-        if finite.all():
-            return self.detector.score(batch)
-        if not finite.any():
-            return Scores.none().among(len(finite), [])
-        kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-        return self.detector.score(kept).among(len(finite), finite)
 
     def observe(self, scores: Scores, ids: Sequence[Any] | None = None) -> list[Alert]:
         """:meth:`update`, of samples that :meth:`score` has seen, maybe in another process.
@@ -236,13 +220,66 @@ class Monitor:
             raise ValueError(
                 f"Expected an id for each of {len(scores.score)} samples, got {len(ids)}."
             )
+        self._check_groups(scores)
         with self._lock:
+            summaries: list[Summary] = []
+            alerts = self._step(lambda d: summaries.extend(self._take(d, scores, ids)))
             self.last = scores
-            alerts = self._advance(scores, ids)
-        for alert in alerts:
-            self._dispatcher.send(alert)
+            for summary in summaries:
+                self._dispatcher.summarise(summary)
         self._measure(scores)
         return alerts
+
+    def accept(self, reason: str, detector: Detector | None = None) -> list[Alert]:
+        """Begin a new episode: what the stream is now is what it should be.
+
+        Figures, status and the drift test begin anew, counts go on, and an *accepted* alert with
+        the reason goes to the sinks. Without a detector the stream is judged by the same
+        calibration scores as before, and a change that goes on is found again: recalibrate on new
+        data first, which are known to be normal.
+
+        Args:
+            reason: In words, for those who read the alerts.
+            detector: The same detector, recalibrated; see
+                :meth:`~ood_monitor.Detector.recalibrate`.
+
+        Returns:
+            The alert.
+
+        Raises:
+            ValueError: No reason, or a detector of other weights.
+            TypeError: The reason is no text.
+            RuntimeError: The detector is not fitted.
+        """
+        text("reason", reason)
+        with self._lock:
+            before = self._decisions
+            fitted = before.fitted if detector is None else detector.fitted
+            if fitted.model != before.fitted.model:
+                raise ValueError(
+                    f"Expected a detector of the weights {before.fitted.model}, got one of "
+                    f"{fitted.model}: make a new monitor."
+                )
+            fitted.check_fpr(self.fpr)
+            alerts = self._step(lambda decisions: self._judge_by(decisions, fitted, reason))
+            self.detector = copy.copy(detector or self.detector)
+        return alerts
+
+    def mute(self, samples: int) -> None:
+        """Deliver nothing of the next samples, and still count: no alert, to no sink.
+
+        An alert that still stands when they have passed is delivered then.
+
+        Args:
+            samples: How many; 0 to be told again at once.
+
+        Raises:
+            TypeError: ``samples`` is no whole number.
+            ValueError: It is negative.
+        """
+        count = whole("samples", samples)
+        with self._lock:
+            self._step(lambda decisions: decisions.mute(count))
 
     def identify(self, batch: Batch, scores: Scores) -> list[str | None] | None:
         """Hashes of those of B samples that an alert could name, if the monitor was asked to."""
@@ -251,8 +288,9 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """All that the monitor remembers, as primitives that JSON can hold."""
         with self._lock:
-            drift = {"format": _STATE_FORMAT, "drift": self._drift.state_dict()}
-            return drift | self._state.dump()
+            decisions = self._decisions
+            state = {"format": _STATE_FORMAT, "drift": decisions.test.state_dict()}
+            return state | decisions.memory.dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume, to the bit, where :meth:`state_dict` was called.
@@ -263,21 +301,24 @@ class Monitor:
         found = state.get("format") if isinstance(state, Mapping) else None
         if found != _STATE_FORMAT:
             raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
-        try:
-            restored = Memory.parse(state, len(self._layers))
-            drift = dict(state["drift"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
         with self._lock:
-            self._drift.load_state_dict(drift)
-            self._state, self._next_look = restored, 0
+            decisions = self._decisions.copy()
+            try:
+                decisions.memory = Memory.parse(state, len(decisions.fitted.layers))
+                drift = dict(state["drift"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
+            decisions.test.load_state_dict(drift)
+            self._decisions, self._next_look = decisions, 0
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
+        self._hand_over()
         return self._dispatcher.flush(timeout)
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left within ``timeout`` seconds, and close the sinks."""
+        self._hand_over()
         self._dispatcher.close(timeout)
 
     def __enter__(self) -> Self:
@@ -286,136 +327,72 @@ class Monitor:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _advance(self, scores: Scores, ids: Sequence[Any] | None) -> list[Alert]:
-        alerts, flagged, is_due = self._look_at_weights(), list[Row](), False
-        state = self._state
-        for row in rows_of(scores, self._layers, ids):
-            state.samples_seen += 1
-            state.since_told = None if state.since_told is None else state.since_told + 1
-            sample = self._flagged(row)
-            alerts += self._take(row, sample) if row.valid else self._count_invalid()
-            if state.status == "ALERT":
-                is_due = False  # the drift alert speaks for them
-                flagged.clear()
-                state.untold.clear()
-            elif sample is not None:
-                flagged.append(row)
-                is_due = self._warn_of(sample) or is_due
-            self._maybe_summarise()
-        return [*alerts, self._sample_alert(flagged)] if is_due else alerts
+    def _step(self, change: Callable[[Decisions], None]) -> list[Alert]:
+        """Change what was decided, and owe the alerts of it, in one assignment; then hand over."""
+        decisions = self._decisions.copy()
+        owed = len(decisions.memory.owed)
+        change(decisions)
+        alerts = list(decisions.memory.owed)[owed:]
+        self._decisions = decisions
+        self._hand_over()
+        return alerts
 
-    def _look_at_weights(self) -> list[Alert]:
-        state = self._state
-        if not self._weights_every or 0 < state.samples_seen < self._next_look:
-            return []
-        self._next_look = state.samples_seen + self._weights_every
-        before, state.stale = state.stale, self._weights.are_stale()
-        if before == state.stale:
-            return []
-        if state.stale:
-            message = "Stale calibration: the model has not the weights that the detector knows."
-            return [self._alert("stale_calibration", message)]
-        return [self._alert("recovered", "Recovered: the model has the detector's weights again.")]
+    def _hand_over(self) -> None:
+        """Give the dispatcher what is owed; what is interrupted is given again, with its id."""
+        with self._lock:
+            owed = self._decisions.memory.owed
+            while owed:
+                self._dispatcher.send(owed[0])
+                owed.popleft()
 
-    def _flagged(self, row: Row) -> FlaggedSample | None:
-        if not row.valid or row.p_value > self.fpr:
+    def _take(
+        self, decisions: Decisions, scores: Scores, ids: Sequence[Any] | None
+    ) -> list[Summary]:
+        now = time.monotonic()
+        summaries = decisions.take(
+            rows_of(scores, decisions.fitted.layers, ids),
+            stale=self._are_weights_stale(decisions.memory.samples_seen),
+            seconds=now - self._seen_at,
+        )
+        self._seen_at = now
+        self._warn_of_neighbours(decisions)
+        return summaries
+
+    def _judge_by(self, decisions: Decisions, fitted: Fitted, reason: str) -> None:
+        if fitted is not decisions.fitted:
+            fresh = Decisions.of(decisions.rules, fitted, seed=self._seed)
+            decisions.fitted, decisions.test = fitted, fresh.test
+        decisions.accept(reason)
+
+    def _check_groups(self, scores: Scores) -> None:
+        grouped = self._decisions.fitted.grouped
+        if (grouped is None) == (scores.group is None) or not scores.valid.any():
+            return
+        which = ("with", "without") if grouped is not None else ("without", "with")
+        raise ValueError(f"Expected scores of a detector {which[0]} groups, got some {which[1]}.")
+
+    def _are_weights_stale(self, samples_seen: int) -> bool | None:
+        """Whether weights are others than the detector's; None if it is not the time to look."""
+        if not self._weights_every or 0 < samples_seen < self._next_look:
             return None
-        return FlaggedSample(self._state.samples_seen, row.p_value, row.id)
+        self._next_look = samples_seen + self._weights_every
+        return self._weights.are_stale()
 
-    def _warn_of(self, sample: FlaggedSample) -> bool:
-        """Whether an alert of it is due."""
-        state = self._state
-        state.status, state.quiet = "WARN", 0
-        state.untold.append(sample)
-        if state.since_told is not None and state.since_told < self._cooldown:
-            return False
-        state.since_told = 0
-        return True
-
-    def _take(self, row: Row, sample: FlaggedSample | None) -> list[Alert]:
-        """One valid sample: the drift test, the figures, and what follows from them."""
-        state = self._state
-        state.episode.add(row, sample)
-        state.quiet += 1
-        state.valid_run = None if state.valid_run is None else state.valid_run + 1
-        if (state.samples_seen - state.invalid - 1) % self._thin == 0:
-            evidence = self._drift.update(row.score)
-            state.log_e_value = evidence.log_e_value
-            if evidence.alarm:
-                return self._alarm(evidence)
-        if state.status != "OK" and state.quiet >= self._recovery:
-            return self._recover()
-        return []
-
-    def _alarm(self, evidence: Evidence) -> list[Alert]:
-        state, stands = self._state, self._state.status == "ALERT"
-        message = (
-            f"Drift: evidence e^{evidence.log_e_value:.1f} against the calibration data reached "
-            f"the promised run time {self.ert:,.0f} after {evidence.n:,} samples."
-        )
-        layers, samples = state.episode.layers, state.episode.flagged
-        state.status, state.quiet = "ALERT", 0
-        alert = self._alert("drift", message, layers, samples)
-        # The history now holds samples from after the change; see EDetector.restart.
-        self._drift.restart()
-        state.episode, state.log_e_value = Episode(), -math.inf
-        return [] if stands else [alert]
-
-    def _recover(self) -> list[Alert]:
-        was, self._state.status = self._state.status, "OK"
-        if was != "ALERT":
-            return []
-        message = f"Recovered: {self._recovery:,} samples without a new alarm."
-        return [self._alert("recovered", message)]
-
-    def _sample_alert(self, flagged: Sequence[Row]) -> Alert:
-        row, untold = min(flagged, key=lambda row: row.p_value), self._state.untold
-        message = f"Anomalous sample: p-value {row.p_value:.3g}, at most fpr {self.fpr:g}."
-        if len(untold) > 1:
-            message += f" {len(untold)} flagged since the last alert."
-        alert = self._alert("sample", message, row.layers, untold)
-        untold.clear()
-        return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
-
-    def _count_invalid(self) -> list[Alert]:
-        state = self._state
-        is_news = state.valid_run is None or state.valid_run >= self._recovery
-        state.invalid, state.valid_run = state.invalid + 1, 0
-        message = f"Invalid input: sample {state.samples_seen:,} could not be scored."
-        return [self._alert("invalid_input", message)] if is_news else []
-
-    def _alert(
-        self,
-        kind: AlertKind,
-        message: str,
-        layers: np.ndarray | None = None,
-        samples: Iterable[FlaggedSample] = (),
-    ) -> Alert:
-        evidence = self._evidence()
-        return Alert(
-            kind=kind,
-            severity=severity_of(kind, evidence),
-            stream=self.name,
-            samples_seen=self._state.samples_seen,
-            message=message,
-            evidence=evidence,
-            top_layers=() if layers is None else top_layers(self._layers, layers),
-            top_terms=() if layers is None else top_terms(self._layers, layers),
-            samples=tuple(samples),
-            detector=self._fingerprint,
-            model=self.detector.fitted.model,
-            method=self.detector.fitted.method,
-            status=self.status,
-        )
-
-    def _evidence(self) -> AlertEvidence:
-        state = self._state
-        return state.episode.evidence(log_e_value=state.log_e_value, ert=self.ert, fpr=self.fpr)
+    def _warn_of_neighbours(self, decisions: Decisions) -> None:
+        if decisions.neighbours is not None and not self._is_told_of_neighbours:
+            self._is_told_of_neighbours = True
+            _log.warning(
+                "Stream %r: %s Pass `thin=`, or one sample of each independent unit (a request, a "
+                "user).",
+                self.name,
+                decisions.neighbours,
+            )
 
     def _measure(self, scores: Scores | None = None, **measured: Any) -> None:
         if not self._dispatcher.has_meters:
             return
-        names = {"detector": self._fingerprint, "model": self.detector.fitted.model}
+        fitted = self._decisions.fitted
+        names = {"detector": fitted.fingerprint, "model": fitted.model}
         if scores is not None:
             valid = scores.valid
             measured["scores"] = scores.score[valid].tolist()
@@ -424,21 +401,10 @@ class Monitor:
             measured["invalid"] = int((~valid).sum())
         self._dispatcher.measure(Reading(stream=self.name, **(names | measured)))
 
-    def _maybe_summarise(self) -> None:
-        if self._state.samples_seen % self._summary_every:
-            return
-        if self._state.status != "ALERT":  # a drift, too, makes neighbours alike
-            self._autocorrelation.look(self._state.episode.scores)
-        evidence = self._evidence()
-        self._dispatcher.summarise(
-            Summary(
-                stream=self.name,
-                samples_seen=self._state.samples_seen,
-                status=self.status,
-                score_mean=evidence.score_mean,
-                score_p95=evidence.score_p95,
-                flagged_rate=evidence.flagged_rate,
-                log_e_value=evidence.log_e_value,
-                invalid={"not scored": self._state.invalid},
-            )
-        )
+
+def _checked_recovery(recovery: Any) -> int | timedelta:
+    if isinstance(recovery, timedelta):
+        if recovery <= timedelta():
+            raise ValueError(f"Expected a recovery time above 0, got {recovery!r}.")
+        return recovery
+    return whole("recovery", recovery, 1)

@@ -109,7 +109,7 @@ def test_unknown_words_are_refused(change: dict[str, str], message: str) -> None
         "[]",
         "3",
         "{}",
-        ALERT.to_json().replace('"format": 2', '"format": 99'),
+        ALERT.to_json().replace('"format": 3', '"format": 99'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": 1.5'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": Infinity'),
         ALERT.to_json().replace('"kind"', '"sort"'),
@@ -225,8 +225,8 @@ def test_the_json_of_the_format_before_is_read() -> None:
 
 
 def test_a_newer_format_is_refused_by_its_number() -> None:
-    text = ALERT.to_json().replace('"format": 2', '"format": 3')
-    with pytest.raises(ValueError, match="its format is 3, and this release reads"):
+    text = ALERT.to_json().replace('"format": 3', '"format": 4')
+    with pytest.raises(ValueError, match="its format is 4, and this release reads"):
         Alert.from_json(text)
 
 

@@ -1,0 +1,362 @@
+"""What a monitor decides: from the scores of a stream, one by one, to alerts.
+
+Nothing here scores, waits or delivers. A step is taken on a copy, which then replaces what was
+there: whatever interrupts it, samples are either taken in, with their alerts owed, or not at all.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Self
+
+from ood_monitor.alerts.alert import (
+    Alert,
+    AlertEvidence,
+    AlertKind,
+    FlaggedSample,
+    Summary,
+    severity_of,
+)
+from ood_monitor.densities import Array
+from ood_monitor.drift.change import Since
+from ood_monitor.drift.stream import StreamEvidence, StreamTest
+from ood_monitor.monitor.autocorrelation import OFTEN, ONCE, Neighbours, neighbours_of
+from ood_monitor.monitor.memory import Episode, Memory, Row, top_layers, top_terms
+from ood_monitor.saving.fitted import Fitted
+
+__all__ = ["Decisions", "Rules"]
+
+#: Of the latest hundred samples, as many that cannot be scored are an incident.
+MANY_INVALID = 10
+
+#: A drift counts as over after so many times the samples that its evidence took to gather.
+_TIMES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How a monitor decides; attributes are the arguments of :class:`~ood_monitor.Monitor`.
+
+    Attributes:
+        name: The stream's name.
+        fpr: False-positive rate of single samples.
+        ert: Expected run time to a false drift alarm, in tested samples.
+        recovery: Tested samples, or a time, without an alarm after which a stream has recovered.
+        cooldown: Samples after a sample alert without another.
+        summary_every: Samples between running figures.
+        thin: Every how many samples one is tested for a drift.
+    """
+
+    name: str
+    fpr: float
+    ert: float
+    recovery: int | timedelta
+    cooldown: int
+    summary_every: int
+    thin: int
+
+    def is_over(self, memory: Memory) -> bool:
+        """Whether what was told of has ended."""
+        if isinstance(self.recovery, timedelta):
+            return memory.quiet_seconds >= self.recovery.total_seconds()
+        return memory.quiet >= max(self.recovery, memory.needed)
+
+    @property
+    def told_recovery(self) -> str:
+        """In words."""
+        if isinstance(self.recovery, timedelta):
+            return f"{self.recovery} without a new alarm"
+        return f"{self.recovery:,} samples without a new alarm"
+
+    @property
+    def valid_again(self) -> int:
+        """Valid samples after which an invalid one is news again."""
+        return self.recovery if isinstance(self.recovery, int) else 500
+
+
+@dataclass
+class Decisions:
+    """Where a stream stands, and what follows from its next samples.
+
+    Attributes:
+        rules: How it is decided.
+        fitted: What scores are judged by.
+        test: For a drift.
+        memory: All else that is remembered.
+        neighbours: How much neighbouring samples were alike when they last surely were.
+    """
+
+    rules: Rules
+    fitted: Fitted
+    test: StreamTest
+    memory: Memory = field(default_factory=Memory)
+    neighbours: Neighbours | None = None
+
+    @classmethod
+    def of(cls, rules: Rules, fitted: Fitted, *, seed: int) -> Self:
+        """Of a stream that begins, judged by what a detector has learned."""
+        return cls(rules, fitted, stream_test(fitted, ert=rules.ert, seed=seed))
+
+    def copy(self) -> Self:
+        """Decisions that go on from here, and change nothing of these."""
+        found = copy.copy(self)
+        found.test, found.memory = self.test.copy(), self.memory.copy()
+        return found
+
+    def take(self, rows: Iterable[Row], *, stale: bool | None, seconds: float) -> list[Summary]:
+        """Take in samples in their order; what they raise is owed in the memory.
+
+        Args:
+            rows: The samples.
+            stale: Whether the model has other weights than the detector; None if nobody looked.
+            seconds: Since the samples before.
+
+        Returns:
+            The running figures that are due.
+        """
+        memory, flagged, is_due = self.memory, list[Row](), False
+        memory.quiet_seconds += seconds if isinstance(self.rules.recovery, timedelta) else 0.0
+        summaries = []
+        self._look_at_weights(stale)
+        for row in rows:
+            memory.samples_seen += 1
+            memory.since_told = None if memory.since_told is None else memory.since_told + 1
+            sample = self._flagged(row)
+            self._take_valid(row, sample) if row.valid else self._take_invalid()
+            if memory.status == "ALERT":
+                is_due = False  # the drift alert speaks for them
+                flagged.clear()
+                memory.untold.clear()
+            elif sample is not None:
+                flagged.append(row)
+                is_due = self._warn_of(sample) or is_due
+            self._count_muted()
+            if memory.samples_seen % self.rules.summary_every == 0:
+                summaries.append(self.summary())
+                self._look_at_neighbours()
+        if is_due:
+            self._raise(self._sample_alert(flagged))
+        return summaries
+
+    def accept(self, reason: str) -> None:
+        """Begin a new episode: what the stream is now is what it should be."""
+        memory = self.memory
+        self._begin_anew()
+        memory.status, memory.quiet, memory.quiet_seconds, memory.needed = "OK", 0, 0.0, 0
+        memory.blind, memory.held = False, None
+        memory.validity.clear()
+        memory.untold.clear()
+        self._raise(self._alert("accepted", f"Accepted: {reason}"))
+
+    def mute(self, samples: int) -> None:
+        """Owe nothing of so many samples; what was held back so far is owed if it stands."""
+        self.memory.muted = samples + 1
+        self._count_muted()
+
+    def summary(self) -> Summary:
+        """The running figures."""
+        evidence, memory = self._evidence(), self.memory
+        return Summary(
+            stream=self.rules.name,
+            samples_seen=memory.samples_seen,
+            status=memory.overall,
+            score_mean=evidence.score_mean,
+            score_p95=evidence.score_p95,
+            flagged_rate=evidence.flagged_rate,
+            log_e_value=evidence.log_e_value,
+            invalid={"not scored": memory.invalid},
+        )
+
+    def _look_at_weights(self, stale: bool | None) -> None:
+        memory = self.memory
+        if stale is None or stale == memory.stale:
+            return
+        memory.stale = stale
+        if stale:
+            message = "Stale calibration: the model has not the weights that the detector knows."
+            self._raise(self._alert("stale_calibration", message))
+        else:
+            message = "Recovered: the model has the detector's weights again."
+            self._raise(self._alert("recovered", message))
+
+    def _flagged(self, row: Row) -> FlaggedSample | None:
+        if not row.valid or row.p_value > self.rules.fpr:
+            return None
+        return FlaggedSample(self.memory.samples_seen, row.p_value, row.id)
+
+    def _warn_of(self, sample: FlaggedSample) -> bool:
+        """Whether an alert of it is due."""
+        memory = self.memory
+        memory.status, memory.quiet, memory.quiet_seconds = "WARN", 0, 0.0
+        memory.untold.append(sample)
+        if memory.since_told is not None and memory.since_told < self.rules.cooldown:
+            return False
+        memory.since_told = 0
+        return True
+
+    def _take_valid(self, row: Row, sample: FlaggedSample | None) -> None:
+        """The drift test, the figures, and what follows from them."""
+        memory = self.memory
+        memory.episode.add(row, sample)
+        memory.validity.append(True)
+        memory.valid_run = None if memory.valid_run is None else memory.valid_run + 1
+        self._look_at_validity()
+        if (memory.samples_seen - memory.invalid - 1) % self.rules.thin:
+            return  # says nothing of a recovery either
+        memory.quiet += 1
+        evidence = self.test.update(row.score, row.group)
+        memory.log_e_value = evidence.log_e_value
+        memory.episode.ranks.append(evidence.p_value)
+        memory.episode.tested.append(memory.samples_seen)
+        if evidence.alarm:
+            self._alarm(evidence)
+        elif memory.status != "OK" and self.rules.is_over(memory):
+            self._recover()
+
+    def _take_invalid(self) -> None:
+        memory = self.memory
+        is_news = memory.valid_run is None or memory.valid_run >= self.rules.valid_again
+        memory.invalid, memory.valid_run = memory.invalid + 1, 0
+        memory.validity.append(False)
+        if is_news:
+            message = f"Invalid input: sample {memory.samples_seen:,} could not be scored."
+            self._raise(self._alert("invalid_input", message))
+        self._look_at_validity()
+
+    def _look_at_validity(self) -> None:
+        """A run of samples that cannot be scored is an incident, until they can be again."""
+        memory, invalid = self.memory, self.memory.validity.count(False)
+        if not memory.blind and invalid >= MANY_INVALID:
+            memory.blind = True
+            message = (
+                f"Invalid input: {invalid} of the latest {len(memory.validity)} samples could not "
+                f"be scored, {memory.invalid:,} of {memory.samples_seen:,} in all."
+            )
+            alert = self._alert("invalid_input", message)
+            self._raise(replace(alert, severity="critical"))
+        elif memory.blind and not invalid:
+            memory.blind = False
+            count = len(memory.validity)
+            message = f"Recovered: the latest {count} samples could all be scored."
+            self._raise(self._alert("recovered", message))
+
+    def _alarm(self, evidence: StreamEvidence) -> None:
+        memory, stands = self.memory, self.memory.status == "ALERT"
+        self._look_at_neighbours()
+        memory.status, memory.quiet, memory.quiet_seconds = "ALERT", 0, 0.0
+        since = self.test.since(evidence.cause)
+        memory.needed = max(memory.needed, _TIMES * (since.estimate + 1))
+        if not stands:
+            self._raise(self._drift_alert(evidence, since))
+        # The history now holds samples from after the change; see EDetector.restart.
+        self._begin_anew(grow=False)
+
+    def _begin_anew(self, *, grow: bool = True) -> None:
+        self.test.restart(grow=grow)
+        self.memory.episode, self.memory.log_e_value = Episode(), -math.inf
+
+    def _drift_alert(self, evidence: StreamEvidence, since: Since) -> Alert:
+        episode, tested = self.memory.episode, self.memory.episode.tested
+        alike = neighbours_of(episode.ranks, self.rules.ert, ONCE)
+        message = _drift_message(evidence, self.rules.ert, tested[-1 - since.estimate])
+        message += "" if alike is None else f" {alike}"
+        alert = self._alert("drift", message, episode.layers, episode.flagged)
+        figures = replace(
+            alert.evidence,
+            drift_of=evidence.cause,
+            since=tested[-1 - since.estimate],
+            since_earliest=tested[-1 - since.earliest],
+            since_latest=tested[-1 - since.latest],
+            correlation=None if alike is None else alike.correlation,
+            ert_if_correlated=None if alike is None else alike.ert,
+        )
+        return replace(alert, evidence=figures)
+
+    def _look_at_neighbours(self) -> None:
+        found = neighbours_of(self.memory.episode.ranks, self.rules.ert, OFTEN)
+        self.neighbours = found or self.neighbours
+
+    def _recover(self) -> None:
+        memory = self.memory
+        was, memory.status, memory.needed = memory.status, "OK", 0
+        if was == "ALERT":
+            self._begin_anew()
+            self._raise(self._alert("recovered", f"Recovered: {self.rules.told_recovery}."))
+
+    def _sample_alert(self, flagged: Sequence[Row]) -> Alert:
+        row, untold = min(flagged, key=lambda row: row.p_value), self.memory.untold
+        message = f"Anomalous sample: p-value {row.p_value:.3g}, at most fpr {self.rules.fpr:g}."
+        if len(untold) > 1:
+            message += f" {len(untold)} flagged since the last alert."
+        alert = self._alert("sample", message, row.layers, untold)
+        untold.clear()
+        return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
+
+    def _raise(self, alert: Alert) -> None:
+        """Owe an alert; one that still stands when a monitor is no longer muted is owed then."""
+        memory = self.memory
+        if not memory.muted:
+            memory.owed.append(alert)
+        else:
+            memory.held = None if alert.status == "OK" else alert
+
+    def _count_muted(self) -> None:
+        memory = self.memory
+        memory.muted = max(0, memory.muted - 1)
+        if memory.muted == 0 and memory.held is not None:
+            if memory.overall != "OK":
+                memory.owed.append(memory.held)
+            memory.held = None
+
+    def _alert(
+        self,
+        kind: AlertKind,
+        message: str,
+        layers: Array | None = None,
+        samples: Iterable[FlaggedSample] = (),
+    ) -> Alert:
+        evidence, names = self._evidence(), self.fitted.layers
+        return Alert(
+            kind=kind,
+            severity=severity_of(kind, evidence),
+            stream=self.rules.name,
+            samples_seen=self.memory.samples_seen,
+            message=message,
+            evidence=evidence,
+            top_layers=() if layers is None else top_layers(names, layers),
+            top_terms=() if layers is None else top_terms(names, layers),
+            samples=tuple(samples),
+            detector=self.fitted.fingerprint,
+            model=self.fitted.model,
+            method=self.fitted.method,
+            status=self.memory.overall,
+        )
+
+    def _evidence(self) -> AlertEvidence:
+        memory, rules = self.memory, self.rules
+        return memory.episode.evidence(log_e_value=memory.log_e_value, ert=rules.ert, fpr=rules.fpr)
+
+
+def stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:
+    """The drift test against what a detector was calibrated on, within its groups."""
+    grouped = fitted.grouped
+    if grouped is None:
+        return StreamTest(fitted.calibration.scores, ert=ert, seed=seed)
+    return StreamTest(
+        grouped.scores,
+        ert=ert,
+        seed=seed,
+        groups=grouped.indices(grouped.labels, len(grouped.scores)),
+        group_count=len(grouped.large) + 1,
+    )
+
+
+def _drift_message(evidence: StreamEvidence, ert: float, since: int) -> str:
+    what = "Drift" if evidence.cause == "data" else "Drift of the mix of groups"
+    return (
+        f"{what}: evidence e^{evidence.log_e_value:.1f} against the calibration data reached "
+        f"the promised run time {ert:,.0f} after {evidence.n:,} samples, since about sample "
+        f"{since:,}."
+    )
