@@ -6,12 +6,13 @@ can switch that off for a process only. So it is told, for the calling thread, t
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
+
+from ood_monitor.processes import Lock
 
 __all__ = ["without_autologging"]
 
@@ -19,7 +20,7 @@ __all__ = ["without_autologging"]
 _MLFLOW = "mlflow.utils.autologging_utils"
 
 _is_off: ContextVar[bool] = ContextVar("ood_monitor_autologging_is_off", default=False)
-_lock = threading.Lock()
+_lock = Lock()
 _users = 0
 
 
