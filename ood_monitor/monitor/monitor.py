@@ -2,7 +2,6 @@
 
 import copy
 import math
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from ood_monitor.monitor.memory import (
     top_terms,
 )
 from ood_monitor.monitor.staleness import Weights
+from ood_monitor.processes import Lock
 from ood_monitor.saving.fingerprints import hashes_where
 
 __all__ = ["Monitor"]
@@ -140,7 +140,7 @@ class Monitor:
         self._autocorrelation = Autocorrelation(name, thin)
         self._drift = EDetector(fitted.calibration.scores, ert=ert, seed=seed)
         self._state = Memory()
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._fingerprint, self._layers = fitted.fingerprint, fitted.layers
         self._weights = Weights(detector.adapter.module, fitted.model)
         self._weights_every, self._next_look = weights_every, 0
@@ -279,6 +279,17 @@ class Monitor:
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left within ``timeout`` seconds, and close the sinks."""
         self._dispatcher.close(timeout)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, as processes that are spawned would.
+
+        Raises:
+            TypeError: Always: its sinks, its place in the stream and its spool are one process's.
+        """
+        raise TypeError(
+            f"Expected the monitor {self.name!r} to stay in its process, got it to pickle: save "
+            "the detector, and make a monitor of it in each process."
+        )
 
     def __enter__(self) -> Self:
         return self
