@@ -225,6 +225,11 @@ class GroupedPValue:
         sizes = {group: len(calibration.scores) for group, calibration in self._own.items()}
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
+    @property
+    def fewest(self) -> int:
+        """How many scores the smallest group has, those without one of their own being one."""
+        return min(len(each.scores) for each in (*self._own.values(), self._others))
+
     def p_value(self, scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.float64]:
         """Returns the p-value of each score within its group.
 
