@@ -20,7 +20,7 @@ from ood_monitor.densities.parts import Part
 from ood_monitor.detector import Detector, Explanation
 from ood_monitor.drift import EDetector, TrainingStream
 from ood_monitor.gradients import gradient_norms, last_layers
-from ood_monitor.monitor import Monitor
+from ood_monitor.monitor import Discoveries, Monitor
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "Detector",
     "Diagnosis",
     "DiagonalGaussian",
+    "Discoveries",
     "EDetector",
     "Elements",
     "Explanation",

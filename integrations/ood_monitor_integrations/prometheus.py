@@ -6,7 +6,6 @@
     monitor = ood_monitor.Monitor(detector, sinks=[sink])
 """
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ood_monitor import Detector
 from ood_monitor.alerts import Alert, Reading, Summary
+from ood_monitor.processes import Lock
 
 __all__ = ["PrometheusSink", "score_buckets"]
 
@@ -127,7 +127,7 @@ def score_buckets(detector: Detector) -> list[float]:
 
 
 _known: weakref.WeakKeyDictionary[CollectorRegistry, Any] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 @dataclass(frozen=True)

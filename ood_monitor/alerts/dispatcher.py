@@ -2,21 +2,26 @@
 
 import atexit
 import logging
-import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing import util
 from os import PathLike
 from typing import Self
 
 from ood_monitor.alerts.alert import Alert, Reading, Sink, Summary
 from ood_monitor.alerts.sink_thread import Figures, SinkThread, Undelivered
 from ood_monitor.alerts.spool import Spool
+from ood_monitor.processes import after_fork_in_child
 
 __all__ = ["Dispatcher", "Undelivered"]
 
 _ALL_SINKS = "all sinks"
+
+#: Before `multiprocessing` closes its queues at the end of a worker, which a sink may write to.
+_FIRST = 100
 _CLOSED = "it was sent after the dispatcher was closed"
 
 _log = logging.getLogger(__name__)
@@ -29,13 +34,14 @@ class Dispatcher:
     again, within about a minute and a half by default, then steps aside for those after it until
     the sink works again; a sink's first failure is logged with the traceback, the others are
     counted. A full queue gives up figures before alerts. The dispatcher closes itself when the
-    interpreter exits. A forked child starts with empty queues: the parent delivers what was sent
-    before the fork.
+    interpreter or a worker of `multiprocessing` exits, unless it is killed, by a signal or by
+    `os._exit`. A forked child starts with empty queues: the parent delivers what was sent before
+    the fork. Sinks that the child has not used stay the parent's to close.
 
     With a ``spool``, an alert is on disk before :meth:`send` returns, until every sink has it, and
     what a crash leaves is delivered on the next start: to each sink at least once, with the same
     id. :meth:`send` then takes as long as the disk takes to synchronise, milliseconds as a rule and
-    at most a second.
+    at most a second. A spool is one process's: a forked child cannot send with it.
 
     Args:
         sinks: Called in this order. A sink is known by its ``name`` or its class's name.
@@ -70,15 +76,28 @@ class Dispatcher:
         self._new_threads = partial(_threads, named, capacity, tries, self._delivered)
         names = [name for name, _ in named]
         self.spool = None if spool is None else Spool(spool, names, capacity=capacity)
+        self._closed, self._is_childs = False, False
         self._begin()
         self._replay()
         atexit.register(self.close)
+        self._close_with_worker()
+        _dispatchers.add(self)
+        util.register_after_fork(self, Dispatcher._close_with_worker)
 
     def _begin(self) -> None:
-        self._pid, self._closed, self._is_told = os.getpid(), False, False
+        self._is_told = False
         self._late: deque[Undelivered] = deque(maxlen=self._capacity)
         self._late_count = 0
         self._threads = self._new_threads()
+
+    def begin_as_child(self) -> None:
+        """In a forked child: with nothing to deliver, in threads of the child's own."""
+        self._is_childs = True
+        self._begin()
+
+    def _close_with_worker(self) -> None:
+        """A worker of `multiprocessing` ends without what `atexit` would call."""
+        self._ending = util.Finalize(None, self.close, exitpriority=_FIRST)
 
     @property
     def undelivered(self) -> tuple[Undelivered, ...]:
@@ -106,8 +125,13 @@ class Dispatcher:
         return any(thread.shows(Reading) for thread in self._threads)
 
     def send(self, alert: Alert) -> None:
-        """Queue `alert` for every sink. Does not wait for any, and does not raise."""
-        self._leave_parent()
+        """Queue `alert` for every sink. Does not wait for any.
+
+        Raises:
+            RuntimeError: In a forked child of the process that has the spool; nothing else does.
+        """
+        if self.spool is not None:
+            self.spool.check_process(alert)
         if self._closed:
             self._refuse(alert)
             return
@@ -134,7 +158,6 @@ class Dispatcher:
         Returns:
             Whether it was, in time.
         """
-        self._leave_parent()
         deadline = time.monotonic() + timeout
         marks = [thread.mark() for thread in self._threads]
         waits = zip(self._threads, marks, strict=True)
@@ -146,15 +169,16 @@ class Dispatcher:
         Args:
             timeout: The longest wait, in seconds; what is left then counts as undelivered.
         """
-        self._leave_parent()
         again, self._closed = self._closed, True
         if again:
             return
         atexit.unregister(self.close)
+        self._ending.cancel()
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
+        threads = [t for t in self._threads if t.is_used or not self._is_childs]
+        for thread in threads:
             thread.begin_to_close()
-        for thread in self._threads:
+        for thread in threads:
             thread.finish(deadline - time.monotonic())
         if self.spool is not None:
             self.spool.close(max(0.1, deadline - time.monotonic()))
@@ -166,10 +190,6 @@ class Dispatcher:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _leave_parent(self) -> None:
-        if self._pid != os.getpid():
-            self._begin()
-
     def _replay(self) -> None:
         """Deliver what an earlier process left in the spool."""
         if self.spool is not None:
@@ -178,7 +198,6 @@ class Dispatcher:
                     thread.put(alert)
 
     def _show(self, figures: Figures) -> None:
-        self._leave_parent()
         for thread in self._threads:
             if thread.shows(figures):
                 thread.put(figures)
@@ -204,6 +223,17 @@ class Dispatcher:
         if self.spool is not None:
             where = f"the next monitor with the spool {self.spool.folder} delivers them"
         _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
+
+
+_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def _begin_in_child() -> None:
+    for dispatcher in list(_dispatchers):
+        dispatcher.begin_as_child()
+
+
+after_fork_in_child(_begin_in_child)
 
 
 def _named(sinks: Iterable[Sink]) -> Iterator[tuple[str, Sink]]:

@@ -115,6 +115,11 @@ class SinkThread:
         with self._changed:
             return self.lost_count + len(self._refused)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anything was put in."""
+        return self._thread is not None
+
     def shows(self, figures: Figures | type[Figures]) -> bool:
         """Whether the sink takes such figures."""
         kind = figures if isinstance(figures, type) else type(figures)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ood_monitor.alerts.alert import Alert
 from ood_monitor.alerts.journal import Journal
+from ood_monitor.processes import after_fork_in_child
 
 __all__ = ["Spool"]
 
@@ -66,6 +67,19 @@ class Spool:
         self._capacity, self._is_late, self._is_told = capacity, False, False
         self._scribe = threading.Thread(target=self._run, name="ood-monitor-spool", daemon=True)
         self._scribe.start()
+
+    def check_process(self, alert: Alert) -> None:
+        """Whether an alert is raised in the process that has the folder.
+
+        Raises:
+            RuntimeError: In a child that it has forked.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"Expected an alert of process {self._pid}, which has the spool {self.folder}, got "
+                f"{alert.kind!r} of process {os.getpid()}, forked from it: make a monitor in each "
+                "process, with a folder of its own."
+            )
 
     def owed(self, sink: str) -> list[Alert]:
         """What a sink was owed when the folder was opened, the oldest first."""
@@ -176,8 +190,7 @@ def _leave_locks() -> None:
         spool.release_lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_locks)
+after_fork_in_child(_leave_locks)
 
 
 def _locked(path: Path) -> int:

@@ -31,6 +31,7 @@ from ood_monitor.adapters.base import (
     reseeded,
 )
 from ood_monitor.densities import Array, Density, ShrunkGaussian
+from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.baselines import effective_dof
 from ood_monitor.densities.features import LogNorms, table
 from ood_monitor.gradients.layers import Layers, selection
@@ -239,7 +240,9 @@ def _second_population(scores: Array) -> float:
     from sklearn.mixture import GaussianMixture
 
     z = ((scores - scores.mean()) / scores.std())[:, None]
-    one, two = (GaussianMixture(k, n_init=3, reg_covar=1e-3, random_state=0).fit(z) for k in (1, 2))
+    models = (GaussianMixture(k, n_init=3, reg_covar=1e-3, random_state=0) for k in (1, 2))
+    with without_autologging():
+        one, two = (model.fit(z) for model in models)
     means, variances = two.means_.ravel(), two.covariances_.ravel()
     apart = abs(means[0] - means[1]) * math.sqrt(2 / variances.sum())
     if one.bic(z) - two.bic(z) < _BIC or apart < _ASHMAN:

@@ -85,6 +85,11 @@ class GroupedPValue:
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
     @property
+    def most(self) -> int:
+        """How many scores the largest group has, the others among them."""
+        return max(map(len, self._by_group))
+
+    @property
     def others(self) -> int:
         """How many scores the others have together."""
         return len(self._by_group[-1])
@@ -147,9 +152,8 @@ class GroupedPValue:
         Raises:
             ValueError: If the rate is not in (0, 1), or nothing would ever be flagged.
         """
-        largest = max(map(len, self._by_group))
-        if largest < samples_for(fpr):
+        if self.most < samples_for(fpr):
             raise ValueError(
                 f"A false-positive rate of {fpr} needs at least {samples_for(fpr)} calibration "
-                f"samples in a group, got at most {largest}."
+                f"samples in a group, got at most {self.most}."
             )

@@ -22,6 +22,7 @@ import numpy as np
 from scipy.special import logsumexp, polygamma
 
 from ood_monitor.densities import Array, DiagonalGaussian
+from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import check_fitted, checked, checked_fit
 
 __all__ = [
@@ -289,13 +290,16 @@ class _ByScikitLearn(abc.ABC):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        self._pipeline = make_pipeline(StandardScaler(), self._model()).fit(features)
+        with without_autologging():
+            self._pipeline = make_pipeline(StandardScaler(), self._model()).fit(features)
         self._mean = features.mean(0)
         return self
 
     def score(self, features: Array) -> Array:
         check_fitted(self, "_pipeline")
-        return -np.asarray(self._pipeline.score_samples(checked(features, self._mean)))
+        features = checked(features, self._mean)
+        with without_autologging():
+            return -np.asarray(self._pipeline.score_samples(features))
 
     @abc.abstractmethod
     def _model(self) -> Any:

@@ -15,6 +15,7 @@ from typing import Literal, Self, TypeAlias, get_args
 
 import numpy as np
 
+from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
 __all__ = ["PrincipalGaussian", "Shrinkage", "ShrunkGaussian"]
@@ -208,9 +209,11 @@ def _amount(shrinkage: Shrinkage, z: Array, axes: Array, variances: Array) -> fl
     from sklearn.covariance import ledoit_wolf_shrinkage, oas
 
     if shrinkage == "ledoit_wolf":
-        amount = float(ledoit_wolf_shrinkage(z, assume_centered=True))
+        with without_autologging():
+            amount = float(ledoit_wolf_shrinkage(z, assume_centered=True))
     elif shrinkage == "oas":
-        amount = float(oas(z, assume_centered=True)[1])
+        with without_autologging():
+            amount = float(oas(z, assume_centered=True)[1])
     elif shrinkage == "leave_one_out":
         amount = _leave_one_out(z, axes, variances)
     else:

@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 from scipy.special import logsumexp, softmax
 
+from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
 __all__ = ["GaussianMixture"]
@@ -44,12 +45,14 @@ class GaussianMixture:
 
         features = checked_fit(features, self.minimum_samples)
         self._mean, self._sd = features.mean(0), features.std(0)
-        fitted = mixture.GaussianMixture(
+        model = mixture.GaussianMixture(
             self._components,
             reg_covar=self._regularisation,
             max_iter=1000,
             random_state=self._seed,
-        ).fit((features - self._mean) / self._sd)
+        )
+        with without_autologging():
+            fitted = model.fit((features - self._mean) / self._sd)
         self._weights, self._centres = fitted.weights_, fitted.means_
         self._precisions_cholesky = fitted.precisions_cholesky_
         return self

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ood_monitor.modules.copies import SHARED
 from ood_monitor.modules.substitutes import takes_train_mode
+from ood_monitor.processes import Lock, after_fork_in_child
 
 __all__ = ["PythonState", "restored"]
 
@@ -24,11 +25,15 @@ _COPIED = (dict, list, set, deque, OrderedDict)
 _DEEPEST, _MOST_OBJECTS, _MOST_BYTES = 4, 20_000, 1 << 24
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
+#: Of `_locks`, and of modules that are being changed or put back.
+_guard = Lock()
+
+#: What puts back each module that is scored now, and the thread that will.
+_under_way: dict[ExitStack, int] = {}
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
+def restored(module: nn.Module) -> Iterator[ExitStack]:
     """The module itself in eval mode; flags, buffers and parameters as before afterwards.
 
     Scorers in several threads take turns. A forward pass of it in train mode in another thread is
@@ -36,14 +41,37 @@ def restored(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The model.
+
+    Yields:
+        What is closed at the end, for more to be put back. In a process that another thread forks
+        meanwhile it is closed at once: nobody would.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_lock_of(module))
-        stack.enter_context(_buffers(module))
-        stack.enter_context(_own_parameters(module))
-        stack.enter_context(_refusing_others(module))
-        stack.enter_context(_eval_mode(module))
-        yield
+    changes = ExitStack()
+    with _lock_of(module):
+        try:
+            with _guard:
+                _under_way[changes] = threading.get_ident()
+                changes.enter_context(_buffers(module))
+                changes.enter_context(_own_parameters(module))
+                changes.enter_context(_refusing_others(module))
+                changes.enter_context(_eval_mode(module))
+            yield changes
+        finally:
+            with _guard:
+                _under_way.pop(changes, None)
+                changes.close()
+
+
+def _put_back_others() -> None:
+    """End, in a forked child, what the parent's other threads do with modules."""
+    _locks.clear()
+    for changes, thread in list(_under_way.items()):
+        if thread != threading.get_ident():
+            del _under_way[changes]
+            changes.close()
+
+
+after_fork_in_child(_put_back_others)
 
 
 class PythonState:
@@ -148,7 +176,7 @@ def _own(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _lock_of(module: nn.Module) -> threading.RLock:
-    with _locks_guard:
+    with _guard:
         return _locks.setdefault(module, threading.RLock())
 
 

@@ -320,15 +320,17 @@ def scoring_in_place(module: nn.Module, by: object) -> Iterator[PythonState]:
         What puts attributes back, which is done at the end too.
     """
     needed = [(p, p.requires_grad) for p in module.parameters()]
-    with _modes(module), kept_random_state(device_of(module), by), restored(module):
+    with _modes(module), kept_random_state(device_of(module), by), restored(module) as changes:
         state = PythonState(module, by)
-        try:
-            yield state
-        finally:
-            state.put_back()
-            for parameter, requires_grad in needed:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
+        changes.callback(_need_again, needed)
+        changes.callback(state.put_back)
+        yield state
+
+
+def _need_again(needed: Iterable[tuple[Tensor, bool]]) -> None:
+    for parameter, requires_grad in needed:
+        if parameter.requires_grad != requires_grad:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

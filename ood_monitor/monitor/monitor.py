@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +18,7 @@ from ood_monitor.monitor.decisions import Decisions, Rules
 from ood_monitor.monitor.memory import Memory, rows_of
 from ood_monitor.monitor.scoring import scored
 from ood_monitor.monitor.staleness import Weights
+from ood_monitor.processes import Lock
 from ood_monitor.saving.fingerprints import hashes_where
 from ood_monitor.saving.fitted import Fitted
 
@@ -132,7 +132,7 @@ class Monitor:
         self._weights_every, self._next_look = whole("weights_every", weights_every), 0
         self._decisions = Decisions.of(rules, fitted, seed=seed)
         self._is_told_of_neighbours = False
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._weights = Weights(detector.adapter.module, fitted.model)
         if weights_every:
             self._weights.are_stale()  # the costly look, before the stream waits for it
@@ -320,6 +320,17 @@ class Monitor:
         """Deliver what is left within ``timeout`` seconds, and close the sinks."""
         self._hand_over()
         self._dispatcher.close(timeout)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, as processes that are spawned would.
+
+        Raises:
+            TypeError: Always: its sinks, its place in the stream and its spool are one process's.
+        """
+        raise TypeError(
+            f"Expected the monitor {self.name!r} to stay in its process, got it to pickle: save "
+            "the detector, and make a monitor of it in each process."
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -385,7 +385,7 @@ time.sleep(20)
     parent.communicate()
 
 
-def test_a_forked_child_leaves_the_folder_alone(tmp_path: Path) -> None:
+def test_a_forked_child_is_refused_and_leaves_the_folder_alone(tmp_path: Path) -> None:
     script = """
 import os, sys
 from ood_monitor.alerts import Alert
@@ -397,13 +397,17 @@ dispatcher = Dispatcher([sink], tries=1, spool=sys.argv[1])
 dispatcher.send(first)
 child = os.fork()
 if child == 0:
-    dispatcher.send(first)
+    try:
+        dispatcher.send(first)
+    except RuntimeError as error:
+        print(error, flush=True)
     dispatcher.close()
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     ended = run(script, str(tmp_path), ALERT.to_json())
     assert ended.returncode == 0, ended.stderr
+    assert f"which has the spool {tmp_path}, got 'drift' of process" in ended.stdout
     lines = file(tmp_path).read_text().splitlines()
     assert len(lines) == 2
 

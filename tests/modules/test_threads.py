@@ -1,5 +1,6 @@
 """A model that another thread trains is scored beside it, and what cannot be is refused."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,10 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support.forks import child
 from support.model_case import Gaussian
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.modules import scoring_in_place
 from ood_monitor.modules.in_place import restored
 
 X = torch.randn(8, 3)
@@ -172,3 +175,33 @@ def test_a_model_in_place_keeps_its_parameters_hooks_out() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     model(X).sum().backward()
     assert calls
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+def test_a_process_forked_meanwhile_has_the_model_as_it_was() -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    entered, leave = threading.Event(), threading.Event()
+
+    def score() -> None:
+        with scoring_in_place(model, model):
+            model.modes["kept"] = []  # type: ignore[index]
+            model[0].weight.requires_grad_(True)
+            entered.set()
+            leave.wait()
+
+    def is_as_it_was() -> bool:
+        model(X)
+        with restored(model):
+            model(X)
+        flags = [layer.training for layer in (model, *model)]
+        return all(flags) and not model[0].weight.requires_grad and "kept" not in model.modes
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(score)
+        entered.wait()
+        assert child(is_as_it_was)
+        assert not model[1].training
+        leave.set()
+        done.result()
+    assert is_as_it_was()

@@ -8,9 +8,12 @@ import logging
 import random
 import statistics
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, Full, Queue
+
+from ood_monitor.processes import Lock, after_fork_in_child
 
 __all__ = ["Choice", "Worker"]
 
@@ -39,7 +42,7 @@ class Choice:
         if max_latency_ms is not None and not max_latency_ms > 0:
             raise ValueError(f"Expected a positive max_latency_ms, got {max_latency_ms}.")
         self._rate, self._budget = sample_rate, max_latency_ms
-        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._random, self._lock = random.Random(seed), Lock()
         self._costs: deque[float] = deque(maxlen=_COSTS)
 
     def rows(self, count: int) -> list[int]:
@@ -67,6 +70,8 @@ class Choice:
 class Worker:
     """Runs tasks one after the other in a thread of its own; what finds the queue full is dropped.
 
+    A forked child starts with an empty queue: what waits is its parent's.
+
     Args:
         size: The most tasks that wait.
 
@@ -77,10 +82,15 @@ class Worker:
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"Expected a queue_size of at least 1, got {size}.")
-        self._queue: Queue[Callable[[], None]] = Queue(size)
+        self._size, self._closed = size, False
+        self.begin()
+        _workers.add(self)
+
+    def begin(self) -> None:
+        """Have nothing to do, and no thread yet."""
+        self._queue: Queue[Callable[[], None]] = Queue(self._size)
         self._idle, self._unfinished = threading.Condition(), 0
         self._thread: threading.Thread | None = None
-        self._closed = False
 
     def submit(self, task: Callable[[], None]) -> bool:
         """Put a task into the queue without waiting; False if there is no room."""
@@ -137,3 +147,14 @@ class Worker:
         with self._idle:
             self._unfinished -= 1
             self._idle.notify_all()
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for worker in list(_workers):
+        worker.begin()
+
+
+after_fork_in_child(_begin_all)

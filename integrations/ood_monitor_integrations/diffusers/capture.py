@@ -7,7 +7,6 @@ every other user of a shared denoiser or scheduler pays a look at that variable.
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ood_monitor.processes import Lock
+
 __all__ = ["Capture", "DenoiserCall", "capturing", "hooked", "sample_argument", "stepping"]
 
 _active: ContextVar["Capture | None"] = ContextVar("ood_monitor_capture", default=None)
 #: Taken again where the interpreter collects, within it, a block that was never left.
-_lock = threading.RLock()
+_lock = Lock()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The denoiser as it is deployed: what has changed, what is refused, what is put aside."""
 
 import hashlib
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Detector
 from ood_monitor.modules import stored_weights
+from ood_monitor.processes import Lock
 from ood_monitor.saving.fingerprints import digest, marks
 from ood_monitor_integrations.diffusers.families import original_of
 
@@ -38,7 +38,7 @@ class _Known:
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -1,13 +1,13 @@
 """Modular pipelines: a block that watches the block that denoises."""
 
 import copy
-import threading
 from typing import Any
 
 from diffusers import ModularPipelineBlocks
 from diffusers.modular_pipelines import OutputParam
 
 from ood_monitor import Monitor, Scores
+from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.hook import watcher_of
 from ood_monitor_integrations.diffusers.pipeline_monitor import PipelineMonitor
 
@@ -34,7 +34,7 @@ class OODBlock(ModularPipelineBlocks):
         self._denoise, self._monitor = denoise, monitor
         self._raise_on_error = raise_on_error
         self._watcher: PipelineMonitor | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
         super().__init__()  # type: ignore[no-untyped-call]
         self.sub_blocks = denoise.sub_blocks
 

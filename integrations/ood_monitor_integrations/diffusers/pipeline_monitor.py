@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
 from ood_monitor_integrations.diffusers.capture import (
@@ -109,7 +109,7 @@ class PipelineMonitor:
         self._pipe, self._original = pipe, original_class(pipe)
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
         self._batch = batch or _batch_of(self.monitor)
-        self._counts, self._lock = Counts(), threading.Lock()
+        self._counts, self._lock = Counts(), Lock()
         self._settings = settings_of(original_of(denoiser_of(pipe)))
         self._told_of_changes = False
         self._hooks, self._hooked = ExitStack(), list[Any]()

@@ -22,6 +22,7 @@ from mlflow.models.evaluation.base import EvaluationResult, ModelEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ood_monitor.calibration import binomial_interval
+from ood_monitor.densities.autologging import without_autologging
 
 __all__ = ["MODEL_TYPE", "DetectorEvaluator"]
 
@@ -129,8 +130,9 @@ def _metrics(found: pd.DataFrame, is_foreign: np.ndarray, fpr: float) -> dict[st
     scores, truth = scores[valid].clip(-1e300, 1e300), is_foreign[valid]
     metrics = {"ood/samples": float(len(valid)), "ood/invalid": float((~valid).sum())}
     if 0 < truth.sum() < len(truth):
-        metrics["ood/auroc"] = float(roc_auc_score(truth, scores))
-        metrics["ood/average_precision"] = float(average_precision_score(truth, scores))
+        with without_autologging():
+            metrics["ood/auroc"] = float(roc_auc_score(truth, scores))
+            metrics["ood/average_precision"] = float(average_precision_score(truth, scores))
     if "p_value" in found:
         metrics |= _rates(found["p_value"].to_numpy(float)[valid] <= fpr, truth, fpr)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
