@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Scores", "joined_groups"]
+__all__ = ["Scores"]
 
 _EMPTY = {torch.bool: False, torch.int64: -1, torch.float64: math.nan}
 
@@ -51,6 +51,40 @@ class Scores:
             nothing, nothing, nothing, {}, {}, torch.zeros(0, dtype=torch.bool, device="cpu")
         )
 
+    @classmethod
+    def together(cls, parts: Sequence["Scores"]) -> Self:
+        """The samples of several, one after the other; layers that a part lacks are nan."""
+        parts = [cls.none(), *parts]
+
+        def by_layer(which: str) -> dict[str, Tensor]:
+            names = next((list(of) for part in parts if (of := getattr(part, which))), [])
+            return {
+                name: torch.cat([_column(getattr(part, which), name, part) for part in parts])
+                for name in names
+            }
+
+        return cls(
+            score=torch.cat([part.score for part in parts]),
+            p_value=torch.cat([part.p_value for part in parts]),
+            log_likelihood=torch.cat([part.log_likelihood for part in parts]),
+            layers=by_layer("layers"),
+            z=by_layer("z"),
+            valid=torch.cat([part.valid for part in parts]),
+            group=_groups(parts),
+        )
+
+    def take(self, rows: Tensor) -> Self:
+        """Some of the samples, by index (M,), in that order."""
+        return type(self)(
+            score=self.score[rows],
+            p_value=self.p_value[rows],
+            log_likelihood=self.log_likelihood[rows],
+            layers={name: values[rows] for name, values in self.layers.items()},
+            z={name: values[rows] for name, values in self.z.items()},
+            valid=self.valid[rows],
+            group=None if self.group is None else self.group[rows],
+        )
+
     def among(self, count: int, rows: Tensor | Sequence[int]) -> Self:
         """These as the scores of some of `count` samples, with nan for the others.
 
@@ -75,7 +109,11 @@ class Scores:
         )
 
 
-def joined_groups(parts: Sequence[Scores]) -> Tensor | None:
+def _column(values: dict[str, Tensor], name: str, part: Scores) -> Tensor:
+    return values.get(name, torch.full_like(part.score, math.nan))
+
+
+def _groups(parts: Sequence[Scores]) -> Tensor | None:
     """Groups of the samples of several, -1 of those of a part without; None if none has any."""
     if all(part.group is None for part in parts):
         return None

@@ -8,11 +8,10 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
-from ood_monitor.calibration.scores import Scores, joined_groups
+from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.data import Samples, batches
 from ood_monitor.cli.models import Model
@@ -112,7 +111,7 @@ class _Scorer:
         size, progress = self.scoring.batch_size, self.scoring.shows_progress
         found = scored(self.detector, self.model, source, size, progress=progress)
         ids, parts = zip(*found, strict=True)
-        return [name for names in ids for name in names], _joined(parts)
+        return [name for names in ids for name in names], Scores.together(parts)
 
     def diagnosis(self, source: Samples) -> Diagnosis | None:
         """Of some of the samples; None if there are too few, or one cannot be read, and why."""
@@ -169,27 +168,4 @@ def _stream(page: ModuleType, name: str, rows: Sequence[Row]) -> Any:
         score=column(row.score for row in rows),
         p_value=column(row.p_value for row in rows),
         top_layers=[row.top_layer for row in rows],
-    )
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of all batches; of one without a valid sample no layer is known."""
-    names = next((part.z for part in parts if part.z), {})
-
-    def by_layer(which: str) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.cat(
-                [getattr(p, which).get(name, torch.full_like(p.score, torch.nan)) for p in parts]
-            )
-            for name in names
-        }
-
-    return Scores(
-        score=torch.cat([p.score for p in parts]),
-        p_value=torch.cat([p.p_value for p in parts]),
-        log_likelihood=torch.cat([p.log_likelihood for p in parts]),
-        layers=by_layer("layers"),
-        z=by_layer("z"),
-        valid=torch.cat([p.valid for p in parts]),
-        group=joined_groups(parts),
     )

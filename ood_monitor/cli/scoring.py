@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.data import Samples, readable
@@ -15,7 +14,7 @@ from ood_monitor.cli.models import Model
 from ood_monitor.cli.options import Data, Directory, Fpr, Scoring, asking_for_scoring
 from ood_monitor.cli.tables import check_output, rows_of, table
 from ood_monitor.detector.detector import Detector
-from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.monitor.scoring import scored as scored_alone
 
 __all__ = ["score", "scored"]
 
@@ -78,18 +77,8 @@ def scored(
             samples, reasons = readable(source, indices)
             for reason in reasons.values():
                 say(f"unreadable: {reason}")
-            yield [source.ids[i] for i in indices], finite_scores(detector, model.batch(samples))
+            yield [source.ids[i] for i in indices], scored_alone(detector, model.batch(samples))
             bar.update(len(indices))
-
-
-def finite_scores(detector: Detector, batch: Batch) -> Scores:
-    """Scores of B samples, nan for one with a value that is not finite."""
-    detector.check(batch)
-    finite = finite_samples(batch)
-    if not finite.any():
-        return Scores.none().among(len(finite), [])
-    kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-    return detector.score(kept).among(len(finite), finite)
 
 
 def _summarise(counts: dict[str, int], output: Path | None, fpr: float, *, as_json: bool) -> None:

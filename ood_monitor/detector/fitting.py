@@ -31,6 +31,9 @@ from ood_monitor.statistics.png import PNG_BITS
 
 __all__ = ["Fitting"]
 
+#: The share of samples above which what is not finite is a column's fault.
+_MANY = 0.05
+
 _log = logging.getLogger(__name__)
 
 
@@ -148,26 +151,37 @@ class Fitting:
 
 
 def _finite(measured: Measurements) -> Measurements:
-    """Without the samples whose forward pass was not finite, each named by its place.
+    """Without the samples of which something is not finite, each named by its place.
 
-    What is not finite in most samples is a column's fault, and no sample's. So are bits of an image
+    What is not finite in many samples is a column's fault, and no sample's. So are bits of an image
     with values outside the range that it is shown in. Such a column is wholly nan, so that it is
     left out wherever the samples that show it fall.
     """
-    sound = np.ones(len(measured), dtype=bool)
-    tables = dict(measured.tables)
+    sound = np.isfinite(measured.log_likelihood).all(1)
+    if sound.mean() < 1 - _MANY:
+        sound[:] = True  # of a term, which is no column
+    tables, left_out = dict(measured.tables), list[str]()
     for kind, table in measured.tables.items():
-        if kind != GRADIENT_NORMS:  # of which an infinite one takes its feature along
-            finite = np.isfinite(table.values)
-            bits = np.array([name == f"{kind}/{PNG_BITS}" for name in table.names], dtype=bool)
-            of_column = (finite.mean(0) <= 0.5) | (bits & ~finite.all(0))
-            sound &= (finite | of_column).all(1)
-            tables[kind] = replace(table, values=np.where(of_column, np.nan, table.values))
+        finite = np.isfinite(table.values)
+        bits = np.array([name == f"{kind}/{PNG_BITS}" for name in table.names], dtype=bool)
+        of_many = ~bits & (finite.mean(0) < 1 - _MANY)
+        of_column = of_many | (bits & ~finite.all(0))
+        sound &= (finite | of_column).all(1)
+        tables[kind] = replace(table, values=np.where(of_column, np.nan, table.values))
+        left_out += [
+            name for name, is_left_out in zip(table.names, of_many, strict=True) if is_left_out
+        ]
     measured = replace(measured, tables=tables)
+    if left_out:
+        _log.warning(
+            "Left out, as they are not finite in more than one held-out sample of twenty: %s%s.",
+            ", ".join(left_out[:20]),
+            f" and {len(left_out) - 20} more" if len(left_out) > 20 else "",
+        )
     if sound.all():
         return measured
     _log.warning(
-        "Left out of the held-out samples, as their forward pass is not finite: %d of %d, at %s.",
+        "Left out of the held-out samples, as something of them is not finite: %d of %d, at %s.",
         (~sound).sum(),
         len(sound),
         np.flatnonzero(~sound)[:20].tolist(),

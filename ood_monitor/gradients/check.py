@@ -31,6 +31,10 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 _TOLERANCE_IN_HALF = 0.3
 
 
+class NotFiniteError(ValueError):
+    """A term is not finite for a sample that should be compared."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the first use of a model found.
@@ -114,7 +118,9 @@ def facts_after(
         norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``.
     """
     stores = _stores(batch_size(batch) // group)
-    left = next(o[passes.holder] for k, o in stores if passes.holder in k)
+    left = next((o[passes.holder] for k, o in stores if passes.holder in k), None)
+    if left is None:
+        return facts  # nothing could be compared yet
     unsettled = [
         key for key in norms if key in left.keys and key.split("/", 1)[1] not in facts.looped
     ]
@@ -201,7 +207,15 @@ def _compared(
     n, start = min(2, size), min(start, max(0, size - 2))
     own = slice(start * group, (start + n) * group)
     probe = map_tensors(lambda t: t[own], batch)
-    facts, unsettled = _compare(passes, probe, n, frozenset() if before is None else before.looped)
+    wrong_before = frozenset() if before is None else before.looped
+    try:
+        facts, unsettled = _compare(passes, probe, n, wrong_before)
+    except NotFiniteError:
+        probe = _finite_probe(passes, batch, group)
+        if probe is None:
+            return before or _unknown(adapter)  # the comparison waits for samples that allow it
+        n = batch_size(probe) // group
+        facts, unsettled = _compare(passes, probe, n, wrong_before)
     known, opened = _stores(2)[0] if n > 1 else _stores(1)[1]
     if adapter not in opened:
         opened[adapter] = _Open(unsettled, _state(adapter.module))
@@ -243,6 +257,24 @@ def _compare(
     return Facts(looped, fast.last_of_graph, at_once), with_graph
 
 
+def _unknown(adapter: Adapter) -> Facts:
+    """Of samples that nothing can be compared on: the loop is always right."""
+    return Facts(frozenset(supported(adapter.module)), frozenset())
+
+
+def _finite_probe(passes: Passes[Adapter], batch: Batch, group: int) -> Batch | None:
+    """The first two samples of which all terms are finite, or one; None if there is none."""
+    finite: Tensor | None = None
+    for _, values in checked_terms(passes.fresh(), batch):
+        own = values.detach().isfinite().reshape(-1, group).all(1).cpu()
+        finite = own if finite is None else finite & own
+    chosen = [] if finite is None else finite.nonzero().flatten().tolist()[:2]
+    if not chosen:
+        return None
+    rows = torch.tensor([i * group + j for i in chosen for j in range(group)], device="cpu")
+    return map_tensors(lambda t: t[rows.to(t.device)], batch)
+
+
 def _check_dependence(adapter: Adapter, exact: dict[str, Tensor]) -> None:
     if not any(rows.any() for rows in exact.values()):
         raise ValueError(
@@ -260,9 +292,9 @@ def _check_independence(
     rtol = max(1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
     for term, values in together.items():
         if not values.isfinite().all():
-            raise ValueError(
-                f"Expected the term {term!r} to be finite, got {values.tolist()} for the first "
-                "samples."
+            raise NotFiniteError(
+                f"Expected the term {term!r} to be finite, got {values.tolist()} for samples that "
+                "are compared."
             )
         if not torch.allclose(
             values, alone[term], rtol=rtol, atol=rtol * float(values.abs().max())

@@ -124,7 +124,7 @@ class Decisions:
             memory.samples_seen += 1
             memory.since_told = None if memory.since_told is None else memory.since_told + 1
             sample = self._flagged(row)
-            self._take_valid(row, sample) if row.valid else self._take_invalid()
+            self._take_valid(row, sample) if row.valid else self._take_invalid(row)
             if memory.status == "ALERT":
                 is_due = False  # the drift alert speaks for them
                 flagged.clear()
@@ -215,14 +215,15 @@ class Decisions:
         elif memory.status != "OK" and self.rules.is_over(memory):
             self._recover()
 
-    def _take_invalid(self) -> None:
+    def _take_invalid(self, row: Row) -> None:
         memory = self.memory
         is_news = memory.valid_run is None or memory.valid_run >= self.rules.valid_again
         memory.invalid, memory.valid_run = memory.invalid + 1, 0
         memory.validity.append(False)
         if is_news:
             message = f"Invalid input: sample {memory.samples_seen:,} could not be scored."
-            self._raise(self._alert("invalid_input", message))
+            sample = FlaggedSample(memory.samples_seen, None, row.id)
+            self._raise(self._alert("invalid_input", message, samples=[sample]))
         self._look_at_validity()
 
     def _look_at_validity(self) -> None:

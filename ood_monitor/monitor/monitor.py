@@ -283,7 +283,11 @@ class Monitor:
 
     def identify(self, batch: Batch, scores: Scores) -> list[str | None] | None:
         """Hashes of those of B samples that an alert could name, if the monitor was asked to."""
-        return hashes_where(scores.p_value <= self.fpr, batch) if self._identify else None
+        return (
+            hashes_where((scores.p_value <= self.fpr) | ~scores.valid, batch)
+            if self._identify
+            else None
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the monitor remembers, as primitives that JSON can hold."""

@@ -164,16 +164,21 @@ def test_a_detector_says_how_many_scores_it_has() -> None:
     om.Discoveries(made, window=(n + 1) // 10)
 
 
-def test_of_groups_the_smallest_counts() -> None:
+def test_of_groups_the_largest_counts_and_others_are_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def dark(batch: torch.Tensor) -> list[str]:
-        return ["dark" if x.mean() < 0.47 else "light" for x in batch]
+        return ["dark" if x.mean() < 0.4 else "light" for x in batch]
 
-    made = detector(groups=dark)
+    made = detector(groups=dark, minimum_group=50)
     assert made.fitted.grouped is not None
-    fewest = made.fitted.grouped.fewest
-    assert fewest < len(made.fitted.calibration.scores)
-    with pytest.raises(ValueError, match=f"of each group .* got {fewest}:"):
-        om.Discoveries(made, fdr=0.1, window=fewest // 10 + 1)
+    most = made.fitted.grouped.most
+    assert 50 < most < len(made.fitted.calibration.scores)
+    om.Discoveries(made, fdr=0.1, window=most // 10)
+    assert "Too few calibration samples" in caplog.text
+    assert "'others' has " in caplog.text
+    with pytest.raises(ValueError, match=f"in a group if there are any.* got {most}:"):
+        om.Discoveries(made, fdr=0.1, window=most // 10 + 1)
 
 
 def test_a_detector_that_is_not_fitted_is_refused() -> None:

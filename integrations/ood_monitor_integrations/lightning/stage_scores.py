@@ -1,6 +1,5 @@
 """The scores of a stage: kept per sample, gathered over processes, put in order, written."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ood_monitor import Scores
-from ood_monitor.calibration.scores import joined_groups
 from ood_monitor_integrations.lightning.indices import Indices
 
 __all__ = ["StageScores"]
@@ -48,18 +46,8 @@ class StageScores:
     def together(cls, parts: Iterable[Self]) -> Self:
         """The samples of several, one after the other; layers that a part lacks are nan."""
         parts = [cls.none(), *parts]
-        scores = [part.scores for part in parts]
-        layers = next((list(s.layers) for s in scores if s.layers), [])
-        figures = {name: torch.cat([getattr(s, name) for s in scores]) for name in _FIELDS}
         return cls(
-            Scores(
-                **figures,
-                group=joined_groups(scores),
-                layers={
-                    name: torch.cat([_of(s.layers, name, s) for s in scores]) for name in layers
-                },
-                z={name: torch.cat([_of(s.z, name, s) for s in scores]) for name in layers},
-            ),
+            Scores.together([part.scores for part in parts]),
             np.concatenate([part.dataset_index for part in parts]),
             np.concatenate([part.dataloader_index for part in parts]),
         )
@@ -70,14 +58,8 @@ class StageScores:
 
     def take(self, rows: Indices) -> Self:
         """Some of the samples, in the order of `rows`."""
-        at, scores = torch.from_numpy(rows), self.scores
         return type(self)(
-            Scores(
-                **{name: getattr(scores, name)[at] for name in _FIELDS},
-                group=None if scores.group is None else scores.group[at],
-                layers={name: values[at] for name, values in scores.layers.items()},
-                z={name: values[at] for name, values in scores.z.items()},
-            ),
+            self.scores.take(torch.from_numpy(rows)),
             self.dataset_index[rows],
             self.dataloader_index[rows],
         )
@@ -135,7 +117,3 @@ def dataset_order(dataset: Indices, dataloader: Indices, *, distinct: bool) -> I
     is_first = np.append(True, (places[1:] != places[:-1]).any(1))
     distinct_rows: Indices = order[is_first]
     return distinct_rows
-
-
-def _of(values: dict[str, Tensor], name: str, scores: Scores) -> Tensor:
-    return values.get(name, torch.full_like(scores.score, math.nan))
