@@ -49,6 +49,7 @@ def test_scores_change_nothing_of_a_training(ranks: list[dict[str, Any]], case: 
     """Taken before a step, between its passes and after it, and after a pass that failed."""
     for rank in ranks:
         assert rank[case]["failed"] == "OSError: no such layer"
+        assert rank[case]["again"] == rank[case]["scores"][1]
         assert rank[case]["are shards"]
         assert rank[case]["same training"]
 

@@ -58,6 +58,7 @@ CASES = {
     "flow": Case(glow, lambda m: list(m.levels), LogLikelihood),
     "flow as one": Case(glow, lambda m: [], LogLikelihood),
     "denoiser": Case(Denoiser, lambda m: [m.second], bound),
+    "denoiser without rest": Case(Denoiser, lambda m: [m.first, m.second, m.last], bound),
     "denoiser by layer": Case(Denoiser, lambda m: [m.first, m.second, m.last], bound, rest=False),
 }
 
@@ -93,6 +94,7 @@ def found(case: Case) -> dict[str, Any]:
     for of, on in zip(detectors, (shards, whole), strict=True):  # of which no warning is told
         Detector.from_state_dict(of.state_dict(), case.adapter(on))
     report["failed"] = failure(lambda: failing(case, shards, batch))
+    report["again"] = detectors[1].score(batch).score.tolist()
     report["within"] = failure(lambda: within(case, shards, detectors[1], batch))
     report["gradients"] = failure(lambda: gradient_norms(case.adapter(shards), batch))
     watched = Weights(shards, detectors[1].fitted.model)
