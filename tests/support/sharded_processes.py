@@ -216,6 +216,7 @@ def main_failing(folder: Path, where: str) -> None:
     callback, module = watcher(), Silent()
     run = sharded(callback, folder)
     run.predict(module, loader(images(4), batch_size=2))  # which shards the model
+    (folder / f"ready{run.global_rank}").touch()
     if where == "step":
         callback.calibrate(run, module, batches(run.global_rank))
         run.predict(module, batches(run.global_rank, 3))

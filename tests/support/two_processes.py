@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def reports(program: Path, folder: Path) -> list[dict[str, Any]]:
 def ended(
     program: Path, folder: Path, *arguments: str, timeout: float = 300
 ) -> list[tuple[int, str]]:
-    """How each process ended, by rank, and what it said; a process that hangs is an error."""
+    """How each process ended, by rank, and what it said; a process that hangs is an error.
+
+    Of a program with arguments time counts from when both have made a file `ready<n>`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,11 +35,21 @@ def ended(
         for rank in (0, 1)
     ]
     try:
+        if arguments:
+            _wait_for(folder, running)
         told = [process.communicate(timeout=timeout)[1] for process in running]
     finally:
         for process in running:
             process.kill()
+            process.communicate()
     return [(process.returncode, told[rank]) for rank, process in enumerate(running)]
+
+
+def _wait_for(folder: Path, running: list["subprocess.Popen[str]"]) -> None:
+    while any(process.poll() is None for process in running):
+        if all((folder / f"ready{rank}").exists() for rank in (0, 1)):
+            return
+        time.sleep(0.1)
 
 
 def _environment(rank: int, port: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from support.lightning_processes import found, stream
 from support.sharded_processes import BATCHES, HELD_OUT
 from support.two_processes import ended, reports
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.slow]
 
 PROGRAM = Path(sharded_processes.__file__)
 
@@ -108,7 +108,6 @@ def test_gradient_norms_are_refused_by_name(ranks: list[dict[str, Any]]) -> None
         assert rank["gradients"].startswith("ValueError: Expected a detector of method 'forward'")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loader", "pass", "step"])
 def test_an_error_in_one_process_ends_both(tmp_path: Path, where: str) -> None:
     """A process that hangs is one that does not end in time."""
