@@ -58,7 +58,7 @@ def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]
     if layers is None:
         chosen: Callable[[str], bool] = supported(adapter.module).__contains__
     else:
-        chosen = selection(adapter.module, layers)
+        chosen = selection(adapter.module, layers, shards=True)
     named = stored_weights(adapter.module)
     return {name: tuple(p.shape) for name, p in named if chosen(name)}
 

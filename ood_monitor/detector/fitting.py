@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ood_monitor.adapters.base import Adapter
 from ood_monitor.calibration.conformal import (
@@ -157,9 +158,8 @@ def _finite(measured: Measurements) -> Measurements:
     with values outside the range that it is shown in. Such a column is wholly nan, so that it is
     left out wherever the samples that show it fall.
     """
-    sound = np.isfinite(measured.log_likelihood).all(1)
-    if sound.mean() < 1 - _MANY:
-        sound[:] = True  # of a term, which is no column
+    terms = np.isfinite(measured.log_likelihood)
+    sound: NDArray[np.bool_] = (terms | (terms.mean(0) < 1 - _MANY)).all(1)
     tables, left_out = dict(measured.tables), list[str]()
     for kind, table in measured.tables.items():
         finite = np.isfinite(table.values)
@@ -168,9 +168,7 @@ def _finite(measured: Measurements) -> Measurements:
         of_column = of_many | (bits & ~finite.all(0))
         sound &= (finite | of_column).all(1)
         tables[kind] = replace(table, values=np.where(of_column, np.nan, table.values))
-        left_out += [
-            name for name, is_left_out in zip(table.names, of_many, strict=True) if is_left_out
-        ]
+        left_out += np.array(table.names, dtype=object)[of_many].tolist()
     measured = replace(measured, tables=tables)
     if left_out:
         _log.warning(

@@ -193,7 +193,7 @@ def _expected(adapter: Adapter, batch: Batch, layers: Layers) -> Mapping[str, in
     """The layers whose weight is among the chosen parameters; None for all that a pass calls."""
     if layers is None:
         return None
-    chosen = selection(adapter.module, layers)
+    chosen = selection(adapter.module, layers, shards=True)
     found = expected_layers(adapter, batch)
     return {name: width for name, width in found.items() if chosen(f"{name}.weight")}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ood_monitor.modules import stored_weights
+from ood_monitor.modules import fully_sharded, is_shard, local_part, stored_weights
 
 __all__ = ["Layers", "selection", "supported"]
 
@@ -19,12 +19,13 @@ Layers: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 _NO_WEIGHTS = frozenset({torch.int64, torch.bool})
 
 
-def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
+def selection(module: nn.Module, layers: Layers, *, shards: bool = False) -> Callable[[str], bool]:
     """The chosen floating-point or complex parameters of ``module`` as a predicate on names.
 
     Args:
         module: The model.
         layers: What to choose; a pattern is one of :mod:`fnmatch`, such as ``"up_blocks.*"``.
+        shards: Whether shards may be chosen, of which no gradient is then taken.
 
     Raises:
         ValueError: The model has no floating-point parameter, a pattern matches none, or a chosen
@@ -38,10 +39,13 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
             f"{len(parameters)} parameters, none of them floating-point."
         )
     chosen = _chosen(layers, names)
-    if "FullyShardedDataParallel" in {type(submodule).__name__ for submodule in module.modules()}:
-        raise ValueError("Expected whole parameters, got a model that FSDP has sharded.")
+    if _is_by_fsdp(module) and not shards:
+        raise ValueError(
+            "Expected whole parameters, got a model that FSDP has sharded: gradients of a sample "
+            "are not at hand. Use method='forward', or score the consolidated checkpoint."
+        )
     for name, parameter in parameters.items():
-        reason = _unsupported(parameter)
+        reason = _unsupported(local_part(parameter) if shards else parameter)
         is_weight = parameter.dtype not in _NO_WEIGHTS
         if reason and (name in chosen or (layers is None and is_weight)):
             raise ValueError(
@@ -53,7 +57,13 @@ def selection(module: nn.Module, layers: Layers) -> Callable[[str], bool]:
 
 def supported(module: nn.Module) -> frozenset[str]:
     """Names of the parameters that can be features, were they where they are computed with."""
-    return frozenset(name for name, p in stored_weights(module) if _unsupported(p) is None)
+    named = stored_weights(module)
+    return frozenset(name for name, p in named if _unsupported(local_part(p)) is None)
+
+
+def _is_by_fsdp(module: nn.Module) -> bool:
+    wrapped = {type(part).__name__ for part in module.modules()}
+    return "FullyShardedDataParallel" in wrapped or bool(fully_sharded(module))
 
 
 def _unsupported(parameter: Tensor) -> str | None:
@@ -65,7 +75,8 @@ def _unsupported(parameter: Tensor) -> str | None:
     if hasattr(parameter, "ds_id"):
         return "a shard by DeepSpeed ZeRO-3"
     if hasattr(parameter, "__tensor_flatten__"):
-        return f"a {type(parameter).__name__}: sharded (FSDP2) or quantised"
+        kind = "sharded" if is_shard(parameter) else "quantised"
+        return f"a {type(parameter).__name__}: {kind}"
     continuous = parameter.is_floating_point() or parameter.is_complex()
     if not continuous or parameter.element_size() < 2:
         return f"quantised or of integers: {parameter.dtype}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.modules.copies import SHARED
+from ood_monitor.modules.shards import is_shard, is_sharded
 from ood_monitor.modules.substitutes import takes_train_mode
 from ood_monitor.processes import Lock, after_fork_in_child
 
@@ -91,6 +92,8 @@ class PythonState:
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
         self._seen: set[int] = {id(t) for t in (*module.parameters(), *module.buffers())}
         self._modules = {id(part) for part in module.modules()}
+        # FSDP exchanges shards for whole weights, and keeps account of which there are.
+        self._others = SHARED | {"_parameters"} if is_sharded(module) else SHARED
         for part in module.modules():
             self._keep(vars(part), 0)
         if not isinstance(holder, nn.Module) and hasattr(holder, "__dict__"):
@@ -104,7 +107,7 @@ class PythonState:
             self._kept.append((value, value.copy()))
             items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
             for key, item in list(items):
-                if key not in SHARED:
+                if key not in self._others:
                     self._look_into(item, depth + 1)
 
     def _look_into(self, value: Any, depth: int) -> None:
@@ -115,6 +118,8 @@ class PythonState:
         elif type(value) in _COPIED:
             self._keep(value, depth)
         elif id(value) not in self._modules and not isinstance(value, nn.Module | type):
+            if type(value).__module__.startswith("torch.distributed."):
+                return
             own = getattr(value, "__dict__", None)
             if type(own) is dict and not isinstance(value, ModuleType | FunctionType):
                 self._keep(own, depth)
@@ -157,7 +162,7 @@ def _own_parameters(module: nn.Module) -> Iterator[None]:
         (owner, key, p)
         for owner in module.modules()
         for key, p in owner._parameters.items()
-        if p is not None and (p.is_inference() or p._backward_hooks)
+        if p is not None and not is_shard(p) and (p.is_inference() or p._backward_hooks)
     ]
     own = {id(p): _own(p) for _, _, p in owners}
     try:

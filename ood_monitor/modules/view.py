@@ -25,7 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ood_monitor.modules.caches import overrides_train, renew, renew_if_harmless
 from ood_monitor.modules.copies import Structure
 from ood_monitor.modules.in_place import PythonState, restored
+from ood_monitor.modules.lockstep import Lockstep
 from ood_monitor.modules.random_state import kept_random_state, leaving_random_state
+from ood_monitor.modules.shards import begin_pass, is_sharded, resharded
 from ood_monitor.modules.substitutes import renormalises
 from ood_monitor.modules.tensors import Tensors
 from ood_monitor.modules.weights import device_of
@@ -89,6 +91,7 @@ class Passes(Generic[T]):
         if self.in_place:
             if self._state is not None:
                 self._state.put_back()
+            begin_pass(self.module)
             return self.holder
         with torch._C.DisableTorchFunction():
             self._check_first()
@@ -231,7 +234,7 @@ def scored(function: Callable[[Passes[T]], R], holder: T, module: nn.Module) -> 
         except _LeftError:
             _in_place[holder] = True
             _log.info("%s is scored in place: it runs the module itself.", type(holder).__name__)
-    with scoring_in_place(module, holder) as state:
+    with Lockstep(module).passes(), scoring_in_place(module, holder) as state:
         return function(Passes(holder, module, in_place=True, _state=state))
 
 
@@ -302,6 +305,8 @@ def scoring_view(module: nn.Module) -> Iterator[nn.Module]:
     ):
         in_place = _has_no_copy(module)
         if in_place:
+            stack.enter_context(Lockstep(module).passes())
+            stack.enter_context(resharded(module))
             stack.enter_context(restored(module))
         passes = Passes(module, module, in_place)
         yield passes.fresh()
@@ -320,7 +325,12 @@ def scoring_in_place(module: nn.Module, by: object) -> Iterator[PythonState]:
         What puts attributes back, which is done at the end too.
     """
     needed = [(p, p.requires_grad) for p in module.parameters()]
-    with _modes(module), kept_random_state(device_of(module), by), restored(module) as changes:
+    with (
+        _modes(module),
+        kept_random_state(device_of(module), by),
+        resharded(module),
+        restored(module) as changes,
+    ):
         state = PythonState(module, by)
         changes.callback(_need_again, needed)
         changes.callback(state.put_back)
@@ -345,7 +355,7 @@ def _modes(module: nn.Module) -> Iterator[None]:
 
 def _has_no_copy(module: nn.Module) -> bool:
     """Whether code outside the module, or no Python at all, holds its weights or its forward."""
-    return any(
+    return is_sharded(module) or any(
         isinstance(m, torch.jit.ScriptModule)
         or type(m).__name__ == "FullyShardedDataParallel"
         or "_hf_hook" in vars(m)

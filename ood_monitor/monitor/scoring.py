@@ -17,6 +17,7 @@ from ood_monitor.adapters.base import Batch, batch_size, map_tensors
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.detector.detector import Detector
 from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.modules import Lockstep
 
 __all__ = ["scored"]
 
@@ -37,14 +38,15 @@ def scored(detector: Detector, batch: Batch) -> Scores:
         ValueError: An empty batch, or one of other shapes or types than the held-out data.
         Exception: What a model raises for all samples, or for two that it takes one by one.
     """
-    detector.check(batch)
-    finite = finite_samples(batch)
-    if finite.all():
-        return _Halving(detector, batch).scores()
-    if not finite.any():
-        return Scores.none().among(len(finite), [])
-    kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-    return _Halving(detector, kept).scores().among(len(finite), finite)
+    with Lockstep(detector.adapter.module).passes():  # which others may need more or fewer of
+        detector.check(batch)
+        finite = finite_samples(batch)
+        if finite.all():
+            return _Halving(detector, batch).scores()
+        if not finite.any():
+            return Scores.none().among(len(finite), [])
+        kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
+        return _Halving(detector, kept).scores().among(len(finite), finite)
 
 
 class _Halving:

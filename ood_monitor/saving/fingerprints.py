@@ -7,7 +7,7 @@ from itertools import chain
 from torch import Tensor, nn, uint8
 
 from ood_monitor.adapters.base import Batch, tensors_in
-from ood_monitor.modules import stored_weights
+from ood_monitor.modules import stored_weights, whole
 
 __all__ = [
     "digest",
@@ -22,9 +22,18 @@ __all__ = [
 def digest(module: nn.Module) -> str:
     """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
 
-    Persistent buffers are weights too: a batch norm's statistics change what a model says.
+    Persistent buffers are weights too: a batch norm's statistics change what a model says. Shards
+    are gathered one after the other, which all processes must take part in.
+
+    Raises:
+        ValueError: Weights in FSDP's wrapper, which have other names and forms there.
     """
-    saved = module.state_dict().keys()
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        raise ValueError(
+            "Expected whole weights, or shards by `fully_shard` (FSDP2), got a model in FSDP's "
+            "wrapper, FullyShardedDataParallel: use the other, or the consolidated checkpoint."
+        )
+    saved = module.state_dict().keys()  # before the rest: FSDP then puts shards in place
     buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
     return digest_of_tensors(chain(stored_weights(module), buffers))
 
@@ -78,7 +87,7 @@ def _hash(sample: Sequence[Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    raw = tensor.detach().cpu().contiguous().flatten().view(uint8)
+    raw = whole(tensor.detach()).cpu().contiguous().flatten().view(uint8)
     return bytes(raw.numpy().tobytes())
 
 

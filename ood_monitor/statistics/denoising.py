@@ -341,7 +341,7 @@ def _chosen(known: _Known, module: nn.Module, layers: Layers) -> _Known:
     """With those layers alone whose weight is among the chosen parameters."""
     if layers is None:
         return known
-    is_chosen = selection(module, layers)
+    is_chosen = selection(module, layers, shards=True)
     of = {name: layer for name, layer in known.layers.items() if is_chosen(f"{name}.weight")}
     return replace(known, layers=of)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ood_monitor.gradients.factors import Outer, Shifted, full_precision
+from ood_monitor.modules import is_sharded
 from ood_monitor.statistics.hooks import grouped, part_of
 from ood_monitor.statistics.layers import Layer, first_tensor_of
 
@@ -62,7 +63,9 @@ class OutputLayer:
     @contextmanager
     def hooked(self) -> Iterator["OutputLayer"]:
         """Put the hook on, and take it off at the end."""
-        handle = self._part.register_forward_hook(self._see, with_kwargs=True)
+        # Before FSDP puts the layer's shard back, where it is a part of its own.
+        first = is_sharded(self._part)
+        handle = self._part.register_forward_hook(self._see, prepend=first, with_kwargs=True)
         try:
             yield self
         finally:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ood_monitor import Alert
 from support.lightning_cases import Flow, images, loader, trainer, watcher
 
-__all__ = ["STREAM", "described", "found", "stream"]
+__all__ = ["STREAM", "described", "fingerprint", "found", "state", "stream"]
 
 #: Samples of the stream, the latter half of them foreign: no multiple of processes or batches.
 STREAM = 131
@@ -83,9 +83,10 @@ def fitted(callback: OODMonitor | None, folder: Path) -> pl.Trainer:
     return run
 
 
-def state(run: pl.Trainer) -> dict[str, Any]:
+def state(run: pl.Trainer, weights: list[Any] | None = None) -> dict[str, Any]:
+    whole = run.lightning_module.parameters() if weights is None else ()
     return {
-        "weights": [p.flatten().tolist() for p in run.lightning_module.parameters()],
+        "weights": weights or [p.flatten().tolist() for p in whole],
         "rng": torch.get_rng_state().tolist(),
         "val/nll": float(run.callback_metrics["val/nll"]),
     }

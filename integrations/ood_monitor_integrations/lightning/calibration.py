@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from torch import nn
 from tqdm.auto import tqdm
 
 from ood_monitor import Detector
 from ood_monitor.adapters.base import Batch
 from ood_monitor.densities.measurements import Measurements
+from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
 from ood_monitor_integrations.lightning.failures import Failures
@@ -36,22 +38,31 @@ class Collection:
     Args:
         make: Gives the detector to be fitted.
         world: The processes.
+        module: Gives the model.
     """
 
-    def __init__(self, make: Callable[[], Detector], world: World) -> None:
+    def __init__(
+        self, make: Callable[[], Detector], world: World, module: Callable[[], nn.Module]
+    ) -> None:
         self._make, self._world = make, world
         self._detector: Detector | None = None
         self._parts: list[Measurements] = []
         self._places: list[Indices] = []
         self._failure: Exception | None = None
+        self._lockstep = Lockstep(nn.Module())
+        try:
+            self._lockstep = Lockstep(module())
+        except Exception as error:  # not here, in a hook: where all can hear of it
+            self._failure = error
 
     def add(self, batch: Batch, batch_idx: int, dataloader_idx: int, positions: Positions) -> None:
         """Measure one batch. A failure is kept for :meth:`fitted`, where all can hear of it."""
-        if self._failure is not None:
-            return
         try:
-            self._detector = self._detector or self._make()
-            measured = self._detector.measure(batch, explain=self._unexplained(self._detector))
+            with self._lockstep.passes():
+                if self._failure is not None:
+                    return
+                self._detector = self._detector or self._make()
+                measured = self._detector.measure(batch, explain=self._unexplained(self._detector))
             dataset = positions.of(batch_idx, dataloader_idx, len(measured))
         except Exception as error:  # the other processes must hear of it, or they wait
             self._failure = error
@@ -78,6 +89,7 @@ class Collection:
             Exception: What made this one fail.
         """
         try:
+            self._lockstep.end()
             parts = self._world.gathered(self._dump())
             places = self._world.gathered(np.concatenate(self._places or [_NONE], 1).tobytes())
         except RuntimeError as error:
@@ -187,7 +199,11 @@ class Calibrator:
         return self._source is not None and is_new and not getattr(trainer, "fast_dev_run", False)
 
     def _collection(self, trainer: "Trainer", pl_module: "LightningModule") -> Collection:
-        return Collection(lambda: self._detectors.new(pl_module), World.of(trainer))
+        return Collection(
+            lambda: self._detectors.new(pl_module),
+            World.of(trainer),
+            lambda: self._detectors.adapter(pl_module).module,
+        )
 
     def _pass(
         self,

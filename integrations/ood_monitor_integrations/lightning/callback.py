@@ -17,7 +17,7 @@ from ood_monitor_integrations.lightning.loggers import (
     write,
 )
 from ood_monitor_integrations.lightning.namespaces import callback_class
-from ood_monitor_integrations.lightning.sharding import refuse_sharded
+from ood_monitor_integrations.lightning.sharding import refuse_strategy
 from ood_monitor_integrations.lightning.stage_scores import StageScores
 from ood_monitor_integrations.lightning.trainer_monitor import (
     FAILED,
@@ -53,7 +53,8 @@ class OODMonitor(Callback):
     ``ood/log_e_value``, the strongest evidence of a drift; ``ood/<name>/...`` if a name was given.
     In several processes each scores its own batches, and all decide at the end of the stage on the
     whole in the order of the dataset: alerts then come at the end, once, and are those of one
-    process.
+    process. So it is of a model that `fully_shard` (FSDP2) has sharded under
+    `ModelParallelStrategy`, of which detectors take no gradients and ``"train"`` is not watched.
 
     The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
     without a promise: see :class:`~ood_monitor.TrainingStream`. Its metrics of an epoch are
@@ -239,12 +240,13 @@ class OODMonitor(Callback):
         """Refuse what cannot be monitored, before anything is trained.
 
         Raises:
-            ValueError: A strategy that shards parameters, or a module without log-likelihood.
+            ValueError: A strategy that shards parameters in a way that is not supported, or a
+                module without log-likelihood.
             FileNotFoundError: No saved detector in the folder named.
         """
         self._is_broken = False
         try:
-            refuse_sharded(trainer.strategy)
+            refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
             if self._needs_detector:
                 self._detectors.check(pl_module)
         except (ValueError, FileNotFoundError) as error:

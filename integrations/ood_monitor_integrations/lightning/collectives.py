@@ -45,7 +45,7 @@ class World:
         Raises:
             RuntimeError: A process failed; raised in all of them.
         """
-        lengths = self._lengths(_FAILED if data is None else len(data))
+        lengths = self.numbers(_FAILED if data is None else len(data))
         failed = [rank for rank, length in enumerate(lengths) if length == _FAILED]
         if failed or data is None:
             raise RuntimeError(f"Expected all processes to succeed, got a failure in {failed}.")
@@ -60,7 +60,8 @@ class World:
             part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def _lengths(self, own: int) -> list[int]:
+    def numbers(self, own: int) -> list[int]:
+        """One number of every process, by rank; all must call it."""
         if self.size == 1:
             return [own]
         return [int(length) for length in self._all_gather(torch.tensor([own], device=_CPU))]

@@ -1,6 +1,7 @@
 """The detector of a LightningModule: given, read from a file or a checkpoint, or fitted."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +14,10 @@ from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.saving import CONFIG, TENSORS
-from ood_monitor_integrations.lightning.sharding import refuse_sharded_parameters
+from ood_monitor_integrations.lightning.sharding import (
+    refuse_gradients_of_shards,
+    refuse_shards_of_others,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -79,22 +83,36 @@ class Detectors:
 
     def new(self, pl_module: "LightningModule") -> Detector:
         """A detector to be fitted."""
-        refuse_sharded_parameters(pl_module)
         if self._template is not None:
-            return copy.copy(self._template)
-        return Detector(self.adapter(pl_module), method=self._method, layers=self._layers)
+            return _checked(copy.copy(self._template))
+        adapter = self.adapter(pl_module)
+        return _checked(Detector(adapter, method=self._method, layers=self._layers))
 
     def ready(self, pl_module: "LightningModule") -> Detector | None:
-        """The detector in use, with what a checkpoint or a folder holds; None if there is none."""
-        refuse_sharded_parameters(pl_module)
+        """The detector in use, with what a checkpoint or a folder holds; None if there is none.
+
+        Its weights are read, which of shards takes all processes: :meth:`mark` is to be the same.
+        """
         groups = None if self._template is None else self._template.groups
-        if self._state is None and self.current is None and self._saved is not None:
-            self._state = self._read(self._saved)
+        self._look_up()
         if self._state is not None:
             state, self._state = self._state, None
             adapter = self.adapter(pl_module)
             self.current = Detector.from_state_dict(state, adapter, groups=groups)
-        return self.current
+        return None if self.current is None else _checked(self.current)
+
+    def mark(self) -> bytes:
+        """What tells apart what this process would watch with; empty if it has nothing."""
+        self._look_up()
+        if self._state is not None:
+            told = hashlib.sha256(str(self._state.get("config")).encode())
+            told.update(bytes(self._state.get("tensors", b"")))
+            return told.digest()
+        return b"" if self.current is None else self.current.fitted.fingerprint.encode()
+
+    def _look_up(self) -> None:
+        if self._state is None and self.current is None and self._saved is not None:
+            self._state = self._read(self._saved)
 
     def _read(self, path: Path) -> Mapping[str, Any]:
         if not path.is_file():
@@ -115,6 +133,13 @@ class Detectors:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep a state until the model has its weights."""
         self._state = state
+
+
+def _checked(detector: Detector) -> Detector:
+    module = detector.adapter.module
+    refuse_shards_of_others(module)
+    refuse_gradients_of_shards(module, takes_gradients=detector.takes_gradients)
+    return detector
 
 
 def check_method(method: Method | None, detector: str | Path | Detector | None) -> None:

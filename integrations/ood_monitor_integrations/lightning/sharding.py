@@ -1,8 +1,10 @@
-"""What cannot be monitored, told before the first batch: models whose parameters are sharded."""
+"""What can be monitored of models whose parameters are sharded, and what is refused by name."""
 
 from torch import nn
 
-__all__ = ["refuse_sharded", "refuse_sharded_parameters"]
+from ood_monitor.modules import Lockstep, fully_sharded, is_shard, is_sharded
+
+__all__ = ["refuse_gradients_of_shards", "refuse_shards_of_others", "refuse_strategy"]
 
 _REMEDY = (
     "Score the consolidated checkpoint with a Trainer of another strategy: "
@@ -10,31 +12,70 @@ _REMEDY = (
 )
 
 
-def refuse_sharded(strategy: object) -> None:
-    """Refuse a strategy that shards parameters.
+def refuse_strategy(strategy: object, *, watches_training: bool) -> None:
+    """Refuse a strategy that shards parameters, unless forward passes are all that is needed.
+
+    Args:
+        strategy: The Trainer's.
+        watches_training: Whether gradients of training are looked at.
 
     Raises:
-        ValueError: FSDP, model parallel, or DeepSpeed at stage 3.
+        ValueError: FSDP's wrapper, or DeepSpeed at stage 3; or model parallel, where training is
+            watched.
     """
     names = {base.__name__ for base in type(strategy).__mro__}
     deepspeed = "DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", True)
-    if deepspeed or names & {"FSDPStrategy", "ModelParallelStrategy"}:
+    if deepspeed or "FSDPStrategy" in names:
         raise ValueError(
-            "Expected a strategy that keeps whole parameters, such as 'ddp', got "
-            f"{type(strategy).__name__}, which shards them: gradients of a sample are not at hand. "
-            f"{_REMEDY}"
+            "Expected a strategy that keeps whole parameters, such as 'ddp', or "
+            f"ModelParallelStrategy with `fully_shard` (FSDP2), got {type(strategy).__name__}, "
+            f"which shards them in another way. {_REMEDY}"
+        )
+    if watches_training and "ModelParallelStrategy" in names:
+        raise ValueError(
+            "Expected `watch=` without 'train' under a strategy that shards parameters, got "
+            f"{type(strategy).__name__}: a process has shards of their gradients alone."
         )
 
 
-def refuse_sharded_parameters(module: nn.Module) -> None:
-    """Refuse a module that something else than the strategy has sharded.
+def refuse_shards_of_others(module: nn.Module) -> None:
+    """Refuse shards other than those of `fully_shard`, along the batch alone.
 
     Raises:
-        ValueError: A parameter is a DTensor or DeepSpeed's shard.
+        ValueError: A parameter is DeepSpeed's shard, or a DTensor of tensor parallelism; or parts
+            are sharded among different processes.
     """
     for name, parameter in module.named_parameters():
-        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
-            kind = type(parameter.data).__name__
-            raise ValueError(
-                f"Expected whole parameters, got {name!r}, a shard ({kind}). {_REMEDY}"
-            )
+        if hasattr(parameter, "ds_id") or (is_shard(parameter) and _shards(parameter) > 1):
+            _refuse(name, parameter)
+    gathered = {id(p) for part in fully_sharded(module) for p in part.parameters()}
+    for name, parameter in module.named_parameters():
+        if is_shard(parameter) and id(parameter) not in gathered:
+            _refuse(name, parameter)
+    Lockstep(module)  # which refuses parts of different processes
+
+
+def refuse_gradients_of_shards(module: nn.Module, *, takes_gradients: bool) -> None:
+    """Refuse a detector that takes gradients of a sharded module.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if takes_gradients and is_sharded(module):
+        raise ValueError(
+            "Expected a detector of method 'forward' for a model whose parameters are sharded, got "
+            f"one that takes gradients of each sample, which are not at hand. {_REMEDY}"
+        )
+
+
+def _shards(parameter: nn.Parameter) -> int:
+    """Along how many dimensions of the mesh a DTensor is sharded."""
+    return sum(not placement.is_replicate() for placement in parameter.placements)  # type: ignore[attr-defined]
+
+
+def _refuse(name: str, parameter: nn.Parameter) -> None:
+    kind = type(parameter.data).__name__
+    raise ValueError(
+        f"Expected whole parameters, or shards by `fully_shard` (FSDP2) alone, got {name!r}, a "
+        f"shard ({kind}) of another kind. {_REMEDY}"
+    )

@@ -2,6 +2,7 @@
 
 from ood_monitor import Alert, Monitor
 from ood_monitor.adapters.base import Batch
+from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.indices import Positions
 from ood_monitor_integrations.lightning.stage_scores import StageScores, dataset_order
@@ -20,6 +21,7 @@ class StageMonitor:
         monitor: Has sinks in one process only.
         positions: Where the samples stand.
         world: The processes.
+        lockstep: Of the passes over a sharded model.
         distinct: Whether a place that comes twice pads a sampler, and counts once.
 
     Attributes:
@@ -27,10 +29,17 @@ class StageMonitor:
     """
 
     def __init__(
-        self, monitor: Monitor, positions: Positions, world: World, *, distinct: bool
+        self,
+        monitor: Monitor,
+        positions: Positions,
+        world: World,
+        lockstep: Lockstep,
+        *,
+        distinct: bool,
     ) -> None:
         self.monitor, self.log_e_value = monitor, 0.0
         self._positions, self._world, self._distinct = positions, world, distinct
+        self._lockstep = lockstep
         self._parts: list[StageScores] = []
 
     @property
@@ -40,7 +49,8 @@ class StageMonitor:
 
     def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> list[Alert]:
         """Score a batch; the alerts that it raised."""
-        scores = self.monitor.score(batch)
+        with self._lockstep.passes():
+            scores = self.monitor.score(batch)
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)
@@ -54,6 +64,7 @@ class StageMonitor:
         """
         if self.is_online:
             return []
+        self._lockstep.end()
         layers = self.monitor.detector.fitted.layers
         parts = self._world.gathered(StageScores.together(self._parts).dump())
         whole = StageScores.together(StageScores.parse(part, layers) for part in parts)

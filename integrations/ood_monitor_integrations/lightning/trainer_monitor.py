@@ -10,6 +10,7 @@ import torch
 from ood_monitor import Alert, Detector, Monitor
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
+from ood_monitor.modules import Lockstep, is_sharded
 from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
@@ -108,12 +109,27 @@ class TrainerMonitor:
         self.positions = Positions(loaders, World.of(trainer))
         if stage not in self._settings.stages:
             return
-        world, monitor = World.of(trainer), self._made(trainer, pl_module, stage)
+        world = World.of(trainer)
+        same = self._is_same(world) if is_sharded(pl_module) else True
+        monitor = self._made(trainer, pl_module, stage) if same else None
         # None may be without: they meet again at the end of the stage.
         everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
         if monitor is not None and everywhere:
             self.monitor = monitor
-            self.current = StageMonitor(monitor, self.positions, world, distinct=stage != "predict")
+            lockstep = Lockstep(monitor.detector.adapter.module)
+            self.current = StageMonitor(
+                monitor, self.positions, world, lockstep, distinct=stage != "predict"
+            )
+
+    def _is_same(self, world: World) -> bool:
+        """Whether all processes have the same detector, or none: they read weights together."""
+        mark: bytes | None = None
+        with self._failures.contained(REFUSED):
+            mark = self._detectors.mark()
+        marks = world.gathered(b"failed" if mark is None else mark)
+        if mark is not None and len(set(marks)) > 1:
+            self._failures.tell(REFUSED, "the processes have not the same detector.")
+        return mark is not None and len(set(marks)) == 1
 
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):

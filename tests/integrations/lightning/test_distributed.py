@@ -1,10 +1,5 @@
 """Two real processes under DDP with gloo: they end with one detector, and see what one would."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +8,21 @@ import pytest
 from support import lightning_processes
 from support.lightning_cases import QUIET, Flow, trainer, watcher
 from support.lightning_processes import STREAM, found, stream
+from support.two_processes import reports
 
 pytestmark = QUIET
 
 PROGRAM = Path(lightning_processes.__file__)
 
 
-def environment(rank: int, port: int) -> dict[str, str]:
-    """As torchrun or a cluster sets it for a process of its own."""
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    places = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    return os.environ | addresses | places | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(PROGRAM), str(folder)]
-    running = [
-        subprocess.Popen(command, env=environment(rank, port), stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
-    return folder
+    return tmp_path_factory.mktemp("processes")
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return reports(PROGRAM, folder)
 
 
 def test_training_is_bit_identical_with_and_without_the_callback(

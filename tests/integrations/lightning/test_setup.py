@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from ood_monitor_integrations.autoload import VARIABLE, callbacks
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.sharding import refuse_sharded
+from ood_monitor_integrations.lightning.sharding import refuse_shards_of_others, refuse_strategy
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.strategies import (
@@ -70,15 +70,21 @@ class ZeRO3(DeepSpeedStrategy):
         self.config = {"zero_optimization": {"stage": stage}}
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy(), ZeRO3(3)])
-def test_a_strategy_that_shards_is_refused_with_the_remedy(strategy: object) -> None:
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ZeRO3(3)])
+def test_a_strategy_that_shards_otherwise_is_refused_with_the_remedy(strategy: object) -> None:
     with pytest.raises(ValueError, match=r"which shards them.*Score the consolidated checkpoint"):
-        refuse_sharded(strategy)
+        refuse_strategy(strategy, watches_training=False)
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy("cpu"), DDPStrategy(), ZeRO3(2)])
 def test_a_strategy_that_keeps_parameters_whole_is_taken(strategy: object) -> None:
-    refuse_sharded(strategy)
+    refuse_strategy(strategy, watches_training=True)
+
+
+def test_training_is_not_watched_where_gradients_are_sharded() -> None:
+    refuse_strategy(ModelParallelStrategy(), watches_training=False)
+    with pytest.raises(ValueError, match=r"`watch=` without 'train'.*got ModelParallelStrategy"):
+        refuse_strategy(ModelParallelStrategy(), watches_training=True)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
@@ -90,15 +96,12 @@ def test_the_refusal_comes_at_setup() -> None:
     assert callback.detector is None
 
 
-def test_sharded_parameters_are_told_at_use() -> None:
-    class Sharded(nn.Parameter):
-        full_tensor = None
-
+def test_shards_of_deepspeed_are_told_at_use() -> None:
     module = Flow()
-    module.shard = Sharded(torch.zeros(1))
-    callback = watcher(calibrate_on=[images(64)])
-    with pytest.raises(ValueError, match="Expected whole parameters, got 'shard', a shard"):
-        callback.calibrate(trainer(callback), module, [images(64)])
+    module.shard = nn.Parameter(torch.zeros(0))
+    module.shard.ds_id = 7  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"got 'shard', a shard \(Tensor\) of another kind"):
+        refuse_shards_of_others(module)
 
 
 def test_real_dtensors_are_told_at_use(tmp_path: Path) -> None:
