@@ -75,6 +75,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
 	$(BIN)/python -m benchmarks.detection.denoisers $(EVIDENCE)/denoisers.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
+	$(BIN)/python -m benchmarks.detection.chosen_by --json benchmarks/results/chosen_by.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.detection.evidence_page
 	$(BIN)/python -m benchmarks.detection.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json

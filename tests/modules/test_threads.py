@@ -200,8 +200,8 @@ def test_a_process_forked_meanwhile_has_the_model_as_it_was() -> None:
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(score)
         entered.wait()
-        assert child(is_as_it_was)
-        assert not model[1].training
+        found = child(is_as_it_was), not model[1].training
         leave.set()
         done.result()
+    assert found == (True, True)
     assert is_as_it_was()

@@ -23,8 +23,9 @@ def test_a_forked_child_has_a_queue_of_its_own() -> None:
     assert worker.submit(first)
     entered.wait()
     assert worker.submit(lambda: done.append("parent's"))
-    assert child(in_child)
+    found = child(in_child)
     leave.set()
+    assert found
     assert worker.flush(30)
     assert done == ["parent's"]
     assert worker.close(1) == 0
