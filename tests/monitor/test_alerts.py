@@ -268,8 +268,8 @@ def test_a_share_of_flags_that_no_chance_gives_is_critical() -> None:
 
 
 def test_an_alert_says_the_status() -> None:
-    watch = monitor(recovery=50)
-    alerts = feed(watch, torch.cat([far(1), shifted(80), usual(80, seed=2)]))
+    watch = monitor(recovery=50, ert=1e5)
+    alerts = feed(watch, torch.cat([far(1), shifted(80), usual(200, seed=2)]))
     found = [(a.kind, a.status) for a in alerts if a.kind != "sample"]
     assert found == [("drift", "ALERT"), ("recovered", "OK")]
     assert (alerts[0].kind, alerts[0].status) == ("sample", "WARN")

@@ -171,11 +171,11 @@ def test_one_drift_alert_while_it_stands() -> None:
 
 @pytest.mark.parametrize("recovery", [1, 120])
 def test_stream_recovers_after_quiet_samples(recovery: int) -> None:
-    watch = drifted(recovery=recovery)
+    watch = drifted(recovery=recovery, ert=1e5)
     at, took = watch.samples_seen, watch.state_dict()["needed"]
     assert 20 < took < 150
     recovery = max(recovery, took)  # at least four times what the evidence took to gather
-    alerts = feed(watch, usual(200, seed=2), 10)
+    alerts = feed(watch, usual(200, seed=2))
     assert moments(alerts, "recovered", "drift") == [("recovered", at + recovery)]
     assert watch.status != "ALERT"
 
@@ -226,7 +226,7 @@ def test_warning_ends_after_quiet_samples() -> None:
 
 
 def test_flag_while_drift_stands_is_no_sample_alert_later() -> None:
-    x = torch.cat([far(1), usual(40, seed=2)])
+    x = torch.cat([far(1), usual(100, seed=2)])
     singles, batch = feed(drifted(recovery=30), x), drifted(recovery=30).update(x)
     assert kinds(singles) == kinds(batch) == ["recovered"]
 
@@ -623,7 +623,7 @@ def test_sink_that_cannot_be_called_is_refused() -> None:
 def test_sinks_get_the_alerts_in_order() -> None:
     one, two = Recorder(), Recorder()
     with monitor(sinks=[one, two], recovery=50) as watch:
-        stream = torch.cat([usual(30), invalid(1), far(1), shifted(80), usual(80, seed=2)])
+        stream = torch.cat([usual(30), invalid(1), far(1), shifted(80), usual(200, seed=2)])
         alerts = feed(watch, stream, 7)
     assert {"invalid_input", "sample", "drift", "recovered"} <= set(kinds(alerts))
     assert one.alerts == two.alerts == alerts
@@ -748,10 +748,11 @@ def test_evidence_of_a_drift_alert_is_of_the_episode() -> None:
 def test_next_episode_begins_after_a_drift_alert() -> None:
     watch = drifted(recovery=20, cooldown=0)
     at = watch.samples_seen
-    x = torch.cat([usual(60, seed=2), far(1)])
-    alert = feed(watch, x, 61)[-1]
-    assert (alert.kind, alert.evidence.window) == ("sample", 61)
-    assert alert.samples_seen == at + 61
+    x = torch.cat([usual(100, seed=2), far(1)])
+    [over, alert] = feed(watch, x, 101)
+    assert (over.kind, alert.kind) == ("recovered", "sample")
+    assert alert.evidence.window == alert.samples_seen - over.samples_seen
+    assert alert.samples_seen == at + 101
 
 
 def test_alert_names_its_stream_detector_and_model() -> None:
@@ -772,7 +773,7 @@ def test_alert_names_its_stream_detector_and_model() -> None:
     ],
 )
 def test_severity_says_how_much_it_matters(kind: str, severity: str) -> None:
-    stream = torch.cat([invalid(1), far(1), shifted(80), usual(80, seed=2)])
+    stream = torch.cat([invalid(1), far(1), shifted(80), usual(200, seed=2)])
     alerts = feed(monitor(recovery=50), stream)
     assert {a.severity for a in alerts if a.kind == kind} == {severity}
 
