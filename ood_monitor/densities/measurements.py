@@ -18,7 +18,7 @@ __all__ = ["GRADIENT_NORMS", "Explaining", "Measurements", "Table", "dropped_by"
 #: The table of squared gradient norms.
 GRADIENT_NORMS = "gradient_norms"
 
-_NAMES = ("terms", "samples", "groups")
+_NAMES = ("terms", "samples", "groups", "names")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Measurements:
         explaining: What is to explain others, of some of the samples, or None.
         conditions: By name of what the model was told beside samples, the fingerprints of its
             different values, in order.
+        names: What tells each sample from all others, by its contents, or none.
     """
 
     terms: tuple[str, ...]
@@ -120,6 +121,7 @@ class Measurements:
     sample: SampleKind | None = None
     explaining: Explaining | None = None
     conditions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
@@ -174,16 +176,17 @@ class Measurements:
             first.sample,
             Explaining.together([it for part in parts if (it := part.explaining) is not None]),
             _different([part.conditions for part in parts]),
+            tuple(name for part in parts for name in part.names),
         )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Some of the samples, in the order of their indices; what explains stays."""
         indices = np.asarray(indices, dtype=np.int64)
         groups = tuple(self.groups[i] for i in indices) if self.groups else ()
+        names = tuple(self.names[i] for i in indices) if self.names else ()
         tables = {name: table.take(indices) for name, table in self.tables.items()}
-        return replace(
-            self, log_likelihood=self.log_likelihood[indices], tables=tables, groups=groups
-        )
+        values = self.log_likelihood[indices]
+        return replace(self, log_likelihood=values, tables=tables, groups=groups, names=names)
 
     def dump(self) -> bytes:
         """All of it as safetensors, to send to another process or to keep in a file."""
@@ -209,7 +212,7 @@ class Measurements:
         try:
             arrays = load(data)
             names = json.loads(arrays["names"].tobytes())
-            terms, samples, groups = (tuple(names[name]) for name in _NAMES)
+            terms, samples, groups, own = (tuple(names[name]) for name in _NAMES)
             tables = {
                 name: Table(tuple(columns), arrays[f"table.{name}"])
                 for name, columns in names["tables"].items()
@@ -218,7 +221,7 @@ class Measurements:
             told = names.get("explaining")
             explaining = None if told is None else Explaining._parse(told, arrays)
             conditions = {name: tuple(found) for name, found in names["conditions"].items()}
-            return cls(terms, values, tables, samples, groups, sample, explaining, conditions)
+            return cls(terms, values, tables, samples, groups, sample, explaining, conditions, own)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"Expected measured samples, got {error!r}.") from error
 

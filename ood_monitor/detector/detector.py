@@ -21,6 +21,7 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
+from ood_monitor.checks import number
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.measurements import Explaining, Measurements
 from ood_monitor.densities.parts import Method
@@ -32,15 +33,17 @@ from ood_monitor.detector.compatibility import (
     warn_of_other_model,
 )
 from ood_monitor.detector.explaining import Explanation, explained_by
-from ood_monitor.detector.fitting import Fitting
+from ood_monitor.detector.fitting import Fitting, recalibrated
 from ood_monitor.detector.measuring import explaining_of, is_measurable, measured_by
 from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_statistics
 from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
+from ood_monitor.detector.verifying import remembered_in, verified
 from ood_monitor.gradients import Granularity
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.saving.fingerprints import digest, fingerprints_of
+from ood_monitor.saving.fingerprints import digest, fingerprints_of, names_of
 from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.probe import Verification
 
 __all__ = ["Detector", "Groups"]
 
@@ -201,7 +204,8 @@ class Detector(Pretrained):
         count = min(explain, batch_size(batch))  # which refuses what is no batch
         sample = self.adapter.sample_of(batch)
         plan = self._plan(sample, lambda plan: is_measurable(plan, self.adapter, batch))
-        measured = replace(self._measured(plan, batch, None), conditions=self._conditions(batch))
+        measured = self._measured(plan, batch, None)
+        measured = replace(measured, conditions=self._conditions(batch), names=names_of(batch))
         if count == 0:
             return measured
         return replace(measured, explaining=self._explaining(plan, batch, count))
@@ -243,6 +247,68 @@ class Detector(Pretrained):
         """
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
+
+    def recalibrate(self, normal: Iterable[Batch], *, progress: bool = True) -> Self:
+        """Keep the fitted densities, and calibrate on other samples that are known to be normal.
+
+        For a model that stays as it is while what is normal changes. Samples that a monitor has
+        flagged are in only if they are given. A monitor goes on with the calibration that it was
+        made with, until :meth:`~ood_monitor.Monitor.accept`.
+
+        Args:
+            normal: Batches, as of :meth:`fit`, of samples that nothing was fitted on.
+            progress: Show a progress bar.
+
+        Returns:
+            The detector itself; unchanged if anything is raised.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: The model has other weights than the detector was fitted on, fewer than 20
+                samples can be scored, or what :meth:`score` refuses.
+
+        Warns:
+            UserWarning: As :meth:`fit`.
+        """
+        fitted = self.fitted
+        if self.is_stale:
+            raise ValueError(
+                f"Expected the model with the weights {fitted.model} that the detector was fitted "
+                "on, got others: fit a detector of them."
+            )
+        bar = tqdm(normal, desc="normal data", unit="batch", disable=not progress)
+        measured = Measurements.together(self._seen_by(fitted, batch) for batch in bar)
+        self._fitted = recalibrated(fitted, measured)
+        return self
+
+    def _seen_by(self, fitted: Fitted, batch: Batch) -> Measurements:
+        self.check(batch)
+        return replace(self._measured(Plan.of(fitted), batch, fitted), names=names_of(batch))
+
+    def verify(self, held_out: Iterable[Batch], *, fpr: float = 0.01) -> Verification:
+        """Score some of the calibration samples again: on this device, in these versions.
+
+        The detector remembers sixteen of them by their SHA-256, and their p-values.
+
+        Args:
+            held_out: Batches that hold some of them: the data that it was fitted on, to the bit.
+            fpr: The rate at which samples are flagged.
+
+        Returns:
+            How many were found, and by how much their p-values differ.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: It remembers none, none is among the data, or a p-value differs by more
+                than half of ``fpr``; the message has types, devices and versions.
+        """
+        fitted, rate = self.fitted, number("fpr", fpr, 0, 1)
+        if fitted.probe is None:
+            raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
+        found: dict[str, float] = {}
+        for names, batch in remembered_in(fitted.probe, held_out):
+            found |= dict(zip(names, self.score(batch).p_value.tolist(), strict=True))
+        return verified(fitted, self.adapter.module, found, rate)
 
     def score(self, batch: Batch) -> Scores:
         """Score B samples; the model is left as it was.

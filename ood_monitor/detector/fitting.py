@@ -13,6 +13,7 @@ from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
     ConformalPValue,
     autocorrelation_bound,
+    check_scores,
     lag1_autocorrelation,
 )
 from ood_monitor.calibration.groups import GroupedPValue, large_groups
@@ -27,10 +28,11 @@ from ood_monitor.gradients.layers import Layers
 from ood_monitor.modules import dtype_of
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.probe import Probe
 from ood_monitor.saving.provenance import Provenance
 from ood_monitor.statistics.png import PNG_BITS
 
-__all__ = ["Fitting"]
+__all__ = ["Fitting", "recalibrated"]
 
 #: The share of samples above which what is not finite is a column's fault.
 _MANY = 0.05
@@ -71,6 +73,7 @@ class Fitting:
         """
         usual = self._usual(adapter, measured)
         measured = _finite(measured)
+        _tell_of_copies(measured)
         fit, calibrate = self._split(len(measured))
         if self.plan.has("gradient_norms"):
             _tell_of_no_gradient(measured)
@@ -80,13 +83,15 @@ class Fitting:
         joined = Joined.fit(self.plan.parts, seen, eps)
         scores = joined.score(rest)
         _warn_of_autocorrelation(scores)
+        calibration = ConformalPValue.fit(scores)
+        grouped = self._grouped(scores, rest.groups, measured.take(fit).groups)
         means = joined.by_layer(joined.features(seen), np.mean)
         return Fitted(
             joined=joined,
             method=self.plan.method,
             sample=self.plan.sample,
             reason=self.plan.reason,
-            calibration=ConformalPValue.fit(scores),
+            calibration=calibration,
             log_likelihood=rest.total,
             parameters=parameters_of(adapter, self.layers),
             layer_mean=means.mean(0),
@@ -95,8 +100,9 @@ class Fitting:
             model=digest(adapter.module),
             dtype=str(dtype),
             fit_count=len(seen),
-            grouped=self._grouped(scores, rest.groups, measured.take(fit).groups),
+            grouped=grouped,
             usual=usual,
+            probe=_probe(calibration, grouped, scores, rest),
             provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
         )
 
@@ -207,6 +213,63 @@ def _tell_of_no_gradient(measured: Measurements) -> None:
             "computed from them between calls.",
             len(measured),
             ", ".join(found),
+        )
+
+
+def recalibrated(fitted: Fitted, measured: Measurements) -> Fitted:
+    """What was learned, with calibration scores of other samples.
+
+    Raises:
+        ValueError: Fewer than :data:`~ood_monitor.calibration.conformal.MINIMUM_SCORES` samples
+            that can be scored.
+
+    Warns:
+        UserWarning: Neighbouring calibration scores are positively correlated.
+    """
+    _tell_of_copies(measured)
+    scores = fitted.joined.score(measured)
+    known = np.flatnonzero(np.isfinite(scores))
+    if len(known) < len(scores):
+        _log.warning(
+            "Left out, as they have no finite score: %d of %d samples.",
+            len(scores) - len(known),
+            len(scores),
+        )
+    scores, measured = scores[known], measured.take(known)
+    _warn_of_autocorrelation(check_scores(scores))
+    calibration, grouped = ConformalPValue.fit(scores), fitted.grouped
+    if grouped is not None:
+        grouped = GroupedPValue(scores, measured.groups, grouped.large)
+    return replace(
+        fitted,
+        calibration=calibration,
+        grouped=grouped,
+        log_likelihood=measured.total,
+        probe=_probe(calibration, grouped, scores, measured),
+    )
+
+
+def _probe(
+    calibration: ConformalPValue,
+    grouped: GroupedPValue | None,
+    scores: Array,
+    measured: Measurements,
+) -> Probe | None:
+    """Some of the calibration samples, with what is said of them."""
+    if grouped is not None:
+        return Probe.of(measured.names, scores, grouped.p_value(scores, measured.groups))
+    return Probe.of(measured.names, scores, calibration.p_value(scores))
+
+
+def _tell_of_copies(measured: Measurements) -> None:
+    """Copies make a calibration look larger than it is."""
+    copies = len(measured.names) - len(set(measured.names))
+    if copies:
+        _log.warning(
+            "%d of %d held-out samples are copies of others: unless samples repeat themselves by "
+            "nature, normal ones are flagged more often than at fpr. Leave one of each.",
+            copies,
+            len(measured.names),
         )
 
 

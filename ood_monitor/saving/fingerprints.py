@@ -15,6 +15,7 @@ __all__ = [
     "fingerprints_of",
     "hashes_where",
     "marks",
+    "names_of",
     "sample_hashes",
 ]
 
@@ -64,6 +65,12 @@ def sample_hashes(batch: Batch, rows: Sequence[int]) -> list[str]:
     """
     tensors = [tensor[list(rows)].detach().cpu() for tensor in tensors_in(batch)]
     return [_hash([tensor[i] for tensor in tensors]) for i in range(len(rows))]
+
+
+def names_of(batch: Batch) -> tuple[str, ...]:
+    """The first 32 digits of the :func:`sample_hashes` of all samples of a batch."""
+    tensors = [tensor.detach().cpu() for tensor in tensors_in(batch)]
+    return tuple(_hash(sample)[:32] for sample in zip(*tensors, strict=True))
 
 
 def fingerprints_of(values: Tensor) -> tuple[str, ...]:

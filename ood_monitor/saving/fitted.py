@@ -29,6 +29,7 @@ from ood_monitor.densities.parts import Method
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.format import check_arrays, check_settings, strict_json
 from ood_monitor.saving.parts import arrays_of, dump_part, parse_joined
+from ood_monitor.saving.probe import Probe
 from ood_monitor.saving.provenance import Provenance
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
@@ -64,6 +65,7 @@ class Fitted:
         grouped: Scores of the calibration samples by group, if these were told apart.
         provenance: How it was made.
         usual: What samples are explained by, if there is anything.
+        probe: Some calibration samples and what was said of them; None if they had no names.
     """
 
     joined: Joined
@@ -82,6 +84,7 @@ class Fitted:
     grouped: GroupedPValue | None = None
     provenance: Provenance = field(default_factory=Provenance)
     usual: Usual | None = None
+    probe: Probe | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -180,6 +183,8 @@ class Fitted:
         config |= self.provenance.dump()
         if self.usual is not None:
             config["explanation"] = self.usual.dump()
+        if self.probe is not None:
+            config["probe"] = self.probe.dump()
         tensors = save(self._arrays())
         config["checksum"] = _checksum(config, tensors)
         return json.dumps(config, indent=2) + "\n", tensors
@@ -256,6 +261,7 @@ class Fitted:
             grouped=_grouped(config, arrays),
             provenance=Provenance.parse(config),
             usual=_usual(config, arrays),
+            probe=None if "probe" not in config else Probe.parse(config["probe"]),
         )
 
 

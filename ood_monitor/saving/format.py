@@ -93,6 +93,11 @@ def _is_share(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value < high
 
 
+def _are_numbers(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
+    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    return numbers and all(low <= number <= high for number in value)
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_whole, value))
 
@@ -133,6 +138,13 @@ _SETTINGS: dict[str, _Rule] = {
     "base_model_revision": _Rule(_is_text, "a name", False),
     "libraries": _Rule(lambda v: _is_mapping(v, _is_text), "versions by name", False),
     "explanation": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
+    "probe": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
+}
+
+_PROBE: dict[str, _Rule] = {
+    "samples": _Rule(_are_names, "names, each once"),
+    "scores": _Rule(lambda v: _are_numbers(v), "numbers"),
+    "p_values": _Rule(lambda v: _are_numbers(v, 0, 1), "numbers in [0, 1]"),
 }
 
 _PART: dict[str, _Rule] = {
@@ -180,6 +192,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         _check(_OPTIONS[name], f"options.{name}", options[name])
     if (explanation := settings.get("explanation")) is not None:
         _check_mapping("explanation", explanation, _EXPLANATION)
+    if (probe := settings.get("probe")) is not None:
+        _check_mapping("probe", probe, _PROBE)
+        if len({len(values) for values in probe.values()}) > 1:
+            raise ValueError("Expected a score and a p-value of each remembered sample, got fewer.")
     for i, part in enumerate(settings["parts"]):
         _check_part(f"parts[{i}]", part)
     if len({part["kind"] for part in settings["parts"]}) < len(settings["parts"]):

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import metadata
 from math import isfinite
@@ -16,7 +16,7 @@ from ood_monitor.adapters.base import Adapter
 from ood_monitor.adapters.schedules import NoiseSchedule
 from ood_monitor.saving.fingerprints import digest_of_tensors
 
-__all__ = ["Provenance", "differences", "recipe"]
+__all__ = ["Provenance", "differences", "libraries_of", "recipe"]
 
 _KEYS = ("adapter", "base_model", "base_model_revision", "libraries")
 
@@ -77,6 +77,17 @@ class Provenance:
     def dump(self) -> dict[str, Any]:
         """What is known, as settings of a file."""
         return {name: value for name in _KEYS if (value := getattr(self, name))}
+
+
+def libraries_of(names: Iterable[str]) -> dict[str, str]:
+    """Versions of distributions that are installed here."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def recipe(adapter: Adapter) -> dict[str, Any]:

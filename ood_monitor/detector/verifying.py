@@ -1,0 +1,68 @@
+"""Whether a detector scores here as it did where it was fitted."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.modules import device_of, dtype_of
+from ood_monitor.saving.fingerprints import names_of
+from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.probe import Probe, Verification
+from ood_monitor.saving.provenance import libraries_of
+
+__all__ = ["remembered_in", "verified"]
+
+
+def remembered_in(probe: Probe, batches: Iterable[Batch]) -> Iterator[tuple[list[str], Batch]]:
+    """Of batches, the samples that a detector remembers, with their names."""
+    for batch in batches:
+        names = names_of(batch)
+        rows = [i for i, name in enumerate(names) if name in probe.samples]
+        if rows:
+            yield [names[i] for i in rows], _rows_of(batch, torch.tensor(rows, device="cpu"))
+
+
+def _rows_of(batch: Batch, rows: torch.Tensor) -> Batch:
+    return map_tensors(lambda tensor: tensor[rows.to(tensor.device)], batch)
+
+
+def verified(
+    fitted: Fitted, module: torch.nn.Module, found: dict[str, float], fpr: float
+) -> Verification:
+    """Compare p-values found here with those remembered.
+
+    Args:
+        fitted: What remembers.
+        module: The model, for the message.
+        found: P-values by name.
+        fpr: At which samples are flagged.
+
+    Raises:
+        ValueError: None was found, or they differ by more than half of ``fpr``.
+    """
+    probe = fitted.probe
+    assert probe is not None
+    if not found:
+        raise ValueError(
+            f"Expected held-out data that hold some of the {len(probe.samples)} calibration "
+            "samples which the detector remembers, got none: give the data that it was fitted on, "
+            "to the bit."
+        )
+    known = dict(zip(probe.samples, probe.p_values, strict=True))
+    difference = max(abs(p - known[name]) for name, p in found.items())
+    most = len(fitted.calibration.scores) if fitted.grouped is None else fitted.grouped.most
+    steps = round(difference * (most + 1))
+    if not difference <= fpr / 2:  # also of nan
+        raise ValueError(
+            f"Expected p-values as where the detector was fitted, got some that differ by "
+            f"{difference:.3g}, more than half of fpr {fpr:g}. It was fitted in {fitted.dtype} "
+            f"with {_told(fitted.provenance.libraries)}; here the model is in {dtype_of(module)} "
+            f"on {device_of(module)} with {_told(libraries_of(fitted.provenance.libraries))}. "
+            "Recalibrate it here, or fit it again."
+        )
+    return Verification(len(found), len(probe.samples), difference, steps)
+
+
+def _told(libraries: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in libraries.items()) or "no versions"

@@ -1,0 +1,80 @@
+"""Sixteen calibration samples, by name, and what was said of them: to be asked again elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Probe", "Verification"]
+
+_COUNT = 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a detector said of some calibration samples where it was fitted.
+
+    Attributes:
+        samples: SHA-256 of each, 32 hexadecimal digits of it; never the sample.
+        scores: Of each.
+        p_values: Of each, among the calibration samples themselves.
+    """
+
+    samples: tuple[str, ...]
+    scores: tuple[float, ...]
+    p_values: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[str],
+        scores: NDArray[np.float64],
+        p_values: NDArray[np.float64],
+    ) -> Self | None:
+        """Of n calibration samples: some from the least to the most anomalous; None without names.
+
+        A sample that comes twice is no name of one score, and left out.
+        """
+        once = [i for i, name in enumerate(samples) if samples.count(name) == 1]
+        if not once:
+            return None
+        order = np.array(once)[np.argsort(scores[once], kind="stable")]
+        chosen = order[np.unique(np.linspace(0, len(order) - 1, _COUNT).round().astype(int))]
+        return cls(
+            tuple(samples[i] for i in chosen),
+            tuple(scores[chosen].tolist()),
+            tuple(p_values[chosen].tolist()),
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return {name: list(getattr(self, name)) for name in ("samples", "scores", "p_values")}
+
+    @classmethod
+    def parse(cls, told: Mapping[str, Any]) -> Self:
+        """What :meth:`dump` gave."""
+        return cls(
+            tuple(map(str, told["samples"])),
+            tuple(map(float, told["scores"])),
+            tuple(map(float, told["p_values"])),
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a detector's p-values here are from those where it was fitted.
+
+    Attributes:
+        found: How many of the remembered samples were among those given.
+        remembered: How many there are.
+        difference: The largest of their p-values' differences, between 0 and 1.
+        steps: The same in steps of p-values, of which a detector has one for each calibration
+            sample of the largest group.
+    """
+
+    found: int
+    remembered: int
+    difference: float
+    steps: int
