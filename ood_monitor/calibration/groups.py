@@ -84,6 +84,10 @@ class GroupedPValue:
         sizes = dict(zip(self.large, map(len, self._by_group), strict=False))
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
+    def scores_of(self, group: int) -> NDArray[np.float64]:
+        """The scores of a group by its place in ``large``, or its length, ascending."""
+        return self._by_group[group]
+
     @property
     def most(self) -> int:
         """How many scores the largest group has, the others among them."""

@@ -4,7 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error,
 of `watch` 3 for WARN and 4 for ALERT.
 """
 
-from ood_monitor.cli import fitting, hub, reporting, scoring, showing, watching
+from ood_monitor.cli import calibrating, fitting, hub, reporting, scoring, showing, watching
 from ood_monitor.cli.application import app, help_of
 
 __all__ = ["app"]
@@ -13,6 +13,9 @@ for _command in (
     fitting.fit,
     scoring.score,
     watching.watch,
+    calibrating.verify,
+    calibrating.recalibrate,
+    calibrating.accept,
     reporting.report,
     hub.push,
     hub.pull,

@@ -15,7 +15,8 @@ import torch
 import typer
 from torch import Tensor
 
-from ood_monitor.alerts.alert import Status
+from ood_monitor.alerts.alert import Alert, Status
+from ood_monitor.checks import text
 from ood_monitor.cli.console import AsJson, Debug, checked, say
 from ood_monitor.cli.images import ImageFormat, no_image
 from ood_monitor.cli.models import Model
@@ -30,10 +31,12 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
+from ood_monitor.monitor.decisions import Decisions, Rules
+from ood_monitor.monitor.memory import Memory
 from ood_monitor.monitor.monitor import Monitor
-from ood_monitor.saving.fitted import replace_files
+from ood_monitor.saving.fitted import Fitted, replace_files
 
-__all__ = ["EXIT_CODES", "watch"]
+__all__ = ["EXIT_CODES", "accepted", "watch"]
 
 #: What `watch` exits with, by the stream's status.
 EXIT_CODES: Mapping[Status, int] = {"OK": 0, "WARN": 3, "ALERT": 4}
@@ -191,16 +194,9 @@ class _Watch:
                 say(f"flagged: {file} (p-value {p_value:.3g})")
 
     def _resume(self, path: Path) -> None:
-        try:
-            record = json.loads(path.read_bytes())
-            if record["format"] != _STATE_FORMAT:
-                raise ValueError(f"format {record['format']!r}")
+        with _read(path) as record:
             self._monitor.load_state_dict(record["monitor"])
             self._source.load_state(record["files"])
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Expected the state of a watch with this detector and --ert in {path}, got {error}"
-            ) from error
 
     def _save(self) -> None:
         if self._path is None:
@@ -212,6 +208,48 @@ class _Watch:
         }
         replace_files({self._path: json.dumps(record).encode()})
         self._saved, self._unsaved = time.monotonic(), False
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """What a watch has written, and a word on what is wrong with it."""
+    try:
+        record = json.loads(path.read_bytes())
+        if record["format"] != _STATE_FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+        yield record
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected the state of a watch with this detector and --ert in {path}, got {error}"
+        ) from error
+
+
+def accepted(path: Path, fitted: Fitted, reason: str, *, name: str, fpr: float) -> Alert:
+    """Let a watch that has ended begin anew in its state, judged by what a detector learned.
+
+    Args:
+        path: What the watch has written, which is written anew.
+        fitted: By what it is judged.
+        reason: In words.
+        name: The stream's name.
+        fpr: For the alert's figures.
+
+    Returns:
+        The alert that says so.
+
+    Raises:
+        ValueError: No state of a watch, or of a detector with other layers.
+    """
+    with _read(path) as record:
+        state = record["monitor"]
+        rules = Rules(name=name, fpr=fpr, ert=float(state["drift"]["data"]["ert"]))
+        decisions = Decisions.of(rules, fitted, seed=0)
+        decisions.memory = Memory.parse(state, len(fitted.layers))
+    decisions.accept(text("reason", reason))
+    alert = decisions.memory.owed.pop()
+    monitor = state | {"drift": decisions.test.state_dict()} | decisions.memory.dump()
+    replace_files({path: json.dumps(record | {"monitor": monitor}).encode()})
+    return alert
 
 
 @contextmanager

@@ -288,7 +288,7 @@ class Detector(Pretrained):
     def verify(self, held_out: Iterable[Batch], *, fpr: float = 0.01) -> Verification:
         """Score some of the calibration samples again: on this device, in these versions.
 
-        The detector remembers sixteen of them by their SHA-256, and their p-values.
+        The detector remembers sixteen of them by their SHA-256, and their scores.
 
         Args:
             held_out: Batches that hold some of them: the data that it was fitted on, to the bit.
@@ -305,9 +305,11 @@ class Detector(Pretrained):
         fitted, rate = self.fitted, number("fpr", fpr, 0, 1)
         if fitted.probe is None:
             raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
-        found: dict[str, float] = {}
+        found: dict[str, tuple[float, int]] = {}
         for names, batch in remembered_in(fitted.probe, held_out):
-            found |= dict(zip(names, self.score(batch).p_value.tolist(), strict=True))
+            scores = self.score(batch)
+            groups = [0] * len(names) if scores.group is None else scores.group.tolist()
+            found |= zip(names, zip(scores.score.tolist(), groups, strict=True), strict=True)
         return verified(fitted, self.adapter.module, found, rate)
 
     def score(self, batch: Batch) -> Scores:

@@ -102,7 +102,7 @@ class Fitting:
             fit_count=len(seen),
             grouped=grouped,
             usual=usual,
-            probe=_probe(calibration, grouped, scores, rest),
+            probe=Probe.of(rest.names, scores),
             provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
         )
 
@@ -245,20 +245,8 @@ def recalibrated(fitted: Fitted, measured: Measurements) -> Fitted:
         calibration=calibration,
         grouped=grouped,
         log_likelihood=measured.total,
-        probe=_probe(calibration, grouped, scores, measured),
+        probe=Probe.of(measured.names, scores),
     )
-
-
-def _probe(
-    calibration: ConformalPValue,
-    grouped: GroupedPValue | None,
-    scores: Array,
-    measured: Measurements,
-) -> Probe | None:
-    """Some of the calibration samples, with what is said of them."""
-    if grouped is not None:
-        return Probe.of(measured.names, scores, grouped.p_value(scores, measured.groups))
-    return Probe.of(measured.names, scores, calibration.p_value(scores))
 
 
 def _tell_of_copies(measured: Measurements) -> None:

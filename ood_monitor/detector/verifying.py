@@ -1,10 +1,12 @@
 """Whether a detector scores here as it did where it was fitted."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 
 from ood_monitor.adapters.base import Batch, map_tensors
+from ood_monitor.densities import Array
 from ood_monitor.modules import device_of, dtype_of
 from ood_monitor.saving.fingerprints import names_of
 from ood_monitor.saving.fitted import Fitted
@@ -28,18 +30,18 @@ def _rows_of(batch: Batch, rows: torch.Tensor) -> Batch:
 
 
 def verified(
-    fitted: Fitted, module: torch.nn.Module, found: dict[str, float], fpr: float
+    fitted: Fitted, module: torch.nn.Module, found: Mapping[str, tuple[float, int]], fpr: float
 ) -> Verification:
-    """Compare p-values found here with those remembered.
+    """Compare ranks found here with those remembered.
 
     Args:
         fitted: What remembers.
         module: The model, for the message.
-        found: P-values by name.
+        found: Score and group by name.
         fpr: At which samples are flagged.
 
     Raises:
-        ValueError: None was found, or they differ by more than half of ``fpr``.
+        ValueError: None was found, or p-values differ by more than half of ``fpr``.
     """
     probe = fitted.probe
     assert probe is not None
@@ -49,20 +51,35 @@ def verified(
             "samples which the detector remembers, got none: give the data that it was fitted on, "
             "to the bit."
         )
-    known = dict(zip(probe.samples, probe.p_values, strict=True))
-    difference = max(abs(p - known[name]) for name, p in found.items())
-    most = len(fitted.calibration.scores) if fitted.grouped is None else fitted.grouped.most
-    steps = round(difference * (most + 1))
-    if not difference <= fpr / 2:  # also of nan
+    known = dict(zip(probe.samples, probe.scores, strict=True))
+    compared = [
+        _compared(fitted.calibration_of(group), known[name], score)
+        for name, (score, group) in found.items()
+    ]
+    steps, difference = (max(column) for column in zip(*compared, strict=True))
+    if difference > fpr / 2:
         raise ValueError(
             f"Expected p-values as where the detector was fitted, got some that differ by "
             f"{difference:.3g}, more than half of fpr {fpr:g}. It was fitted in {fitted.dtype} "
-            f"with {_told(fitted.provenance.libraries)}; here the model is in {dtype_of(module)} "
-            f"on {device_of(module)} with {_told(libraries_of(fitted.provenance.libraries))}. "
-            "Recalibrate it here, or fit it again."
+            f"with {_versions(fitted.provenance.libraries)}; here the model is in "
+            f"{dtype_of(module)} on {device_of(module)} with "
+            f"{_versions(libraries_of(fitted.provenance.libraries))}. Recalibrate it here, or fit "
+            "it again."
         )
-    return Verification(len(found), len(probe.samples), difference, steps)
+    return Verification(len(found), len(probe.samples), difference, int(steps))
 
 
-def _told(libraries: dict[str, str]) -> str:
+def _compared(calibration: Array, before: float, now: float) -> tuple[int, float]:
+    """By how many of the other calibration samples two scores differ, and by which p-value.
+
+    One that is nan now differs by all.
+    """
+    others = np.delete(calibration, np.searchsorted(calibration, before))
+    if np.isnan(now):
+        return len(others), 1.0
+    steps = int(abs(np.diff(np.searchsorted(others, [before, now]))[0]))
+    return steps, steps / (len(others) + 1)
+
+
+def _versions(libraries: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in libraries.items()) or "no versions"

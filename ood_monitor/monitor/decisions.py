@@ -52,10 +52,10 @@ class Rules:
     name: str
     fpr: float
     ert: float
-    recovery: int | timedelta
-    cooldown: int
-    summary_every: int
-    thin: int
+    recovery: int | timedelta = 500
+    cooldown: int = 100
+    summary_every: int = 100
+    thin: int = 1
 
     def is_over(self, memory: Memory) -> bool:
         """Whether what was told of has ended."""

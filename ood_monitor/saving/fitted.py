@@ -117,6 +117,10 @@ class Fitted:
         """Of B samples, the place of each one's group; None without groups."""
         return None if self.grouped is None else self.grouped.indices(labels, count)
 
+    def calibration_of(self, group: int) -> Array:
+        """Calibration scores of a group, ascending; all of them without groups."""
+        return self.calibration.scores if self.grouped is None else self.grouped.scores_of(group)
+
     def check_fpr(self, fpr: float) -> None:
         """Refuse a false-positive rate at which nothing is flagged; tell of groups where it is so.
 

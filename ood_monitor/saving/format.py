@@ -93,9 +93,8 @@ def _is_share(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value < high
 
 
-def _are_numbers(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
-    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
-    return numbers and all(low <= number <= high for number in value)
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
 
 
 def _is_shape(value: Any) -> bool:
@@ -143,8 +142,7 @@ _SETTINGS: dict[str, _Rule] = {
 
 _PROBE: dict[str, _Rule] = {
     "samples": _Rule(_are_names, "names, each once"),
-    "scores": _Rule(lambda v: _are_numbers(v), "numbers"),
-    "p_values": _Rule(lambda v: _are_numbers(v, 0, 1), "numbers in [0, 1]"),
+    "scores": _Rule(_are_numbers, "numbers"),
 }
 
 _PART: dict[str, _Rule] = {
@@ -195,7 +193,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if (probe := settings.get("probe")) is not None:
         _check_mapping("probe", probe, _PROBE)
         if len({len(values) for values in probe.values()}) > 1:
-            raise ValueError("Expected a score and a p-value of each remembered sample, got fewer.")
+            raise ValueError("Expected a score of each remembered sample, got fewer.")
     for i, part in enumerate(settings["parts"]):
         _check_part(f"parts[{i}]", part)
     if len({part["kind"] for part in settings["parts"]}) < len(settings["parts"]):
@@ -258,6 +256,9 @@ def check_arrays(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) 
     count = settings.get("calibration_count", sizes["n"])
     if count != sizes["n"] or len(settings.get("groups", ())) not in (0, count):
         raise ValueError(f"Expected {count} calibration samples, got {sizes['n']}.")
+    remembered = (settings.get("probe") or {}).get("scores", ())
+    if not np.isin(remembered, arrays["calibration"]).all():
+        raise ValueError("Expected remembered scores of calibration samples, got other scores.")
     if "grouped" in arrays and (np.sort(arrays["grouped"]) != arrays["calibration"]).any():
         raise ValueError("Expected the calibration scores by group too, got other scores.")
 

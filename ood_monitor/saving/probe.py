@@ -19,20 +19,13 @@ class Probe:
     Attributes:
         samples: SHA-256 of each, 32 hexadecimal digits of it; never the sample.
         scores: Of each.
-        p_values: Of each, among the calibration samples themselves.
     """
 
     samples: tuple[str, ...]
     scores: tuple[float, ...]
-    p_values: tuple[float, ...]
 
     @classmethod
-    def of(
-        cls,
-        samples: Sequence[str],
-        scores: NDArray[np.float64],
-        p_values: NDArray[np.float64],
-    ) -> Self | None:
+    def of(cls, samples: Sequence[str], scores: NDArray[np.float64]) -> Self | None:
         """Of n calibration samples: some from the least to the most anomalous; None without names.
 
         A sample that comes twice is no name of one score, and left out.
@@ -42,36 +35,30 @@ class Probe:
             return None
         order = np.array(once)[np.argsort(scores[once], kind="stable")]
         chosen = order[np.unique(np.linspace(0, len(order) - 1, _COUNT).round().astype(int))]
-        return cls(
-            tuple(samples[i] for i in chosen),
-            tuple(scores[chosen].tolist()),
-            tuple(p_values[chosen].tolist()),
-        )
+        return cls(tuple(samples[i] for i in chosen), tuple(scores[chosen].tolist()))
 
     def dump(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        return {name: list(getattr(self, name)) for name in ("samples", "scores", "p_values")}
+        return {"samples": list(self.samples), "scores": list(self.scores)}
 
     @classmethod
     def parse(cls, told: Mapping[str, Any]) -> Self:
         """What :meth:`dump` gave."""
-        return cls(
-            tuple(map(str, told["samples"])),
-            tuple(map(float, told["scores"])),
-            tuple(map(float, told["p_values"])),
-        )
+        return cls(tuple(map(str, told["samples"])), tuple(map(float, told["scores"])))
 
 
 @dataclass(frozen=True)
 class Verification:
     """How far a detector's p-values here are from those where it was fitted.
 
+    A remembered sample is judged by the other calibration samples, since of itself it would be now
+    just above and now just below.
+
     Attributes:
         found: How many of the remembered samples were among those given.
         remembered: How many there are.
         difference: The largest of their p-values' differences, between 0 and 1.
-        steps: The same in steps of p-values, of which a detector has one for each calibration
-            sample of the largest group.
+        steps: The most calibration samples by which a rank among them differs.
     """
 
     found: int

@@ -19,6 +19,10 @@ from ood_monitor.cli.options import Scoring
 FLOW = "support.cli_cases:flow"
 
 
+#: Commands of a detector that is there.
+LATER = ("verify", "recalibrate", "accept")
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -38,7 +42,7 @@ def failed(*arguments: object) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("command", ["score", "report"])
+@pytest.mark.parametrize("command", ["score", "report", "verify", "recalibrate"])
 def test_commands_that_score_data_have_the_same_options_with_the_same_defaults(
     command: str,
 ) -> None:
@@ -69,9 +73,36 @@ def detector(held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_has_an_example_of_every_command() -> None:
     commands = succeeded("--help").stdout.split("Commands:")[1].split()
-    for name in ("fit", "score", "watch", "report", "push", "pull", "show"):
+    for name in ("fit", "score", "watch", "report", "push", "pull", "show", *LATER):
         assert name in commands
         assert f"\n      ood-monitor {name} " in succeeded(name, "--help").stdout
+
+
+def test_a_detector_is_verified_by_what_it_was_fitted_on(
+    detector: Path, held_out: Path, new: Path
+) -> None:
+    text = succeeded("verify", detector, held_out).stderr
+    assert "as where it was fitted: 16 of 16 remembered samples, p-values within 0 (0 ste" in text
+    found = json.loads(succeeded("verify", detector, held_out, "--json").stdout)
+    assert found == {"found": 16, "remembered": 16, "difference": 0.0, "steps": 0}
+    (new / "broken.png").rename(new.parent / "away.png")
+    assert "got none: give the data that it was fitted on" in failed("verify", detector, new)
+    (new.parent / "away.png").rename(new / "broken.png")
+
+
+def test_a_detector_is_recalibrated_into_a_folder_of_its_own(
+    detector: Path, tmp_path: Path
+) -> None:
+    normal = write_images(tmp_path / "normal", grey_images(60, seed=5))
+    output = tmp_path / "recalibrated"
+    facts = json.loads(succeeded("recalibrate", detector, normal, output, "--json").stdout)
+    assert facts["calibration samples"] == 60
+    succeeded("verify", output, normal)
+    assert "Expected a new folder" in failed("recalibrate", detector, normal, output)
+    assert "at least 20 scores" in failed(
+        "recalibrate", detector, write_images(tmp_path / "few", grey_images(5)), tmp_path / "x"
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_version_is_the_packages() -> None:

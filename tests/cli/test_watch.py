@@ -196,7 +196,7 @@ def test_the_state_of_another_promise_is_refused(detector: Path, tmp_path: Path)
     [
         (["nowhere"], "nowhere"),
         (["INBOX", "--fpr", "0.0001"], "0.0001"),
-        (["INBOX", "--ert", "1"], "at least 2"),
+        (["INBOX", "--ert", "1"], "Expected ert in [2, inf]"),
         (["INBOX", "--state", "nowhere/state.json"], "nowhere"),
     ],
 )
@@ -313,3 +313,45 @@ def test_idle_stops_a_watch(detector: Path, tmp_path: Path) -> None:
     result = unended(detector, inbox, "--poll", "0.05", "--idle", "0.5", "--json")
     assert result.exit_code == OK
     assert summary(result.stdout)["samples_seen"] == 2
+
+
+# After an alert
+
+
+def test_a_watch_goes_on_with_what_was_accepted(detector: Path, tmp_path: Path) -> None:
+    inbox, state = drifted(tmp_path / "inbox"), tmp_path / "state.json"
+    assert watched(detector, inbox, "--state", state).exit_code == ALERT
+    normal, new = write_images(tmp_path / "n", grey_images(300, seed=7) // 8), tmp_path / "new"
+    assert (
+        CliRunner().invoke(app, ["recalibrate", *map(str, (detector, normal, new))]).exit_code == 0
+    )
+    refused = watched(new, inbox, "--state", state)
+    assert refused.exit_code == 1
+    assert "Expected the state of a watch with this detector" in refused.output
+    reason = "darker lamps, approved by Ada"
+    result = CliRunner().invoke(app, ["accept", str(state), str(new), "--reason", reason])
+    [alert] = lines(result.stdout)
+    assert (alert["kind"], alert["status"], alert["samples_seen"]) == ("accepted", "OK", 60)
+    assert alert["message"] == f"Accepted: {reason}"
+    write_images(inbox, grey_images(160, seed=3) // 8)
+    result = watched(new, inbox, "--state", state, "--json")
+    assert result.exit_code in (OK, WARN), result.output
+    assert state_of(state)["samples_seen"] > 60
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{}", "x"), ("no JSON", "x"), (None, "x"), ("state", " ")]
+)
+def test_what_is_no_state_is_not_accepted(
+    content: str | None, reason: str, detector: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.json"
+    watched(detector, usual(tmp_path / "inbox", 3), "--state", state)
+    if content is None:
+        state.unlink()
+    elif content != "state":
+        state.write_text(content)
+    before = state.read_bytes() if state.exists() else None
+    result = CliRunner().invoke(app, ["accept", str(state), str(detector), "--reason", reason])
+    assert result.exit_code == 1
+    assert (state.read_bytes() if state.exists() else None) == before
