@@ -36,11 +36,12 @@ from ood_monitor.adapters.base import (
     term_values,
 )
 from ood_monitor.adapters.elements import Elements, resolved, total_of
+from ood_monitor.calibration.promise import FlaggedShare, flagged_interval, flagged_share
 from ood_monitor.gradients import gradient_norms
 from ood_monitor.gradients.check import disagreeing
 from ood_monitor.modules import leaf_parameters, precision_of, scoring_in_place
 
-__all__ = ["check_adapter", "flagged_interval"]
+__all__ = ["FlaggedShare", "check_adapter", "flagged_interval", "flagged_share"]
 
 #: Random directions and parts of the samples over which the identities are averaged, and the
 #: t-value that refutes them: of true ones, less than one in 1 000 is refused.
@@ -104,51 +105,6 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
         with scoring_in_place(adapter.module, adapter):
             _check_nats(adapter, samples)
             _check_expectations(adapter, samples)
-
-
-def flagged_interval(
-    samples: int, calibration: int, fpr: float, *, level: float = 0.001, cells: int = 1
-) -> tuple[int, int]:
-    """The number of normal samples with p <= fpr that a sound detector stays within.
-
-    Of m normal samples judged against n calibration scores it has the Beta-binomial law
-    (m, k, n + 1 - k) with k = floor(fpr (n + 1)): wider than a binomial's, by the calibration
-    sample's own luck. Samples are exchangeable with the calibration's, and scores have no ties.
-
-    Args:
-        samples: m.
-        calibration: n.
-        fpr: The nominal false-positive rate.
-        level: How often a sound detector is outside, at most, in one of all cells.
-        cells: How many counts are looked at.
-
-    Returns:
-        The smallest and the largest number that belong to it.
-
-    Raises:
-        ValueError: No samples or calibration scores, an ``fpr`` that is not in (0, 1), or a level
-            or number of cells that is none.
-
-    References:
-        Testing for Outliers with Conformal p-values (Bates, Candes, Lei, Romano, Sesia, 2023),
-        https://arxiv.org/abs/2104.08279, for the law of the false-positive rate given calibration.
-
-    Example:
-        >>> flagged_interval(600, 600, 0.01)
-        (0, 22)
-    """
-    from scipy.stats import betabinom
-
-    if samples < 1 or calibration < 1 or cells < 1 or not 0 < fpr < 1 or not 0 < level < 1:
-        raise ValueError(
-            "Expected at least one sample, calibration score and cell, and fpr and level in "
-            f"(0, 1), got {samples}, {calibration}, {cells}, {fpr} and {level}."
-        )
-    k = math.floor(fpr * (calibration + 1) * (1 + np.finfo(float).eps))
-    if k == 0:  # no p-value is so small
-        return 0, 0
-    law, tail = betabinom(samples, k, calibration + 1 - k), level / cells / 2
-    return int(law.ppf(tail)), int(law.isf(tail))
 
 
 def _terms(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
