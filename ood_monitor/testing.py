@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
 
 from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import (
@@ -64,7 +65,9 @@ _PADDING = (
 )
 
 
-def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = None) -> None:
+def check_adapter(
+    adapter: Adapter, batch: Batch, *, samples: Batch | None = None, progress: bool = True
+) -> None:
     """Check that an adapter keeps what the gradient engine and the detector rest on.
 
     Its terms are finite and of shape (B,), the same each time, whatever the global random state, of
@@ -81,6 +84,7 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
         samples: 1 000 or so samples drawn from the model itself, to check that the terms add up to
             its log-likelihood in nats, and that what elements expect is their expectation. Not for
             lower bounds, nor for models that cannot be differentiated twice.
+        progress: Whether a bar shows how far the check of the samples is.
 
     Raises:
         AssertionError: What it does not keep, in words.
@@ -103,8 +107,8 @@ def check_adapter(adapter: Adapter, batch: Batch, *, samples: Batch | None = Non
     _check_gradients(adapter, batch)
     if samples is not None:
         with scoring_in_place(adapter.module, adapter):
-            _check_nats(adapter, samples)
-            _check_expectations(adapter, samples)
+            _check_nats(adapter, samples, progress=progress)
+            _check_expectations(adapter, samples, progress=progress)
 
 
 def _terms(adapter: Adapter, batch: Batch) -> dict[str, Tensor]:
@@ -154,11 +158,12 @@ def _differences(value: Elements) -> dict[str, Tensor]:
     return {name: total_of(value, each) for name, each in found.items()}
 
 
-def _check_expectations(adapter: Adapter, samples: Batch) -> None:
+def _check_expectations(adapter: Adapter, samples: Batch, *, progress: bool) -> None:
     """Check by a t-test over the samples that what each term expects is its mean."""
+    parts_of = list(pieces(samples, max(1, batch_size(samples) // _PARTS)))
     parts: dict[tuple[str, str], list[Tensor]] = {}
     with torch.no_grad():
-        for piece in pieces(samples, max(1, batch_size(samples) // _PARTS)):
+        for piece in tqdm(parts_of, desc="expectations", unit="part", disable=not progress):
             for term, value in checked_elements(adapter, piece):
                 found = _differences(value) if isinstance(value, Elements) else {}
                 for what, each in found.items():
@@ -253,13 +258,14 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _check_nats(adapter: Adapter, samples: Batch) -> None:
+def _check_nats(adapter: Adapter, samples: Batch, *, progress: bool) -> None:
     """Check both identities by t-tests over parts of the samples."""
     size = batch_size(samples)
     if size < 20 * _PARTS:
         raise ValueError(f"Expected at least {20 * _PARTS} samples of the model, got {size}.")
     parts = list(pieces(samples, size // _PARTS))[:_PARTS]
-    slopes, squares, curvatures = np.stack([_along(adapter, part) for part in parts], -1)
+    shown = tqdm(parts, desc="identities", unit="part", disable=not progress)
+    slopes, squares, curvatures = np.stack([_along(adapter, part) for part in shown], -1)
     if not np.abs(_t_value(slopes)).max() < _T + 2:  # the largest of as many as directions
         raise AssertionError(
             "Expected a gradient of zero on average over the model's samples, got one that differs "

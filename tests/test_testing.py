@@ -1,6 +1,7 @@
 """The contract: kept by every adapter here, and each way of breaking it is told apart."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -323,3 +324,12 @@ def test_a_wrong_expectation_is_named(name: str) -> None:
     adapter = Changed(om.SequenceLikelihood(module), change)
     with pytest.raises((AssertionError, ValueError), match=message):
         check_adapter(adapter, tokens[:3], samples=tokens)
+
+
+def test_a_long_check_says_how_far_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    flow = om.models.Glow(channels=1, size=4, levels=1, steps=1, hidden=4)
+    x = torch.rand(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for progress in (True, False):
+        with suppress(AssertionError):  # they are no samples of the model
+            check_adapter(om.LogLikelihood(flow), x[:3], samples=x, progress=progress)
+        assert ("identities: 100%" in capfd.readouterr().err) is progress

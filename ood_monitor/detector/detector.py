@@ -72,7 +72,7 @@ class Detector(Pretrained):
         seed: Of the random split into fit and calibration samples.
         groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
             its class, prompt class, tenant. P-values and the drift test then compare a sample with
-            its own group. See :class:`~ood_monitor.calibration.GroupedPValue`.
+            its own group. See :class:`~ood_monitor.calibration.groups.GroupedPValue`.
         minimum_group: The fewest calibration samples that make a group of its own: as many as are
             to be expected by the labels of the samples that fit. Smaller groups, and labels never
             seen, are one group together.
