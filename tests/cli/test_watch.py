@@ -315,6 +315,17 @@ def test_idle_stops_a_watch(detector: Path, tmp_path: Path) -> None:
     assert summary(result.stdout)["samples_seen"] == 2
 
 
+def test_files_that_cannot_be_read_are_an_alert(detector: Path, tmp_path: Path) -> None:
+    inbox = usual(tmp_path / "inbox", 5)
+    for i in range(12):
+        (inbox / f"broken-{i}.png").write_bytes(b"no image")
+    result = watched(detector, inbox, "--json")
+    assert result.exit_code == ALERT, result.output
+    last = lines(result.stdout)[-2]
+    assert (last["kind"], last["severity"]) == ("invalid_input", "critical")
+    assert "10 of the latest" in str(last["message"])
+
+
 # After an alert
 
 
