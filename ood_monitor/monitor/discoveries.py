@@ -111,7 +111,7 @@ def _named(p_values: "NDArray[np.float64]", fdr: float) -> "NDArray[np.bool_]":
 
 def _count(calibration: Detector | int) -> int:
     if not isinstance(calibration, Detector):
-        return whole("calibration", calibration, 1)
+        return whole("calibration", calibration)
     fitted = calibration.fitted
     return fitted.grouped.most if fitted.grouped else len(fitted.calibration.scores)
 
