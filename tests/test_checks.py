@@ -38,6 +38,6 @@ def test_an_interval_has_the_ends_that_its_brackets_say(ends: str, value: float,
     if ends[at] in "[]":
         assert checks.number("it", value, 0, 1, ends=ends) == value
         return
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="Expected it") as caught:
         checks.number("it", value, 0, 1, ends=ends)
     assert str(caught.value) == f"Expected it in {ends[0]}0, 1{ends[1]}, got {value}."
