@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ood_monitor import Detector
 from ood_monitor.alerts import Alert, Reading, Summary
+from ood_monitor.checks import items, number, text, whole
 from ood_monitor.processes import Lock
 
 __all__ = ["PrometheusSink", "score_buckets"]
@@ -57,7 +58,9 @@ class PrometheusSink:
         registry: Where the meters are.
 
     Raises:
-        ValueError: The registry has meters of these names that are not ours.
+        ValueError: The registry has meters of these names that are not ours, an empty label, or
+            buckets that are not in ascending order.
+        TypeError: An option of another type.
     """
 
     def __init__(
@@ -68,8 +71,13 @@ class PrometheusSink:
         detector: str | None = None,
         buckets: Sequence[float] = _SCORES,
     ) -> None:
+        for name, value in (("model", model), ("detector", detector)):
+            if value is not None:
+                text(name, value)
         self.registry = CollectorRegistry() if registry is None else registry
-        self._meters = _Meters.of(self.registry, buckets)
+        if not isinstance(self.registry, CollectorRegistry):
+            raise TypeError(f"Expected registry as a CollectorRegistry, got {registry!r}.")
+        self._meters = _Meters.of(self.registry, _checked_buckets(buckets))
         self._names = model, detector
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
         self._latest: tuple[str, str] | None = None
@@ -104,12 +112,19 @@ class PrometheusSink:
 
     def dropped(self, count: int = 1) -> None:
         """Count samples that were not scored for lack of time or room; of the latest model."""
-        labels = self._latest or self._labels("unknown", "unknown")
+        labels, count = self._latest or self._labels("unknown", "unknown"), whole("count", count)
         self._meters.dropped.labels(*labels).inc(count)
 
     def _labels(self, model: str, detector: str) -> tuple[str, str]:
         given = self._names
         return given[0] or model, given[1] or detector
+
+
+def _checked_buckets(buckets: Sequence[float]) -> list[float]:
+    ends = [number("a bucket's end", end) for end in items("buckets", buckets)]
+    if not ends or ends != sorted(set(ends)):
+        raise ValueError(f"Expected buckets in ascending order, each once, got {buckets!r}.")
+    return ends
 
 
 def score_buckets(detector: Detector) -> list[float]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
+from ood_monitor.checks import word
 from ood_monitor.modules import Passes, device_of, gradless, scored
 
 __all__ = [
@@ -363,12 +364,7 @@ def checked_sample(sample: SampleKind | None) -> SampleKind | None:
     Raises:
         ValueError: It is no word for that.
     """
-    if sample is not None and sample not in get_args(SampleKind):
-        raise ValueError(
-            f"Expected `sample=` to be one of {get_args(SampleKind)}, got {sample!r}: leave it out "
-            "for samples of another kind."
-        )
-    return sample
+    return None if sample is None else word("sample", sample, get_args(SampleKind))
 
 
 def sample_or_image(sample: SampleKind | None, x: Tensor) -> SampleKind | None:

@@ -32,7 +32,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Self, TypeAlias, cast, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.adapters.predictions import prediction_of
 from ood_monitor.adapters.schedules import NoiseSchedule
+from ood_monitor.checks import flag, function, items, number, seed_of, whole, word
 from ood_monitor.modules import dtype_of
 
 __all__ = ["DenoisingBound", "DenoisingLoss"]
@@ -113,6 +114,7 @@ class DenoisingBound(Adapter):
         ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what
             its network predicts, no level or one outside [0, T), no draw, the bound of an epsilon
             prediction at a level without signal, or ratios that are not positive.
+        TypeError: An option of another type.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020)
@@ -158,18 +160,16 @@ class DenoisingBound(Adapter):
         self.module, self._normalise = network, _normaliser(schedule)
         self._order = _order(network)
         self.schedule = NoiseSchedule.of(schedule)
-        self.seed = seed
-        if loss not in get_args(DenoisingLoss):
-            raise ValueError(f"Expected a loss of {get_args(DenoisingLoss)}, got {loss!r}.")
-        if draws < 1:
-            raise ValueError(f"Expected at least one draw, got {draws}.")
+        self.seed, self._draws = self._checked_seed(seed), whole("draws", draws, 1)
+        self._antithetic = flag("antithetic", antithetic)
+        self._loss: DenoisingLoss = word("loss", loss, get_args(DenoisingLoss))
         self._prediction = prediction_of(prediction_type, schedule, self.schedule)
-        self._loss = loss
-        self._draws, self._antithetic = draws, antithetic
-        self._inputs, self._condition, self._time = inputs, condition, time
+        self._inputs, self._time = function("inputs", inputs), function("time", time)
+        self._condition = function("condition", condition)
         self.levels = self._checked(levels)
         self._ratios = _checked_ratios(ratios)
-        self._null_condition = null_condition
+        null = None if null_condition is None else function("null_condition", null_condition)
+        self._null_condition: Condition | None = null
         self.has_null_condition = null_condition is not None
 
     @classmethod
@@ -188,7 +188,7 @@ class DenoisingBound(Adapter):
         """The same bound at other levels, and with another seed of the noise if one is given."""
         other = copy.copy(self)
         other.levels = self._checked(levels)
-        other.seed = self.seed if seed is None else seed
+        other.seed = self.seed if seed is None else self._checked_seed(seed)
         return other
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
@@ -373,10 +373,14 @@ class DenoisingBound(Adapter):
             term = term - 0.5 * divergence.sum(1)
         return term
 
+    def _checked_seed(self, seed: int) -> int:
+        """Such that each level has one of its own, see :meth:`_noise`."""
+        return seed_of("seed", seed, 2**64 // len(self.schedule))
+
     def _checked(self, levels: Sequence[int]) -> tuple[int, ...]:
-        chosen, length = tuple(int(level) for level in levels), len(self.schedule)
-        in_range = all(0 <= level < length for level in chosen)
-        if not chosen or not in_range or chosen != tuple(levels) or len(set(chosen)) < len(chosen):
+        length = len(self.schedule)
+        chosen = tuple(whole("a noise level", level) for level in items("levels", levels))
+        if not chosen or max(chosen) >= length or len(set(chosen)) < len(chosen):
             raise ValueError(
                 f"Expected distinct whole noise levels in [0, {length}), got {list(levels)}."
             )
@@ -396,10 +400,12 @@ def _stacked(batch: Batch, count: int) -> Batch:
 
 
 def _checked_ratios(ratios: Literal[2, 3] | Sequence[float]) -> int | tuple[float, ...]:
-    if ratios in (2, 3):
-        return int(cast(int, ratios))
-    found = () if isinstance(ratios, int) else tuple(float(ratio) for ratio in ratios)
-    if not found or not all(0 < ratio < math.inf for ratio in found):
+    if not isinstance(ratios, Iterable):
+        if (count := whole("ratios", ratios)) in (2, 3):
+            return count
+        raise ValueError(f"Expected ratios as 2, 3 or positive numbers, got {ratios!r}.")
+    found = tuple(number("a ratio", r, 0, ends="()") for r in items("ratios", ratios))
+    if not found:
         raise ValueError(f"Expected ratios as 2, 3 or positive numbers, got {ratios!r}.")
     return found
 

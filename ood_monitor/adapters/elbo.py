@@ -34,6 +34,7 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.adapters.elements import Elements, averaged
 from ood_monitor.adapters.observations import Gaussian, Observation
+from ood_monitor.checks import flag, function, having, seed_of, whole
 
 __all__ = ["ELBO"]
 
@@ -58,6 +59,7 @@ class ELBO(Adapter):
 
     Raises:
         ValueError: The module lacks a method, no draw, or one to weight, or ``sample`` is no kind.
+        TypeError: An option of another type.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114
@@ -91,13 +93,11 @@ class ELBO(Adapter):
         missing = [name for name in ("encode", "decode") if not hasattr(module, name)]
         if missing:
             raise ValueError(f"Expected {type(module).__name__} to have {missing}, got neither.")
-        if draws < 1 + importance_weighted:
-            needs = "2 draws to weight" if importance_weighted else "1 draw"
-            raise ValueError(f"Expected at least {needs}, got {draws}.")
-        self.module, self.seed = module, seed
-        self._observation = Gaussian() if observation is None else observation
-        self._draws, self._importance_weighted = draws, importance_weighted
-        self._inputs, self._condition = inputs, condition
+        self._importance_weighted = flag("importance_weighted", importance_weighted)
+        self._draws = whole("draws", draws, 1 + self._importance_weighted)
+        self.module, self.seed = module, seed_of("seed", seed)
+        self._observation = having("observation", observation or Gaussian(), "log_prob")
+        self._inputs, self._condition = function("inputs", inputs), function("condition", condition)
         self.sample = checked_sample(sample)
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:

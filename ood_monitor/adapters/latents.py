@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Batch, checked_floating, checked_range, describe, first_tensor
+from ood_monitor.checks import function, range_of
 from ood_monitor.modules import device_of, dtype_of, scoring_view
 
 __all__ = ["latent_mean"]
@@ -42,12 +43,15 @@ def latent_mean(
 
     Raises:
         ValueError: The encoder's output is none of these; images of whole numbers, as bytes are,
-            or outside the range.
+            or outside the range; or a range that is none.
+        TypeError: ``inputs`` is no function.
     """
+    function("inputs", inputs)
+    low, high = range_of("value_range", value_range)
 
     def encode(batch: Batch) -> Tensor:
         images = checked_floating(inputs(batch))
-        checked_range(images, *value_range, "an autoencoder's images", **_RANGE)
+        checked_range(images, low, high, "an autoencoder's images", **_RANGE)
         given = images.to(device_of(vae), dtype_of(vae, images.dtype))
         with scoring_view(vae) as view, torch.no_grad():
             latents = _deterministic(view.encode(given))  # type: ignore[operator]

@@ -25,6 +25,8 @@ from ood_monitor.adapters.base import (
 from ood_monitor.adapters.elements import Elements, shifted
 from ood_monitor.adapters.flows import Density, density_of
 from ood_monitor.adapters.laws import of_distribution
+from ood_monitor.checks import function as checked_function
+from ood_monitor.checks import range_of, seed_of, whole
 
 __all__ = ["LogLikelihood"]
 
@@ -55,6 +57,7 @@ class LogLikelihood(Adapter):
     Raises:
         ValueError: The module has no log-density and no ``function`` was given, bins < 2, a range
             that is none, or ``sample`` is no kind.
+        TypeError: An option of another type.
 
     References:
         A note on the evaluation of generative models (Theis, van den Oord, Bethge, 2016),
@@ -82,14 +85,13 @@ class LogLikelihood(Adapter):
         seed: int = 0,
         sample: SampleKind | None = None,
     ) -> None:
-        if bins is not None and bins < 2:
-            raise ValueError(f"Expected at least 2 bins, got {bins}.")
-        if not value_range[0] < value_range[1]:
-            raise ValueError(f"Expected a range (low, high) with low < high, got {value_range}.")
-        self.module, self.seed = module, seed
-        self._function = function or density_of(module)
-        self._inputs, self._condition = inputs, condition
-        self._bins, self._range = bins, value_range
+        self._bins = None if bins is None else whole("bins", bins, 2)
+        self._range = range_of("value_range", value_range)
+        self.module, self.seed = module, seed_of("seed", seed)
+        given = None if function is None else checked_function("function", function)
+        self._function: Density = given or density_of(module)
+        self._inputs = checked_function("inputs", inputs)
+        self._condition = checked_function("condition", condition)
         self.sample = checked_sample(sample)
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor | Elements]]:

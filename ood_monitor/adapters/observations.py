@@ -17,6 +17,7 @@ from torch.distributions import Normal
 from ood_monitor.adapters.base import checked_range, describe
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.adapters.laws import bernoulli, in_single, of_distribution, places
+from ood_monitor.checks import number, range_of, whole
 
 __all__ = ["Bernoulli", "DiscretizedLogistic", "Gaussian", "Observation"]
 
@@ -42,13 +43,14 @@ class Gaussian:
 
     Raises:
         ValueError: The variance is not positive.
+        TypeError: It is no number.
     """
 
     variance: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.variance is not None and not self.variance > 0:
-            raise ValueError(f"Expected a positive variance, got {self.variance}.")
+        if self.variance is not None:
+            number("variance", self.variance, 0, ends="()")
 
     def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
         """As :meth:`Observation.log_prob`."""
@@ -104,6 +106,7 @@ class DiscretizedLogistic:
 
     Raises:
         ValueError: Fewer than 2 bins, or a range that is none.
+        TypeError: No whole number of bins, or ends that are no numbers.
 
     References:
         | PixelCNN++ (Salimans, Karpathy, Chen, Kingma, 2017)
@@ -115,11 +118,8 @@ class DiscretizedLogistic:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bins < 2 or not self.low < self.high:
-            raise ValueError(
-                f"Expected at least 2 bins between low < high, got {self.bins} between {self.low} "
-                f"and {self.high}."
-            )
+        whole("bins", self.bins, 2)
+        range_of("low and high", (self.low, self.high))
 
     def log_prob(self, x: Tensor, decoded: Any) -> Tensor:
         """As :meth:`Observation.log_prob`; the log-probability of a discrete value.

@@ -46,15 +46,15 @@ _PREDICTIONS = {
 
 def prediction_of(given: str | None, stated: Any, schedule: NoiseSchedule) -> Prediction:
     """As the argument says, the foreign schedule of itself, or our own."""
-    name = given or stated_prediction(stated)
+    name = stated_prediction(stated) if given is None else given
     silent = not isinstance(stated, Tensor) and schedule.prediction_type == "epsilon"
     if name is None and silent:
         raise ValueError(
             f"Expected {type(stated).__name__} to say what its network predicts, by `config`'s "
             "`prediction_type` or by `objective`, got neither: pass `prediction_type=`."
         )
-    name = name or schedule.prediction_type
-    if name not in _PREDICTIONS:
+    name = schedule.prediction_type if name is None else name
+    if not isinstance(name, str) or name not in _PREDICTIONS:
         raise ValueError(
             f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}: pass "
             "`prediction_type=`."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import describe
+from ood_monitor.checks import number, text, whole
 
 __all__ = ["FlowConvention", "NoiseSchedule", "stated_prediction"]
 
@@ -52,6 +53,7 @@ class NoiseSchedule:
 
     Raises:
         ValueError: Shapes that differ, or levels that are not in order of their noise.
+        TypeError: What are no tensors.
     """
 
     alpha: Tensor
@@ -60,7 +62,12 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
-        shapes = [tuple(values.shape) for values in (self.alpha, self.sigma, self.t)]
+        text("prediction_type", self.prediction_type)
+        given = (self.alpha, self.sigma, self.t)
+        if not all(isinstance(values, Tensor) for values in given):
+            told = ", ".join(map(describe, given))
+            raise TypeError(f"Expected alpha, sigma and t as tensors of shape (T,), got {told}.")
+        shapes = [tuple(values.shape) for values in given]
         if len(set(shapes)) > 1 or len(shapes[0]) != 1:
             raise ValueError(f"Expected alpha, sigma and t of one shape (T,), got {shapes}.")
         for name in ("alpha", "sigma"):
@@ -87,12 +94,14 @@ class NoiseSchedule:
 
         Raises:
             ValueError: No level has both signal and noise, or the ratio is not positive.
+            TypeError: It is no number.
         """
+        ratio = number("ratio", ratio, 0, ends="()")
         usable = (self.alpha > 0) & (self.sigma > 0)
-        if not usable.any() or not ratio > 0:
+        if not usable.any():
             raise ValueError(
-                "Expected a positive ratio of noise to signal, and a level with both, got "
-                f"{ratio} and sigma from {self.sigma[0]:.4g} to {self.sigma[-1]:.4g}."
+                "Expected a level with both signal and noise, got sigma from "
+                f"{self.sigma[0]:.4g} to {self.sigma[-1]:.4g}."
             )
         distances = ((self.sigma / self.alpha).log() - math.log(ratio)).abs()
         return int(torch.where(usable, distances, torch.inf).argmin())
@@ -128,7 +137,8 @@ class NoiseSchedule:
                 of it, so it has no default.
 
         Raises:
-            ValueError: No convention, or an unknown one.
+            ValueError: No convention, or an unknown one, no step, or a shift that is not positive.
+            TypeError: Steps that are no whole number, or a shift that is no number.
 
         References:
             | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
@@ -142,6 +152,7 @@ class NoiseSchedule:
                 "'data_minus_noise' (of torchcfm and Meta's flow_matching), which a network does "
                 f"not say itself, got {convention!r}."
             )
+        steps, shift = whole("steps", steps, 1), number("shift", shift, 0, ends="()")
         sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         if convention == "data_minus_noise":

@@ -36,6 +36,7 @@ from ood_monitor.adapters.padding import (
     starts_of,
     text_with_end,
 )
+from ood_monitor.checks import flag, function, whole
 from ood_monitor.modules import Passes, scored
 
 __all__ = ["SequenceLikelihood"]
@@ -103,6 +104,7 @@ class SequenceLikelihood(Adapter):
 
     Raises:
         ValueError: ``padding_is_end`` goes without a ``padding``, or ``sample`` is no kind.
+        TypeError: An option of another type.
 
     Example:
         >>> bigram = nn.Embedding(5, 5)
@@ -130,10 +132,15 @@ class SequenceLikelihood(Adapter):
         if padding_is_end and padding is None:
             raise ValueError("Expected `padding=` with padding_is_end=True, got none.")
         self.module = module
-        self._shifted, self._class_dim, self._per_token = shifted, class_dim, per_token
-        self._padding, self._padding_is_end, self._given = padding, padding_is_end, given
-        self._inputs, self._condition = inputs, condition
-        self._scale = scale
+        self._shifted, self._per_token = flag("shifted", shifted), flag("per_token", per_token)
+        self._class_dim = whole("class_dim", class_dim, None)
+        # Any whole number: some mark what is no token by one below 0.
+        self._padding = None if padding is None else whole("padding", padding, None)
+        is_end = None if padding_is_end is None else flag("padding_is_end", padding_is_end)
+        self._padding_is_end = is_end
+        self._given = given if callable(given) else whole("given", given)
+        self._inputs, self._condition = function("inputs", inputs), function("condition", condition)
+        self._scale = function("scale", scale)
         self.sample = checked_sample(sample)
         self._vocabulary: int | None = None  # unknown until images are asked for
 
@@ -235,6 +242,7 @@ class SequenceLikelihood(Adapter):
             left: How many columns before the first.
             right: How many after the last.
         """
+        left, right = whole("left", left), whole("right", right)
         other, fill = copy.copy(self), self._padding or 0
         other._inputs = lambda batch: F.pad(self._inputs(batch), (left, right), value=fill)
         other._condition = lambda batch: padded(

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 from uuid import uuid4
 
+from ood_monitor.checks import having
+
 __all__ = [
     "Alert",
     "AlertEvidence",
@@ -336,10 +338,13 @@ class LoggingSink:
 
     Args:
         logger: Where to write; the logger `ood_monitor.alerts` by default.
+
+    Raises:
+        TypeError: It is no logger.
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = logger or _log
+        self._logger = _log if logger is None else having("logger", logger, "log")
 
     def __call__(self, alert: Alert, /) -> None:
         """Log `alert`."""

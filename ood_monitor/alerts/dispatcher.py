@@ -14,6 +14,7 @@ from typing import Self
 from ood_monitor.alerts.alert import Alert, Reading, Sink, Summary
 from ood_monitor.alerts.sink_thread import Figures, SinkThread, Undelivered
 from ood_monitor.alerts.spool import Spool
+from ood_monitor.checks import items, number, whole
 from ood_monitor.processes import after_fork_in_child
 
 __all__ = ["Dispatcher", "Undelivered"]
@@ -55,7 +56,7 @@ class Dispatcher:
 
     Raises:
         ValueError: If `capacity` or `tries` is not positive, or the spool is not one.
-        TypeError: If a sink cannot be called.
+        TypeError: If a sink cannot be called, or an option is of another type.
         OSError: If the spool cannot be used, or another process has it.
     """
 
@@ -67,11 +68,7 @@ class Dispatcher:
         tries: int = 8,
         spool: str | PathLike[str] | None = None,
     ) -> None:
-        if min(capacity, tries) < 1:
-            raise ValueError(
-                f"Expected capacity and tries of at least 1, got a capacity of {capacity} and "
-                f"{tries} tries."
-            )
+        capacity, tries = whole("capacity", capacity, 1), whole("tries", tries, 1)
         named, self._capacity = list(_named(sinks)), capacity
         self._new_threads = partial(_threads, named, capacity, tries, self._delivered)
         names = [name for name, _ in named]
@@ -157,7 +154,12 @@ class Dispatcher:
 
         Returns:
             Whether it was, in time.
+
+        Raises:
+            TypeError: The time is no number.
+            ValueError: It is nan or below 0.
         """
+        timeout = number("timeout", timeout, 0)
         deadline = time.monotonic() + timeout
         marks = [thread.mark() for thread in self._threads]
         waits = zip(self._threads, marks, strict=True)
@@ -239,7 +241,7 @@ after_fork_in_child(_begin_in_child)
 def _named(sinks: Iterable[Sink]) -> Iterator[tuple[str, Sink]]:
     """Sinks with names that tell them apart, and stay the same through a restart."""
     seen: dict[str, int] = {}
-    for sink in sinks:
+    for sink in items("sinks", sinks):
         if not callable(sink):
             raise TypeError(f"Expected a sink that can be called with an alert, got {sink!r}.")
         default = getattr(sink, "__qualname__", type(sink).__qualname__)

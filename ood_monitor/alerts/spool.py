@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ood_monitor.alerts.alert import Alert
 from ood_monitor.alerts.journal import Journal
+from ood_monitor.checks import items, path_of, text, whole
 from ood_monitor.processes import after_fork_in_child
 
 __all__ = ["Spool"]
@@ -42,16 +43,19 @@ class Spool:
 
     Raises:
         BlockingIOError: Another spool has the folder.
-        ValueError: The folder holds another's file, or that of a newer release.
+        ValueError: The folder holds another's file, or that of a newer release, or an option is out
+            of its range.
+        TypeError: An option of another type.
         OSError: The folder cannot be used.
     """
 
     def __init__(
         self, folder: str | PathLike[str], sinks: Sequence[str], *, capacity: int = 1024
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, capacity = path_of("spool", folder), whole("capacity", capacity, 1)
         self.dropped = self.failures = 0
-        self._sinks, self._pid = list(sinks), os.getpid()
+        self._sinks = [text("a sink", name) for name in items("sinks", sinks)]
+        self._pid = os.getpid()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / "lock")
         _open_locks.add(self)

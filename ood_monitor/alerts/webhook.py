@@ -22,12 +22,14 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ood_monitor.alerts.alert import Alert
+from ood_monitor.checks import function, number
 
 __all__ = ["WebhookError", "WebhookSink", "verify"]
 
 _ID, _TIMESTAMP, _SIGNATURE = "webhook-id", "webhook-timestamp", "webhook-signature"
 _PREFIX = "whsec_"
 _SHORTEST_KEY = 24  # bytes, as the standard has it
+_LONGEST_WAIT = 86_400.0  # seconds; sockets take no such time as infinity
 
 
 class WebhookError(Exception):
@@ -46,12 +48,13 @@ class WebhookSink:
         url: ``https://...``, or ``http://...`` where nobody listens in between.
         secret: ``whsec_`` and the Base64 of 24 bytes or more, which the receiver has too. None for
             a receiver that knows the sender by the address alone.
-        timeout: Seconds for each wait on the network, the connection's included.
+        timeout: Seconds for each wait on the network, the connection's included; a day at most.
         payload: Makes the body, which JSON can hold, of an alert.
         headers: More headers, such as ``Authorization``; they do not show in ``repr``.
 
     Raises:
-        ValueError: The URL or the secret is not one.
+        ValueError: The URL, the secret or a header is not one, or the timeout not in (0, a day].
+        TypeError: An option of another type.
     """
 
     def __init__(
@@ -64,13 +67,11 @@ class WebhookSink:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self._host = _checked_host(url)
-        if timeout <= 0:
-            raise ValueError(f"Expected a timeout above 0 seconds, got {timeout}.")
-        self._url, self._timeout = url, timeout
+        self._url, self._timeout = url, number("timeout", timeout, 0, _LONGEST_WAIT, ends="(]")
         self._key = None if secret is None else _key(secret)
-        self._payload = payload or _event
+        self._payload = _event if payload is None else function("payload", payload)
         self._headers = {"Content-Type": "application/json", "User-Agent": "ood-monitor"}
-        self._headers |= dict(headers or {})
+        self._headers |= _checked_headers({} if headers is None else headers)
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __repr__(self) -> str:
@@ -122,7 +123,9 @@ def verify(
 
     Raises:
         ValueError: A header is missing, or the signature or the time is not right.
+        TypeError: The tolerance is no number.
     """
+    tolerance = number("tolerance", tolerance, 0)
     found = {name.lower(): value for name, value in headers.items()}
     if missing := [name for name in (_ID, _TIMESTAMP, _SIGNATURE) if name not in found]:
         raise ValueError(f"Expected a signed request, got one without {', '.join(missing)}.")
@@ -159,6 +162,8 @@ def _event(alert: Alert) -> dict[str, Any]:
 
 def _checked_host(url: str) -> str:
     """The host of an address that can be posted to; the address itself is told to nobody."""
+    if not isinstance(url, str):
+        raise TypeError(f"Expected a URL as https://host/path, got {type(url).__name__}.")
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -172,7 +177,21 @@ def _checked_host(url: str) -> str:
     return host
 
 
+def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers that can be sent; what is in them is told to nobody."""
+    if not isinstance(headers, Mapping):
+        raise TypeError(f"Expected headers by name, got {type(headers).__name__}.")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError("Expected headers as text by text, got another type (not shown).")
+        if not (name.isascii() and name.isprintable() and value.isprintable()):
+            raise ValueError("Expected headers of one line each, got another text (not shown).")
+    return dict(headers)
+
+
 def _key(secret: str) -> bytes:
+    if not isinstance(secret, str):
+        raise TypeError(f"Expected a secret as text, got {type(secret).__name__}.")
     try:
         key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
     except ValueError:

@@ -30,6 +30,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ood_monitor.checks import number, seed_of, whole
+
 MINIMUM_SCORES = 20
 """The fewest scores to calibrate with; with fewer, no p-value is below .05."""
 
@@ -167,9 +169,10 @@ class ConformalPValue:
             nan.
 
         Raises:
-            ValueError: If the scores are not one-dimensional.
+            ValueError: If the scores are not one-dimensional, or the seed is below 0.
+            TypeError: If the seed is no whole number.
         """
-        values = np.asarray(scores, dtype=np.float64)
+        seed, values = seed_of("seed", seed), np.asarray(scores, dtype=np.float64)
         largest = self.p_value(values)
         n = len(self.scores)
         above = n - np.searchsorted(self.scores, values, side="right")
@@ -188,9 +191,9 @@ def samples_for(fpr: float) -> int:
 
     Raises:
         ValueError: If the rate is not in (0, 1).
+        TypeError: If it is no number.
     """
-    if not 0.0 < fpr < 1.0:
-        raise ValueError(f"Expected a false-positive rate in (0, 1), got {fpr}.")
+    fpr = number("a false-positive rate", fpr, 0, 1, ends="()")
     n = math.ceil(1.0 / fpr) - 1
     # The reciprocal of the float nearest to 1 / 49 rounds to just above 49.
     return n - 1 if 1.0 / n <= fpr else n
@@ -242,9 +245,9 @@ def autocorrelation_bound(n: int, confidence: float = 0.999) -> float:
 
     Raises:
         ValueError: If n is below 3 or the confidence is not in (0, 1).
+        TypeError: If n is no whole number, or the confidence no number.
     """
-    if n < 3 or not 0.0 < confidence < 1.0:
-        raise ValueError(f"Expected n >= 3, confidence in (0, 1), got n={n}, {confidence}.")
+    n, confidence = whole("n", n, 3), number("confidence", confidence, 0, 1, ends="()")
     return NormalDist().inv_cdf(confidence) / math.sqrt(n)
 
 
@@ -261,6 +264,7 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
 
     Raises:
         ValueError: If successes is not in [0, n], or n or the confidence makes no sense.
+        TypeError: If a count is no whole number, or the confidence no number.
 
     References:
         | The Use of Confidence or Fiducial Limits Illustrated in the Case of the Binomial
@@ -269,10 +273,9 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
     """
     from scipy.stats import binomtest
 
-    if not (n >= 1 and 0 <= successes <= n and 0.0 < confidence < 1.0):
-        raise ValueError(
-            "Expected 0 <= successes <= n, n >= 1 and confidence in (0, 1), "
-            f"got successes={successes}, n={n}, confidence={confidence}."
-        )
+    successes, n = whole("successes", successes), whole("n", n, 1)
+    confidence = number("confidence", confidence, 0, 1, ends="()")
+    if successes > n:
+        raise ValueError(f"Expected at most {n} successes of n={n}, got {successes}.")
     interval = binomtest(successes, n).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)

@@ -30,11 +30,12 @@ from ood_monitor.adapters.base import (
     map_tensors,
     reseeded,
 )
+from ood_monitor.checks import having
 from ood_monitor.densities import Array, Density, ShrunkGaussian
 from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.baselines import effective_dof
 from ood_monitor.densities.features import LogNorms, table
-from ood_monitor.gradients.layers import Layers, selection
+from ood_monitor.gradients.layers import Layers, checked_layers, selection
 from ood_monitor.gradients.norms import gradient_norms
 from ood_monitor.modules import Passes, device_of, dtype_of, leaf_parameters, scored
 
@@ -107,6 +108,7 @@ def diagnose(
 
     Raises:
         ValueError: Fewer than two batches, or too few samples to fit the density on.
+        TypeError: An option of another type.
 
     Example:
         >>> import ood_monitor as om
@@ -116,6 +118,9 @@ def diagnose(
         >>> print(diagnosis.problems[0].split(":")[0])
         Undertrained or diverged
     """
+    layers = checked_layers(layers)
+    if density is not None:
+        having("density", density, "fit", "score")
     batches = list(held_out)
     if len(batches) < 2:
         raise ValueError(f"Expected at least two held-out batches, got {len(batches)}.")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.calibration.conformal import ConformalPValue, check_scores
-from ood_monitor.checks import whole
+from ood_monitor.checks import number, whole
 
 __all__ = ["FlaggedShare", "flagged_interval", "flagged_share"]
 
@@ -62,6 +62,7 @@ def flagged_interval(
     Raises:
         ValueError: No samples or calibration scores, an ``fpr`` that is not in (0, 1), or a level
             or number of cells that is none.
+        TypeError: A number of another type.
 
     References:
         Testing for Outliers with Conformal p-values (Bates, Candes, Lei, Romano, Sesia, 2023),
@@ -73,11 +74,9 @@ def flagged_interval(
     """
     from scipy.stats import betabinom
 
-    if samples < 1 or calibration < 1 or cells < 1 or not 0 < fpr < 1 or not 0 < level < 1:
-        raise ValueError(
-            "Expected at least one sample, calibration score and cell, and fpr and level in "
-            f"(0, 1), got {samples}, {calibration}, {cells}, {fpr} and {level}."
-        )
+    samples, cells = whole("samples", samples, 1), whole("cells", cells, 1)
+    calibration, fpr = whole("calibration", calibration, 1), number("fpr", fpr, 0, 1, ends="()")
+    level = number("level", level, 0, 1, ends="()")
     k = _smallest_ranks(calibration, fpr)
     if k == 0:  # no p-value is so small
         return 0, 0

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from scipy.special import logsumexp, polygamma
 
+from ood_monitor.checks import items, number, seed_of, whole
 from ood_monitor.densities import Array, DiagonalGaussian
 from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import check_fitted, checked, checked_fit
@@ -84,10 +85,9 @@ class GroupTypicality:
     """
 
     def __init__(self, group: int, draws: int = 10_000, seed: int = 0) -> None:
-        if group < 1 or draws < 1:
-            raise ValueError(f"Expected group and draws of at least 1, got {group} and {draws}.")
-        self.minimum_samples = max(group, 2)
-        self._group, self._draws, self._seed = group, draws, seed
+        self._group, self._draws = whole("group", group, 1), whole("draws", draws, 1)
+        self._seed = seed_of("seed", seed)
+        self.minimum_samples = max(self._group, 2)
 
     def fit(self, values: Array) -> Self:
         """Fit on log-likelihoods (N,) of in-distribution samples.
@@ -122,8 +122,7 @@ class GroupTypicality:
             ValueError: A share outside [1 / draws, 1), which the draws cannot resolve.
         """
         check_fitted(self, "_values")
-        if not 1 / self._draws <= fpr < 1:
-            raise ValueError(f"Expected fpr in [1 / {self._draws} draws, 1), got {fpr}.")
+        fpr = number("fpr", fpr, 1 / self._draws, 1, ends="[)")
         generator = np.random.default_rng(self._seed)
         # One after the other: all draws at once would be large for large groups.
         samples, mean = len(self._values), self._values.mean()
@@ -202,9 +201,14 @@ class ChiSquare:
     """
 
     def __init__(self, dof: Sequence[float] | None = None) -> None:
-        self._given = None if dof is None else np.array(dof, dtype=np.float64)
-        if self._given is not None and (self._given.ndim != 1 or not (self._given > 0).all()):
-            raise ValueError(f"Expected dof a positive number a layer, got {dof}.")
+        of_layers = None if dof is None else items("dof", dof)
+        self._given = (
+            None
+            if of_layers is None
+            else np.array(
+                [number("dof", each, 0, ends="()") for each in of_layers], dtype=np.float64
+            )
+        )
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, 2)
@@ -323,9 +327,7 @@ class OneClassSVM(_ByScikitLearn):
     """
 
     def __init__(self, nu: float = 0.001) -> None:
-        if not 0 < nu <= 1:
-            raise ValueError(f"Expected nu in (0, 1], got {nu}.")
-        self._nu = nu
+        self._nu = number("nu", nu, 0, 1, ends="(]")
 
     def _model(self) -> Any:
         from sklearn import svm
@@ -341,7 +343,7 @@ class IsolationForest(_ByScikitLearn):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._seed = seed
+        self._seed = seed_of("seed", seed, 2**32)  # as scikit-learn has it
 
     def _model(self) -> Any:
         from sklearn import ensemble

@@ -15,6 +15,7 @@ from typing import Literal, Self, TypeAlias, get_args
 
 import numpy as np
 
+from ood_monitor.checks import number, word
 from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
@@ -129,10 +130,11 @@ class ShrunkGaussian(_Gaussian):
     minimum_samples = 3
 
     def __init__(self, shrinkage: Shrinkage = 0.5) -> None:
-        known = shrinkage in _RULES if isinstance(shrinkage, str) else 0 < shrinkage <= 1
-        if not known:
-            raise ValueError(f"Expected shrinkage of {_RULES} or in (0, 1], got {shrinkage!r}.")
-        self._shrinkage: Shrinkage = shrinkage
+        self._shrinkage: Shrinkage = (
+            word("shrinkage", shrinkage, _RULES)
+            if isinstance(shrinkage, str)
+            else number("shrinkage", shrinkage, 0, 1, ends="(]")
+        )
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)
@@ -174,9 +176,7 @@ class PrincipalGaussian(_Gaussian):
     minimum_samples = 3
 
     def __init__(self, explained: float = 0.9) -> None:
-        if not 0 < explained < 1:
-            raise ValueError(f"Expected a share in (0, 1), got {explained}.")
-        self._explained = explained
+        self._explained = number("explained", explained, 0, 1, ends="()")
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)

@@ -5,9 +5,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from ood_monitor.checks import whole
 from ood_monitor.densities.base import Array, Density
 
-__all__ = ["check_folds", "held_out"]
+__all__ = ["checked_folds", "held_out"]
 
 D = TypeVar("D", bound=Density)
 
@@ -38,11 +39,11 @@ def _unseen(
     return score(density.fit(seen[:, varies]), features[unseen][:, varies])
 
 
-def check_folds(folds: int) -> None:
-    """Refuse a number of folds that leaves nothing to fit on.
+def checked_folds(folds: int) -> int:
+    """A number of folds, of which each leaves something to fit on.
 
     Raises:
         ValueError: Fewer than 2.
+        TypeError: No whole number.
     """
-    if folds < 2:
-        raise ValueError(f"Expected at least 2 folds, got {folds}.")
+    return whole("folds", folds, 2)

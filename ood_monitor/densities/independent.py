@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from scipy.special import log_ndtr
 
+from ood_monitor.checks import number
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
 __all__ = ["DiagonalGaussian", "FisherCombination", "StudentT"]
@@ -84,9 +85,7 @@ class StudentT:
     minimum_samples = 4
 
     def __init__(self, largest_dof: float = 1000.0) -> None:
-        if not largest_dof > 4:
-            raise ValueError(f"Expected largest_dof above 4, got {largest_dof}.")
-        self._largest_dof = largest_dof
+        self._largest_dof = number("largest_dof", largest_dof, 4, ends="()")
 
     def fit(self, features: Array) -> Self:
         features = checked_fit(features, self.minimum_samples)

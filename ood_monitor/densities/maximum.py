@@ -6,7 +6,7 @@ import numpy as np
 
 from ood_monitor.densities.base import Array, check_fitted, checked_fit
 from ood_monitor.densities.gaussian import ShrunkGaussian
-from ood_monitor.densities.held_out import check_folds, held_out
+from ood_monitor.densities.held_out import checked_folds, held_out
 from ood_monitor.densities.independent import DiagonalGaussian
 
 __all__ = ["Maximum"]
@@ -27,7 +27,7 @@ class Maximum:
     """
 
     def __init__(self, folds: int = 5) -> None:
-        check_folds(folds)
+        folds = checked_folds(folds)
         self.minimum_samples = 3 * folds
         self._folds = folds
 

@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 from scipy.special import logsumexp, softmax
 
+from ood_monitor.checks import number, seed_of, whole
 from ood_monitor.densities.autologging import without_autologging
 from ood_monitor.densities.base import Array, check_fitted, checked, checked_fit
 
@@ -34,11 +35,12 @@ class GaussianMixture:
     """
 
     def __init__(self, components: int = 2, regularisation: float = 0.03, seed: int = 0) -> None:
-        if components < 1 or regularisation < 0:
-            given = f"{components} and {regularisation}"
-            raise ValueError(f"Expected components >= 1 and regularisation >= 0, got {given}.")
-        self.minimum_samples = components + 1
-        self._components, self._regularisation, self._seed = components, regularisation, seed
+        self._components, self._seed = (
+            whole("components", components, 1),
+            seed_of("seed", seed, 2**32),
+        )
+        self._regularisation = number("regularisation", regularisation, 0, ends="[)")
+        self.minimum_samples = self._components + 1
 
     def fit(self, features: Array) -> Self:
         from sklearn import mixture

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
+from ood_monitor.checks import having, word
 from ood_monitor.densities.base import Array, Density
 from ood_monitor.densities.columns import Columns, Floor, clipped
 from ood_monitor.densities.features import Features, LogNorms, TermValues, layer_of
@@ -158,8 +159,11 @@ class Part:
     floor: Floor | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"Expected a part of {get_args(Kind)}, got {self.kind!r}.")
+        word("a part", self.kind, KINDS)
+        if self.density is not None:
+            having("density", self.density, "fit", "score")
+        if self.floor is not None:
+            word("floor", self.floor, get_args(Floor))
         if self.floor is not None and self.kind not in OF_SQUARES:
             raise ValueError(f"Expected no floor of {self.kind!r}, which are no sums of squares.")
 

@@ -5,9 +5,10 @@ from typing import Self
 import numpy as np
 from scipy.special import entr, softmax
 
+from ood_monitor.checks import whole
 from ood_monitor.densities.base import Array, Density, check_fitted, checked_fit
 from ood_monitor.densities.gaussian import ShrunkGaussian
-from ood_monitor.densities.held_out import check_folds, held_out
+from ood_monitor.densities.held_out import checked_folds, held_out
 from ood_monitor.densities.mixture import GaussianMixture
 
 __all__ = ["TermsAndNorms"]
@@ -38,9 +39,7 @@ class TermsAndNorms:
     """
 
     def __init__(self, terms: int = 0, folds: int = 5) -> None:
-        check_folds(folds)
-        if terms < 0:
-            raise ValueError(f"Expected a number of terms, got {terms}.")
+        terms, folds = whole("terms", terms), checked_folds(folds)
         self.minimum_samples = 3 * folds
         self._terms, self._folds = terms, folds
 

@@ -1,6 +1,5 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -21,7 +20,7 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
-from ood_monitor.checks import number
+from ood_monitor.checks import function, number, seed_of, text, whole
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.measurements import Explaining, Measurements
 from ood_monitor.densities.parts import Method
@@ -40,7 +39,7 @@ from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
 from ood_monitor.detector.verifying import remembered_in, verified
 from ood_monitor.gradients import Granularity
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor.saving.fingerprints import digest, fingerprints_of, names_of
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.probe import Verification
@@ -84,7 +83,7 @@ class Detector(Pretrained):
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or
             a method, density, parts and granularity that do not go together.
-        TypeError: ``chunk_size`` or ``seed`` is no integer.
+        TypeError: An option of another type.
 
     Example:
         >>> import ood_monitor as om
@@ -114,23 +113,18 @@ class Detector(Pretrained):
         source: str = "",
         explain: int = 100,
     ) -> None:
-        if not 0 < calibration_fraction < 1:
-            raise ValueError(
-                f"Expected calibration_fraction between 0 and 1, got {calibration_fraction}."
-            )
-        if not 0 <= trim < 0.5:
-            raise ValueError(f"Expected a share to trim in [0, 0.5), got {trim}.")
-        self.adapter, self.trim = adapter, float(trim)
+        self.adapter, self.trim = adapter, number("trim", trim, 0, 0.5, ends="[)")
         self.method = checked_method(method, density, parts, granularity)
         self.density, self.parts = density, parts
-        self.layers, self.granularity = layers, granularity
+        self.layers, self.granularity = checked_layers(layers), granularity
         # Python's own numbers, since these go into a file.
-        self.chunk_size = None if chunk_size is None else operator.index(chunk_size)
-        self.calibration_fraction, self.seed = float(calibration_fraction), operator.index(seed)
-        self.groups, self.minimum_group = groups, operator.index(minimum_group)
-        self.source, self.explained = source, operator.index(explain)
-        if self.explained < 0:
-            raise ValueError(f"Expected a number of samples to explain by, got {explain}.")
+        self.chunk_size = None if chunk_size is None else whole("chunk_size", chunk_size, 1)
+        fraction = number("calibration_fraction", calibration_fraction, 0, 1, ends="()")
+        self.calibration_fraction, self.seed = fraction, seed_of("seed", seed)
+        self.groups = None if groups is None else function("groups", groups)
+        self.minimum_group = whole("minimum_group", minimum_group, 1)
+        self.source = text("source", source, may_be_empty=True)
+        self.explained = whole("explain", explain)
         self._fitted: Fitted | None = None
         self._summed: Summed | None = None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from ood_monitor.adapters.base import SampleKind
+from ood_monitor.checks import having, items, word
 from ood_monitor.densities import Density
 from ood_monitor.densities.parts import CHOSEN, OF_DENOISERS, Kind, Method, Part
 from ood_monitor.gradients import Granularity
@@ -127,9 +128,13 @@ def checked_method(
     Raises:
         ValueError: A word that is none, or choices that speak of the same thing, or of what is not
             measured.
+        TypeError: A density without its methods, or parts that are not several.
     """
-    if method is not None and method not in get_args(Method):
-        raise ValueError(f"Expected a method of {get_args(Method)}, got {method!r}.")
+    if method is not None:
+        word("method", method, get_args(Method))
+    word("granularity", granularity, get_args(Granularity))
+    if density is not None:
+        having("density", density, "fit", "score")
     if parts is not None:
         _check_parts(parts, method)
     if density is not None and (method == "forward" or parts is not None):
@@ -149,7 +154,7 @@ def checked_method(
 
 
 def _check_parts(parts: Parts, method: Method | None) -> None:
-    kinds = list(map(_kind_of, parts))
+    kinds = [_kind_of(part) for part in items("parts", parts)]
     if method is not None or not kinds or len(set(kinds)) < len(kinds):
         raise ValueError(
             f"Expected parts of different kinds and no `method=` beside them, got {kinds} and "

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ood_monitor.calibration.conformal import check_scores
+from ood_monitor.checks import number, seed_of, whole
 from ood_monitor.drift.e_detector import EDetector
 
 __all__ = ["expected_delay"]
@@ -40,16 +41,18 @@ def expected_delay(
         The median number of samples to the alarm; infinite if most streams have none.
 
     Raises:
-        ValueError: If the contamination is not in (0, 1], or
-            :class:`~ood_monitor.EDetector` refuses the rest.
+        ValueError: If an option is out of its range, or :class:`~ood_monitor.EDetector` refuses
+            the rest.
+        TypeError: If an option is of another type.
 
     Example:
         >>> scores = np.random.default_rng(0).normal(size=500)
         >>> 20 < expected_delay(scores, ert=10_000, contamination=0.2, runs=9) < 60
         True
     """
-    if not 0 < contamination <= 1:
-        raise ValueError(f"Expected a contamination in (0, 1], got {contamination}.")
+    contamination = number("contamination", contamination, 0, 1, ends="(]")
+    shift, seed = number("shift", shift, ends="()"), seed_of("seed", seed)
+    runs, horizon = whole("runs", runs, 1), whole("horizon", horizon, 1)
     scores = check_scores(calibration_scores)
     generator = np.random.default_rng(seed)
     delays = []

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from ood_monitor.adapters.base import Adapter, Batch
+from ood_monitor.checks import number, whole
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import table
 from ood_monitor.gradients import gradient_norms
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.layers import Layers, checked_layers
 
 __all__ = ["TrainingScore", "TrainingStream"]
 
@@ -67,7 +68,8 @@ class TrainingStream:
         warm_up: Batches that only set the baseline.
 
     Raises:
-        ValueError: A half-life or threshold that is not positive, or a warm-up below 2.
+        ValueError: A half-life or threshold that is not positive and finite, or a warm-up below 2.
+        TypeError: An option of another type.
 
     Example:
         >>> import torch, ood_monitor as om
@@ -88,14 +90,10 @@ class TrainingStream:
         threshold: float = 4.0,
         warm_up: int = 50,
     ) -> None:
-        if not half_life > 0 or not threshold > 0 or warm_up < 2:
-            raise ValueError(
-                "Expected a positive half_life and threshold and a warm_up of at least 2, got "
-                f"{half_life}, {threshold} and {warm_up}."
-            )
-        self._adapter, self._layers = adapter, layers
-        self._rate = 1 - 2 ** (-1 / half_life)
-        self._threshold, self._warm_up = threshold, warm_up
+        self._adapter, self._layers = adapter, checked_layers(layers)
+        self._rate = 1 - 2 ** (-1 / number("half_life", half_life, 0, ends="()"))
+        self._threshold = number("threshold", threshold, 0, ends="()")
+        self._warm_up = whole("warm_up", warm_up, 2)
         self._names: tuple[str, ...] = ()
         self._location = self._scale = np.zeros(0)
         self._first: list[Array] = []

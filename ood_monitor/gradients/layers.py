@@ -8,15 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ood_monitor.checks import items, text
 from ood_monitor.modules import fully_sharded, is_shard, local_part, stored_weights
 
-__all__ = ["Layers", "selection", "supported"]
+__all__ = ["Layers", "checked_layers", "selection", "supported"]
 
 #: All (None), names by shell-style pattern(s), or a predicate on the parameter's name.
 Layers: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 #: Of parameters that are an order or a mask (FrEIA's permutations), and no quantised weight.
 _NO_WEIGHTS = frozenset({torch.int64, torch.bool})
+
+
+def checked_layers(layers: Layers) -> Layers:
+    """What was chosen, before there is a model to see whether it has such parameters.
+
+    Raises:
+        TypeError: It is neither text, several texts nor a function.
+        ValueError: A pattern that is empty.
+    """
+    if layers is None or callable(layers):
+        return layers
+    if isinstance(layers, str):
+        return text("layers", layers)
+    found = [text("a pattern of layers", pattern) for pattern in items("layers", layers)]
+    return layers if isinstance(layers, Sequence) else found
 
 
 def selection(module: nn.Module, layers: Layers, *, shards: bool = False) -> Callable[[str], bool]:
@@ -30,7 +46,9 @@ def selection(module: nn.Module, layers: Layers, *, shards: bool = False) -> Cal
     Raises:
         ValueError: The model has no floating-point parameter, a pattern matches none, or a chosen
             one is sharded, quantised or not initialised.
+        TypeError: As :func:`checked_layers`.
     """
+    layers = checked_layers(layers)
     parameters = dict(module.named_parameters())
     names = [name for name, p in parameters.items() if p.is_floating_point() or p.is_complex()]
     if not names:

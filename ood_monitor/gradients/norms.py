@@ -26,6 +26,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
     usable_by,
 )
+from ood_monitor.checks import whole, word
 from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
@@ -93,6 +94,7 @@ def gradient_norms(
         ValueError: The batch is empty, not finite or not divisible into groups; a granularity is
             none, or of no parameter; the model has no parameters, mixes samples, or gives a term
             whose shape is not (B,).
+        TypeError: An option of another type.
 
     Example:
         >>> import ood_monitor as om
@@ -119,6 +121,7 @@ def terms_and_norms(
 
     Raises:
         ValueError: As there.
+        TypeError: As there.
     """
     by = _granularity_of(granularity, adapter.module)
     size = _checked_size(batch, group, chunk_size)
@@ -155,6 +158,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
 
     Raises:
         ValueError: Fewer than k parameters are used, or k is not positive.
+        TypeError: It is no whole number.
 
     Example:
         >>> import ood_monitor as om
@@ -162,7 +166,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         >>> last_layers(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), 2)
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
-    selected = selection(adapter.module, None)
+    k, selected = whole("k", k, 1), selection(adapter.module, None)
     by = _granularity_of("tensor", adapter.module)
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
@@ -174,7 +178,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         return list(recorder.used)
 
     used = scored(used_in, adapter, adapter.module)
-    if not 0 < k <= len(used):
+    if k > len(used):
         raise ValueError(f"Expected k from 1 to the {len(used)} parameters used, got {k}.")
     return used[-k:]
 
@@ -186,18 +190,17 @@ def _granularity_of(
     names = dict.fromkeys(name for name, _ in module.named_parameters())
     by = granularity if isinstance(granularity, Mapping) else dict.fromkeys(names, granularity)
     for name, each in by.items():
-        if each not in get_args(Granularity):
-            raise ValueError(f"Expected granularity of {get_args(Granularity)}, got {each!r}.")
+        word("granularity", each, get_args(Granularity))
         if name not in names:
             raise ValueError(f"Expected a granularity of parameters, got one of {name!r}.")
     return lambda name: by.get(name, "tensor")
 
 
 def _checked_size(batch: Batch, group: int, chunk_size: int | None) -> int:
-    size = batch_size(batch)
-    if size == 0 or group < 1 or size % group:
+    size, group = batch_size(batch), whole("group", group, 1)
+    if size == 0 or size % group:
         raise ValueError(f"Expected a multiple of group={group} samples, got {size}.")
-    if chunk_size is not None and (chunk_size < 1 or chunk_size % group):
+    if chunk_size is not None and whole("chunk_size", chunk_size, 1) % group:
         raise ValueError(
             f"Expected chunk_size to be a multiple of group={group}, got {chunk_size}."
         )

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ood_monitor.checks import whole
+
 __all__ = [
     "LOG_SCALE_BOUND",
     "ActNorm",
@@ -21,7 +23,6 @@ __all__ = [
     "InvertibleConv1x1",
     "Squeeze",
     "bounded",
-    "check_at_least",
     "zero_conv",
 ]
 
@@ -209,7 +210,7 @@ class AffineCoupling(Bijection):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        check_at_least(2, channels=channels)
+        whole("channels", channels, 2)
         self.unchanged, self.bound = channels // 2, bound
         self.network = nn.Sequential(
             _conv(self.unchanged, hidden, 3, generator),
@@ -274,14 +275,3 @@ def _zeros_per_sample(x: Tensor) -> Tensor:
 
 def _pixels(x: Tensor) -> int:
     return x.shape[-2] * x.shape[-1]
-
-
-def check_at_least(least: int, **numbers: int) -> None:
-    """Refuse numbers below the least.
-
-    Raises:
-        ValueError: One is.
-    """
-    for name, number in numbers.items():
-        if number < least:
-            raise ValueError(f"Expected {name} of at least {least}, got {number}.")

@@ -21,7 +21,7 @@ References:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.adapters.laws import gaussian, places
+from ood_monitor.checks import items, number, seed_of, whole
 from ood_monitor.models.bijections import (
     LOG_SCALE_BOUND,
     ActNorm,
@@ -38,7 +39,6 @@ from ood_monitor.models.bijections import (
     InvertibleConv1x1,
     Squeeze,
     bounded,
-    check_at_least,
     zero_conv,
 )
 
@@ -95,6 +95,7 @@ class Glow(nn.Module):
 
     Raises:
         ValueError: A number is below 1, or the size is not divisible by 2**levels.
+        TypeError: An option of another type.
 
     Example:
         >>> flow = Glow(channels=1, size=8).eval()
@@ -120,16 +121,14 @@ class Glow(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least(1, channels=channels, levels=levels, steps=steps, hidden=hidden)
-        if not log_scale_bound > 0:
-            raise ValueError(f"Expected a positive log_scale_bound, got {log_scale_bound}.")
-        height, width = (size, size) if isinstance(size, int) else size
-        _check_divisible(height, width, 2**levels)
-        self.shape = (channels, height, width)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        channels, levels = whole("channels", channels, 1), whole("levels", levels, 1)
+        steps, hidden = whole("steps", steps, 1), whole("hidden", hidden, 1)
+        bound = number("log_scale_bound", log_scale_bound, 0, ends="()")
+        self.shape = (channels, *_checked_size(size, 2**levels))
+        generator = torch.Generator("cpu").manual_seed(seed_of("seed", seed))
         # Each squeeze quadruples the channels and each split halves them.
         widths = [channels * 2 ** (level + 1) for level in range(1, levels + 1)]
-        step = functools.partial(_step, hidden=hidden, bound=log_scale_bound, generator=generator)
+        step = functools.partial(_step, hidden=hidden, bound=bound, generator=generator)
         self.levels = nn.ModuleList(_level(steps, functools.partial(step, w)) for w in widths)
         self.priors = nn.ModuleList(ConditionalGaussian(width // 2) for width in widths[:-1])
 
@@ -228,7 +227,12 @@ class Glow(nn.Module):
 
         Returns:
             Images, with shape (n, C, H, W).
+
+        Raises:
+            ValueError: n or the temperature is below 0.
+            TypeError: n is no whole number, or the temperature no number.
         """
+        n, temperature = whole("n", n), number("temperature", temperature, 0, ends="[)")
         noise = [temperature * z for z in self._noise(n, generator)]
         priors = self._priors()
         return self._assemble(noise[-1], lambda level, h: priors[level].sample(noise[level], h))
@@ -237,11 +241,11 @@ class Glow(nn.Module):
         _check_images(x, self.shape)
         *lower, top = self._levels()
         latents, terms, log_dets = [], {}, []
-        for number, (level, prior) in enumerate(zip(lower, self._priors(), strict=True), start=1):
+        for place, (level, prior) in enumerate(zip(lower, self._priors(), strict=True), start=1):
             x, level_log_det = level(x)
             x, z = x.chunk(2, dim=1)
             latents.append(z)
-            terms[f"latent_{number}"] = prior.elements(z, x)
+            terms[f"latent_{place}"] = prior.elements(z, x)
             log_dets.append(level_log_det)
         z, level_log_det = top(x)
         terms[f"latent_{len(lower) + 1}"] = Elements(_standard_log_prob(z), axes=places(z))
@@ -294,11 +298,17 @@ def _standard_log_prob(z: Tensor) -> Tensor:
     return -0.5 * (z * z + math.log(2 * math.pi))
 
 
-def _check_divisible(height: int, width: int, divisor: int) -> None:
+def _checked_size(size: int | tuple[int, int], divisor: int) -> tuple[int, int]:
+    """Height and width."""
+    given = items("size", size) if isinstance(size, Iterable) else [size, size]
+    if len(given) != 2:
+        raise ValueError(f"Expected size as a number or (H, W), got {size!r}.")
+    height, width = (whole("size", side, 1) for side in given)
     if min(height, width) < divisor or height % divisor or width % divisor:
         raise ValueError(
             f"Expected a size divisible by 2**levels = {divisor}, got {height}x{width}."
         )
+    return height, width
 
 
 def _check_images(x: Tensor, shape: tuple[int, int, int]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ood_monitor.calibration.conformal import samples_for
 from ood_monitor.calibration.scores import Scores
+from ood_monitor.checks import number, whole
 from ood_monitor.detector.detector import Detector
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Discoveries:
 
     Raises:
         ValueError: A rate outside (0, 1), an empty window, or too few calibration scores for it.
+        TypeError: An option of another type.
         RuntimeError: The detector is not fitted.
 
     References:
@@ -64,10 +66,7 @@ class Discoveries:
     """
 
     def __init__(self, calibration: Detector | int, *, fdr: float = 0.1, window: int = 100) -> None:
-        if not 0 < fdr < 1 or window < 1:
-            raise ValueError(
-                f"Expected a rate in (0, 1) and a window of at least 1, got {fdr} and {window}."
-            )
+        fdr, window = number("fdr", fdr, 0, 1, ends="()"), whole("window", window, 1)
         _check_enough(_count(calibration), fdr, window)
         if isinstance(calibration, Detector):
             calibration.fitted.check_fpr(fdr / window)
@@ -111,8 +110,8 @@ def _named(p_values: "NDArray[np.float64]", fdr: float) -> "NDArray[np.bool_]":
 
 
 def _count(calibration: Detector | int) -> int:
-    if isinstance(calibration, int):
-        return calibration
+    if not isinstance(calibration, Detector):
+        return whole("calibration", calibration)
     fitted = calibration.fitted
     return fitted.grouped.most if fitted.grouped else len(fitted.calibration.scores)
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from ood_monitor import __version__, plots
+from ood_monitor.checks import number, text
 from ood_monitor.report.findings import findings_of
 from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
 from ood_monitor.saving.fitted import Fitted
@@ -59,9 +60,10 @@ def html_report(
 
     Raises:
         ValueError: ``ert`` below 2, or ``fpr`` not in (0, 1).
+        TypeError: An option of another type.
     """
-    if not 0 < fpr < 1:
-        raise ValueError(f"Expected a false-positive rate in (0, 1), got {fpr}.")
+    fpr, ert = number("fpr", fpr, 0, 1, ends="()"), number("ert", ert, 2, ends="[)")
+    text("title", title)
     has_valid = stream is not None and bool(stream.valid.any())
     drift = drift_of(fitted, stream, ert) if stream is not None and has_valid else None
     template = _environment().from_string(

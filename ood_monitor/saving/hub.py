@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ood_monitor.checks import text
 from ood_monitor.saving.fitted import CONFIG, TENSORS
 
 __all__ = ["Repository", "is_repository"]
@@ -46,6 +47,17 @@ class Repository:
     name: str
     revision: str | None = None
     token: str | bool | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the names.
+
+        Raises:
+            TypeError: One is no text.
+            ValueError: One is empty.
+        """
+        text("a repository", self.name)
+        if self.revision is not None:
+            text("revision", self.revision)
 
     def pull(
         self, *, local_files_only: bool = False, cache_dir: str | PathLike[str] | None = None

@@ -24,6 +24,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
     usable_by,
 )
+from ood_monitor.checks import whole
 from ood_monitor.gradients.factors import full_precision
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.modules import Passes, scored
@@ -120,11 +121,10 @@ def denoiser_statistics(
         {'t=0/input.': (3,), 't=0/band': (3, 6), 't=929/input.': (3,), 't=929/band': (3, 6)}
     """
     size = batch_size(batch)
-    if size == 0 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(
-            f"Expected samples, and chunk_size of at least 1, got {chunk_size} and "
-            f"{describe(batch)}."
-        )
+    if size == 0:
+        raise ValueError(f"Expected samples, got {describe(batch)}.")
+    if chunk_size is not None:
+        whole("chunk_size", chunk_size, 1)
 
     def measured(passes: Passes[Adapter]) -> DenoiserStatistics:
         usable = usable_by(adapter.module, batch)

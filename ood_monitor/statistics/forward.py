@@ -12,12 +12,14 @@ from ood_monitor.adapters.base import (
     Batch,
     SampleKind,
     batch_size,
+    checked_sample,
     describe,
     map_tensors,
     pieces,
     usable_by,
 )
 from ood_monitor.adapters.elements import Elements
+from ood_monitor.checks import whole
 from ood_monitor.modules import Passes, scored
 from ood_monitor.statistics.expected_norms import (
     LayersOfAPass,
@@ -104,11 +106,11 @@ def forward_statistics(
         torch.Size([3, 4])
     """
     size = batch_size(batch)
-    if size == 0 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(
-            f"Expected samples, and chunk_size of at least 1, got {chunk_size} and "
-            f"{describe(batch)}."
-        )
+    if size == 0:
+        raise ValueError(f"Expected samples, got {describe(batch)}.")
+    checked_sample(sample)
+    if chunk_size is not None:
+        whole("chunk_size", chunk_size, 1)
     wanted = _Wanted(sample, values, map, layers if isinstance(layers, Mapping) else {})
 
     def measured(passes: Passes[Adapter]) -> ForwardStatistics:

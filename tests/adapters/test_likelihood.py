@@ -208,12 +208,6 @@ def test_values_outside_the_unit_interval_are_refused_with_bins(x: float) -> Non
         list(checked_terms(adapter, torch.full((2, 3), x)))
 
 
-@pytest.mark.parametrize("bins", [1, 0, -3])
-def test_fewer_than_two_bins_are_refused(bins: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 2 bins, got {bins}"):
-        om.LogLikelihood(Diagonal(), bins=bins)
-
-
 def test_a_module_without_a_density_needs_a_function() -> None:
     with pytest.raises(
         ValueError, match=r"`log_prob` or `log_prob_terms`, .*, got Linear; pass `function"

@@ -87,18 +87,6 @@ def test_discretized_logistic_is_finite_far_from_the_mean() -> None:
     assert log_scale.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan])
-def test_variance_must_be_positive(variance: float) -> None:
-    with pytest.raises(ValueError, match="Expected a positive variance, got"):
-        observations.Gaussian(variance)
-
-
-@pytest.mark.parametrize(("bins", "low", "high"), [(1, 0.0, 1.0), (256, 1.0, -1.0)])
-def test_bins_need_a_range(bins: int, low: float, high: float) -> None:
-    with pytest.raises(ValueError, match=f"at least 2 bins between low < high, got {bins} between"):
-        observations.DiscretizedLogistic(bins, low, high)
-
-
 @pytest.mark.parametrize(
     ("observation", "told"),
     [

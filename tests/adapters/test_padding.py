@@ -363,7 +363,7 @@ def test_the_first_tokens_are_scored_unless_given_where_logits_are_not_shifted()
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (-1, "from 0 on, got -1"),
+        (-1, "given of at least 0, got -1"),
         (lambda x: torch.tensor([1, -2, 0]), "from 0 on, got -2"),
         (lambda x: torch.ones(3), "from 0 on, got 1.0 of torch.float32"),
         (lambda x: torch.ones(2).long(), r"integers \(3,\).*shape \(2,\)"),

@@ -323,9 +323,9 @@ def test_a_close_that_fails_is_isolated() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="of at least 1, got a capacity of 0 and 8 tries"):
+    with pytest.raises(ValueError, match="capacity of at least 1, got 0"):
         Dispatcher([], capacity=0)
-    with pytest.raises(ValueError, match="of at least 1, got a capacity of 1024 and 0 tries"):
+    with pytest.raises(ValueError, match="tries of at least 1, got 0"):
         Dispatcher([], tries=0)
     with pytest.raises(TypeError, match="Expected a sink that can be called"):
         Dispatcher(["not a sink"])

@@ -408,15 +408,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ChiSquare([3.0, 4.0]).fit(independent(50)),
         "Expected dof of 6 layers, got 2",
     ),
-    "no dof": (lambda: ChiSquare([3.0, 0.0]), r"dof a positive number a layer, got \[3.0, 0.0\]"),
-    "dof not a number": (lambda: ChiSquare([3.0, math.nan]), "dof a positive number a layer"),
     "one row of dof": (lambda: effective_dof(independent(1)), "at least 2 rows"),
-    "nu of zero": (lambda: OneClassSVM(nu=0.0), r"nu in \(0, 1\], got 0.0"),
-    "nu above one": (lambda: OneClassSVM(nu=1.5), r"nu in \(0, 1\], got 1.5"),
-    "no component": (lambda: GaussianMixture(0), "components >= 1 .* got 0 and 0.03"),
-    "negative variance": (lambda: GaussianMixture(2, -0.1), "regularisation >= 0, got 2 and -0.1"),
-    "no group": (lambda: GroupTypicality(0), "at least 1, got 0 and 10000"),
-    "no draws": (lambda: GroupTypicality(1, draws=0), "at least 1, got 1 and 0"),
     "less than a group": (
         lambda: GroupTypicality(5).fit(VALUES),
         r"at least 5 values \(N,\), got shape \(4,\)",
@@ -433,7 +425,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "fpr of too few draws": (
         lambda: GroupTypicality(1, draws=100).fit(VALUES).threshold(0.001),
-        r"fpr in \[1 / 100 draws, 1\), got 0.001",
+        r"fpr in \[0.01, 1\), got 0.001",
     ),
     "fpr of one": (lambda: GroupTypicality(1).fit(VALUES).threshold(1.0), "got 1.0"),
     "fewer bits": (

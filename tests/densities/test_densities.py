@@ -422,23 +422,6 @@ def test_a_wide_density_is_stored_by_its_axes() -> None:
     assert sum(value.size for value in state.values()) < 50 * 3000
 
 
-@pytest.mark.parametrize("rule", ["ledoit-wolf", 0.0, 1.5, -1])
-def test_unknown_shrinkage_lists_the_known(rule: Any) -> None:
-    with pytest.raises(ValueError, match=r"'oas', 'leave_one_out'\) or in \(0, 1\], got "):
-        ShrunkGaussian(rule)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, 2.0])
-def test_principal_share_is_between_zero_and_one(share: float) -> None:
-    with pytest.raises(ValueError, match=rf"share in \(0, 1\), got {share}"):
-        PrincipalGaussian(share)
-
-
-def test_degrees_of_freedom_leave_a_kurtosis() -> None:
-    with pytest.raises(ValueError, match=r"largest_dof above 4, got 4\.0"):
-        StudentT(4.0)
-
-
 # Terms and norms
 
 
@@ -512,7 +495,3 @@ def test_features_without_a_norm_are_refused() -> None:
     density = TermsAndNorms(2).fit(terms_and_norms(100))
     with pytest.raises(ValueError, match="of 2 terms and of norms, got shape"):
         density.score(terms_and_norms(5)[:, :2])
-    with pytest.raises(ValueError, match="number of terms, got -1"):
-        TermsAndNorms(-1)
-    with pytest.raises(ValueError, match="at least 2 folds, got 1"):
-        TermsAndNorms(folds=1)

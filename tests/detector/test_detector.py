@@ -644,12 +644,6 @@ def test_detector_is_unchanged_after_a_failed_fit(held_out: Any, error: type[Exc
     assert torch.equal(detector.score(x).score, before)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, math.nan])
-def test_calibration_fraction_is_between_0_and_1(fraction: float) -> None:
-    with pytest.raises(ValueError, match="Expected calibration_fraction between 0 and 1, got"):
-        om.Detector(BRANCHES(), calibration_fraction=fraction)
-
-
 @pytest.mark.parametrize(
     "layers", ["nothing.*", lambda name: False, []], ids=["pattern", "function", "none"]
 )
@@ -726,12 +720,6 @@ def test_without_trimming_all_samples_fit() -> None:
         for o in ({}, {"trim": 0.0})
     )
     assert a.fitted.fingerprint == b.fitted.fingerprint
-
-
-@pytest.mark.parametrize("trim", [-0.1, 0.5, math.nan])
-def test_a_share_to_trim_is_below_a_half(trim: float) -> None:
-    with pytest.raises(ValueError, match=r"share to trim in \[0, 0\.5\), got"):
-        om.Detector(BRANCHES(), trim=trim)
 
 
 class Ahead(nn.Module):

@@ -116,14 +116,6 @@ def test_only_chosen_layers_are_compared() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "options", [{"half_life": 0}, {"threshold": 0}, {"warm_up": 1}, {"half_life": math.nan}]
-)
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="positive half_life and threshold and a warm_up"):
-        TrainingStream(BRANCHES(), **options)
-
-
 def test_a_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state of format 1, got None"):
         stream().load_state_dict({})

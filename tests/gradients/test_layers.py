@@ -206,9 +206,8 @@ def test_last_layers_are_the_end_of_a_forward_pass() -> None:
     assert last_layers(adapter, batch, 2) == ["last.weight", "last.bias"]
     assert last_layers(adapter, batch, 4)[:2] == ["twice.weight", "twice.bias"]
     assert len(last_layers(adapter, batch, 6)) == 6
-    for k in (0, 7):
-        with pytest.raises(ValueError, match=f"k from 1 to the 6 parameters used, got {k}"):
-            last_layers(adapter, batch, k)
+    with pytest.raises(ValueError, match="k from 1 to the 6 parameters used, got 7"):
+        last_layers(adapter, batch, 7)
 
 
 def test_last_layers_of_a_unet_end_with_its_output() -> None:

@@ -494,7 +494,7 @@ REFUSED: dict[str, tuple[om.Adapter, Any, dict[str, Any], str]] = {
     ),
     "infinity": (Terms(likelihood), (X, 1 / (X - X[0, 0])), {}, "infinity in 1 of 4 samples"),
     "half a group": (Terms(likelihood), X, {"group": 3}, "a multiple of group=3 samples, got 4"),
-    "empty groups": (Terms(likelihood), X, {"group": 0}, "group=0"),
+    "empty groups": (Terms(likelihood), X, {"group": 0}, "group of at least 1, got 0"),
     "empty chunks": (Terms(likelihood), X, {"chunk_size": 0}, "Expected chunk_size .*, got 0"),
     "chunks that split groups": (
         Terms(likelihood),

@@ -185,9 +185,3 @@ def test_a_detector_that_is_not_fitted_is_refused() -> None:
     flow = om.models.Glow(channels=1, size=4, levels=1, steps=1, hidden=4)
     with pytest.raises(RuntimeError, match="fit"):
         om.Discoveries(om.Detector(om.LogLikelihood(flow)))
-
-
-@pytest.mark.parametrize(("fdr", "window"), [(0.0, 100), (1.0, 100), (math.nan, 100), (0.1, 0)])
-def test_a_rate_or_window_that_will_not_do_is_refused(fdr: float, window: int) -> None:
-    with pytest.raises(ValueError, match=r"rate in \(0, 1\) and a window of at least 1, got"):
-        om.Discoveries(10_000, fdr=fdr, window=window)

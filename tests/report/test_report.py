@@ -246,7 +246,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "two streams": (["DETECTOR", "r.html", "--scores", "a", "--stream", "b"], "got both"),
     "no scores": (["DETECTOR", "r.html", "--scores", "nowhere.csv"], "nowhere.csv"),
     "scores of another kind": (["DETECTOR", "r.html", "--scores", "OTHER"], "other.csv"),
-    "an ert of none": (["DETECTOR", "r.html", "--ert", "1", "--scores", "SCORES"], "at least 2"),
+    "an ert of none": (
+        ["DETECTOR", "r.html", "--ert", "1", "--scores", "SCORES"],
+        "ert in [2, inf)",
+    ),
     "an fpr of none": (["DETECTOR", "r.html", "--fpr", "1"], "(0, 1)"),
 }
 

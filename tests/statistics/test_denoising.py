@@ -277,12 +277,6 @@ def test_two_levels_by_default_and_latents_start_higher(name: str) -> None:
     assert [level for level, _ in adapter.residuals(torch.rand(2, channels, 8, 8))] == levels
 
 
-@pytest.mark.parametrize("ratios", [1, 4, 0, [], [0.0], [-1.0], [math.inf], [math.nan]])
-def test_ratios_that_are_none_are_refused(ratios: Any) -> None:
-    with pytest.raises(ValueError, match="ratios as 2, 3 or positive numbers"):
-        om.DenoisingBound(nn.Conv2d(1, 1, 1), PRODUCTS, ratios=ratios)
-
-
 def test_levels_without_signal_or_noise_are_never_taken() -> None:
     ends = om.NoiseSchedule.variance_preserving(torch.tensor([1.0, 0.5, 0.0]))
     assert [ends.nearest(ratio) for ratio in (1e-9, 1.0, 1e9)] == [1, 1, 1]
@@ -401,7 +395,7 @@ def test_what_has_no_residuals_is_refused() -> None:
     adapter = om.LogLikelihood(om.models.Glow(channels=1, size=4, levels=1, steps=1, hidden=4))
     with pytest.raises(ValueError, match="Expected a denoiser"):
         denoiser_statistics(adapter, torch.rand(3, 1, 4, 4))
-    with pytest.raises(ValueError, match="Expected samples, and chunk_size of at least 1"):
+    with pytest.raises(ValueError, match="Expected samples, got a tensor"):
         denoiser_statistics(adapter, torch.rand(0, 1, 4, 4))
 
 

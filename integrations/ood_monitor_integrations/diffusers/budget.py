@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, Full, Queue
 
+from ood_monitor.checks import number, seed_of, whole
 from ood_monitor.processes import Lock, after_fork_in_child
 
 __all__ = ["Choice", "Worker"]
@@ -33,15 +34,16 @@ class Choice:
         seed: Of the draws; None for other ones each time.
 
     Raises:
-        ValueError: A rate outside (0, 1], or a budget that is not positive.
+        ValueError: A rate outside (0, 1], or a budget that is not positive and finite.
+        TypeError: An option of another type.
     """
 
     def __init__(self, sample_rate: float, max_latency_ms: float | None, seed: int | None) -> None:
-        if not 0 < sample_rate <= 1:
-            raise ValueError(f"Expected sample_rate in (0, 1], got {sample_rate}.")
-        if max_latency_ms is not None and not max_latency_ms > 0:
-            raise ValueError(f"Expected a positive max_latency_ms, got {max_latency_ms}.")
-        self._rate, self._budget = sample_rate, max_latency_ms
+        self._rate = number("sample_rate", sample_rate, 0, 1, ends="(]")
+        self._budget = max_latency_ms
+        if max_latency_ms is not None:
+            self._budget = number("max_latency_ms", max_latency_ms, 0, ends="()")
+        seed = None if seed is None else seed_of("seed", seed)
         self._random, self._lock = random.Random(seed), Lock()
         self._costs: deque[float] = deque(maxlen=_COSTS)
 
@@ -77,12 +79,11 @@ class Worker:
 
     Raises:
         ValueError: A size below 1.
+        TypeError: It is no whole number.
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"Expected a queue_size of at least 1, got {size}.")
-        self._size, self._closed = size, False
+        self._size, self._closed = whole("queue_size", size, 1), False
         self.begin()
         _workers.add(self)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ood_monitor import gradient_norms
 from ood_monitor.adapters.base import Batch, pieces
+from ood_monitor.checks import items, whole
 from ood_monitor.densities.parts import Method
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor.statistics import denoiser_statistics
 from ood_monitor_integrations.diffusers.deployment import scorable
 from ood_monitor_integrations.diffusers.families import denoiser_of
@@ -66,9 +67,11 @@ def plan_costs(
         The cost without noise, then of each pair of levels and layers, in the order given.
 
     Raises:
-        TypeError: No pipeline with a denoiser and a scheduler.
-        ValueError: One that cannot be replayed.
+        TypeError: No pipeline with a denoiser and a scheduler, or an option of another type.
+        ValueError: One that cannot be replayed, levels outside the schedule, or no round.
     """
+    rounds = whole("rounds", rounds, 1)
+    plans = [checked_layers(each) for each in items("layers", layers)]
     recorded = record_call(pipe, dict(call or {}), 0)
     bound = ReplayedBound(
         denoiser_of(pipe),
@@ -77,14 +80,15 @@ def plan_costs(
         recorded.count,
         controlnet=getattr(pipe, "controlnet", None),
     )
+    bounds = [bound.with_levels(each) for each in items("levels", levels)]
     batch = next(iter(pieces(bound.batch(recorded.call, recorded.count), 1)))
     time_of = partial(_times, partial(_forward, bound, batch), rounds)
     found: list[PlanCost] = []
     with scorable(pipe, denoiser_of(pipe)):
         spent = time_of(partial(_without_noise, bound, batch))
         found.append(PlanCost("forward", (), None, *spent))
-        for at in map(bound.with_levels, levels):
-            for of in layers:
+        for at in bounds:
+            for of in plans:
                 spent = time_of(partial(_norms, at, batch, of))
                 found.append(PlanCost("gradient_norms", at.levels, of, *spent))
     return found

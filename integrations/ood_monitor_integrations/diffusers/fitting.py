@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ood_monitor import Detector
 from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.checks import flag, seed_of, whole
+from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
@@ -82,6 +83,8 @@ def fit_pipeline(
             all of its images, or too little data; images of whole numbers, as bytes are, or
             outside [0, 1].
     """
+    samples, layers = whole("samples", samples, 1), checked_layers(layers)
+    seed, progress = seed_of("seed", seed), flag("progress", progress)
     recordings: Iterator[_Recording] = (
         _own_samples(pipe, dict(call or {}), seed)
         if data is None
@@ -125,6 +128,7 @@ def replayed_bound(
         TypeError: As there.
         ValueError: As there.
     """
+    seed = seed_of("seed", seed)
     found = record_call(pipe, dict(call or {}), seed)
     return _bound(
         pipe, found, levels=levels, seed=seed, ratios=ratios, condition_check=condition_check

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from diffusers import DiffusionPipeline
 
 from ood_monitor import Detector, Monitor
+from ood_monitor.checks import flag, function, whole, word
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
 from ood_monitor_integrations.diffusers.deployment import Mode, check_deployment
 from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of, original_of
@@ -163,8 +164,11 @@ def watcher_of(
 ) -> PipelineMonitor:
     """What watches a pipeline, which itself is not changed yet; see :func:`monitor_pipeline`."""
     for name, value, kind in (("what", what, What), ("mode", mode, Mode)):
-        if value not in get_args(kind):
-            raise ValueError(f"Expected {name} of {get_args(kind)}, got {value!r}.")
+        word(name, value, get_args(kind))
+    queue_size = whole("queue_size", queue_size, 1)
+    raise_on_error = flag("raise_on_error", raise_on_error)
+    if batch is not None:
+        function("batch", batch)
     monitors = _monitors(monitor, what)
     for each in monitors.values():
         _check(pipe, each.detector, mode, has_batch=batch is not None)

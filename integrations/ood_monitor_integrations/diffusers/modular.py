@@ -7,6 +7,7 @@ from diffusers import ModularPipelineBlocks
 from diffusers.modular_pipelines import OutputParam
 
 from ood_monitor import Monitor, Scores
+from ood_monitor.checks import flag
 from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.hook import watcher_of
 from ood_monitor_integrations.diffusers.pipeline_monitor import PipelineMonitor
@@ -32,7 +33,7 @@ class OODBlock(ModularPipelineBlocks):
 
     def __init__(self, denoise: Any, monitor: Monitor, *, raise_on_error: bool = False) -> None:
         self._denoise, self._monitor = denoise, monitor
-        self._raise_on_error = raise_on_error
+        self._raise_on_error = flag("raise_on_error", raise_on_error)
         self._watcher: PipelineMonitor | None = None
         self._lock = Lock()
         super().__init__()  # type: ignore[no-untyped-call]

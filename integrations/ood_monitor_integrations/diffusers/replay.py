@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Adapter, DenoisingBound
 from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
+from ood_monitor.checks import flag
 from ood_monitor_integrations.diffusers.arguments import (
     BESIDE,
     NULL_PREFIX,
@@ -73,6 +74,7 @@ class ReplayedBound(Adapter):
     ) -> None:
         self.module = original_of(denoiser)
         self.settings = settings_of(self.module)
+        condition_check = flag("condition_check", condition_check)
         self._ratios, self._condition_check = ratios, condition_check
         self.has_null_condition = condition_check
         self._recipe, _ = taken_apart(self.module, call, count, with_null=condition_check)

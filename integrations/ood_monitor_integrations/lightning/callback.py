@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
+from ood_monitor.checks import flag, function, items, number, path_of, text, whole
 from ood_monitor.densities.parts import Method
-from ood_monitor.gradients.layers import Layers
+from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
 from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
@@ -91,8 +92,9 @@ class OODMonitor(Callback):
             warned of, and left alone.
 
     Raises:
-        ValueError: ``watch`` names an unknown stage, ``every_n_batches`` is below 1, or a
-            method is none, or stands beside a detector that has its own.
+        ValueError: ``watch`` names an unknown stage, an option is out of its range, or a method is
+            none, or stands beside a detector that has its own.
+        TypeError: An option of another type.
     """
 
     def __init__(
@@ -115,28 +117,28 @@ class OODMonitor(Callback):
         progress: bool = True,
         strict: bool = True,
     ) -> None:
-        self._stages = frozenset("val" if stage == "validate" else stage for stage in watch)
-        if unknown := sorted(self._stages - set(_STAGES)):
-            raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
-        if every_n_batches < 1:
-            raise ValueError(f"Expected every_n_batches of at least 1, got {every_n_batches}.")
+        self._stages = _checked_stages(watch)
         check_method(method, detector)
-        self._name, self._strict = name, strict
+        self._name, self._strict = text("name", name), flag("strict", strict)
         self._prefix = "ood" if name == _NAME else f"ood/{name}"
         self._failures = Failures(name)
+        layers = checked_layers(layers)
         self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
         self._needs_detector = bool(self._stages - {"train"})
-        source = calibrate_on if self._needs_detector else None
-        self._calibrator = Calibrator(source, self._detectors, self._failures, progress=progress)
-        self._training = TrainingWatch(training or TrainingStream(), layers, name)
+        source = _checked_source(calibrate_on) if self._needs_detector else None
+        self._calibrator = Calibrator(
+            source, self._detectors, self._failures, progress=flag("progress", progress)
+        )
+        stream = TrainingStream() if training is None else _checked_stream(training)
+        self._training = TrainingWatch(stream, layers, name)
         settings = Settings(
             stages=self._stages,
-            ert=ert,
-            fpr=fpr,
-            every=every_n_batches,
-            sinks=[LeftOpen(sink) for sink in sinks],
-            scores_dir=None if scores_dir is None else Path(scores_dir),
-            log_to_mlflow=log_to_mlflow,
+            ert=number("ert", ert, 2, ends="[)"),
+            fpr=number("fpr", fpr, 0, 1, ends="()"),
+            every=whole("every_n_batches", every_n_batches, 1),
+            sinks=[LeftOpen(function("a sink", sink)) for sink in items("sinks", sinks)],
+            scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
+            log_to_mlflow=flag("log_to_mlflow", log_to_mlflow),
             name=name,
             prefix=self._prefix,
         )
@@ -375,3 +377,27 @@ class OODMonitor(Callback):
     def _log(self, metrics: dict[str, float], **options: Any) -> None:
         # The Trainer attaches `log_dict` to callbacks.
         self.log_dict(metrics, batch_size=1, **options)  # type: ignore[attr-defined]
+
+
+def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
+    stages = ["val" if stage == "validate" else stage for stage in items("watch", watch)]
+    if unknown := [stage for stage in stages if stage not in _STAGES]:
+        raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
+    return frozenset(stages)
+
+
+def _checked_source(
+    source: Literal["val"] | Iterable[Any] | None,
+) -> Literal["val"] | Iterable[Any] | None:
+    is_known = source is None or (isinstance(source, str) and source == "val")
+    # A loader may be one by `__getitem__` alone.
+    is_loader = hasattr(source, "__iter__") or hasattr(source, "__getitem__")
+    if not is_known and (isinstance(source, (str, bytes)) or not is_loader):
+        raise ValueError(f"Expected calibrate_on 'val', held-out batches or None, got {source!r}.")
+    return source
+
+
+def _checked_stream(training: TrainingStream) -> TrainingStream:
+    if not isinstance(training, TrainingStream):
+        raise TypeError(f"Expected training as a TrainingStream, got {training!r}.")
+    return training

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
+from ood_monitor.checks import function, path_of
 from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
@@ -50,9 +51,12 @@ class Detectors:
         layers: Layers,
         key: str,
     ) -> None:
+        if adapter is not None and not isinstance(adapter, Adapter):
+            function("adapter", adapter)
         self._adapter, self._method, self._layers, self._key = adapter, method, layers, key
         self._template = given if isinstance(given, Detector) else None
-        self._saved = Path(given) if isinstance(given, str | Path) else None
+        is_saved = given is not None and self._template is None
+        self._saved = path_of("detector", given) if is_saved else None
         self._state: Mapping[str, Any] | None = None
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None

@@ -45,6 +45,7 @@ from mlflow.utils.model_utils import (
 import ood_monitor
 from ood_monitor import Detector, Scores
 from ood_monitor.adapters.base import Batch, batch_size, map_tensors, pieces
+from ood_monitor.checks import path_of, text, whole
 from ood_monitor.gradients.norms import finite_samples
 from ood_monitor.saving import Fitted
 from ood_monitor.saving.format import sample_of
@@ -103,6 +104,12 @@ def log_model(
     Raises:
         ValueError: As :func:`save_model`.
     """
+    text("name", name)
+    if registered_model_name is not None:
+        text("registered_model_name", registered_model_name)
+    # Before MLflow makes a run for it.
+    inputs = Inputs.of(detector.fitted, input_example)
+    recipe_of(detector, factory, arguments, files, weights, groups, inputs)
     tags = {METHOD: detector.fitted.method} | (options.pop("tags", None) or {})
     info: ModelInfo = Model.log(
         artifact_path=None,
@@ -166,7 +173,7 @@ def save_model(
             detector's.
         TypeError: The function gives no adapter.
     """
-    folder, inputs = Path(path), Inputs.of(detector.fitted, input_example)
+    folder, inputs = path_of("path", path), Inputs.of(detector.fitted, input_example)
     recipe = recipe_of(detector, factory, arguments, files, weights, groups, inputs)
     model = mlflow_model or Model()
     model.signature = signature or inputs.signature()
@@ -196,6 +203,9 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Detector:
         ValueError: A damaged file, or a function that builds another model.
         TypeError: The function gives no adapter.
     """
+    text("model_uri", model_uri)
+    if dst_path is not None:
+        path_of("dst_path", dst_path)
     folder = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
     _add_code_from_conf_to_system_path(folder, _get_flavor_configuration(folder, FLAVOR_NAME))
     return Recipe.of(Path(folder)).detector(Path(folder))
@@ -204,15 +214,14 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Detector:
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "_PyfuncDetector":
     """What MLflow calls with the model's folder, and ``device`` and ``batch_size`` if given."""
     options = _OPTIONS | dict(model_config or {})
-    if options["batch_size"] < 1:
-        raise ValueError(f"Expected a batch_size of at least 1, got {options['batch_size']}.")
+    piece = whole("batch_size", options["batch_size"], 1)
     recipe = Recipe.of(Path(path))
     detector = recipe.detector(Path(path))
     if options["device"] is not None:
         detector.adapter.module.to(options["device"])
     samples = tuple(map(sample_of, detector.fitted.samples))
     inputs = Inputs(cast(Any, recipe.structure), tuple(recipe.names), samples)
-    return _PyfuncDetector(detector, inputs, options["batch_size"])
+    return _PyfuncDetector(detector, inputs, piece)
 
 
 class _PyfuncDetector:

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 from diffusers import DiffusionPipeline
 
 from ood_monitor import DenoisingBound
+from ood_monitor.checks import path_of, text
 from ood_monitor_integrations.diffusers import replayed_bound
 from ood_monitor_integrations.diffusers.families import denoiser_of
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
@@ -78,5 +79,9 @@ def replayed(
 def _pipeline(folder: str | None, name: str | None, revision: str | None) -> Any:
     if (folder is None) == (name is None):
         raise ValueError(f"Expected a folder or a name, got {folder!r} and {name!r}.")
+    for given, value in (("name", name), ("revision", revision)):
+        if value is not None:
+            text(given, value)
+    where = name if folder is None else str(path_of("folder", folder))
     load = cast(Any, DiffusionPipeline).from_pretrained
-    return load(folder or name, revision=revision, use_safetensors=True, low_cpu_mem_usage=False)
+    return load(where, revision=revision, use_safetensors=True, low_cpu_mem_usage=False)

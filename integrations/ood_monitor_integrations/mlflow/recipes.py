@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector
+from ood_monitor.checks import flag, path_of
 from ood_monitor_integrations.mlflow.inputs import Inputs
 
 __all__ = ["DETECTOR", "FLAVOR_NAME", "Recipe", "recipe_of", "save_weights"]
@@ -83,8 +84,11 @@ def recipe_of(
             f"Expected `groups` as 'package.module:function' if and only if the detector has any, "
             f"got {groups!r}."
         )
-    for name in (factory, *filter(None, [groups])):
+    for name in (factory, *(() if groups is None else (groups,))):
         _imported(name)
+    weights = flag("weights", weights)
+    for name, source in (files or {}).items():
+        path_of(f"files[{name!r}]", source)
     given = dict(arguments or {})
     try:
         plain = json.loads(json.dumps(given, allow_nan=False))
@@ -106,7 +110,7 @@ def recipe_of(
 
 def _imported(name: str) -> Callable[..., Any]:
     """The function by its name."""
-    if not _FUNCTION.fullmatch(name):
+    if not isinstance(name, str) or not _FUNCTION.fullmatch(name):
         raise ValueError(f"Expected a function as 'package.module:function', got {name!r}.")
     module, function = name.split(":")
     try:

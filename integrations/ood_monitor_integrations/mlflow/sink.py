@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from ood_monitor.alerts import Alert, AlertEvidence, Status, Summary
+from ood_monitor.checks import items, text, whole
 from ood_monitor.plots import alert_figure
 from ood_monitor_integrations.mlflow.note import note_with
 from ood_monitor_integrations.mlflow.tags import DETECTOR, METHOD, SINCE, STATUS
@@ -62,7 +63,7 @@ class MLflowSink:
     Raises:
         ValueError: If no run is given and none is active, two of `logger`, `tracking_uri` and
             `client` are given, or the store is a file store, which MLflow refuses.
-        TypeError: If `logger` is another kind of logger.
+        TypeError: If `logger` is another kind of logger, or an option of another type.
         mlflow.exceptions.MlflowException: If the run or the model version does not exist.
     """
 
@@ -75,6 +76,10 @@ class MLflowSink:
         tracking_uri: str | None = None,
         client: MlflowClient | None = None,
     ) -> None:
+        for name, value in (("run_id", run_id), ("tracking_uri", tracking_uri)):
+            if value is not None:
+                text(name, value)
+        version = None if model_version is None else _checked_version(model_version)
         if sum(given is not None for given in (logger, tracking_uri, client)) > 1:
             raise ValueError("Expected one of logger, tracking_uri and client, got more.")
         if logger is not None:
@@ -84,7 +89,7 @@ class MLflowSink:
         # Across restarts a run keeps its status until this sink is told otherwise.
         tags = self._client.get_run(self.run_id).data.tags
         self._status, self._latest = tags.get(STATUS), _time(tags.get(SINCE))
-        self._version = model_version and (model_version[0], str(model_version[1]))
+        self._version = version
         self._version_status = self._shown_by_version()
 
     @classmethod
@@ -173,6 +178,14 @@ def _of_logger(logger: _Logger, run_id: str | None) -> tuple[MlflowClient, str]:
     if run_id is None:
         raise ValueError("Expected a logger with a run; Lightning opens it on rank 0 only.")
     return logger.experiment, run_id
+
+
+def _checked_version(version: tuple[str, str | int]) -> tuple[str, str]:
+    if len(parts := items("model_version", version)) != 2:
+        raise ValueError(f"Expected model_version as a name and a version, got {version!r}.")
+    name, number = parts
+    of = number if isinstance(number, str) else str(whole("a model's version", number, 1))
+    return text("a model's name", name), text("a model's version", of)
 
 
 def _time(since: str | None) -> datetime:

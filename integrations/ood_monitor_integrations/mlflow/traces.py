@@ -21,6 +21,7 @@ from mlflow.entities import AssessmentSource, SpanType
 
 from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch
+from ood_monitor.checks import number
 
 __all__ = ["trace_scores", "traced_update"]
 
@@ -62,7 +63,12 @@ def trace_scores(scores: Scores, *, fpr: float) -> None:
     Args:
         scores: Of one call; samples without a score are left out.
         fpr: P-values up to this are flagged.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not in (0, 1).
     """
+    fpr = number("fpr", fpr, 0, 1, ends="()")
     with _span() as span, _contained():
         _describe(span, scores, fpr)
 

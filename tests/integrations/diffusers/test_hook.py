@@ -429,8 +429,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"what": "images"}, "Expected what of"),
     ({"mode": "async"}, "Expected mode of"),
     ({"sample_rate": 0.0}, "Expected sample_rate in"),
-    ({"max_latency_ms": 0.0}, "Expected a positive max_latency_ms"),
-    ({"mode": "background", "queue_size": 0}, "Expected a queue_size"),
+    ({"max_latency_ms": 0.0}, "Expected max_latency_ms in"),
+    ({"mode": "background", "queue_size": 0}, "Expected queue_size of"),
     ({"what": "inputs"}, "Expected a pipeline that is given an image"),
     ({"what": "both"}, "Expected a detector, or a monitor for each"),
 ]

@@ -38,6 +38,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # Both are put back: the next test of the process has an experiment of its own.
+        patch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
         yield MlflowClient()

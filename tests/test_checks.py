@@ -1,0 +1,43 @@
+"""What checked options are given back as; what is refused is in `test_options.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ood_monitor import checks
+
+GIVEN: dict[str, tuple[Callable[..., Any], Any, Any]] = {
+    "NumPy's whole number": (checks.whole, np.int64(3), 3),
+    "a tensor's": (checks.whole, torch.tensor(3), 3),
+    "a seed": (checks.seed_of, np.uint64(2**64 - 1), 2**64 - 1),
+    "NumPy's real number": (checks.number, np.float64(0.5), 0.5),
+    "a whole number as a real one": (checks.number, 3, 3.0),
+    "NumPy's truth": (checks.flag, np.bool_(True), True),
+    "a path": (checks.path_of, "a/b", Path("a/b")),
+    "a range": (checks.range_of, np.array([0, 1]), (0.0, 1.0)),
+    "items of an iterator": (checks.items, iter("ab"), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize(("check", "value", "expected"), GIVEN.values(), ids=GIVEN)
+def test_what_is_taken_is_pythons_own(
+    check: Callable[..., Any], value: Any, expected: object
+) -> None:
+    found = check("it", value)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("ends", ["[]", "()", "[)", "(]"])
+@pytest.mark.parametrize(("value", "at"), [(0.0, 0), (1.0, 1)])
+def test_an_interval_has_the_ends_that_its_brackets_say(ends: str, value: float, at: int) -> None:
+    if ends[at] in "[]":
+        assert checks.number("it", value, 0, 1, ends=ends) == value
+        return
+    with pytest.raises(ValueError, match="Expected it") as caught:
+        checks.number("it", value, 0, 1, ends=ends)
+    assert str(caught.value) == f"Expected it in {ends[0]}0, 1{ends[1]}, got {value}."
