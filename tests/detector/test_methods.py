@@ -110,7 +110,7 @@ def test_rows_of_a_table_have_one_sided_likelihood_and_a_floor_by_the_mean() -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "norms"}, "Expected a method of .*'gradient_norms'.*, got 'norms'"),
+        ({"method": "norms"}, "Expected method of .*'gradient_norms'.*, got 'norms'"),
         ({"method": "forward", "density": om.Maximum()}, "Expected no `density=`.*'forward'"),
         ({"parts": ["values"], "density": om.Maximum()}, "Expected no `density=`.*with parts"),
         ({"parts": ["values"], "method": "both"}, "no `method=` beside them"),

@@ -52,7 +52,7 @@ def test_a_checkpoint_brings_the_method_back(tmp_path: Path) -> None:
 
 
 def test_a_method_is_one_and_no_other_detector_s() -> None:
-    with pytest.raises(ValueError, match="Expected a method of"):
+    with pytest.raises(ValueError, match="Expected method of"):
         watcher(method="backward")
     detector = om.Detector(om.LogLikelihood(Flow()))
     with pytest.raises(ValueError, match="Expected `method=` or a detector, got 'forward'"):
