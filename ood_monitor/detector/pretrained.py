@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.calibration.diagnostics import Diagnosis
+from ood_monitor.checks import path_of
 from ood_monitor.saving import hub
 from ood_monitor.saving.card import save_card
 from ood_monitor.saving.fitted import Fitted
@@ -64,10 +65,11 @@ class Pretrained(abc.ABC):
             RuntimeError: The detector is not fitted.
             ValueError: ``layers`` is a function, which no file can hold; give name patterns.
         """
+        folder = path_of("directory", directory)
         fitted = self.fitted.based_on(base_model, base_model_revision)
-        fitted.save(Path(directory), self._options())
+        fitted.save(folder, self._options())
         if card:
-            save_card(Path(directory), fitted, self._options(), diagnosis=diagnosis)
+            save_card(folder, fitted, self._options(), diagnosis=diagnosis)
 
     def push_to_hub(
         self,
@@ -144,9 +146,8 @@ class Pretrained(abc.ABC):
                 another precision, so that the calibration is stale; or the adapter has another
                 seed, other noise levels or the like.
         """
-        if Path(name_or_path).is_dir() or not hub.is_repository(name_or_path):
-            directory = Path(name_or_path)
-        else:
+        directory = path_of("name_or_path", name_or_path)
+        if not directory.is_dir() and hub.is_repository(name_or_path):
             repository = hub.Repository(str(name_or_path), revision, token)
             directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)
         return cls._restored(*Fitted.load(directory), adapter, groups)

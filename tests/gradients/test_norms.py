@@ -476,10 +476,6 @@ REFUSED: dict[str, tuple[om.Adapter, Any, dict[str, Any], str]] = {
         Terms(lambda m, x: [("t/1", m(x).sum(1))]),
         *(X, {}, "Expected.*name.*'t/1'"),
     ),
-    "a term of NaN": (
-        Terms(lambda m, x: [("t", m(x).sum(1) * torch.nan)]),
-        *(X, {}, "Expected.*'t'.*finite"),
-    ),
     "no samples": (Terms(likelihood), X[:0], {}, "a multiple of group=1 samples, got 0"),
     "no tensors": (Terms(likelihood), [], {}, r"Expected a batch of tensors.*\(B, \.\.\.\)"),
     "a scalar": (Terms(likelihood), X[0, 0], {}, r"Expected a batch of tensors of shape \(B"),
@@ -515,6 +511,20 @@ REFUSED: dict[str, tuple[om.Adapter, Any, dict[str, Any], str]] = {
         *(X, {"layers": "up.*"}, r"layers='up\.\*' to match.*'weight' to 'bias'"),
     ),
 }
+
+
+@pytest.mark.parametrize("nan", [[0], [0, 1], [3], [0, 1, 2, 3]], ids=str)
+def test_a_term_that_is_nan_is_of_its_sample_alone(nan: list[int]) -> None:
+    def by_value(module: nn.Module, x: Tensor) -> Iterable[tuple[str, Tensor]]:
+        values = module(x).sum(1)
+        is_odd = torch.isin(x[:, 0], X[nan, 0])
+        return [("t", values * torch.where(is_odd, torch.nan, 1.0))]
+
+    found = om.gradient_norms(Terms(by_value), X)
+    others = [i for i in range(4) if i not in nan]
+    for name, values in om.gradient_norms(Terms(lambda m, x: [("t", m(x).sum(1))]), X).items():
+        assert torch.allclose(found[name][others], values[others])
+        assert found[name][nan].isnan().all()
 
 
 @pytest.mark.parametrize(("adapter", "batch", "options", "message"), REFUSED.values(), ids=REFUSED)

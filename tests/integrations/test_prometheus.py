@@ -69,7 +69,7 @@ def test_a_drift_raises_the_alert_until_it_recovers(detector: om.Detector) -> No
             monitor.update(x)
             assert monitor.flush(LONG)
             shown.append(value(sink, "alert", **labels))
-        monitor.update(BRANCHES.data(60, seed=3))
+        monitor.update(BRANCHES.data(150, seed=3))
         assert monitor.flush(LONG)
     assert [*shown, value(sink, "alert", **labels)] == [0, 1, 0]
     assert value(sink, "alerts_total", **labels, kind="drift") == 1
