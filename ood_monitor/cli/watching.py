@@ -33,7 +33,7 @@ from ood_monitor.cli.options import (
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
 from ood_monitor.monitor.decisions import Decisions, Rules
 from ood_monitor.monitor.memory import Memory
-from ood_monitor.monitor.monitor import Monitor
+from ood_monitor.monitor.monitor import Monitor, check_model
 from ood_monitor.saving.fitted import Fitted, replace_files
 
 __all__ = ["EXIT_CODES", "accepted", "watch"]
@@ -162,8 +162,7 @@ class _Watch:
         )
 
     def _take(self, files: Sequence[Path]) -> None:
-        batch = self._model.batch(self._read(files))
-        alerts = self._monitor.update(batch, ids=[str(file) for file in files])
+        alerts = self._update(files)
         for alert in alerts:
             typer.echo(alert.to_json())
         sys.stdout.flush()
@@ -172,6 +171,22 @@ class _Watch:
         self._unsaved = True
         if alerts:
             self._save()
+
+    def _update(self, files: Sequence[Path]) -> list[Alert]:
+        """Of files that the model refuses, all that there are, none is scored.
+
+        Raises:
+            Exception: The model's, if it has never scored a file of this stream.
+        """
+        names = [str(file) for file in files]
+        try:
+            return self._monitor.update(self._model.batch(self._read(files)), ids=names)
+        except Exception as error:  # of any kind: a model is anybody's code
+            if self._monitor.samples_seen == self._monitor.invalid:
+                raise
+            say(f"not scored: {', '.join(names)}: {type(error).__name__}: {error}")
+            nothing = torch.stack([no_image(self._shape)] * len(files))
+            return self._monitor.update(self._model.batch(nothing), ids=names)
 
     def _read(self, files: Sequence[Path]) -> Tensor:
         """(B, C, H, W); nan for a file that cannot be read, which the monitor counts."""
@@ -242,6 +257,8 @@ def accepted(path: Path, fitted: Fitted, reason: str, *, name: str, fpr: float) 
     """
     with _read(path) as record:
         state = record["monitor"]
+        check_model(state, fitted)
+        fitted.check_fpr(fpr)
         rules = Rules(name=name, fpr=fpr, ert=float(state["drift"]["data"]["ert"]))
         decisions = Decisions.of(rules, fitted, seed=0)
         decisions.memory = Memory.parse(state, len(fitted.layers))

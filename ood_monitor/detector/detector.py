@@ -1,6 +1,6 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -173,12 +173,9 @@ class Detector(Pretrained):
             UserWarning: Neighbouring calibration scores are positively correlated, which breaks the
                 promise of every false-alarm rate. Sound data give it less than once in 1000 fits.
         """
-        if isinstance(held_out, Tensor):  # iterable too, but over samples
-            raise ValueError(
-                f"Expected an iterable of batches, got {describe(held_out)}: pass `[tensor]`, or a "
-                "loader."
-            )
-        bar = tqdm(held_out, desc="held-out data", unit="batch", disable=not progress)
+        bar = tqdm(
+            _checked_batches(held_out), desc="held-out data", unit="batch", disable=not progress
+        )
         measured = Measurements.together(self._measured_all(bar))
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
@@ -270,7 +267,7 @@ class Detector(Pretrained):
                 f"Expected the model with the weights {fitted.model} that the detector was fitted "
                 "on, got others: fit a detector of them."
             )
-        bar = tqdm(normal, desc="normal data", unit="batch", disable=not progress)
+        bar = tqdm(_checked_batches(normal), desc="normal data", unit="batch", disable=not progress)
         measured = Measurements.together(self._seen_by(fitted, batch) for batch in bar)
         self._fitted = recalibrated(fitted, measured)
         return self
@@ -300,7 +297,7 @@ class Detector(Pretrained):
         if fitted.probe is None:
             raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
         found: dict[str, tuple[float, int]] = {}
-        for names, batch in remembered_in(fitted.probe, held_out):
+        for names, batch in remembered_in(fitted.probe, _checked_batches(held_out)):
             scores = self.score(batch)
             groups = [0] * len(names) if scores.group is None else scores.group.tolist()
             found |= zip(names, zip(scores.score.tolist(), groups, strict=True), strict=True)
@@ -461,6 +458,15 @@ class Detector(Pretrained):
             *("calibration_fraction", "trim", "seed", "minimum_group", "source"),
         )
         return {name: getattr(self, name) for name in names} | {"explain": self.explained}
+
+
+def _checked_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
+    if isinstance(batches, (Tensor, Mapping)):  # iterable too, but over samples or keys
+        raise ValueError(
+            f"Expected an iterable of batches, got {describe(batches)}: pass `[batch]`, or a "
+            "loader."
+        )
+    return batches
 
 
 def _named(groups: Tensor | Sequence[Any], count: int) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ class Fitting:
             fit_count=len(seen),
             grouped=grouped,
             usual=usual,
-            probe=Probe.of(rest.names, scores),
+            probe=Probe.of(rest.names, scores, _indices(grouped, rest)),
             provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
         )
 
@@ -245,8 +245,12 @@ def recalibrated(fitted: Fitted, measured: Measurements) -> Fitted:
         calibration=calibration,
         grouped=grouped,
         log_likelihood=measured.total,
-        probe=Probe.of(measured.names, scores),
+        probe=Probe.of(measured.names, scores, _indices(grouped, measured)),
     )
+
+
+def _indices(grouped: GroupedPValue | None, measured: Measurements) -> NDArray[np.int64] | None:
+    return None if grouped is None else grouped.indices(measured.groups, len(measured))
 
 
 def _tell_of_copies(measured: Measurements) -> None:

@@ -51,9 +51,15 @@ def verified(
             "samples which the detector remembers, got none: give the data that it was fitted on, "
             "to the bit."
         )
-    known = dict(zip(probe.samples, probe.scores, strict=True))
+    known = dict(zip(probe.samples, zip(probe.scores, probe.groups, strict=True), strict=True))
+    moved = [name for name, (_, group) in found.items() if known[name][1] != group]
+    if moved:
+        raise ValueError(
+            f"Expected each sample in the group that it was in, got {len(moved)} of {len(found)} "
+            "in another: `groups` is another function, or gives other labels."
+        )
     compared = [
-        _compared(fitted.calibration_of(group), known[name], score)
+        _compared(fitted.calibration_of(group), known[name][0], score)
         for name, (score, group) in found.items()
     ]
     steps, difference = (max(column) for column in zip(*compared, strict=True))

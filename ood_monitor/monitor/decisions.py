@@ -6,6 +6,7 @@ there: whatever interrupts it, samples are either taken in, with their alerts ow
 
 import copy
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -86,6 +87,8 @@ class Decisions:
         test: For a drift.
         memory: All else that is remembered.
         neighbours: How much neighbouring samples were alike when they last surely were.
+        next_look: Samples from which on the weights are looked at again.
+        seen_at: When the latest samples came, of a clock that never steps back, in seconds.
     """
 
     rules: Rules
@@ -93,6 +96,8 @@ class Decisions:
     test: StreamTest
     memory: Memory = field(default_factory=Memory)
     neighbours: Neighbours | None = None
+    next_look: int = 0
+    seen_at: float = field(default_factory=lambda: time.monotonic())
 
     @classmethod
     def of(cls, rules: Rules, fitted: Fitted, *, seed: int) -> Self:
@@ -105,19 +110,18 @@ class Decisions:
         found.test, found.memory = self.test.copy(), self.memory.copy()
         return found
 
-    def take(self, rows: Iterable[Row], *, stale: bool | None, seconds: float) -> list[Summary]:
+    def take(self, rows: Iterable[Row], *, stale: bool | None) -> list[Summary]:
         """Take in samples in their order; what they raise is owed in the memory.
 
         Args:
             rows: The samples.
             stale: Whether the model has other weights than the detector; None if nobody looked.
-            seconds: Since the samples before.
 
         Returns:
             The running figures that are due.
         """
         memory, flagged, is_due = self.memory, list[Row](), False
-        memory.quiet_seconds += seconds if isinstance(self.rules.recovery, timedelta) else 0.0
+        self._count_time()
         summaries = []
         self._look_at_weights(stale)
         for row in rows:
@@ -129,6 +133,8 @@ class Decisions:
                 is_due = False  # the drift alert speaks for them
                 flagged.clear()
                 memory.untold.clear()
+            elif sample is not None and memory.muted:
+                memory.status, memory.quiet, memory.quiet_seconds = "WARN", 0, 0.0
             elif sample is not None:
                 flagged.append(row)
                 is_due = self._warn_of(sample) or is_due
@@ -137,7 +143,7 @@ class Decisions:
                 summaries.append(self.summary())
                 self._look_at_neighbours()
         if is_due:
-            self._raise(self._sample_alert(flagged))
+            memory.owed.append(self._sample_alert(flagged))
         return summaries
 
     def accept(self, reason: str) -> None:
@@ -145,10 +151,11 @@ class Decisions:
         memory = self.memory
         self._begin_anew()
         memory.status, memory.quiet, memory.quiet_seconds, memory.needed = "OK", 0, 0.0, 0
-        memory.blind, memory.held = False, None
+        memory.blind, memory.since_told, memory.valid_run = False, None, None
         memory.validity.clear()
         memory.untold.clear()
-        self._raise(self._alert("accepted", f"Accepted: {reason}"))
+        memory.held.clear()
+        memory.owed.append(self._alert("accepted", f"Accepted: {reason}"))  # muted or not
 
     def mute(self, samples: int) -> None:
         """Owe nothing of so many samples; what was held back so far is owed if it stands."""
@@ -169,6 +176,11 @@ class Decisions:
             invalid={"not scored": memory.invalid},
         )
 
+    def _count_time(self) -> None:
+        before, self.seen_at = self.seen_at, time.monotonic()
+        if isinstance(self.rules.recovery, timedelta):
+            self.memory.quiet_seconds += self.seen_at - before
+
     def _look_at_weights(self, stale: bool | None) -> None:
         memory = self.memory
         if stale is None or stale == memory.stale:
@@ -176,10 +188,10 @@ class Decisions:
         memory.stale = stale
         if stale:
             message = "Stale calibration: the model has not the weights that the detector knows."
-            self._raise(self._alert("stale_calibration", message))
+            self._begin("stale", self._alert("stale_calibration", message))
         else:
             message = "Recovered: the model has the detector's weights again."
-            self._raise(self._alert("recovered", message))
+            self._end("stale", self._alert("recovered", message))
 
     def _flagged(self, row: Row) -> FlaggedSample | None:
         if not row.valid or row.p_value > self.rules.fpr:
@@ -220,10 +232,10 @@ class Decisions:
         is_news = memory.valid_run is None or memory.valid_run >= self.rules.valid_again
         memory.invalid, memory.valid_run = memory.invalid + 1, 0
         memory.validity.append(False)
-        if is_news:
+        if is_news and not memory.muted:
             message = f"Invalid input: sample {memory.samples_seen:,} could not be scored."
             sample = FlaggedSample(memory.samples_seen, None, row.id)
-            self._raise(self._alert("invalid_input", message, samples=[sample]))
+            memory.owed.append(self._alert("invalid_input", message, samples=[sample]))
         self._look_at_validity()
 
     def _look_at_validity(self) -> None:
@@ -236,12 +248,12 @@ class Decisions:
                 f"be scored, {memory.invalid:,} of {memory.samples_seen:,} in all."
             )
             alert = self._alert("invalid_input", message)
-            self._raise(replace(alert, severity="critical"))
+            self._begin("blind", replace(alert, severity="critical"))
         elif memory.blind and not invalid:
             memory.blind = False
             count = len(memory.validity)
             message = f"Recovered: the latest {count} samples could all be scored."
-            self._raise(self._alert("recovered", message))
+            self._end("blind", self._alert("recovered", message))
 
     def _alarm(self, evidence: StreamEvidence) -> None:
         memory, stands = self.memory, self.memory.status == "ALERT"
@@ -250,7 +262,7 @@ class Decisions:
         since = self.test.since(evidence.cause)
         memory.needed = max(memory.needed, _TIMES * (since.estimate + 1))
         if not stands:
-            self._raise(self._drift_alert(evidence, since))
+            self._begin("drift", self._drift_alert(evidence, since))
         # The history now holds samples from after the change; see EDetector.restart.
         self._begin_anew(grow=False)
 
@@ -284,7 +296,8 @@ class Decisions:
         was, memory.status, memory.needed = memory.status, "OK", 0
         if was == "ALERT":
             self._begin_anew()
-            self._raise(self._alert("recovered", f"Recovered: {self.rules.told_recovery}."))
+            message = f"Recovered: {self.rules.told_recovery}."
+            self._end("drift", self._alert("recovered", message))
 
     def _sample_alert(self, flagged: Sequence[Row]) -> Alert:
         row, untold = min(flagged, key=lambda row: row.p_value), self.memory.untold
@@ -295,21 +308,29 @@ class Decisions:
         untold.clear()
         return replace(alert, evidence=replace(alert.evidence, p_value=row.p_value))
 
-    def _raise(self, alert: Alert) -> None:
-        """Owe an alert; one that still stands when a monitor is no longer muted is owed then."""
+    def _begin(self, incident: str, alert: Alert) -> None:
+        """Owe the alert of an incident that begins, or hold it while nothing is said."""
+        if self.memory.muted:
+            self.memory.held[incident] = alert
+        else:
+            self.memory.owed.append(alert)
+
+    def _end(self, incident: str, alert: Alert) -> None:
+        """The same of one that ends; of one that nobody was told of there is nothing to say."""
         memory = self.memory
+        begun = memory.held.pop(incident, None)
         if not memory.muted:
             memory.owed.append(alert)
-        else:
-            memory.held = None if alert.status == "OK" else alert
+        elif begun is None or begun.kind == "recovered":
+            memory.held[incident] = alert
 
     def _count_muted(self) -> None:
+        """When the muted samples have passed, owe what began or ended meanwhile, and stands so."""
         memory = self.memory
         memory.muted = max(0, memory.muted - 1)
-        if memory.muted == 0 and memory.held is not None:
-            if memory.overall != "OK":
-                memory.owed.append(memory.held)
-            memory.held = None
+        if memory.muted == 0 and memory.held:
+            memory.owed.extend(sorted(memory.held.values(), key=lambda alert: alert.samples_seen))
+            memory.held.clear()
 
     def _alert(
         self,

@@ -136,7 +136,7 @@ class Memory:
         validity: Whether the latest samples could be scored.
         blind: Whether too many of them could not.
         muted: Samples that are still to pass without a word.
-        held: The alert that stands while nothing is said.
+        held: By incident, the alert of its begin or its end that is held while nothing is said.
         owed: Alerts that are decided and not yet handed over.
     """
 
@@ -155,7 +155,7 @@ class Memory:
     validity: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_VALIDITY))
     blind: bool = False
     muted: int = 0
-    held: Alert | None = None
+    held: dict[str, Alert] = field(default_factory=dict)
     owed: deque[Alert] = field(default_factory=deque)
 
     def copy(self) -> Self:
@@ -166,6 +166,7 @@ class Memory:
             untold=copy.copy(self.untold),
             validity=copy.copy(self.validity),
             owed=copy.copy(self.owed),
+            held=copy.copy(self.held),
         )
 
     @property
@@ -193,7 +194,7 @@ class Memory:
             "validity": list(self.validity),
             "blind": self.blind,
             "muted": self.muted,
-            "held": None if self.held is None else self.held.to_json(),
+            "held": {incident: alert.to_json() for incident, alert in self.held.items()},
             "owed": [alert.to_json() for alert in self.owed],
             "seen": episode.seen,
             "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
@@ -227,7 +228,7 @@ class Memory:
             needed=whole("needed", state["needed"]),
             blind=bool(state["blind"]),
             muted=whole("muted", state["muted"]),
-            held=None if state["held"] is None else Alert.from_json(state["held"]),
+            held={name: Alert.from_json(text) for name, text in dict(state["held"]).items()},
             owed=deque(map(Alert.from_json, state["owed"])),
         )
         memory.validity.extend(map(bool, state["validity"]))

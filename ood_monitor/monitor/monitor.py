@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from os import PathLike
 from typing import Any, Literal, Self
@@ -16,7 +17,7 @@ from ood_monitor.checks import number, text, whole
 from ood_monitor.detector.detector import Detector
 from ood_monitor.monitor.decisions import Decisions, Rules
 from ood_monitor.monitor.memory import Memory, rows_of
-from ood_monitor.monitor.scoring import scored
+from ood_monitor.monitor.scoring import first_sound, scored
 from ood_monitor.monitor.staleness import Weights
 from ood_monitor.processes import Lock
 from ood_monitor.saving.fingerprints import hashes_where
@@ -125,20 +126,31 @@ class Monitor:
         fitted.check_fpr(rules.fpr)
         if identify not in (None, "hash"):
             raise ValueError(f"Expected identify None or 'hash', got {identify!r}.")
-        # A copy, so that the baseline stays what it is if the detector is fitted again.
-        self.detector = copy.copy(detector)
         self.fpr, self.ert, self.name = rules.fpr, rules.ert, rules.name
         self._identify, self._seed = identify, whole("seed", seed)
-        self._weights_every, self._next_look = whole("weights_every", weights_every), 0
-        self._decisions = Decisions.of(rules, fitted, seed=seed)
+        self._weights_every = whole("weights_every", weights_every)
+        # A copy, so that the baseline stays what it is if the detector is fitted again.
+        self._watched = _Watched(
+            copy.copy(detector),
+            Weights(detector.adapter.module, fitted.model),
+            Decisions.of(rules, fitted, seed=seed),
+        )
         self._is_told_of_neighbours = False
         self._lock = Lock()
-        self._weights = Weights(detector.adapter.module, fitted.model)
+        self._good: Batch | None = None
         if weights_every:
-            self._weights.are_stale()  # the costly look, before the stream waits for it
+            self._watched.weights.are_stale()  # the costly look, before the stream waits for it
         self._dispatcher = Dispatcher(sinks, spool=spool)
-        self._seen_at = time.monotonic()
         self.last: Scores | None = None
+
+    @property
+    def detector(self) -> Detector:
+        """What the stream is judged by: a copy of the detector as it was given."""
+        return self._watched.detector
+
+    @property
+    def _decisions(self) -> Decisions:
+        return self._watched.decisions
 
     @property
     def status(self) -> Status:
@@ -200,7 +212,9 @@ class Monitor:
         """
         start = time.perf_counter()
         try:
-            scores = scored(self.detector, batch)
+            scores = scored(self.detector, batch, self._good)
+            if self._good is None:
+                self._good = first_sound(batch, scores)
         except Exception:  # of any kind: it is counted, and raised on
             self._measure(failed=1)
             raise
@@ -227,6 +241,7 @@ class Monitor:
             self.last = scores
             for summary in summaries:
                 self._dispatcher.summarise(summary)
+            self._warn_of_neighbours(self._decisions)
         self._measure(scores)
         return alerts
 
@@ -261,9 +276,11 @@ class Monitor:
                     f"{fitted.model}: make a new monitor."
                 )
             fitted.check_fpr(self.fpr)
-            alerts = self._step(lambda decisions: self._judge_by(decisions, fitted, reason))
-            self.detector = copy.copy(detector or self.detector)
-        return alerts
+            watched = self._watched
+            if detector is not None:
+                weights = Weights(detector.adapter.module, fitted.model)
+                watched = replace(watched, detector=copy.copy(detector), weights=weights)
+            return self._step(lambda decisions: self._judge_by(decisions, fitted, reason), watched)
 
     def mute(self, samples: int) -> None:
         """Deliver nothing of the next samples, and still count: no alert, to no sink.
@@ -293,8 +310,8 @@ class Monitor:
         """All that the monitor remembers, as primitives that JSON can hold."""
         with self._lock:
             decisions = self._decisions
-            state = {"format": _STATE_FORMAT, "drift": decisions.test.state_dict()}
-            return state | decisions.memory.dump()
+            state = {"format": _STATE_FORMAT, "model": decisions.fitted.model}
+            return state | {"drift": decisions.test.state_dict()} | decisions.memory.dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume, to the bit, where :meth:`state_dict` was called.
@@ -306,14 +323,17 @@ class Monitor:
         if found != _STATE_FORMAT:
             raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
         with self._lock:
+            self._hand_over()  # what this monitor still owes is not the state's to drop
             decisions = self._decisions.copy()
+            check_model(state, decisions.fitted)
             try:
                 decisions.memory = Memory.parse(state, len(decisions.fitted.layers))
                 drift = dict(state["drift"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
             decisions.test.load_state_dict(drift)
-            self._decisions, self._next_look = decisions, 0
+            decisions.next_look = 0
+            self._watched = replace(self._watched, decisions=decisions)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
@@ -342,13 +362,15 @@ class Monitor:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _step(self, change: Callable[[Decisions], None]) -> list[Alert]:
+    def _step(
+        self, change: Callable[[Decisions], None], watched: "_Watched | None" = None
+    ) -> list[Alert]:
         """Change what was decided, and owe the alerts of it, in one assignment; then hand over."""
         decisions = self._decisions.copy()
         owed = len(decisions.memory.owed)
         change(decisions)
         alerts = list(decisions.memory.owed)[owed:]
-        self._decisions = decisions
+        self._watched = replace(watched or self._watched, decisions=decisions)
         self._hand_over()
         return alerts
 
@@ -363,15 +385,9 @@ class Monitor:
     def _take(
         self, decisions: Decisions, scores: Scores, ids: Sequence[Any] | None
     ) -> list[Summary]:
-        now = time.monotonic()
-        summaries = decisions.take(
-            rows_of(scores, decisions.fitted.layers, ids),
-            stale=self._are_weights_stale(decisions.memory.samples_seen),
-            seconds=now - self._seen_at,
+        return decisions.take(
+            rows_of(scores, decisions.fitted.layers, ids), stale=self._are_weights_stale(decisions)
         )
-        self._seen_at = now
-        self._warn_of_neighbours(decisions)
-        return summaries
 
     def _judge_by(self, decisions: Decisions, fitted: Fitted, reason: str) -> None:
         if fitted is not decisions.fitted:
@@ -386,12 +402,13 @@ class Monitor:
         which = ("with", "without") if grouped is not None else ("without", "with")
         raise ValueError(f"Expected scores of a detector {which[0]} groups, got some {which[1]}.")
 
-    def _are_weights_stale(self, samples_seen: int) -> bool | None:
+    def _are_weights_stale(self, decisions: Decisions) -> bool | None:
         """Whether weights are others than the detector's; None if it is not the time to look."""
-        if not self._weights_every or 0 < samples_seen < self._next_look:
+        seen = decisions.memory.samples_seen
+        if not self._weights_every or 0 < seen < decisions.next_look:
             return None
-        self._next_look = samples_seen + self._weights_every
-        return self._weights.are_stale()
+        decisions.next_look = seen + self._weights_every
+        return self._watched.weights.are_stale()
 
     def _warn_of_neighbours(self, decisions: Decisions) -> None:
         if decisions.neighbours is not None and not self._is_told_of_neighbours:
@@ -415,6 +432,23 @@ class Monitor:
             measured["flagged"] = int((scores.p_value[valid] <= self.fpr).sum())
             measured["invalid"] = int((~valid).sum())
         self._dispatcher.measure(Reading(stream=self.name, **(names | measured)))
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """All that a step changes, so that it is changed in one assignment."""
+
+    detector: Detector
+    weights: Weights
+    decisions: Decisions
+
+
+def check_model(state: Mapping[str, Any], fitted: Fitted) -> None:
+    if state.get("model") != fitted.model:
+        raise ValueError(
+            f"Expected the state of a monitor of the weights {fitted.model}, got one of "
+            f"{state.get('model')!r}."
+        )
 
 
 def _checked_recovery(recovery: Any) -> int | timedelta:

@@ -143,6 +143,7 @@ _SETTINGS: dict[str, _Rule] = {
 _PROBE: dict[str, _Rule] = {
     "samples": _Rule(_are_names, "names, each once"),
     "scores": _Rule(_are_numbers, "numbers"),
+    "groups": _Rule(lambda v: isinstance(v, list) and all(map(_is_whole, v)), "whole numbers"),
 }
 
 _PART: dict[str, _Rule] = {

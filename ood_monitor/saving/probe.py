@@ -1,5 +1,6 @@
 """Sixteen calibration samples, by name, and what was said of them: to be asked again elsewhere."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,32 +20,46 @@ class Probe:
     Attributes:
         samples: SHA-256 of each, 32 hexadecimal digits of it; never the sample.
         scores: Of each.
+        groups: Of each, its place among the detector's; 0 without groups.
     """
 
     samples: tuple[str, ...]
     scores: tuple[float, ...]
+    groups: tuple[int, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[str], scores: NDArray[np.float64]) -> Self | None:
+    def of(
+        cls, samples: Sequence[str], scores: NDArray[np.float64], groups: NDArray[np.int64] | None
+    ) -> Self | None:
         """Of n calibration samples: some from the least to the most anomalous; None without names.
 
         A sample that comes twice is no name of one score, and left out.
         """
-        once = [i for i, name in enumerate(samples) if samples.count(name) == 1]
+        counts = Counter(samples)
+        once = [i for i, name in enumerate(samples) if counts[name] == 1]
         if not once:
             return None
         order = np.array(once)[np.argsort(scores[once], kind="stable")]
         chosen = order[np.unique(np.linspace(0, len(order) - 1, _COUNT).round().astype(int))]
-        return cls(tuple(samples[i] for i in chosen), tuple(scores[chosen].tolist()))
+        own = np.zeros(len(samples), dtype=np.int64) if groups is None else groups
+        return cls(
+            tuple(samples[i] for i in chosen),
+            tuple(scores[chosen].tolist()),
+            tuple(own[chosen].tolist()),
+        )
 
     def dump(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        return {"samples": list(self.samples), "scores": list(self.scores)}
+        return {name: list(getattr(self, name)) for name in ("samples", "scores", "groups")}
 
     @classmethod
     def parse(cls, told: Mapping[str, Any]) -> Self:
         """What :meth:`dump` gave."""
-        return cls(tuple(map(str, told["samples"])), tuple(map(float, told["scores"])))
+        return cls(
+            tuple(map(str, told["samples"])),
+            tuple(map(float, told["scores"])),
+            tuple(map(int, told["groups"])),
+        )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_no_sample_is_remembered_itself(tmp_path: Path) -> None:
     fitted().save_pretrained(tmp_path, card=False)
     probe = json.loads((tmp_path / "config.json").read_text())["probe"]
     assert all(len(name) == 32 and int(name, 16) >= 0 for name in probe["samples"])
-    assert probe.keys() == {"samples", "scores"}
+    assert probe.keys() == {"samples", "scores", "groups"}
 
 
 class Elsewhere(om.Adapter):
@@ -104,7 +104,7 @@ def test_more_than_half_of_fpr_is_refused_with_what_may_be_at_fault() -> None:
     detector = fitted()
     probe = detector.fitted.probe
     assert probe is not None
-    moved = Probe(probe.samples, probe.scores[::-1])
+    moved = Probe(probe.samples, probe.scores[::-1], probe.groups)
     object.__setattr__(detector.fitted, "probe", moved)
     with pytest.raises(ValueError, match=r"more than half of fpr 0\.01") as caught:
         detector.verify([data(400, 3)])
@@ -122,9 +122,10 @@ def test_other_data_verify_nothing() -> None:
 @pytest.mark.parametrize(
     "probe",
     [
-        {"samples": ["a"], "scores": []},
-        {"samples": ["a", "a"], "scores": [1.0, 1.0]},
-        {"samples": ["a"], "scores": ["1"]},
+        {"samples": ["a"], "scores": [], "groups": [0]},
+        {"samples": ["a", "a"], "scores": [1.0, 1.0], "groups": [0, 0]},
+        {"samples": ["a"], "scores": ["1"], "groups": [0]},
+        {"samples": ["a"], "scores": [1.0], "groups": ["a"]},
         {"samples": ["a"]},
         [],
     ],
@@ -137,6 +138,26 @@ def test_forged_memories_are_refused(probe: Any) -> None:
     check_settings(settings)
     with pytest.raises(ValueError, match=r"probe|remembered"):
         check_settings(settings | {"probe": probe})
+
+
+def test_samples_in_other_groups_verify_nothing() -> None:
+    labels = torch.arange(400) % 2
+    made = om.Detector(BRANCHES(), method="forward", groups=lambda b: b[1], minimum_group=40)
+    made.fit([(data(400, 3), labels)], progress=False)
+    assert made.verify([(data(400, 3), labels)]).steps == 0
+    for other in (lambda b: 1 - b[1], lambda b: [f"class {label}" for label in b[1].tolist()]):
+        made.groups = other
+        with pytest.raises(ValueError, match="Expected each sample in the group that it was in"):
+            made.verify([(data(400, 3), labels)])
+
+
+@pytest.mark.parametrize("call", ["fit", "recalibrate", "verify"])
+def test_a_batch_in_place_of_batches_is_refused(call: str) -> None:
+    for batch in (data(400, 3), {"x": data(400, 3)}):
+        with pytest.raises(
+            ValueError, match=r"Expected an iterable of batches, .* pass `\[batch\]`"
+        ):
+            getattr(fitted(), call)(batch)
 
 
 # Recalibration

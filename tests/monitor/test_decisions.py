@@ -18,7 +18,7 @@ from support.small_cases import SMALL
 
 import ood_monitor as om
 from ood_monitor.alerts import Alert
-from ood_monitor.monitor import monitor as module
+from ood_monitor.monitor import decisions as decisions_module
 
 BRANCHES = SMALL["branches"]
 
@@ -87,7 +87,7 @@ class Clock:
 
 def test_a_recovery_may_be_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(module.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(decisions_module.time, "monotonic", clock.monotonic)
     watch = monitor(recovery=timedelta(hours=1))
     assert kinds(watch.observe(scores(stream(500, 2.0))), "sample") == ["drift"]
     clock.now = 3500.0
@@ -331,12 +331,118 @@ def test_what_is_over_when_a_muted_time_ends_is_not_told() -> None:
 
 
 def test_unmuting_tells_at_once() -> None:
-    watch = monitor()
+    got: list[Alert] = []
+    watch = monitor(sinks=[got.append])
     watch.mute(samples=10_000)
     assert watch.observe(scores(stream(300, 2.0))) == []
     watch.mute(samples=0)
-    assert kinds(watch.observe(scores(stream(1)))) == []
-    assert watch.status == "ALERT"
+    watch.close()
+    assert kinds(got) == ["drift"]
+
+
+MUTED: dict[str, tuple[list[float], list[float], list[str]]] = {
+    "a drift, and an odd sample later": (
+        [],
+        [*stream(500, 1.0), math.nan, *stream(100, 1.0, seed=1)],
+        ["drift"],
+    ),
+    "a drift, and a run that is over": (
+        [],
+        [*stream(300, 1.0), *[math.nan] * 12, *stream(150, 1.0, seed=1)],
+        ["drift"],
+    ),
+    "the end of what was told": (
+        [*stream(60, 3.0)],
+        [*stream(2500, seed=1)],
+        ["recovered"],
+    ),
+    "what began and ended": ([], [*stream(60, 3.0), *stream(2500, seed=1)], []),
+    "an end and a new begin": (
+        [*stream(60, 3.0)],
+        [*stream(2500, seed=1), *stream(100, 3.0, seed=2)],
+        ["drift"],
+    ),
+    "two that stand": ([], [*stream(60, 3.0), *[math.nan] * 12], ["drift", "invalid_input"]),
+}
+
+
+@pytest.mark.parametrize("name", MUTED)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_mute_ends_with_what_stands_by_incident(name: str, size: int) -> None:
+    before, muted, expected = MUTED[name]
+    watch = monitor(ert=1e6, fpr=0.005)
+    watch.observe(scores(before))
+    watch.mute(len(muted))
+    found = []
+    for start in range(0, len(muted), size):
+        assert found == []
+        found = watch.observe(scores(muted[start : start + size]))
+    assert kinds(found) == expected
+
+
+@pytest.mark.parametrize("size", [1, 10, 50])
+def test_a_sample_that_was_flagged_while_muted_is_never_told(size: int) -> None:
+    values = np.sort(stream(50))[np.random.default_rng(0).permutation(50)]
+    values[5] = 1e9
+    watch = monitor(fpr=0.005, recovery=10)
+    watch.mute(50)
+    found = [watch.observe(scores(part)) for part in np.array_split(values, 50 // size)]
+    assert [alert for alerts in found for alert in alerts] == []
+
+
+def test_what_is_accepted_is_told_muted_or_not() -> None:
+    got: list[Alert] = []
+    watch = monitor(sinks=[got.append])
+    watch.mute(100)
+    assert kinds(watch.accept("by Ada")) == ["accepted"]
+    watch.close()
+    assert kinds(got) == ["accepted"]
+
+
+def test_after_accepting_a_flagged_sample_is_news() -> None:
+    watch = monitor(cooldown=1000)
+    assert kinds(watch.observe(scores([1e9]))) == ["sample"]
+    watch.accept("known")
+    assert kinds(watch.observe(scores([1e9]))) == ["sample"]
+
+
+def test_weights_of_the_detector_that_was_accepted_are_looked_at() -> None:
+    watch = monitor(weights_every=1)
+    new = om.Detector(BRANCHES(), method="forward")
+    new._fitted = detector().fitted
+    watch.accept("the same, elsewhere", new)
+    assert watch.detector.adapter is new.adapter
+    with torch.no_grad():
+        next(new.adapter.module.parameters()).add_(1.0)
+    assert kinds(watch.observe(scores(stream(1)))) == ["stale_calibration"]
+
+
+def test_an_interrupt_does_not_put_the_look_at_weights_off() -> None:
+    own = om.Detector(BRANCHES(), method="forward").fit([BRANCHES.data(200)], progress=False)
+    watch = monitor(detector=own, weights_every=1000, fpr=0.05)
+    watch.observe(scores(stream(1000)))
+    with torch.no_grad():
+        next(own.adapter.module.parameters()).add_(1.0)
+    with pytest.raises(KeyboardInterrupt), interrupted_at(60):
+        watch.observe(scores(stream(5)))
+    assert watch.samples_seen == 1000
+    assert "stale_calibration" in kinds(watch.observe(scores(stream(5))))
+
+
+def test_a_state_drops_nothing_that_is_owed() -> None:
+    got: list[Alert] = []
+    watch = monitor(sinks=[got.append])
+    state = watch.state_dict()
+    watch._decisions.memory.owed.append(monitor().accept("owed")[0])
+    watch.load_state_dict(state)
+    watch.close()
+    assert kinds(got) == ["accepted"]
+
+
+def test_a_state_of_other_weights_is_refused() -> None:
+    state = monitor().state_dict() | {"model": "0" * 12}
+    with pytest.raises(ValueError, match="of a monitor of the weights"):
+        monitor().load_state_dict(state)
 
 
 @pytest.mark.parametrize("samples", [-1, 1.5, True, "10", None])

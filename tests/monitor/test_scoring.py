@@ -130,13 +130,51 @@ def test_the_odd_sample_alone_is_invalid(
     assert f"the first at index {place % size}: ValueError: Expected value" in caplog.text
 
 
-def test_several_odd_samples_cost_no_more_calls() -> None:
+@pytest.mark.parametrize("bad", [[3, 40], [0, 1], [5, 17, 40, 63], list(range(0, 64, 3))], ids=len)
+def test_of_several_odd_samples_each_alone_is_invalid(bad: list[int]) -> None:
     detector, x = failing(refuses), draw(64)
-    x[[3, 40]] = 60.0
+    x[bad] = 60.0
     found = scored(detector, x)
-    assert detector.asked <= 2 * 6 + 2
-    assert not found.valid[[3, 40]].any()
-    assert found.valid.sum() >= 48  # the calls end before the two are alone
+    assert (~found.valid).nonzero().flatten().tolist() == bad
+    assert detector.asked <= 2 * 64
+
+
+def test_odd_samples_alone_in_a_batch_are_invalid_where_a_sound_one_is_known() -> None:
+    monitor = om.Monitor(failing(refuses), fpr=0.05)
+    odd = torch.full((1, 3), 60.0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="within the support"):
+        monitor.update(odd)  # it may be the model
+    monitor.update(draw(3))
+    for batch in (odd, odd.repeat(5, 1)):
+        monitor.update(batch)
+    assert (monitor.samples_seen, monitor.invalid) == (9, 6)
+
+
+def test_a_model_that_breaks_later_raises() -> None:
+    detector = failing(lambda x: None)
+    monitor = om.Monitor(detector, fpr=0.05)
+    monitor.update(draw(8))
+
+    def broken(x: Tensor) -> None:
+        raise KeyError("no such layer")
+
+    detector.adapter.module.fails = broken
+    for size in (1, 8):
+        with pytest.raises(KeyError, match="no such layer"):
+            monitor.update(draw(size))
+    assert (monitor.samples_seen, monitor.invalid) == (8, 0)
+
+
+@pytest.mark.parametrize("limit", [2, 4, 8])
+def test_too_little_memory_and_an_odd_sample_together(limit: int) -> None:
+    def both(x: Tensor) -> None:
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        refuses(x)
+
+    x = draw(32)
+    x[5] = 60.0
+    assert (~scored(failing(both), x).valid).nonzero().flatten().tolist() == [5]
 
 
 def test_a_model_that_raises_for_all_raises() -> None:
@@ -149,7 +187,7 @@ def test_a_model_that_raises_for_all_raises() -> None:
     with pytest.raises(KeyError, match="no such layer"):
         monitor.update(draw(8))
     assert monitor.state_dict() == before
-    assert detector.asked <= 8
+    assert detector.asked <= 4 * 3 + 4
 
 
 def test_what_only_two_samples_raise_together_is_raised() -> None:

@@ -268,7 +268,9 @@ FORGED: dict[str, Change] = {
     "a seed below zero": option("seed", -1),
     "patterns that are none": option("layers", [1, 2]),
     "groups of other samples": setting("groups", ["a", "b"]),
-    "memories of other scores": setting("probe", {"samples": ["a"], "scores": [9e9]}),
+    "memories of other scores": setting(
+        "probe", {"samples": ["a"], "scores": [9e9], "groups": [0]}
+    ),
     "groups of which none is told to be large": lambda settings, arrays: settings.pop(
         "large_groups"
     ),
