@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.cli_cases import grey_images, write_images
+from support.cli_cases import flow, grey_images, write_images
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
@@ -366,3 +367,45 @@ def test_what_is_no_state_is_not_accepted(
     result = CliRunner().invoke(app, ["accept", str(state), str(detector), "--reason", reason])
     assert result.exit_code == 1
     assert (state.read_bytes() if state.exists() else None) == before
+
+
+def test_what_a_watch_would_refuse_is_not_accepted(detector: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    watched(detector, usual(tmp_path / "inbox", 3), "--state", state)
+    before = state.read_bytes()
+    arguments = ["accept", str(state), str(detector), "--reason", "x", "--fpr", "0.000001"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, state.read_bytes()) == (1, before)
+    assert "needs at least" in result.output
+    record = json.loads(before)
+    record["monitor"]["model"] = "0" * 12
+    state.write_text(json.dumps(record))
+    result = CliRunner().invoke(app, arguments[:-2])
+    assert result.exit_code == 1
+    assert "Expected the state of a monitor of the weights" in result.output
+    assert json.loads(state.read_text()) == record
+
+
+def refusing() -> om.Adapter:
+    """A flow that refuses white images, as one with a bounded support does."""
+
+    def log_prob(module: Any, x: Tensor) -> Tensor:
+        if (x.flatten(1).min(1).values == 1).any():
+            raise ValueError("Expected value to be within the support")
+        return module.log_prob(x)  # type: ignore[no-any-return]
+
+    return om.LogLikelihood(flow().module, log_prob)
+
+
+def test_a_file_that_the_model_refuses_alone_ends_no_watch(tmp_path: Path) -> None:
+    folder = tmp_path / "detector"
+    held_out = write_images(tmp_path / "held_out", grey_images(240))
+    arguments = ["fit", f"{__name__}:refusing", str(held_out), str(folder), "--seed", "0"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    inbox, state = usual(tmp_path / "inbox", 8), tmp_path / "state.json"
+    Image.fromarray(np.full((4, 4), 255, np.uint8)).save(inbox / "white.png")
+    for batch_size in (8, 4):
+        result = watched(folder, inbox, "--state", state, "--batch-size", batch_size)
+        assert result.exit_code in (OK, WARN), result.output
+    assert (state_of(state)["samples_seen"], state_of(state)["invalid"]) == (9, 1)
