@@ -614,7 +614,7 @@ def test_held_out_data_that_will_not_do_are_refused(held_out: list[Any], message
 
 @pytest.mark.parametrize("x", [BRANCHES.data(100), torch.ones(())], ids=["batch", "number"])
 def test_a_tensor_is_no_loader(x: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"iterable of batches, got a tensor of .*`\[tensor\]`"):
+    with pytest.raises(ValueError, match=r"iterable of batches, got a tensor of .*`\[batch\]`"):
         om.Detector(BRANCHES()).fit(x, progress=False)
 
 

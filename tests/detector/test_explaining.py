@@ -141,7 +141,7 @@ def test_none_are_kept_of_a_detector_that_is_not_to_explain() -> None:
     assert made.explain(batch).surprise
     with pytest.raises(ValueError, match="got one without: explain=0"):
         made.explain(batch, layers=True)
-    with pytest.raises(ValueError, match="number of samples to explain by, got -1"):
+    with pytest.raises(ValueError, match="explain of at least 0, got -1"):
         om.Detector(adapter_of("vae"), explain=-1)
     with pytest.raises(RuntimeError, match="call `fit` first"):
         om.Detector(adapter_of("vae")).explain(batch)
