@@ -103,7 +103,7 @@ class MixDetector:
         >>> detector = MixDetector([450, 50], ert=1_000)
         >>> found = [detector.update(i % 2) for i in range(100)]  # each a half
         >>> next(i for i, evidence in enumerate(found) if evidence.alarm)
-        26
+        21
     """
 
     def __init__(self, counts: ArrayLike, *, ert: float, seed: int = 0) -> None:

@@ -145,7 +145,7 @@ class Monitor:
 
     @property
     def detector(self) -> Detector:
-        """What the stream is judged by: a copy of the detector as it was given."""
+        """A copy of the detector as it was given, by which the stream is judged."""
         return self._watched.detector
 
     @property
