@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from benchmarks.harness.measurement import claim, conclude, machine
-from ood_monitor.drift.e_detector import JUMP, EDetector
+from ood_monitor.drift.bets import JUMP
+from ood_monitor.drift.e_detector import EDetector
 
 #: History, promised run time, runs, and where they are cut off.
 CELLS = [

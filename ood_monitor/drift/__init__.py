@@ -6,7 +6,8 @@ average. :func:`expected_delay` says how soon a change is found, and a :class:`T
 the gradients of a training.
 """
 
-from ood_monitor.drift.e_detector import EDetector, Evidence, pooled_log_e_value
+from ood_monitor.drift.e_detector import EDetector
+from ood_monitor.drift.evidence import Evidence, pooled_log_e_value
 from ood_monitor.drift.power import expected_delay
 from ood_monitor.drift.training import TrainingScore, TrainingStream
 

@@ -61,142 +61,53 @@ import hashlib
 import math
 import operator
 import sys
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from array import array
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.calibration.conformal import check_scores
-from ood_monitor.checks import number, whole
-from ood_monitor.drift.change import KEPT, Since, since_when
-
-JUMP = 0.01
-"""The share :math:`J` of the Simple Jumper's capital that is dealt out anew at each step."""
+from ood_monitor.checks import whole
+from ood_monitor.drift.bets import (
+    EVEN,
+    Sums,
+    Triple,
+    log1p_exp,
+    log_mean_exp,
+    log_middle_bet,
+    log_power_bet,
+    simple_jumper,
+    smoothed_rank,
+)
+from ood_monitor.drift.change import Bets, Since
+from ood_monitor.drift.evidence import Evidence, checked_ert
+from ood_monitor.drift.tie_breaker import TieBreaker
 
 STATE_FORMAT = 3
 """The version of :meth:`EDetector.state_dict`."""
 
-Triple = tuple[float, float, float]
-Sums = tuple[float, float, float, float]
-
-_THIRD = 1.0 / 3.0
-_LOG_HALF, _LOG_6 = math.log(0.5), math.log(6.0)
-_SMALLEST_UNIFORM = 2.0**-53
 # What an infinite score counts as: no other is beyond it, and JSON can hold it.
 _LARGEST = sys.float_info.max
-# Keeps U_n apart from the numbers a user's generator with the same seed makes the scores from.
 _SEED_DOMAIN = 0x65_64_65_74
-
-
-def smoothed_rank(history: Sequence[float], score: float, u: float) -> tuple[float, float]:
-    r"""Returns the smoothed conformal p-value of a score, and its complement.
-
-    .. math:: p = \frac{\#\{i : h_i > s\} + u (1 + \#\{i : h_i = s\})}{n + 1}
-
-    Args:
-        history: The scores :math:`h` before this one in ascending order, with length n.
-        score: The score :math:`s`.
-        u: The tie-breaker, uniform on (0, 1).
-
-    Returns:
-        :math:`p` and :math:`1 - p`, each from its own counts: both above 0, and neither rounded
-        by a subtraction from 1.
-    """
-    less = bisect_left(history, score)
-    not_greater = bisect_right(history, score, less)
-    n = len(history)
-    tied = 1 + not_greater - less
-    return (n - not_greater + u * tied) / (n + 1), (less + (1.0 - u) * tied) / (n + 1)
-
-
-def log_power_bet(p: float) -> float:
-    r"""Returns the log e-value of the bet on small p-values, :math:`e = \frac{1}{2} p^{-1/2}`.
-
-    Args:
-        p: The p-value, in (0, 1].
-
-    Returns:
-        :math:`\log e`, in nats.
-    """
-    return _LOG_HALF - 0.5 * math.log(p)
-
-
-def log_middle_bet(p: float, complement: float) -> float:
-    r"""Returns the log e-value of the bet on p-values near a half, :math:`e = 6 p (1 - p)`.
-
-    Args:
-        p: The p-value, above 0.
-        complement: 1 - p, above 0.
-
-    Returns:
-        :math:`\log e`, in nats.
-    """
-    return _LOG_6 + math.log(p) + math.log(complement)
-
-
-def simple_jumper(weights: Triple, p: float) -> tuple[float, Triple]:
-    r"""Lets the Simple Jumper bet on one p-value.
-
-    Args:
-        weights: The share of the capital on :math:`\epsilon = -1, 0, 1`, summing to 1.
-        p: The p-value.
-
-    Returns:
-        :math:`\log e`, in nats, and the shares after the bet.
-    """
-    dealt, tilt = JUMP * _THIRD, p - 0.5
-    small = ((1.0 - JUMP) * weights[0] + dealt) * (1.0 - tilt)
-    even = (1.0 - JUMP) * weights[1] + dealt
-    large = ((1.0 - JUMP) * weights[2] + dealt) * (1.0 + tilt)
-    e = small + even + large
-    return math.log(e), (small / e, even / e, large / e)
-
-
-def log1p_exp(x: float) -> float:
-    """Returns log(1 + exp(x)) without overflow: log R in, log(1 + R) out."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def log_mean_exp(x: Sums) -> float:
-    """Returns the log of the mean of exp(x) without overflow."""
-    top = max(x)
-    first, second, third, fourth = x
-    total = math.exp(first - top) + math.exp(second - top)
-    total += math.exp(third - top) + math.exp(fourth - top)
-    return top + math.log(0.25 * total)
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    r"""What is known after one sample.
-
-    Attributes:
-        p_value: The sequential smoothed rank :math:`p_n`, in (0, 1]; small = anomalous.
-        log_e_value: :math:`\log R_n` in nats, of the average Shiryaev-Roberts sum.
-        alarm: Whether :math:`R_n` is at least the expected run time asked for.
-        n: Samples since the start of this episode, this one included.
-    """
-
-    p_value: float
-    log_e_value: float
-    alarm: bool
-    n: int
 
 
 @dataclass(slots=True)
 class _Episode:
-    """What an episode adds to the calibration scores; histories are by group."""
+    """What an episode adds to the calibration scores; histories are by group, ascending.
 
-    histories: list[list[float]]
-    stream: list[float] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    bets: deque[Sums] = field(default_factory=lambda: deque(maxlen=KEPT))
+    Numbers are in arrays, of which a copy takes no time worth the name.
+    """
+
+    histories: list["array[float]"]
+    stream: "array[float]" = field(default_factory=lambda: array("d"))
+    groups: "array[int]" = field(default_factory=lambda: array("q"))
+    bets: Bets = field(default_factory=lambda: Bets(4))
     log1p_sums: Sums = (0.0, 0.0, 0.0, 0.0)
-    weights: Triple = (_THIRD, _THIRD, _THIRD)
+    weights: Triple = EVEN
     n: int = 0
     grows: bool = True
 
@@ -216,9 +127,10 @@ class _Episode:
         return log_mean_exp((large, small, mean, alike))
 
     def copy(self) -> "_Episode":
-        histories = [history.copy() for history in self.histories]
-        lists = {name: getattr(self, name).copy() for name in ("stream", "groups", "bets")}
-        return replace(self, histories=histories, **lists)
+        found = copy.copy(self)
+        found.histories = [history[:] for history in self.histories]
+        found.stream, found.groups, found.bets = self.stream[:], self.groups[:], self.bets.copy()
+        return found
 
 
 class EDetector:
@@ -291,14 +203,19 @@ class EDetector:
         self._log_ert = math.log(self.ert)
         self._calibration = _by_group(check_scores(calibration_scores), groups, group_count)
         self._digest = _digest(self._calibration)
-        self._generator = tie_breaker(_SEED_DOMAIN, seed)
+        self._ties = TieBreaker(_SEED_DOMAIN, seed)
         self.restart()
+
+    @property
+    def n(self) -> int:
+        """Samples since the start of this episode."""
+        return self._episode.n
 
     def copy(self) -> Self:
         """Returns a detector that goes on from here, and changes nothing of this one."""
         other = copy.copy(self)
         other._episode = self._episode.copy()
-        other._generator = copy.deepcopy(self._generator)
+        other._ties = self._ties.copy()
         return other
 
     def restart(self, *, grow: bool = True) -> None:
@@ -313,7 +230,7 @@ class EDetector:
             grow: Whether the history grows with the stream. Where a change is known to go on, it
                 had better not, or the change is taken in and looks over.
         """
-        self._episode = _Episode([scores.copy() for scores in self._calibration], grows=grow)
+        self._episode = _Episode([scores[:] for scores in self._calibration], grows=grow)
 
     def update(self, score: float, group: int = 0) -> Evidence:
         """Takes in the score of one sample.
@@ -359,8 +276,7 @@ class EDetector:
     def _advance(self, score: float, group: int) -> Evidence:
         episode = self._episode
         history = episode.histories[group]
-        u = self._generator.random() or _SMALLEST_UNIFORM
-        p, complement = smoothed_rank(history, score, u)
+        p, complement = smoothed_rank(history, score, self._ties.draw())
         if episode.grows and len(history) < self.max_history:
             episode.remember(score, group)
         log_e = episode.bet(p, complement)
@@ -372,7 +288,7 @@ class EDetector:
         Raises:
             ValueError: If no sample was taken in since the start.
         """
-        return since_when(self._episode.bets)
+        return self._episode.bets.since()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without the calibration scores, as primitives that JSON can hold."""
@@ -386,10 +302,10 @@ class EDetector:
             "grows": episode.grows,
             "log1p_sums": list(episode.log1p_sums),
             "weights": list(episode.weights),
-            "stream": episode.stream.copy(),
-            "groups": episode.groups.copy() if len(self._calibration) > 1 else [],
-            "bets": [list(bets) for bets in episode.bets],
-            "generator": tie_breaker_state(self._generator),
+            "stream": episode.stream.tolist(),
+            "groups": episode.groups.tolist() if len(self._calibration) > 1 else [],
+            "bets": episode.bets.tolist(),
+            "generator": self._ties.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,10 +321,10 @@ class EDetector:
         self._refuse_foreign(state)
         try:
             episode = self._episode_of(state)
-            generator = tie_breaker_of(state["generator"])
+            ties = TieBreaker.of_state(state["generator"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"Malformed drift state: {error!r}.") from error
-        self._episode, self._generator = episode, generator
+        self._episode, self._ties = episode, ties
 
     def _refuse_foreign(self, state: Mapping[str, Any]) -> None:
         mine = {
@@ -433,61 +349,19 @@ class EDetector:
             room = max(self.max_history - len(scores), 0) if grows else 0
             if len(own) > min(n, room):
                 raise ValueError(f"{len(own)} scores after {n} samples")
-            histories.append(sorted(scores + own))
+            histories.append(array("d", sorted([*scores, *own])))
         if len(histories) == 1 and len(stream) != min(n, room):
             raise ValueError(f"{len(stream)} scores after {n} samples")
         return _Episode(
             histories,
-            stream=stream,
-            groups=groups.tolist(),
-            bets=deque(map(_sums, state["bets"]), maxlen=KEPT),
+            stream=array("d", stream),
+            groups=array("q", groups.tolist()),
+            bets=Bets.parse(state["bets"], 4, n),
             log1p_sums=_sums(state["log1p_sums"]),
             weights=_triple(state["weights"]),
             n=n,
             grows=grows,
         )
-
-
-def pooled_log_e_value(log_e_values: Iterable[float]) -> float:
-    r"""Returns the log of the mean e-value of several workers, each with a stream of its own.
-
-    An average of e-detectors is one: alarming when it is at least ``log(ert)`` promises ``ert``
-    samples a worker, on average over workers, to a false alarm. It sees at once what they see
-    together, where each alone would still wait.
-
-    Args:
-        log_e_values: Each worker's latest :attr:`Evidence.log_e_value`, in nats; -inf before its
-            first sample.
-
-    Returns:
-        The log of their mean, in nats.
-
-    Raises:
-        ValueError: If there is none, or one is nan.
-    """
-    values = np.array(list(log_e_values), dtype=np.float64)
-    if not len(values) or np.isnan(values).any():
-        raise ValueError(f"Expected log e-values of at least one worker, got {values.tolist()}.")
-    return float(np.logaddexp.reduce(values) - math.log(len(values)))
-
-
-def checked_ert(ert: float) -> float:
-    """Returns an expected run time that a test can promise.
-
-    Raises:
-        ValueError: If it is below 2 or not finite.
-        TypeError: If it is no number.
-    """
-    found = number("ert", ert, 2.0)
-    if math.isinf(found):
-        raise ValueError(f"Expected a finite ert, got {ert}.")
-    return found
-
-
-def tie_breaker(domain: int, seed: int) -> np.random.Generator:
-    """Returns the generator of tie-breakers of one kind of test."""
-    entropy = np.random.SeedSequence([domain, whole("seed", seed)])
-    return np.random.Generator(np.random.PCG64(entropy))
 
 
 def _checked_groups(groups: ArrayLike | None, count: int, group_count: int) -> NDArray[np.int64]:
@@ -501,13 +375,13 @@ def _checked_groups(groups: ArrayLike | None, count: int, group_count: int) -> N
 
 def _by_group(
     scores: NDArray[np.float64], groups: ArrayLike | None, group_count: int | None
-) -> list[list[float]]:
+) -> list["array[float]"]:
     """Calibration scores of each group, ascending."""
     if group_count is None:
         group_count = 1 if groups is None else int(np.max(np.asarray(groups), initial=0)) + 1
     own = _checked_groups(groups, len(scores), whole("group_count", group_count, 1))
     # Adding 0 makes -0 and 0, which tie, the same to the digest.
-    return [(np.sort(scores[own == group]) + 0.0).tolist() for group in range(group_count)]
+    return [array("d", np.sort(scores[own == group]) + 0.0) for group in range(group_count)]
 
 
 def _digest(calibration: Sequence[Sequence[float]]) -> str:
@@ -526,22 +400,3 @@ def _sums(values: Sequence[float]) -> Sums:
 def _triple(values: Sequence[float]) -> Triple:
     first, second, third = check_scores(values, minimum=3).tolist()
     return first, second, third
-
-
-def tie_breaker_state(generator: np.random.Generator) -> dict[str, str]:
-    """Returns where a generator of :func:`tie_breaker` stands."""
-    state = generator.bit_generator.state["state"]
-    # 128 bits: as text, since many a JSON reader makes a double of a number.
-    return {name: str(state[name]) for name in ("state", "inc")}
-
-
-def tie_breaker_of(state: Mapping[str, str]) -> np.random.Generator:
-    """Returns the generator that goes on from what :func:`tie_breaker_state` gave."""
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": int(state["state"]), "inc": int(state["inc"])},
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    return np.random.Generator(bits)

@@ -12,32 +12,28 @@ each group, the height
 
 .. math:: f(p) = \frac{r_g + K w_g}{w_g (\sum_h r_h + K)},
 
-where :math:`r_g` counts what fell there, a share :math:`1 - \gamma` forgotten at each step, and
-:math:`K = 30` samples are spread evenly beforehand. There are four bettors with
-:math:`\gamma \in \{.95, .99, .998, 1\}`, and the average of their Shiryaev-Roberts sums is an
-e-detector, as in :mod:`~ood_monitor.drift.e_detector`. The counts are the whole history, so that it
-need not freeze.
+where :math:`w_g` is the share of the group among the samples before (half a sample more of each,
+so that one never seen has one), :math:`r_g` counts what fell there, a share :math:`1 - \gamma`
+forgotten at each step, and :math:`K = 30` samples are spread evenly beforehand. There are four
+bettors with :math:`\gamma \in \{.95, .99, .998, 1\}`, and the average of their Shiryaev-Roberts
+sums is an e-detector, as in :mod:`~ood_monitor.drift.e_detector`. The counts are the whole history,
+so that it need not freeze.
 """
 
 import copy
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.checks import whole
-from ood_monitor.drift.change import KEPT, Since, since_when
-from ood_monitor.drift.e_detector import (
-    Evidence,
-    checked_ert,
-    tie_breaker,
-    tie_breaker_of,
-    tie_breaker_state,
-)
+from ood_monitor.drift.change import Bets, Since
+from ood_monitor.drift.evidence import Evidence, checked_ert, pooled_log_e_value
+from ood_monitor.drift.tie_breaker import TieBreaker
 
 __all__ = ["MixDetector"]
 
@@ -54,34 +50,36 @@ _Array = NDArray[np.float64]
 _KEPT, _EVEN = np.array([0.95, 0.99, 0.998, 1.0]), 30.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Episode:
     """What an episode has seen of G groups."""
 
     counts: NDArray[np.int64]  # (G,), calibration samples included
     recent: _Array  # (4, G), what each bettor remembers
-    log1p_sums: _Array  # (4,)
-    bets: tuple[_Array, ...] = ()  # of the latest samples, (4,) each
+    log1p_sums: _Array = field(default_factory=lambda: np.zeros(len(_KEPT)))  # (4,)
+    bets: Bets = field(default_factory=lambda: Bets(len(_KEPT)))
     n: int = 0
 
-    @classmethod
-    def of(cls, counts: NDArray[np.int64]) -> Self:
-        return cls(counts, np.zeros((len(_KEPT), len(counts))), np.zeros(len(_KEPT)))
-
-    def after(self, group: int, u: float, shares: _Array) -> tuple[Self, Evidence]:
-        """The episode after a sample of a group, and its evidence but for the alarm."""
-        own = np.arange(len(self.counts)) == group
-        p = (self.counts[:group].sum() + u * (1 + self.counts[group])) / (1 + self.counts.sum())
+    def take(self, group: int, u: float) -> tuple[float, float]:
+        """Moves on by a sample of a group; where it fell, and the log of the average sum."""
+        counts = self.counts
+        p = float((counts[:group].sum() + u * (1 + counts[group])) / (1 + counts.sum()))
+        shares = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))  # none of them 0
         fell = min(int(np.searchsorted(np.cumsum(shares), p)), len(shares) - 1)
         heights = (self.recent[:, fell] + _EVEN * shares[fell]) / (self.recent.sum(1) + _EVEN)
         bets = np.log(heights / shares[fell])
         sums = self.log1p_sums + bets
-        recent = self.recent * _KEPT[:, None]
-        recent[:, fell] += 1
-        kept = (*self.bets[1 - KEPT :], bets)
-        after = type(self)(self.counts + own, recent, np.logaddexp(0.0, sums), kept, self.n + 1)
-        log_e_value = float(np.logaddexp.reduce(sums)) - math.log(len(sums))
-        return after, Evidence(float(p), log_e_value, False, after.n)
+        self.log1p_sums = np.logaddexp(0.0, sums)
+        self.recent *= _KEPT[:, None]
+        self.recent[:, fell] += 1
+        counts[group] += 1
+        self.bets.append(bets)
+        self.n += 1
+        return p, pooled_log_e_value(sums)
+
+    def copy(self) -> "_Episode":
+        counts, recent = self.counts.copy(), self.recent.copy()
+        return replace(self, counts=counts, recent=recent, bets=self.bets.copy())
 
 
 class MixDetector:
@@ -103,7 +101,7 @@ class MixDetector:
         >>> detector = MixDetector([450, 50], ert=1_000)
         >>> found = [detector.update(i % 2) for i in range(100)]  # each a half
         >>> next(i for i, evidence in enumerate(found) if evidence.alarm)
-        21
+        23
     """
 
     def __init__(self, counts: ArrayLike, *, ert: float, seed: int = 0) -> None:
@@ -111,19 +109,18 @@ class MixDetector:
         self._calibration = np.asarray(counts, dtype=np.int64)
         if self._calibration.ndim != 1 or not len(self._calibration) or self._calibration.min() < 0:
             raise ValueError(f"Expected counts of shape (G,), none below 0, got {counts!r}.")
-        smoothed = self._calibration + 0.5  # a group that no calibration sample is of may come
-        self._shares: _Array = smoothed / smoothed.sum()
-        self._generator = tie_breaker(_SEED_DOMAIN, seed)
+        self._ties = TieBreaker(_SEED_DOMAIN, seed)
         self.restart()
 
     def restart(self) -> None:
         """Begins a new episode: the sums are 0 and the counts are the calibration samples'."""
-        self._episode = _Episode.of(self._calibration)
+        counts = self._calibration.copy()
+        self._episode = _Episode(counts, np.zeros((len(_KEPT), len(counts))))
 
     def copy(self) -> Self:
         """Returns a detector that goes on from here, and changes nothing of this one."""
-        other = copy.copy(self)  # an episode is never written to
-        other._generator = copy.deepcopy(self._generator)
+        other = copy.copy(self)
+        other._episode, other._ties = self._episode.copy(), self._ties.copy()
         return other
 
     def update(self, group: int) -> Evidence:
@@ -137,9 +134,8 @@ class MixDetector:
         """
         if not 0 <= group < len(self._calibration):
             raise ValueError(f"Expected a group below {len(self._calibration)}, got {group}.")
-        u = 1.0 - self._generator.random()  # above 0
-        self._episode, evidence = self._episode.after(group, u, self._shares)
-        return replace(evidence, alarm=evidence.log_e_value >= math.log(self.ert))
+        p, log_e = self._episode.take(group, self._ties.draw())
+        return Evidence(p, log_e, log_e >= math.log(self.ert), self._episode.n, "mix")
 
     def since(self) -> Since:
         """Returns since when the evidence counts, back from the latest sample.
@@ -147,7 +143,7 @@ class MixDetector:
         Raises:
             ValueError: If no sample was taken in since the start.
         """
-        return since_when(tuple(bets) for bets in self._episode.bets)
+        return self._episode.bets.since()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without the calibration samples, as primitives for JSON."""
@@ -160,8 +156,8 @@ class MixDetector:
             "counts": (episode.counts - self._calibration).tolist(),
             "recent": episode.recent.tolist(),
             "log1p_sums": episode.log1p_sums.tolist(),
-            "bets": [bets.tolist() for bets in episode.bets],
-            "generator": tie_breaker_state(self._generator),
+            "bets": episode.bets.tolist(),
+            "generator": self._ties.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,12 +171,12 @@ class MixDetector:
         try:
             found = {name: state[name] for name in mine}
             episode = self._episode_of(state)
-            generator = tie_breaker_of(state["generator"])
+            ties = TieBreaker.of_state(state["generator"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"Malformed state of a mix: {error!r}.") from error
         if found != mine:
             raise ValueError(f"The state of the mix is another's: expected {mine}, got {found}.")
-        self._episode, self._generator = episode, generator
+        self._episode, self._ties = episode, ties
 
     @property
     def _digest(self) -> str:
@@ -195,7 +191,5 @@ class MixDetector:
         are_counts = counts.min() >= 0 and counts.sum() == n and recent.min() >= 0
         if not are_counts or not np.isfinite([*recent.flat, *sums]).all():
             raise ValueError(f"counts {counts.tolist()} after {n} samples")
-        bets = np.array(state["bets"], float).reshape(min(n, KEPT), len(_KEPT))
-        if not np.isfinite(bets).all():
-            raise ValueError("bets that are not finite")
-        return _Episode(self._calibration + counts, recent, sums, tuple(bets), n)
+        bets = Bets.parse(state["bets"], len(_KEPT), n)
+        return _Episode(self._calibration + counts, recent, sums, bets, n)

@@ -3,37 +3,17 @@
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import replace
+from typing import Any, Self
 
 from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.drift.change import Since
-from ood_monitor.drift.e_detector import EDetector, Evidence, checked_ert
+from ood_monitor.drift.e_detector import EDetector
+from ood_monitor.drift.evidence import Cause, Evidence, checked_ert, pooled_log_e_value
 from ood_monitor.drift.mix import MixDetector
 
-__all__ = ["StreamEvidence", "StreamTest"]
-
-Cause = Literal["data", "mix"]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEvidence:
-    """What is known of a stream after one sample.
-
-    Attributes:
-        p_value: The sequential rank of its score within its group; small = anomalous.
-        log_e_value: In nats, of the average of both tests.
-        alarm: Whether the e-value is at least the expected run time asked for.
-        n: Samples since the test last began.
-        cause: What most of the evidence is of: the data, or the mix of groups.
-    """
-
-    p_value: float
-    log_e_value: float
-    alarm: bool
-    n: int
-    cause: Cause
+__all__ = ["StreamTest"]
 
 
 class StreamTest:
@@ -71,9 +51,9 @@ class StreamTest:
             self._mix = MixDetector(counts, ert=ert, seed=seed)
 
     @property
-    def has_groups(self) -> bool:
-        """Whether a sample's group is asked for."""
-        return self._mix is not None
+    def n(self) -> int:
+        """Samples since the test last began."""
+        return self._data.n
 
     def copy(self) -> Self:
         """Returns a test that goes on from here, and changes nothing of this one."""
@@ -88,21 +68,26 @@ class StreamTest:
         if self._mix is not None:
             self._mix.restart()
 
-    def update(self, score: float, group: int = 0) -> StreamEvidence:
+    def update(self, score: float, group: int = 0) -> Evidence:
         """Takes in the score of one sample, and its group.
+
+        Returns:
+            The evidence: the rank of the score within its group, the average e-value, and what most
+            of it is of.
 
         Raises:
             ValueError: The score is nan or there is no such group; nothing is then changed.
         """
         data = self._data.update(score, group)
         mix = None if self._mix is None else self._mix.update(group)
-        log_e_value = data.log_e_value if mix is None else _mean(data, mix)
-        return StreamEvidence(
-            p_value=data.p_value,
+        if mix is None:
+            return data
+        log_e_value = pooled_log_e_value((data.log_e_value, mix.log_e_value))
+        return replace(
+            data,
             log_e_value=log_e_value,
             alarm=log_e_value >= self._log_ert,
-            n=data.n,
-            cause="mix" if mix is not None and mix.log_e_value > data.log_e_value else "data",
+            cause="mix" if mix.log_e_value > data.log_e_value else "data",
         )
 
     def since(self, cause: Cause) -> Since:
@@ -135,9 +120,3 @@ class StreamTest:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Malformed drift state: {error!r}.") from error
         vars(self).update(vars(resumed))
-
-
-def _mean(first: Evidence, second: Evidence) -> float:
-    """Log of the mean of two e-values."""
-    low, high = sorted((first.log_e_value, second.log_e_value))
-    return high + math.log1p(math.exp(low - high)) - math.log(2)

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from ood_monitor import EDetector
-from ood_monitor.drift.change import KEPT, since_when
+from ood_monitor.drift.change import KEPT, Bets
 from ood_monitor.drift.correlation import MEAN_RUN_TIMES, RUN_TIMES, expected_run_time
 
 
 def test_weights_are_products_of_bets_from_there_on() -> None:
     bets = np.log(np.random.default_rng(0).uniform(0.5, 2, (30, 2)))
     weights = np.array([np.exp(bets[t:].sum(0)).mean() for t in range(30)])
-    found = since_when(map(tuple, bets))
+    kept = Bets(2)
+    for row in bets:
+        kept.append(row)
+    found = kept.since()
     assert found.estimate == 29 - weights.argmax()
     least = np.argsort(-weights)
     enough = np.searchsorted(np.cumsum(weights[least]), 0.9 * weights.sum()) + 1

@@ -7,14 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from ood_monitor.drift.e_detector import (
-    JUMP,
-    EDetector,
-    Triple,
-    log_power_bet,
-    simple_jumper,
-    smoothed_rank,
-)
+from ood_monitor.drift.bets import JUMP, Triple, log_power_bet, simple_jumper, smoothed_rank
+from ood_monitor.drift.e_detector import EDetector
 
 pytest.importorskip("online_cp", reason="online-cp is not installed: `make benchmark-peers`")
 
