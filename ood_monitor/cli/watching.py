@@ -31,9 +31,9 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
-from ood_monitor.monitor.decisions import Decisions, Rules
-from ood_monitor.monitor.memory import Memory
-from ood_monitor.monitor.monitor import Monitor, check_model
+from ood_monitor.monitor.decisions import Decisions
+from ood_monitor.monitor.monitor import Monitor
+from ood_monitor.monitor.rules import Rules
 from ood_monitor.saving.fitted import Fitted, replace_files
 
 __all__ = ["EXIT_CODES", "accepted", "watch"]
@@ -176,13 +176,17 @@ class _Watch:
         """Of files that the model refuses, all that there are, none is scored.
 
         Raises:
-            Exception: The model's, if it has never scored a file of this stream.
+            Exception: The model's, if it has scored others in this run, so that it is broken now,
+                or if it has never scored any.
         """
         names = [str(file) for file in files]
         try:
             return self._monitor.update(self._model.batch(self._read(files)), ids=names)
         except Exception as error:  # of any kind: a model is anybody's code
-            if self._monitor.samples_seen == self._monitor.invalid:
+            if (
+                self._monitor.last is not None
+                or self._monitor.samples_seen == self._monitor.invalid
+            ):
                 raise
             say(f"not scored: {', '.join(names)}: {type(error).__name__}: {error}")
             nothing = torch.stack([no_image(self._shape)] * len(files))
@@ -256,16 +260,14 @@ def accepted(path: Path, fitted: Fitted, reason: str, *, name: str, fpr: float) 
         ValueError: No state of a watch, or of a detector with other layers.
     """
     with _read(path) as record:
-        state = record["monitor"]
-        check_model(state, fitted)
-        fitted.check_fpr(fpr)
-        rules = Rules(name=name, fpr=fpr, ert=float(state["drift"]["data"]["ert"]))
+        ert = record["monitor"]["drift"]["data"]["ert"]
+        rules = Rules(name=name, fpr=fpr, ert=ert)
+        fitted.check_fpr(rules.fpr)
         decisions = Decisions.of(rules, fitted, seed=0)
-        decisions.memory = Memory.parse(state, len(fitted.layers))
+        decisions = decisions.resumed(record["monitor"], with_test=False)
     decisions.accept(text("reason", reason))
     alert = decisions.memory.owed.pop()
-    monitor = state | {"drift": decisions.test.state_dict()} | decisions.memory.dump()
-    replace_files({path: json.dumps(record | {"monitor": monitor}).encode()})
+    replace_files({path: json.dumps(record | {"monitor": decisions.dump()}).encode()})
     return alert
 
 

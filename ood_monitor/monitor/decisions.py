@@ -7,10 +7,10 @@ there: whatever interrupts it, samples are either taken in, with their alerts ow
 import copy
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 from ood_monitor.alerts.alert import (
     Alert,
@@ -21,60 +21,24 @@ from ood_monitor.alerts.alert import (
     severity_of,
 )
 from ood_monitor.densities import Array
-from ood_monitor.drift.change import Since
-from ood_monitor.drift.stream import StreamEvidence, StreamTest
+from ood_monitor.drift.change import KEPT, Since
+from ood_monitor.drift.evidence import Evidence
+from ood_monitor.drift.stream import StreamTest
 from ood_monitor.monitor.autocorrelation import OFTEN, ONCE, Neighbours, neighbours_of
 from ood_monitor.monitor.memory import Episode, Memory, Row, top_layers, top_terms
+from ood_monitor.monitor.rules import Rules
 from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Decisions", "Rules"]
+__all__ = ["Decisions"]
+
+#: Version of what :meth:`Decisions.dump` gives; 2 knew no groups, invalid runs or alerts owed.
+_STATE_FORMAT = 3
 
 #: Of the latest hundred samples, as many that cannot be scored are an incident.
-MANY_INVALID = 10
+_MANY_INVALID = 10
 
 #: A drift counts as over after so many times the samples that its evidence took to gather.
 _TIMES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How a monitor decides; attributes are the arguments of :class:`~ood_monitor.Monitor`.
-
-    Attributes:
-        name: The stream's name.
-        fpr: False-positive rate of single samples.
-        ert: Expected run time to a false drift alarm, in tested samples.
-        recovery: Tested samples, or a time, without an alarm after which a stream has recovered.
-        cooldown: Samples after a sample alert without another.
-        summary_every: Samples between running figures.
-        thin: Every how many samples one is tested for a drift.
-    """
-
-    name: str
-    fpr: float
-    ert: float
-    recovery: int | timedelta = 500
-    cooldown: int = 100
-    summary_every: int = 100
-    thin: int = 1
-
-    def is_over(self, memory: Memory) -> bool:
-        """Whether what was told of has ended."""
-        if isinstance(self.recovery, timedelta):
-            return memory.quiet_seconds >= self.recovery.total_seconds()
-        return memory.quiet >= max(self.recovery, memory.needed)
-
-    @property
-    def told_recovery(self) -> str:
-        """In words."""
-        if isinstance(self.recovery, timedelta):
-            return f"{self.recovery} without a new alarm"
-        return f"{self.recovery:,} samples without a new alarm"
-
-    @property
-    def valid_again(self) -> int:
-        """Valid samples after which an invalid one is news again."""
-        return self.recovery if isinstance(self.recovery, int) else 500
 
 
 @dataclass
@@ -85,30 +49,66 @@ class Decisions:
         rules: How it is decided.
         fitted: What scores are judged by.
         test: For a drift.
-        memory: All else that is remembered.
-        neighbours: How much neighbouring samples were alike when they last surely were.
-        next_look: Samples from which on the weights are looked at again.
         seen_at: When the latest samples came, of a clock that never steps back, in seconds.
+        memory: All else that is remembered.
+        neighbours: How much neighbouring samples were alike when they first surely were.
+        next_look: Samples from which on the weights are looked at again.
     """
 
     rules: Rules
     fitted: Fitted
     test: StreamTest
+    seen_at: float
     memory: Memory = field(default_factory=Memory)
     neighbours: Neighbours | None = None
     next_look: int = 0
-    seen_at: float = field(default_factory=lambda: time.monotonic())
 
     @classmethod
     def of(cls, rules: Rules, fitted: Fitted, *, seed: int) -> Self:
         """Of a stream that begins, judged by what a detector has learned."""
-        return cls(rules, fitted, stream_test(fitted, ert=rules.ert, seed=seed))
+        test = _stream_test(fitted, ert=rules.ert, seed=seed)
+        return cls(rules, fitted, test, time.monotonic())
 
     def copy(self) -> Self:
         """Decisions that go on from here, and change nothing of these."""
         found = copy.copy(self)
         found.test, found.memory = self.test.copy(), self.memory.copy()
         return found
+
+    def dump(self) -> dict[str, Any]:
+        """All that is remembered, as primitives that JSON can hold."""
+        state = {"format": _STATE_FORMAT, "model": self.fitted.model}
+        return state | {"drift": self.test.state_dict()} | self.memory.dump()
+
+    def resumed(self, state: Mapping[str, Any], *, with_test: bool = True) -> Self:
+        """Decisions that go on where :meth:`dump` was called.
+
+        Args:
+            state: What it gave.
+            with_test: Whether the drift test goes on too, which has the same calibration then.
+
+        Raises:
+            ValueError: Something else, or of another format, weights, calibration or ``ert``.
+        """
+        found = state.get("format") if isinstance(state, Mapping) else None
+        if found != _STATE_FORMAT:
+            raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
+        if state.get("model") != self.fitted.model:
+            raise ValueError(
+                f"Expected the state of a monitor of the weights {self.fitted.model}, got one of "
+                f"{state.get('model')!r}."
+            )
+        resumed = replace(self.copy(), next_look=0)
+        try:
+            resumed.memory = Memory.parse(state, len(self.fitted.layers))
+            drift = dict(state["drift"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
+        if with_test:
+            resumed.test.load_state_dict(drift)
+            if len(resumed.memory.episode.tested) < min(resumed.test.n, KEPT):
+                raise ValueError("Expected the state of a monitor, got fewer samples than tested.")
+        return resumed
 
     def take(self, rows: Iterable[Row], *, stale: bool | None) -> list[Summary]:
         """Take in samples in their order; what they raise is owed in the memory.
@@ -133,11 +133,11 @@ class Decisions:
                 is_due = False  # the drift alert speaks for them
                 flagged.clear()
                 memory.untold.clear()
-            elif sample is not None and memory.muted:
-                memory.status, memory.quiet, memory.quiet_seconds = "WARN", 0, 0.0
             elif sample is not None:
-                flagged.append(row)
-                is_due = self._warn_of(sample) or is_due
+                memory.disturb("WARN")
+                if not memory.muted:
+                    flagged.append(row)
+                    is_due = self._is_due(sample) or is_due
             self._count_muted()
             if memory.samples_seen % self.rules.summary_every == 0:
                 summaries.append(self.summary())
@@ -150,8 +150,8 @@ class Decisions:
         """Begin a new episode: what the stream is now is what it should be."""
         memory = self.memory
         self._begin_anew()
-        memory.status, memory.quiet, memory.quiet_seconds, memory.needed = "OK", 0, 0.0, 0
-        memory.blind, memory.since_told, memory.valid_run = False, None, None
+        memory.disturb("OK")
+        memory.needed, memory.blind, memory.since_told, memory.valid_run = 0, False, None, None
         memory.validity.clear()
         memory.untold.clear()
         memory.held.clear()
@@ -198,10 +198,9 @@ class Decisions:
             return None
         return FlaggedSample(self.memory.samples_seen, row.p_value, row.id)
 
-    def _warn_of(self, sample: FlaggedSample) -> bool:
-        """Whether an alert of it is due."""
+    def _is_due(self, sample: FlaggedSample) -> bool:
+        """Whether an alert of a flagged sample is."""
         memory = self.memory
-        memory.status, memory.quiet, memory.quiet_seconds = "WARN", 0, 0.0
         memory.untold.append(sample)
         if memory.since_told is not None and memory.since_told < self.rules.cooldown:
             return False
@@ -220,11 +219,12 @@ class Decisions:
         memory.quiet += 1
         evidence = self.test.update(row.score, row.group)
         memory.log_e_value = evidence.log_e_value
-        memory.episode.ranks.append(evidence.p_value)
-        memory.episode.tested.append(memory.samples_seen)
+        memory.episode.test(evidence.p_value, memory.samples_seen)
         if evidence.alarm:
             self._alarm(evidence)
-        elif memory.status != "OK" and self.rules.is_over(memory):
+        elif memory.status != "OK" and self.rules.is_over(
+            memory.quiet, memory.quiet_seconds, memory.needed
+        ):
             self._recover()
 
     def _take_invalid(self, row: Row) -> None:
@@ -241,7 +241,7 @@ class Decisions:
     def _look_at_validity(self) -> None:
         """A run of samples that cannot be scored is an incident, until they can be again."""
         memory, invalid = self.memory, self.memory.validity.count(False)
-        if not memory.blind and invalid >= MANY_INVALID:
+        if not memory.blind and invalid >= _MANY_INVALID:
             memory.blind = True
             message = (
                 f"Invalid input: {invalid} of the latest {len(memory.validity)} samples could not "
@@ -255,10 +255,10 @@ class Decisions:
             message = f"Recovered: the latest {count} samples could all be scored."
             self._end("blind", self._alert("recovered", message))
 
-    def _alarm(self, evidence: StreamEvidence) -> None:
+    def _alarm(self, evidence: Evidence) -> None:
         memory, stands = self.memory, self.memory.status == "ALERT"
         self._look_at_neighbours()
-        memory.status, memory.quiet, memory.quiet_seconds = "ALERT", 0, 0.0
+        memory.disturb("ALERT")
         since = self.test.since(evidence.cause)
         memory.needed = max(memory.needed, _TIMES * (since.estimate + 1))
         if not stands:
@@ -270,7 +270,7 @@ class Decisions:
         self.test.restart(grow=grow)
         self.memory.episode, self.memory.log_e_value = Episode(), -math.inf
 
-    def _drift_alert(self, evidence: StreamEvidence, since: Since) -> Alert:
+    def _drift_alert(self, evidence: Evidence, since: Since) -> Alert:
         episode, tested = self.memory.episode, self.memory.episode.tested
         alike = neighbours_of(episode.ranks, self.rules.ert, ONCE)
         message = _drift_message(evidence, self.rules.ert, tested[-1 - since.estimate])
@@ -288,8 +288,8 @@ class Decisions:
         return replace(alert, evidence=figures)
 
     def _look_at_neighbours(self) -> None:
-        found = neighbours_of(self.memory.episode.ranks, self.rules.ert, OFTEN)
-        self.neighbours = found or self.neighbours
+        if self.neighbours is None:  # it is told once
+            self.neighbours = neighbours_of(self.memory.episode.ranks, self.rules.ert, OFTEN)
 
     def _recover(self) -> None:
         memory = self.memory
@@ -361,7 +361,7 @@ class Decisions:
         return memory.episode.evidence(log_e_value=memory.log_e_value, ert=rules.ert, fpr=rules.fpr)
 
 
-def stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:
+def _stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:
     """The drift test against what a detector was calibrated on, within its groups."""
     grouped = fitted.grouped
     if grouped is None:
@@ -375,7 +375,7 @@ def stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:
     )
 
 
-def _drift_message(evidence: StreamEvidence, ert: float, since: int) -> str:
+def _drift_message(evidence: Evidence, ert: float, since: int) -> str:
     what = "Drift" if evidence.cause == "data" else "Drift of the mix of groups"
     return (
         f"{what}: evidence e^{evidence.log_e_value:.1f} against the calibration data reached "

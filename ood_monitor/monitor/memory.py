@@ -2,6 +2,7 @@
 
 import copy
 import math
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ __all__ = ["LARGEST_PART", "Episode", "Memory", "Row", "rows_of", "top_layers", 
 #: Scores of the episode that the running figures cover, and samples that the layers' means do.
 _RECENT_SCORES, _RECENT_LAYERS = 1000, 50
 
-_DEQUES = ("scores", "flags", "ranks", "tested", "flagged")
+_KEPT = ("scores", "flags", "ranks", "tested", "flagged")
 
 #: Latest samples of which it counts how many could be scored.
 _RECENT_VALIDITY = 100
@@ -70,15 +71,15 @@ def rows_of(scores: Scores, names: Sequence[str], ids: Sequence[Any] | None) -> 
 class Episode:
     """Running figures since the last (re)start of the drift test.
 
-    Of the samples that went into the test, ``ranks`` are its own of them, and ``tested`` are their
-    positions in the stream, counted from 1.
+    Of the samples that went into the test, ``ranks`` are its own of the latest, and ``tested`` are
+    the positions in the stream, counted from 1, of as many as it keeps the bets of, or more.
     """
 
     seen: int = 0
     scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     ranks: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
-    tested: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT))
+    tested: "array[int]" = field(default_factory=lambda: array("q"))
     layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
     flagged: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
 
@@ -92,10 +93,18 @@ class Episode:
         before = self.layers if self.layers.size else np.zeros_like(row.layers)
         self.layers = before + (row.layers - before) / min(self.seen, _RECENT_LAYERS)
 
+    def test(self, rank: float, position: int) -> None:
+        """Take in a sample that the drift test has seen."""
+        self.ranks.append(rank)
+        self.tested.append(position)
+        if len(self.tested) > 2 * KEPT:  # seldom, as it moves all that is kept
+            del self.tested[:-KEPT]
+
     def copy(self) -> Self:
-        """One that goes on from here, and changes nothing of this one; arrays are not written."""
-        deques = {name: copy.copy(getattr(self, name)) for name in _DEQUES}
-        return replace(self, **deques)
+        """One that goes on from here, and changes nothing of this one."""
+        # The layers' means are never written to.
+        kept = {name: copy.copy(getattr(self, name)) for name in _KEPT}
+        return replace(self, **kept)
 
     def evidence(self, *, log_e_value: float, ert: float, fpr: float) -> AlertEvidence:
         """The figures of the latest thousand samples, with what else an alert says."""
@@ -169,6 +178,10 @@ class Memory:
             held=copy.copy(self.held),
         )
 
+    def disturb(self, status: Status) -> None:
+        """What a recovery counts begins anew."""
+        self.status, self.quiet, self.quiet_seconds = status, 0, 0.0
+
     @property
     def overall(self) -> Status:
         """The status, of samples, weights and input together."""
@@ -200,7 +213,7 @@ class Memory:
             "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
             "flags": list(episode.flags),
             "ranks": list(episode.ranks),
-            "tested": list(episode.tested),
+            "tested": episode.tested[-KEPT:].tolist(),
             "layers": episode.layers.tolist(),
             "flagged": _plain(episode.flagged),
         }

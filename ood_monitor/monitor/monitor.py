@@ -13,10 +13,11 @@ from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts.alert import Alert, Reading, Sink, Status, Summary
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.calibration.scores import Scores
-from ood_monitor.checks import number, text, whole
+from ood_monitor.checks import text, whole
 from ood_monitor.detector.detector import Detector
-from ood_monitor.monitor.decisions import Decisions, Rules
-from ood_monitor.monitor.memory import Memory, rows_of
+from ood_monitor.monitor.decisions import Decisions
+from ood_monitor.monitor.memory import rows_of
+from ood_monitor.monitor.rules import Rules
 from ood_monitor.monitor.scoring import first_sound, scored
 from ood_monitor.monitor.staleness import Weights
 from ood_monitor.processes import Lock
@@ -24,9 +25,6 @@ from ood_monitor.saving.fingerprints import hashes_where
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Monitor"]
-
-#: Version of :meth:`Monitor.state_dict`; 2 knew no groups, no invalid runs and no alerts owed.
-_STATE_FORMAT = 3
 
 _log = logging.getLogger(__name__)
 
@@ -115,13 +113,13 @@ class Monitor:
     ) -> None:
         fitted = detector.fitted
         rules = Rules(
-            name=text("name", name),
-            fpr=number("fpr", fpr),
-            ert=number("ert", ert),
-            recovery=_checked_recovery(recovery),
-            cooldown=whole("cooldown", cooldown),
-            summary_every=whole("summary_every", summary_every, 1),
-            thin=whole("thin", thin, 1),
+            name=name,
+            fpr=fpr,
+            ert=ert,
+            recovery=recovery,
+            cooldown=cooldown,
+            summary_every=summary_every,
+            thin=thin,
         )
         fitted.check_fpr(rules.fpr)
         if identify not in (None, "hash"):
@@ -135,7 +133,6 @@ class Monitor:
             Weights(detector.adapter.module, fitted.model),
             Decisions.of(rules, fitted, seed=seed),
         )
-        self._is_told_of_neighbours = False
         self._lock = Lock()
         self._good: Batch | None = None
         if weights_every:
@@ -237,11 +234,13 @@ class Monitor:
         self._check_groups(scores)
         with self._lock:
             summaries: list[Summary] = []
+            was_told = self._decisions.neighbours is not None
             alerts = self._step(lambda d: summaries.extend(self._take(d, scores, ids)))
             self.last = scores
             for summary in summaries:
                 self._dispatcher.summarise(summary)
-            self._warn_of_neighbours(self._decisions)
+            if not was_told:
+                self._warn_of_neighbours()
         self._measure(scores)
         return alerts
 
@@ -309,9 +308,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """All that the monitor remembers, as primitives that JSON can hold."""
         with self._lock:
-            decisions = self._decisions
-            state = {"format": _STATE_FORMAT, "model": decisions.fitted.model}
-            return state | {"drift": decisions.test.state_dict()} | decisions.memory.dump()
+            return self._decisions.dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume, to the bit, where :meth:`state_dict` was called.
@@ -319,21 +316,10 @@ class Monitor:
         Raises:
             ValueError: A state of another format, detector or ``ert``; nothing is changed.
         """
-        found = state.get("format") if isinstance(state, Mapping) else None
-        if found != _STATE_FORMAT:
-            raise ValueError(f"Expected a state of format {_STATE_FORMAT}, got {found!r}.")
         with self._lock:
             self._hand_over()  # what this monitor still owes is not the state's to drop
-            decisions = self._decisions.copy()
-            check_model(state, decisions.fitted)
-            try:
-                decisions.memory = Memory.parse(state, len(decisions.fitted.layers))
-                drift = dict(state["drift"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
-            decisions.test.load_state_dict(drift)
-            decisions.next_look = 0
-            self._watched = replace(self._watched, decisions=decisions)
+            resumed = self._decisions.resumed(state)
+            self._watched = replace(self._watched, decisions=resumed)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
@@ -410,14 +396,14 @@ class Monitor:
         decisions.next_look = seen + self._weights_every
         return self._watched.weights.are_stale()
 
-    def _warn_of_neighbours(self, decisions: Decisions) -> None:
-        if decisions.neighbours is not None and not self._is_told_of_neighbours:
-            self._is_told_of_neighbours = True
+    def _warn_of_neighbours(self) -> None:
+        found = self._decisions.neighbours
+        if found is not None:
             _log.warning(
                 "Stream %r: %s Pass `thin=`, or one sample of each independent unit (a request, a "
                 "user).",
                 self.name,
-                decisions.neighbours,
+                found,
             )
 
     def _measure(self, scores: Scores | None = None, **measured: Any) -> None:
@@ -441,19 +427,3 @@ class _Watched:
     detector: Detector
     weights: Weights
     decisions: Decisions
-
-
-def check_model(state: Mapping[str, Any], fitted: Fitted) -> None:
-    if state.get("model") != fitted.model:
-        raise ValueError(
-            f"Expected the state of a monitor of the weights {fitted.model}, got one of "
-            f"{state.get('model')!r}."
-        )
-
-
-def _checked_recovery(recovery: Any) -> int | timedelta:
-    if isinstance(recovery, timedelta):
-        if recovery <= timedelta():
-            raise ValueError(f"Expected a recovery time above 0, got {recovery!r}.")
-        return recovery
-    return whole("recovery", recovery, 1)

@@ -128,7 +128,7 @@ class _Halving:
         for good in self._sound():
             try:
                 self._detector.score(good)
-            except Exception:
+            except Exception:  # of any kind, as above
                 continue
             return
         raise error from None

@@ -593,8 +593,8 @@ def test_smallest_fpr_flags_what_is_beyond_all_calibration_samples() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"fpr": 0.0}, r"false-positive rate in \(0, 1\)"),
-        ({"fpr": 1.0}, r"false-positive rate in \(0, 1\)"),
+        ({"fpr": 0.0}, r"fpr in \(0, 1\), got 0.0"),
+        ({"fpr": 1.0}, r"fpr in \(0, 1\), got 1.0"),
         ({"ert": 1}, r"ert in \[2, inf\], got 1"),
         ({"ert": math.inf}, "finite ert"),
         ({"recovery": 0}, "recovery of at least 1, got 0"),
