@@ -6,7 +6,7 @@ from itertools import chain
 
 from torch import Tensor, nn, uint8
 
-from ood_monitor.adapters.base import Batch, tensors_in
+from ood_monitor.adapters.base import Batch, batch_size, tensors_in
 from ood_monitor.modules import stored_weights, whole
 
 __all__ = [
@@ -69,8 +69,7 @@ def sample_hashes(batch: Batch, rows: Sequence[int]) -> list[str]:
 
 def names_of(batch: Batch) -> tuple[str, ...]:
     """The first 32 digits of the :func:`sample_hashes` of all samples of a batch."""
-    tensors = [tensor.detach().cpu() for tensor in tensors_in(batch)]
-    return tuple(_hash(sample)[:32] for sample in zip(*tensors, strict=True))
+    return tuple(name[:32] for name in sample_hashes(batch, range(batch_size(batch))))
 
 
 def fingerprints_of(values: Tensor) -> tuple[str, ...]:

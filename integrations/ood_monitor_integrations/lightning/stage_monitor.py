@@ -49,8 +49,7 @@ class StageMonitor:
 
     def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> list[Alert]:
         """Score a batch; the alerts that it raised."""
-        with self._lockstep.passes():
-            scores = self.monitor.score(batch)
+        scores = self.monitor.score(batch)
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)

@@ -43,10 +43,10 @@ from mlflow.utils.model_utils import (
 )
 
 import ood_monitor
-from ood_monitor import Detector, Scores
-from ood_monitor.adapters.base import Batch, batch_size, map_tensors, pieces
+from ood_monitor import Detector
+from ood_monitor.adapters.base import Batch, pieces
 from ood_monitor.checks import path_of, text, whole
-from ood_monitor.gradients.norms import finite_samples
+from ood_monitor.monitor.scoring import scored
 from ood_monitor.saving import Fitted
 from ood_monitor.saving.format import sample_of
 from ood_monitor_integrations.mlflow.inputs import COLUMNS, Inputs
@@ -236,11 +236,11 @@ class _PyfuncDetector:
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """A row for each sample: its score, p-value and log-likelihood, and whether it has any.
 
-        A sample with a value that is not finite is not valid, and its numbers are nan.
+        A sample that cannot be scored is not valid, and its numbers are nan.
         """
         batch = self._inputs.batch(model_input)
-        scored = [self._scores(piece) for piece in pieces(batch, self._piece)]
-        columns = {name: [getattr(scores, name) for scores in scored] for name in COLUMNS}
+        found = [scored(self._detector, piece) for piece in pieces(batch, self._piece)]
+        columns = {name: [getattr(scores, name) for scores in found] for name in COLUMNS}
         types = {"valid": bool}
         return pd.DataFrame(
             {
@@ -248,14 +248,6 @@ class _PyfuncDetector:
                 for name, parts in columns.items()
             }
         )
-
-    def _scores(self, batch: Batch) -> Scores:
-        finite = finite_samples(batch)
-        if not finite.any():
-            self._detector.check(batch)
-            return Scores.none().among(batch_size(batch), [])
-        kept = map_tensors(lambda tensor: tensor[finite.to(tensor.device)], batch)
-        return self._detector.score(kept).among(len(finite), finite)
 
 
 def _write_model(model: Model, folder: Path, recipe: Recipe, code_paths: list[str] | None) -> None:
