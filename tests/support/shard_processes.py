@@ -19,6 +19,7 @@ from ood_monitor import Adapter, DenoisingBound, Detector, LogLikelihood, gradie
 from ood_monitor.models import Glow
 from ood_monitor.modules import is_shard
 from ood_monitor.monitor.staleness import Weights
+from support.two_processes import failure
 
 __all__ = ["CASES"]
 
@@ -179,15 +180,6 @@ def wrapped(module: nn.Module) -> None:
         Denoiser(), device_id=torch.device("cpu"), use_orig_params=True
     )
     Detector(bound(wrapper), explain=0).fit([images(80, 1)], progress=False)
-
-
-def failure(act: Callable[[], object]) -> str:
-    """What is raised."""
-    try:
-        act()
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ood_monitor import Detector, LogLikelihood
 from support.lightning_cases import Flow, images, loader, trainer, watcher
 from support.lightning_processes import fingerprint, found, state, stream
+from support.two_processes import failure
 
 __all__ = ["BATCHES", "HELD_OUT"]
 
@@ -158,15 +159,6 @@ def loaded(folder: Path) -> dict[str, Any]:
         run.predict(Sharded(), stream(), ckpt_path=folder / "last.ckpt")
     told = [str(warning.message) for warning in caught]
     return found(callback, "predict") | {"stale": [line for line in told if "tale" in line]}
-
-
-def failure(act: Callable[[], object]) -> str:
-    """What this process hears."""
-    try:
-        act()
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def sharded(callback: OODMonitor | None, folder: Path) -> pl.Trainer:

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ended", "reports"]
+__all__ = ["ended", "failure", "reports"]
 
 
 def reports(program: Path, folder: Path) -> list[dict[str, Any]]:
@@ -43,6 +44,15 @@ def ended(
             process.kill()
             process.communicate()
     return [(process.returncode, told[rank]) for rank, process in enumerate(running)]
+
+
+def failure(act: Callable[[], object]) -> str:
+    """What a process hears; "none" if nothing is raised."""
+    try:
+        act()
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def _wait_for(folder: Path, running: list["subprocess.Popen[str]"]) -> None:
