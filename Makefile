@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark check docs format bench benchmark-peers train evidence clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -11,6 +11,7 @@ help:
 	@echo "make check      lint, format, types and the documentation"
 	@echo "make docs       the documentation, into build/docs"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-spark a detector on Spark, in an environment of its own (needs Java 17)"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with a page (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
@@ -30,10 +31,20 @@ test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-spark.txt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
 		tests/integrations/lightning tests/integrations/mlflow tests/integrations/diffusers
+
+# In an environment of its own: with Spark beside it MLflow and other packages behave differently.
+SPARK := .venv-spark
+test-spark: $(SPARK)/.installed
+	OMP_NUM_THREADS=1 $(SPARK)/bin/pytest -m slow tests/integrations/mlflow/test_spark.py
+
+$(SPARK)/.installed: pyproject.toml requirements.lock requirements-spark.txt
+	$(PYTHON) -m venv $(SPARK)
+	$(SPARK)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[all,dev]' --requirement requirements-spark.txt
+	touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -92,4 +103,4 @@ benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SPARK) build dist runs .mypy_cache .pytest_cache .ruff_cache
