@@ -10,18 +10,15 @@ from ood_monitor.alerts.alert import (
     AlertKind,
     FlaggedSample,
     LayerShare,
-    LoggingSink,
-    MeterSink,
-    Reading,
     Severity,
-    Sink,
     Status,
-    Summary,
-    SummarySink,
     TermShare,
+    TracePoint,
     severity_of,
 )
 from ood_monitor.alerts.dispatcher import Dispatcher
+from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.sink import LoggingSink, MeterSink, Sink, SummarySink
 from ood_monitor.alerts.sink_thread import Undelivered
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.alerts.webhook import WebhookError, WebhookSink, verify
@@ -43,6 +40,7 @@ __all__ = [
     "Summary",
     "SummarySink",
     "TermShare",
+    "TracePoint",
     "Undelivered",
     "WebhookError",
     "WebhookSink",

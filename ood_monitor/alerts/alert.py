@@ -1,20 +1,16 @@
-"""What a monitor tells people: an `Alert`, running figures, and what takes them.
+"""What a monitor tells people.
 
 An alert holds figures and names, never data: no sample, and nothing that a sample can be rebuilt
 from. `docs/alert.schema.json` describes its JSON.
 """
 
 import json
-import logging
-import math
-import operator
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Self, get_args
 from uuid import uuid4
 
-from ood_monitor.checks import having
+from ood_monitor.alerts.plain import check_word, make_plain, make_whole
 
 __all__ = [
     "Alert",
@@ -22,37 +18,36 @@ __all__ = [
     "AlertKind",
     "FlaggedSample",
     "LayerShare",
-    "LoggingSink",
-    "MeterSink",
-    "Reading",
     "Severity",
-    "Sink",
     "Status",
-    "Summary",
-    "SummarySink",
     "TermShare",
+    "TracePoint",
     "severity_of",
 ]
 
 AlertKind = Literal[
-    "sample", "drift", "recovered", "invalid_input", "stale_calibration", "accepted"
+    "sample",
+    "drift",
+    "recovered",
+    "invalid_input",
+    "stale_calibration",
+    "accepted",
+    "explanation",
 ]
 Severity = Literal["info", "warning", "critical"]
 Status = Literal["OK", "WARN", "ALERT"]
 DriftOf = Literal["data", "mix"]
 
-#: Version of an alert's JSON; 1 had no status, terms or samples, 2 not what a drift is of.
-_FORMAT = 3
-_READ = (1, 2, _FORMAT)
-_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
+#: Version of an alert's JSON; 1 had no status, terms or samples, 2 not what a drift is of, 3 no
+#: number, trace or explanations.
+_FORMAT = 4
+_READ = (1, 2, 3, _FORMAT)
 
 #: Characters of a sample's id that an alert carries.
 _LONGEST_ID = 256
 
 #: Flagged samples, and how many times the promised rate, from which on flags are critical.
 _MANY, _TIMES = 5, 2
-
-_log = logging.getLogger("ood_monitor.alerts")
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class LayerShare:
     z: float | None
 
     def __post_init__(self) -> None:
-        _make_plain(self, "share", "z")
+        make_plain(self, "share", "z")
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class TermShare:
     share: float | None
 
     def __post_init__(self) -> None:
-        _make_plain(self, "share")
+        make_plain(self, "share")
 
 
 @dataclass(frozen=True)
@@ -106,10 +101,35 @@ class FlaggedSample:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        _make_whole(self, "position")
-        _make_plain(self, "p_value")
+        make_whole(self, "position")
+        make_plain(self, "p_value")
         if self.id is not None:
             object.__setattr__(self, "id", str(self.id)[:_LONGEST_ID])
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One sample of the stream as the drift test saw it.
+
+    Attributes:
+        position: Its place in the stream, from 1.
+        p_value: Its rank among the samples before, between 0 and 1: even while nothing has changed.
+    """
+
+    position: int
+    p_value: float | None
+
+    def __post_init__(self) -> None:
+        make_whole(self, "position")
+        make_plain(self, "p_value")
+
+
+_LISTS = {
+    "top_layers": LayerShare,
+    "top_terms": TermShare,
+    "samples": FlaggedSample,
+    "trace": TracePoint,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +141,8 @@ class AlertEvidence:
         ert: Promised mean number of samples between false drift alarms.
         fpr: Promised share of in-distribution samples that are flagged, between 0 and 1.
         flagged: Samples flagged among the last `window`.
-        window: Samples that the figures cover: those since the drift test last began, at most
-            the latest thousand.
+        window: Samples that the figures cover: of a drift alert those since the evidence began, of
+            all else those since the drift test last did; at most the latest thousand.
         flagged_rate: `flagged / window`.
         flagged_rate_low: Lower end of the exact binomial interval of `flagged_rate`.
         flagged_rate_high: Its upper end.
@@ -161,10 +181,10 @@ class AlertEvidence:
     def __post_init__(self) -> None:
         counts, places = {"flagged", "window"}, {"since", "since_earliest", "since_latest"}
         other = counts | places | {"drift_of"}
-        _make_plain(self, *(f.name for f in fields(self) if f.name not in other))
-        _make_whole(self, *counts, *(name for name in places if vars(self)[name] is not None))
+        make_plain(self, *(f.name for f in fields(self) if f.name not in other))
+        make_whole(self, *counts, *(name for name in places if vars(self)[name] is not None))
         if self.drift_of is not None:
-            _check_word("drift_of", self.drift_of, get_args(DriftOf))
+            check_word("drift_of", self.drift_of, get_args(DriftOf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +201,14 @@ class Alert:
         top_layers: The layers that say the most, the strongest first.
         top_terms: The terms of the likelihood (noise levels, latent levels) that do, the strongest
             first; empty if the model has one.
-        samples: Flagged samples, in the order of the stream, at most twenty: those that a sample
-            alert is of, or the latest before a drift alert.
+        samples: Samples by name, in the order of the stream, at most twenty: the flagged ones that
+            a sample alert is of, the latest flagged since a drift's evidence began, or those that
+            an explanation is from.
+        trace: Of a drift alert, at most two hundred tested samples, evenly taken from the latest
+            thousand.
+        number: Its place in all that its monitor has said, running figures included. Numbers only
+            grow, also across restarts, whatever the clock does; 0 where nobody has numbered it.
+        explains: Of an explanation, the id of the alert that it is of.
         detector: Fingerprint of the detector.
         model: Fingerprint of the model.
         method: What the detector goes by, such as ``"gradient_norms"`` or ``"forward"``; None in
@@ -205,6 +231,9 @@ class Alert:
     top_layers: tuple[LayerShare, ...] = ()
     top_terms: tuple[TermShare, ...] = ()
     samples: tuple[FlaggedSample, ...] = ()
+    trace: tuple[TracePoint, ...] = ()
+    number: int = 0
+    explains: str | None = None
     detector: str
     model: str
     method: str | None = None
@@ -213,16 +242,16 @@ class Alert:
     id: str = field(default_factory=lambda: uuid4().hex)
 
     def __post_init__(self) -> None:
-        _check_word("kind", self.kind, get_args(AlertKind))
-        _check_word("severity", self.severity, get_args(Severity))
+        check_word("kind", self.kind, get_args(AlertKind))
+        check_word("severity", self.severity, get_args(Severity))
         object.__setattr__(self, "status", vars(self)["status"] or _usual_status(self.kind))
-        _check_word("status", self.status, get_args(Status))
+        check_word("status", self.status, get_args(Status))
         if self.time.utcoffset() is None:
             raise ValueError(f"Expected a time with a time zone, got {self.time!r}.")
         object.__setattr__(self, "time", self.time.astimezone(UTC))
-        for name in ("top_layers", "top_terms", "samples"):
+        for name in _LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _make_whole(self, "samples_seen")
+        make_whole(self, "samples_seen", "number")
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The alert as one JSON object; `from_json` gives an equal alert back."""
@@ -245,128 +274,6 @@ class Alert:
             ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """The running figures of a stream, for a sink to show between alerts.
-
-    A figure that is not defined, or not finite, is None.
-
-    Attributes:
-        stream: The stream's name.
-        samples_seen: Samples of that stream so far.
-        status: OK, WARN or ALERT.
-        score_mean: Running mean of the anomaly score (higher = more anomalous).
-        score_p95: Running 95th percentile of the anomaly score.
-        flagged_rate: Running share of flagged samples, between 0 and 1.
-        log_e_value: Natural logarithm of the drift test's e-value.
-        invalid: Samples that could not be scored so far, by cause.
-        time: When these were the figures, as UTC.
-    """
-
-    stream: str
-    samples_seen: int
-    status: Status
-    score_mean: float | None
-    score_p95: float | None
-    flagged_rate: float | None
-    log_e_value: float | None
-    invalid: Mapping[str, int] = field(default_factory=dict)
-    time: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    def __post_init__(self) -> None:
-        _check_word("status", self.status, get_args(Status))
-        _make_plain(self, "score_mean", "score_p95", "flagged_rate", "log_e_value")
-        _make_whole(self, "samples_seen")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What one call of a monitor measured, for a sink that keeps meters.
-
-    Attributes:
-        stream: The stream's name.
-        detector: Fingerprint of the detector.
-        model: Fingerprint of the model.
-        scores: (B,), anomaly scores of the valid samples (higher = more anomalous).
-        p_values: (B,), their conformal p-values.
-        flagged: How many of them were flagged.
-        invalid: Samples beside them that could not be scored.
-        seconds: What scoring took, in wall time; None where the call decided only.
-        failed: 1 if the call raised, so that nothing was scored.
-    """
-
-    stream: str
-    detector: str
-    model: str
-    scores: Sequence[float] = ()
-    p_values: Sequence[float] = ()
-    flagged: int = 0
-    invalid: int = 0
-    seconds: float | None = None
-    failed: int = 0
-
-
-class Sink(Protocol):
-    """Takes an alert where people look.
-
-    It may block and it may raise. If it has a `close()`, that is called once, after the last alert;
-    if it has a `name`, its undelivered alerts are kept under that.
-    """
-
-    def __call__(self, alert: Alert, /) -> None:
-        """Deliver `alert`, or raise to have it tried again: a repeated `id` must do no harm."""
-
-
-@runtime_checkable
-class SummarySink(Sink, Protocol):
-    """A sink that shows the running figures too."""
-
-    def summarise(self, summary: Summary, /) -> None:
-        """Show `summary`. It is not tried again."""
-
-
-@runtime_checkable
-class MeterSink(Sink, Protocol):
-    """A sink that keeps meters of every sample."""
-
-    def measure(self, reading: Reading, /) -> None:
-        """Take in `reading`. It is not tried again."""
-
-
-class LoggingSink:
-    """Writes one line per alert to the standard log: a warning or an error, a recovery as info.
-
-    Args:
-        logger: Where to write; the logger `ood_monitor.alerts` by default.
-
-    Raises:
-        TypeError: It is no logger.
-    """
-
-    def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = _log if logger is None else having("logger", logger, "log")
-
-    def __call__(self, alert: Alert, /) -> None:
-        """Log `alert`."""
-        is_over = alert.kind in ("recovered", "accepted")
-        level = logging.INFO if is_over else _LEVELS[alert.severity]
-        self._logger.log(level, "%s", " ".join(_line(alert).split()))
-
-
-def _make_plain(record: object, *names: str) -> None:
-    """Make numbers of any library Python's own, and None of what JSON cannot carry."""
-    for name in names:
-        value = getattr(record, name)
-        number = None if value is None else float(value)
-        finite = number is not None and math.isfinite(number)
-        object.__setattr__(record, name, number if finite else None)
-
-
-def _make_whole(record: object, *names: str) -> None:
-    for name in names:
-        object.__setattr__(record, name, operator.index(getattr(record, name)))
-
-
 def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
     """How much an alert matters, from its evidence alone.
 
@@ -386,33 +293,12 @@ def _usual_status(kind: AlertKind) -> Status:
     return {"recovered": "OK", "accepted": "OK", "drift": "ALERT"}.get(kind, "WARN")  # type: ignore[return-value]
 
 
-def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
-    if word not in words:
-        raise ValueError(f"Expected {name} to be one of {', '.join(words)}, got {word!r}.")
-
-
 def _parsed(record: dict[str, Any]) -> dict[str, Any]:
     version = record.pop("format")
     if version not in _READ:
         raise ValueError(f"its format is {version!r}, and this release reads {_READ}")
-    parts = {"top_layers": LayerShare, "top_terms": TermShare, "samples": FlaggedSample}
     return record | {
         "time": datetime.fromisoformat(record["time"]),
         "evidence": AlertEvidence(**record["evidence"]),
-        **{name: tuple(of(**part) for part in record.get(name, ())) for name, of in parts.items()},
+        **{name: tuple(of(**part) for part in record.get(name, ())) for name, of in _LISTS.items()},
     }
-
-
-def _line(alert: Alert) -> str:
-    evidence = alert.evidence
-    parts = [f"{evidence.flagged} of {evidence.window} samples flagged"]
-    if evidence.log_e_value is not None:
-        parts.append(f"log e-value {evidence.log_e_value:.1f}")
-    if evidence.p_value is not None:
-        parts.append(f"p-value {evidence.p_value:.2g}")
-    if alert.top_layers:
-        parts.append(f"top layer {alert.top_layers[0].layer}")
-    if alert.top_terms:
-        parts.append(f"top term {alert.top_terms[0].term}")
-    where = f"stream {alert.stream}, sample {alert.samples_seen}"
-    return f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] id {alert.id}"

@@ -11,7 +11,9 @@ from multiprocessing import util
 from os import PathLike
 from typing import Self
 
-from ood_monitor.alerts.alert import Alert, Reading, Sink, Summary
+from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.sink import Sink
 from ood_monitor.alerts.sink_thread import Figures, SinkThread, Undelivered
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.checks import items, number, whole

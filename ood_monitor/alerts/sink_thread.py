@@ -15,7 +15,9 @@ from tenacity import (
     wait_exponential,
 )
 
-from ood_monitor.alerts.alert import Alert, MeterSink, Reading, Sink, Summary, SummarySink
+from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.sink import MeterSink, Sink, SummarySink
 
 __all__ = ["Figures", "SinkThread", "Undelivered"]
 

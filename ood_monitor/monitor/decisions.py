@@ -17,9 +17,9 @@ from ood_monitor.alerts.alert import (
     AlertEvidence,
     AlertKind,
     FlaggedSample,
-    Summary,
     severity_of,
 )
+from ood_monitor.alerts.figures import Summary
 from ood_monitor.densities import Array
 from ood_monitor.drift.change import KEPT, Since
 from ood_monitor.drift.evidence import Evidence

@@ -10,8 +10,10 @@ from os import PathLike
 from typing import Any, Literal, Self
 
 from ood_monitor.adapters.base import Batch
-from ood_monitor.alerts.alert import Alert, Reading, Sink, Status, Summary
+from ood_monitor.alerts.alert import Alert, Status
 from ood_monitor.alerts.dispatcher import Dispatcher
+from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.sink import Sink
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.checks import text, whole
 from ood_monitor.detector.detector import Detector

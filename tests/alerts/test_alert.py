@@ -19,6 +19,7 @@ from ood_monitor.alerts import (
     Severity,
     Status,
     SummarySink,
+    TracePoint,
 )
 
 # The records
@@ -109,7 +110,7 @@ def test_unknown_words_are_refused(change: dict[str, str], message: str) -> None
         "[]",
         "3",
         "{}",
-        ALERT.to_json().replace('"format": 3', '"format": 99'),
+        ALERT.to_json().replace('"format": 4', '"format": 99'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": 1.5'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": Infinity'),
         ALERT.to_json().replace('"kind"', '"sort"'),
@@ -170,6 +171,7 @@ EMPTY = replace(
     top_layers=(LayerShare("w", None, None),),
     top_terms=(),
     samples=(FlaggedSample(1, None, None),),
+    trace=(TracePoint(1, None),),
 )
 
 
@@ -186,6 +188,7 @@ def test_json_follows_the_schema_in_the_docs(alert: Alert) -> None:
         ("top_layers", ALERT.top_layers[0]),
         ("top_terms", ALERT.top_terms[0]),
         ("samples", ALERT.samples[0]),
+        ("trace", ALERT.trace[0]),
     ],
 )
 def test_the_schema_has_every_field_and_no_other(part: str, record: Any) -> None:
@@ -217,16 +220,20 @@ def test_what_does_not_follow_would_be_noticed(change: dict[str, Any], where: st
 # Older and newer ones
 
 
-def test_the_json_of_the_format_before_is_read() -> None:
-    record = json.loads(ALERT.to_json()) | {"format": 1}
-    for name in ("status", "top_terms", "samples"):
-        del record[name]
-    assert Alert.from_json(json.dumps(record)) == replace(ALERT, top_terms=(), samples=())
+@pytest.mark.parametrize(
+    ("version", "lacks"), [(1, ("status", "top_terms", "samples")), (2, ()), (3, ())]
+)
+def test_the_json_of_formats_before_is_read(version: int, lacks: tuple[str, ...]) -> None:
+    lacks += ("trace", "number", "explains")
+    record = json.loads(ALERT.to_json()) | {"format": version}
+    before = {name: value for name, value in record.items() if name not in lacks}
+    usual = {f.name: f.default for f in fields(Alert) if f.name in lacks and f.name != "status"}
+    assert Alert.from_json(json.dumps(before)) == replace(ALERT, **usual)
 
 
 def test_a_newer_format_is_refused_by_its_number() -> None:
-    text = ALERT.to_json().replace('"format": 3', '"format": 4')
-    with pytest.raises(ValueError, match="its format is 4, and this release reads"):
+    text = ALERT.to_json().replace('"format": 4', '"format": 5')
+    with pytest.raises(ValueError, match="its format is 5, and this release reads"):
         Alert.from_json(text)
 
 

@@ -14,6 +14,7 @@ from ood_monitor.alerts import (
     LayerShare,
     Summary,
     TermShare,
+    TracePoint,
 )
 
 LONG = 30.0  # seconds: only a broken dispatcher waits for so long
@@ -39,6 +40,8 @@ ALERT = Alert(
     top_layers=(LayerShare("up.0.weight", 0.62, 8.1), LayerShare("up.0.bias", 0.2, -3.0)),
     top_terms=(TermShare("t=500", 0.7), TermShare("t=50", 0.3)),
     samples=(FlaggedSample(1201, 0.004, "a.png"), FlaggedSample(1230, 0.002, None)),
+    trace=(TracePoint(1200, 0.7), TracePoint(1234, 0.003)),
+    number=17,
     detector="d5",
     model="m7",
 )
