@@ -5,7 +5,7 @@ global state, any thread. Save it with `figure.savefig(path)`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.alert import Alert, LayerShare, TermShare
 
 # Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
@@ -89,25 +89,70 @@ def layer_histograms(
 
 
 def alert_figure(alert: Alert) -> Figure:
-    """How far each layer of an alert is from its in-distribution mean, the furthest on top."""
-    known = [
-        (layer.layer, layer.z, layer.share) for layer in alert.top_layers if layer.z is not None
+    """An alert at a glance: what came since when, and which parts and layers speak for it.
+
+    From above, each where the alert has it: p-values over the stream with the change marked, the
+    terms or parts of the score by their share, and how far each layer is from what is usual.
+    """
+    layers = [layer for layer in alert.top_layers if layer.z is not None]
+    shares = [term for term in alert.top_terms if term.share is not None]
+    panels: list[tuple[Callable[[Axes], None], float, bool]] = [
+        (lambda axes: _trace_panel(axes, alert), 2.0, bool(alert.trace)),
+        (lambda axes: _share_panel(axes, shares), 0.7 + 0.25 * len(shares), bool(shares)),
+        (lambda axes: _layers_panel(axes, layers), 0.7 + 0.25 * len(layers), bool(layers)),
     ]
-    known.sort(key=lambda bar: abs(bar[1]))
+    shown = [(draw, height) for draw, height, is_known in panels if is_known]
     heading = f"{alert.kind}: stream {alert.stream}, {alert.samples_seen:,} samples seen"
-    figure, axes = _one_panel(heading if not known else f"{heading}\n% = share of the score")
-    if not known:
-        axes.text(0.5, 0.5, "This alert names no layer.", transform=axes.transAxes, ha="center")
-        axes.set_axis_off()
-        return figure
-    names, z, shares = zip(*known, strict=True)
+    heights = [height for _, height in shown] or [2.0]
+    figure = _figure(6.0, max(4.0, 0.6 + sum(heights)))
+    figure.suptitle(_literal(heading), fontsize="medium", wrap=True)
+    axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights).ravel()
+    for (draw, _), panel in zip(shown, axes, strict=False):
+        panel.spines[["top", "right"]].set_visible(False)
+        draw(panel)
+    if not shown:
+        axes[0].text(0.5, 0.5, "This alert names no layer.", ha="center")
+        axes[0].set_axis_off()
+    return figure
+
+
+def _trace_panel(axes: Axes, alert: Alert) -> None:
+    """P-values over the stream, and the samples that the evidence may have begun with."""
+    points = [point for point in alert.trace if point.p_value is not None]
+    positions, p_values = [it.position for it in points], [it.p_value or 0.0 for it in points]
+    evidence = alert.evidence
+    axes.scatter(positions, p_values, s=6, color=_BLUE, linewidths=0)
+    if evidence.since is not None:
+        earliest, latest = evidence.since_earliest, evidence.since_latest
+        axes.axvspan(earliest or evidence.since, latest or evidence.since, color=_ORANGE, alpha=0.2)
+        label = f"evidence since about sample {evidence.since:,}"
+        axes.axvline(evidence.since, color=_ORANGE, linewidth=1.2, label=label)
+        axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    axes.set(ylim=(0, 1), xlabel="sample of the stream")
+    axes.set_ylabel("p-value (rank in the stream)", fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _share_panel(axes: Axes, terms: Sequence[TermShare]) -> None:
+    names = _apart([term.term for term in terms])
+    bars = axes.barh(range(len(terms)), [term.share or 0.0 for term in terms], color=_BLUE)
+    axes.bar_label(bars, [_percent(term.share) for term in terms], padding=3, fontsize="small")
+    axes.set_yticks(range(len(terms)), names, fontsize="small")
+    axes.set(xlabel="share of the score")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+
+
+def _layers_panel(axes: Axes, layers: Sequence[LayerShare]) -> None:
+    """The furthest on top."""
+    layers = sorted(layers, key=lambda layer: abs(layer.z or 0.0))
+    z = [layer.z or 0.0 for layer in layers]
     bars = axes.barh(range(len(z)), z, color=[_ORANGE if value >= 0 else _BLUE for value in z])
-    axes.bar_label(bars, [_percent(share) for share in shares], padding=3, fontsize="small")
-    axes.set_yticks(range(len(z)), [_short(name) for name in names], fontsize="small")
-    axes.set_xlabel("z (standard deviations from the in-distribution mean)")
+    axes.bar_label(bars, [_percent(layer.share) for layer in layers], padding=3, fontsize="small")
+    axes.set_yticks(range(len(z)), _apart([layer.layer for layer in layers]), fontsize="small")
+    axes.set_xlabel("standard deviations from what is usual\n(% = share of the score)")
     axes.axvline(0.0, color=_BLACK, linewidth=0.8)
     axes.margins(x=0.15)
-    return figure
 
 
 def evidence_figure(log_e_values: ArrayLike, *, ert: float, alarms: Sequence[int] = ()) -> Figure:
@@ -366,6 +411,16 @@ def _short(name: str, *, length: int = 33) -> str:
         return _literal(name)
     half = (length - 1) // 2
     return _literal(f"{name[:half]}…{name[-half:]}")
+
+
+def _apart(names: Sequence[str], *, length: int = 40) -> list[str]:
+    """Names cut from the left, where they are alike, and never so far that two become one."""
+    longest = max(map(len, names))
+    for kept in range(min(length, longest), longest + 1):
+        cut = [name if len(name) <= kept else f"…{name[len(name) - kept + 1 :]}" for name in names]
+        if len(set(cut)) == len(set(names)):
+            break
+    return [_literal(name) for name in cut]
 
 
 def _literal(text: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from support.alert_cases import EVIDENCE
 
 from ood_monitor import plots
-from ood_monitor.alerts import Alert, LayerShare
+from ood_monitor.alerts import Alert, LayerShare, TermShare, TracePoint
 from ood_monitor.plots import (
     alert_figure,
     correlation_figure,
@@ -84,7 +84,7 @@ def test_figures_say_what_they_show(name: str) -> None:
     figure = FIGURES[name]()
     axes = figure.axes[0]
     assert tuple(figure.get_size_inches()) == (6.0, 4.0)
-    assert axes.get_title()
+    assert axes.get_title() or figure.get_suptitle()
     labels = (
         axes.get_xlabel() or figure.get_supxlabel(),
         axes.get_ylabel() or figure.get_supylabel() or "its ticks have names, no unit",
@@ -207,28 +207,56 @@ def test_layer_histograms_need_a_fit_of_each_layer(
         layer_histograms(features, fitted)
 
 
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def names(axes: Axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
 def test_alert_figure_sorts_layers_by_distance() -> None:
-    (axes,) = alert_figure(ALERT).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["up.0.weight", "mid.bias"]
+    figure = alert_figure(ALERT)
+    *_, axes = figure.axes
+    assert names(axes) == ["up.0.weight", "mid.bias"]
     assert [bar.get_width() for bar in axes.patches] == [3.0, -8.0]  # the last is on top
     assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
-    assert [text.get_text() for text in axes.texts] == ["20%", "70%"]
-    assert "12,345 samples seen" in axes.get_title()
+    assert texts(axes) == ["20%", "70%"]
+    assert "12,345 samples seen" in figure.get_suptitle()
+
+
+def test_alert_figure_marks_the_change_and_shows_the_terms() -> None:
+    trace = [TracePoint(at, 1 - at / 100) for at in range(1, 100)]
+    evidence = replace(ALERT.evidence, since=60, since_earliest=55, since_latest=64)
+    terms = (TermShare("values", 0.8), TermShare("expected_norms", 0.2))
+    found = alert_figure(replace(ALERT, trace=trace, evidence=evidence, top_terms=terms))
+    stream, shares, _ = found.axes
+    assert [text.get_text() for text in stream.get_legend().get_texts()] == [
+        "evidence since about sample 60"
+    ]
+    assert list(stream.lines[0].get_xdata()) == [60, 60]
+    marked = stream.patches[0].get_extents().transformed(stream.transData.inverted())
+    assert (marked.x0, marked.x1) == pytest.approx((55, 64))
+    assert len(stream.collections[0].get_offsets()) == 99
+    assert names(shares) == ["values", "expected_norms"]
+    assert texts(shares) == ["80%", "20%"]
 
 
 def test_alert_figure_without_layers_says_so() -> None:
     for layers in ((), (LayerShare("w", None, None),)):
         (axes,) = alert_figure(replace(ALERT, top_layers=layers)).axes
-        assert [text.get_text() for text in axes.texts] == ["This alert names no layer."]
+        assert texts(axes) == ["This alert names no layer."]
 
 
-def test_long_names_keep_both_ends() -> None:
-    name = "up_blocks.3.resnets.0.time_emb_proj.parametrizations.weight.original0"
-    (axes,) = alert_figure(replace(ALERT, top_layers=(LayerShare(name, None, 1.0),))).axes
-    text = axes.get_yticklabels()[0].get_text()
-    assert len(text) <= 33
-    assert text.startswith("up_blocks.3.")
-    assert text.endswith("weight.original0")
+def test_long_names_lose_their_beginning_and_stay_apart() -> None:
+    end = "time_emb_proj.parametrizations.weight.original0"
+    long = [f"up_blocks.{i}.resnets.0.{end}" for i in range(3)]
+    layers = tuple(LayerShare(name, None, 1.0) for name in long)
+    (axes,) = alert_figure(replace(ALERT, top_layers=layers)).axes
+    assert len(set(names(axes))) == 3
+    assert all(name.startswith("…") and name.endswith(end) for name in names(axes))
+    (axes,) = alert_figure(replace(ALERT, top_layers=layers[:1])).axes
+    assert len(names(axes)[0]) == 40
 
 
 def test_dollars_are_no_formulas() -> None:

@@ -280,9 +280,10 @@ def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
     A drift is *critical*: its e-value has reached the promised run time. A flagged sample is a
     *warning*, and *critical* if flags come more often than promised and not by chance: at least
     five in the window, and the lower end of their rate's interval above twice `fpr`. Invalid input
-    and a stale calibration are a *warning*, a recovery and what was accepted are *info*.
+    and a stale calibration are a *warning*; a recovery, an explanation and what was accepted are
+    *info*.
     """
-    if kind in ("recovered", "accepted"):
+    if kind in ("recovered", "accepted", "explanation"):
         return "info"
     rate, fpr = evidence.flagged_rate_low, evidence.fpr
     is_many = evidence.flagged >= _MANY and rate is not None and rate > _TIMES * (fpr or 0.0)

@@ -337,12 +337,13 @@ class Detector(Pretrained):
             valid=torch.from_numpy(~np.isnan(score)),
         )
 
-    def explain(self, batch: Batch, *, layers: bool = False) -> Explanation:
+    def explain(self, batch: Batch, *, layers: bool = False, places: bool = True) -> Explanation:
         """Where B samples are unusual, and on demand which layers say so.
 
         Args:
             batch: As of :meth:`score`.
             layers: Whether to take gradient norms, for what takes several forward passes.
+            places: Whether to take the surprise by place, for what takes one.
 
         Raises:
             RuntimeError: The detector is not fitted.
@@ -366,6 +367,7 @@ class Detector(Pretrained):
             self.adapter,
             batch,
             norms=self._differentiated if layers else None,
+            places=places,
             layers=self.layers,
             chunk_size=self.chunk_size,
         )

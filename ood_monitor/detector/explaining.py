@@ -42,6 +42,7 @@ def explained_by(
     batch: Batch,
     *,
     norms: Adapter | None,
+    places: bool,
     layers: Layers,
     chunk_size: int | None,
 ) -> Explanation:
@@ -52,6 +53,7 @@ def explained_by(
         adapter: The model.
         batch: B samples.
         norms: The same model, as gradients are taken of it; None for no explanation by layer.
+        places: Whether to explain by place.
         layers: Which parameters are features.
         chunk_size: Samples a pass.
 
@@ -64,7 +66,9 @@ def explained_by(
             "Expected a detector that was fitted with gradient norms of some held-out samples to "
             f"explain by layer, got one without: {usual.without or 'explain=0'}"
         )
-    surprise, z = surprise_by_place(adapter, batch, chunk_size=chunk_size), {}
+    surprise, z = dict[str, Tensor](), dict[str, Tensor]()
+    if places:
+        surprise = surprise_by_place(adapter, batch, chunk_size=chunk_size)
     for term, (mean, sd) in usual.places.items():
         if term in surprise and surprise[term].shape[1:] == mean.shape:
             z[term] = (surprise[term] - torch.from_numpy(mean)) / torch.from_numpy(sd)

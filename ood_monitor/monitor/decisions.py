@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Self
 
@@ -25,14 +25,15 @@ from ood_monitor.drift.change import KEPT, Since
 from ood_monitor.drift.evidence import Evidence
 from ood_monitor.drift.stream import StreamTest
 from ood_monitor.monitor.autocorrelation import OFTEN, ONCE, Neighbours, neighbours_of
+from ood_monitor.monitor.explanations import Found
 from ood_monitor.monitor.memory import Episode, Memory, Row, top_layers, top_terms
 from ood_monitor.monitor.rules import Rules
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Decisions"]
 
-#: Version of what :meth:`Decisions.dump` gives; 2 knew no groups, invalid runs or alerts owed.
-_STATE_FORMAT = 3
+#: Version of what :meth:`Decisions.dump` gives; 3 had no numbers, and other means of layers.
+_STATE_FORMAT = 4
 
 #: Of the latest hundred samples, as many that cannot be scored are an incident.
 _MANY_INVALID = 10
@@ -59,7 +60,7 @@ class Decisions:
     fitted: Fitted
     test: StreamTest
     seen_at: float
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory
     neighbours: Neighbours | None = None
     next_look: int = 0
 
@@ -67,7 +68,9 @@ class Decisions:
     def of(cls, rules: Rules, fitted: Fitted, *, seed: int) -> Self:
         """Of a stream that begins, judged by what a detector has learned."""
         test = _stream_test(fitted, ert=rules.ert, seed=seed)
-        return cls(rules, fitted, test, time.monotonic())
+        # Above all that a monitor of the same stream has said before, which nobody remembers.
+        memory = Memory(said=time.time_ns() // 1000)
+        return cls(rules, fitted, test, time.monotonic(), memory)
 
     def copy(self) -> Self:
         """Decisions that go on from here, and change nothing of these."""
@@ -104,6 +107,7 @@ class Decisions:
             drift = dict(state["drift"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
+        resumed.memory.said = max(resumed.memory.said, self.memory.said)
         if with_test:
             resumed.test.load_state_dict(drift)
             if len(resumed.memory.episode.tested) < min(resumed.test.n, KEPT):
@@ -118,11 +122,11 @@ class Decisions:
             stale: Whether the model has other weights than the detector; None if nobody looked.
 
         Returns:
-            The running figures that are due.
+            The running figures that are due: now and then, and with each change of the status.
         """
         memory, flagged, is_due = self.memory, list[Row](), False
+        summaries, status = list[Summary](), memory.overall
         self._count_time()
-        summaries = []
         self._look_at_weights(stale)
         for row in rows:
             memory.samples_seen += 1
@@ -139,14 +143,17 @@ class Decisions:
                     flagged.append(row)
                     is_due = self._is_due(sample) or is_due
             self._count_muted()
-            if memory.samples_seen % self.rules.summary_every == 0:
-                summaries.append(self.summary())
+            is_time = memory.samples_seen % self.rules.summary_every == 0
+            if is_time or memory.overall != status:
+                summaries.append(self._summary())
+                status = memory.overall
+            if is_time:
                 self._look_at_neighbours()
         if is_due:
-            memory.owed.append(self._sample_alert(flagged))
+            self._owe(self._sample_alert(flagged))
         return summaries
 
-    def accept(self, reason: str) -> None:
+    def accept(self, reason: str) -> Summary:
         """Begin a new episode: what the stream is now is what it should be."""
         memory = self.memory
         self._begin_anew()
@@ -155,16 +162,27 @@ class Decisions:
         memory.validity.clear()
         memory.untold.clear()
         memory.held.clear()
-        memory.owed.append(self._alert("accepted", f"Accepted: {reason}"))  # muted or not
+        self._owe(self._alert("accepted", f"Accepted: {reason}"))  # muted or not
+        return self._summary()
 
     def mute(self, samples: int) -> None:
         """Owe nothing of so many samples; what was held back so far is owed if it stands."""
         self.memory.muted = samples + 1
         self._count_muted()
 
-    def summary(self) -> Summary:
-        """The running figures."""
+    def explain(self, found: Found) -> None:
+        """Owe the explanation of an alert, with the alert's figures."""
+        explanation = replace(
+            self._alert("explanation", found.message, samples=found.samples),
+            top_layers=found.layers,
+            evidence=found.alert.evidence,
+            explains=found.alert.id,
+        )
+        self._owe(explanation)
+
+    def _summary(self) -> Summary:
         evidence, memory = self._evidence(), self.memory
+        memory.said += 1
         return Summary(
             stream=self.rules.name,
             samples_seen=memory.samples_seen,
@@ -174,7 +192,13 @@ class Decisions:
             flagged_rate=evidence.flagged_rate,
             log_e_value=evidence.log_e_value,
             invalid={"not scored": memory.invalid},
+            number=memory.said,
         )
+
+    def _owe(self, alert: Alert) -> None:
+        """It is said now, and numbered so."""
+        self.memory.said += 1
+        self.memory.owed.append(replace(alert, number=self.memory.said))
 
     def _count_time(self) -> None:
         before, self.seen_at = self.seen_at, time.monotonic()
@@ -235,7 +259,7 @@ class Decisions:
         if is_news and not memory.muted:
             message = f"Invalid input: sample {memory.samples_seen:,} could not be scored."
             sample = FlaggedSample(memory.samples_seen, None, row.id)
-            memory.owed.append(self._alert("invalid_input", message, samples=[sample]))
+            self._owe(self._alert("invalid_input", message, samples=[sample]))
         self._look_at_validity()
 
     def _look_at_validity(self) -> None:
@@ -271,21 +295,24 @@ class Decisions:
         self.memory.episode, self.memory.log_e_value = Episode(), -math.inf
 
     def _drift_alert(self, evidence: Evidence, since: Since) -> Alert:
+        """With the figures, layers and flagged samples since the evidence began."""
         episode, tested = self.memory.episode, self.memory.episode.tested
+        began, latest = tested[-1 - since.estimate], since.estimate * self.rules.thin + 1
         alike = neighbours_of(episode.ranks, self.rules.ert, ONCE)
-        message = _drift_message(evidence, self.rules.ert, tested[-1 - since.estimate])
+        message = _drift_message(evidence, self.rules.ert, began)
         message += "" if alike is None else f" {alike}"
-        alert = self._alert("drift", message, episode.layers, episode.flagged)
+        flagged = [sample for sample in episode.flagged if sample.position >= began]
+        alert = self._alert("drift", message, episode.layers.mean(latest), flagged)
         figures = replace(
-            alert.evidence,
+            self._evidence(latest),
             drift_of=evidence.cause,
-            since=tested[-1 - since.estimate],
+            since=began,
             since_earliest=tested[-1 - since.earliest],
             since_latest=tested[-1 - since.latest],
             correlation=None if alike is None else alike.correlation,
             ert_if_correlated=None if alike is None else alike.ert,
         )
-        return replace(alert, evidence=figures)
+        return replace(alert, evidence=figures, trace=episode.trace())
 
     def _look_at_neighbours(self) -> None:
         if self.neighbours is None:  # it is told once
@@ -313,14 +340,14 @@ class Decisions:
         if self.memory.muted:
             self.memory.held[incident] = alert
         else:
-            self.memory.owed.append(alert)
+            self._owe(alert)
 
     def _end(self, incident: str, alert: Alert) -> None:
         """The same of one that ends; of one that nobody was told of there is nothing to say."""
         memory = self.memory
         begun = memory.held.pop(incident, None)
         if not memory.muted:
-            memory.owed.append(alert)
+            self._owe(alert)
         elif begun is None or begun.kind == "recovered":
             memory.held[incident] = alert
 
@@ -329,7 +356,8 @@ class Decisions:
         memory = self.memory
         memory.muted = max(0, memory.muted - 1)
         if memory.muted == 0 and memory.held:
-            memory.owed.extend(sorted(memory.held.values(), key=lambda alert: alert.samples_seen))
+            for alert in sorted(memory.held.values(), key=lambda alert: alert.samples_seen):
+                self._owe(alert)
             memory.held.clear()
 
     def _alert(
@@ -356,9 +384,10 @@ class Decisions:
             status=self.memory.overall,
         )
 
-    def _evidence(self) -> AlertEvidence:
+    def _evidence(self, latest: int | None = None) -> AlertEvidence:
         memory, rules = self.memory, self.rules
-        return memory.episode.evidence(log_e_value=memory.log_e_value, ert=rules.ert, fpr=rules.fpr)
+        figures = {"log_e_value": memory.log_e_value, "ert": rules.ert, "fpr": rules.fpr}
+        return memory.episode.evidence(**figures, latest=latest)
 
 
 def _stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:

@@ -18,17 +18,31 @@ from ood_monitor.alerts.alert import (
     LayerShare,
     Status,
     TermShare,
+    TracePoint,
 )
 from ood_monitor.calibration.conformal import binomial_interval
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.checks import number, whole
 from ood_monitor.densities import Array
 from ood_monitor.drift.change import KEPT
+from ood_monitor.monitor.block_means import BlockMeans
 
-__all__ = ["LARGEST_PART", "Episode", "Memory", "Row", "rows_of", "top_layers", "top_terms"]
+__all__ = [
+    "LARGEST_PART",
+    "Episode",
+    "Memory",
+    "Row",
+    "rows_of",
+    "strongest_layers",
+    "top_layers",
+    "top_terms",
+]
 
-#: Scores of the episode that the running figures cover, and samples that the layers' means do.
-_RECENT_SCORES, _RECENT_LAYERS = 1000, 50
+#: Scores of the episode that the running figures cover.
+_RECENT_SCORES = 1000
+
+#: Tested samples that a drift alert traces.
+_TRACED = 200
 
 _KEPT = ("scores", "flags", "ranks", "tested", "flagged")
 
@@ -80,7 +94,7 @@ class Episode:
     flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     ranks: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     tested: "array[int]" = field(default_factory=lambda: array("q"))
-    layers: Array = field(default_factory=lambda: np.zeros((2, 0)))  # means of z and of parts
+    layers: BlockMeans = field(default_factory=BlockMeans)  # of z and of parts, (2, L)
     flagged: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
 
     def add(self, row: Row, flagged: FlaggedSample | None) -> None:
@@ -90,8 +104,7 @@ class Episode:
         self.flags.append(flagged is not None)
         if flagged is not None:
             self.flagged.append(flagged)
-        before = self.layers if self.layers.size else np.zeros_like(row.layers)
-        self.layers = before + (row.layers - before) / min(self.seen, _RECENT_LAYERS)
+        self.layers.add(row.layers)
 
     def test(self, rank: float, position: int) -> None:
         """Take in a sample that the drift test has seen."""
@@ -102,15 +115,25 @@ class Episode:
 
     def copy(self) -> Self:
         """One that goes on from here, and changes nothing of this one."""
-        # The layers' means are never written to.
         kept = {name: copy.copy(getattr(self, name)) for name in _KEPT}
-        return replace(self, **kept)
+        return replace(self, layers=self.layers.copy(), **kept)
 
-    def evidence(self, *, log_e_value: float, ert: float, fpr: float) -> AlertEvidence:
-        """The figures of the latest thousand samples, with what else an alert says."""
-        window, flagged = len(self.scores), sum(self.flags)
+    def trace(self) -> tuple[TracePoint, ...]:
+        """Tested samples, evenly taken from the latest thousand."""
+        count = len(self.ranks)
+        picked = np.unique(np.linspace(0, count - 1, min(count, _TRACED)).round().astype(int))
+        positions, ranks = self.tested[-count:], list(self.ranks)
+        return tuple(TracePoint(positions[i], ranks[i]) for i in picked)
+
+    def evidence(
+        self, *, log_e_value: float, ert: float, fpr: float, latest: int | None = None
+    ) -> AlertEvidence:
+        """The figures of the latest samples, a thousand at most, with what else an alert says."""
+        window = len(self.scores) if latest is None else min(latest, len(self.scores))
+        scores = list(self.scores)[len(self.scores) - window :]
+        flagged = sum(list(self.flags)[len(self.flags) - window :])
         low, high = binomial_interval(flagged, window) if window else (math.nan, math.nan)
-        mean, p95 = _mean_and_p95(self.scores) if window else (None, None)
+        mean, p95 = _mean_and_p95(scores) if window else (None, None)
         return AlertEvidence(
             log_e_value=log_e_value,
             ert=ert,
@@ -147,6 +170,7 @@ class Memory:
         muted: Samples that are still to pass without a word.
         held: By incident, the alert of its begin or its end that is held while nothing is said.
         owed: Alerts that are decided and not yet handed over.
+        said: The number of the latest that the monitor has said.
     """
 
     episode: Episode = field(default_factory=Episode)
@@ -166,6 +190,7 @@ class Memory:
     muted: int = 0
     held: dict[str, Alert] = field(default_factory=dict)
     owed: deque[Alert] = field(default_factory=deque)
+    said: int = 0
 
     def copy(self) -> Self:
         """One that goes on from here, and changes nothing of this one."""
@@ -209,12 +234,13 @@ class Memory:
             "muted": self.muted,
             "held": {incident: alert.to_json() for incident, alert in self.held.items()},
             "owed": [alert.to_json() for alert in self.owed],
+            "said": self.said,
             "seen": episode.seen,
             "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
             "flags": list(episode.flags),
             "ranks": list(episode.ranks),
             "tested": episode.tested[-KEPT:].tolist(),
-            "layers": episode.layers.tolist(),
+            "layers": episode.layers.dump(),
             "flagged": _plain(episode.flagged),
         }
 
@@ -228,7 +254,7 @@ class Memory:
             ValueError: A state that no monitor of this detector has.
         """
         memory = cls(
-            episode=_episode(state),
+            episode=_episode(state, layers),
             status=state["status"],
             samples_seen=int(state["samples_seen"]),
             invalid=int(state["invalid"]),
@@ -243,14 +269,15 @@ class Memory:
             muted=whole("muted", state["muted"]),
             held={name: Alert.from_json(text) for name, text in dict(state["held"]).items()},
             owed=deque(map(Alert.from_json, state["owed"])),
+            said=whole("said", state["said"]),
         )
         memory.validity.extend(map(bool, state["validity"]))
         memory.untold.extend(_flagged(state["untold"]))
-        if not memory._is_sound(layers):
+        if not memory._is_sound():
             raise ValueError("a state that no monitor of this detector has")
         return memory
 
-    def _is_sound(self, layers: int) -> bool:
+    def _is_sound(self) -> bool:
         episode = self.episode
         recent = min(episode.seen, _RECENT_SCORES)
         return (
@@ -261,13 +288,17 @@ class Memory:
             and len(episode.flags) == len(episode.scores) == recent >= len(episode.ranks)
             and not np.isnan(episode.ranks).any()
             and len(episode.tested) >= len(episode.ranks)
-            and episode.layers.shape[1] == (layers if episode.seen else 0)
+            and min(episode.seen, KEPT) <= episode.layers.count <= episode.seen
         )
 
 
 def top_layers(names: Sequence[str], layers: Array) -> tuple[LayerShare, ...]:
     """The layers furthest from what is usual, with their share of a positive score."""
-    share, z = _shares(layers), layers[0]
+    return strongest_layers(names, layers[0], _shares(layers))
+
+
+def strongest_layers(names: Sequence[str], z: Array, share: Array) -> tuple[LayerShare, ...]:
+    """Of L layers those furthest from what is usual, by z (L,), with their share (L,)."""
     order = np.argsort(-np.abs(z), kind="stable")[:_LAYERS]
     return tuple(LayerShare(names[i], float(share[i]), float(z[i])) for i in order)
 
@@ -306,12 +337,12 @@ def _count_or_none(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _episode(state: Mapping[str, Any]) -> Episode:
+def _episode(state: Mapping[str, Any], layers: int) -> Episode:
     episode = Episode(int(state["seen"]))
     episode.scores.extend(map(float, state["scores"]))
     episode.flags.extend(map(bool, state["flags"]))
     episode.ranks.extend(map(float, state["ranks"]))
     episode.tested.extend(whole("tested", position, 1) for position in state["tested"])
-    episode.layers = np.asarray(state["layers"], dtype=np.float64).reshape(2, -1)
+    episode.layers = BlockMeans.parse(state["layers"], (2, layers))
     episode.flagged.extend(_flagged(state["flagged"]))
     return episode

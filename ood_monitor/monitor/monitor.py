@@ -15,9 +15,10 @@ from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.alerts.sink import Sink
 from ood_monitor.calibration.scores import Scores
-from ood_monitor.checks import text, whole
+from ood_monitor.checks import number, text, whole
 from ood_monitor.detector.detector import Detector
 from ood_monitor.monitor.decisions import Decisions
+from ood_monitor.monitor.explanations import Explanations, Found
 from ood_monitor.monitor.memory import rows_of
 from ood_monitor.monitor.rules import Rules
 from ood_monitor.monitor.scoring import first_sound, scored
@@ -73,6 +74,13 @@ class Monitor:
             if they were written to and no time otherwise; 0 for never.
         spool: A folder of this monitor's own, where alerts are kept until every sink has them, also
             through a crash; see :class:`~ood_monitor.alerts.Dispatcher`.
+        explain_budget: Seconds for the explanation of a drift alert, or of flags that are many, by
+            layer; 0 for none. It follows the alert as a message of its own, computed within the
+            next call of :meth:`update`, :meth:`flush` or :meth:`close`; once these seconds have
+            passed, with no further sample. Where the score is of gradient norms, the alert itself
+            names the layers.
+        explain_keep: Samples that may have to explain, the most anomalous of the latest ones, which
+            stay in memory and are never saved.
 
     Attributes:
         last: Scores of the latest samples taken in; None before the first.
@@ -112,6 +120,8 @@ class Monitor:
         identify: Literal["hash"] | None = None,
         weights_every: int = 1000,
         spool: str | PathLike[str] | None = None,
+        explain_budget: float = 5.0,
+        explain_keep: int = 8,
     ) -> None:
         fitted = detector.fitted
         rules = Rules(
@@ -135,6 +145,10 @@ class Monitor:
             Weights(detector.adapter.module, fitted.model),
             Decisions.of(rules, fitted, seed=seed),
         )
+        budget = number("explain_budget", explain_budget, 0)
+        keep = whole("explain_keep", explain_keep)
+        has_layers = fitted.method == "gradient_norms"
+        self._explanations = Explanations(keep, 0.0 if has_layers else budget)
         self._lock = Lock()
         self._good: Batch | None = None
         if weights_every:
@@ -198,7 +212,8 @@ class Monitor:
                 of another number; the monitor is then unchanged.
         """
         scores = self.score(batch)
-        return self.observe(scores, self.identify(batch, scores) if ids is None else ids)
+        ids = self.identify(batch, scores) if ids is None else ids
+        return self.observe(scores, ids, batch=batch)
 
     def score(self, batch: Batch) -> Scores:
         """What :meth:`update` would take in of B samples, without taking it in.
@@ -209,6 +224,7 @@ class Monitor:
         Raises:
             ValueError: As :meth:`update`.
         """
+        self._explain()
         start = time.perf_counter()
         try:
             scores = scored(self.detector, batch, self._good)
@@ -220,8 +236,16 @@ class Monitor:
         self._measure(seconds=time.perf_counter() - start)
         return scores
 
-    def observe(self, scores: Scores, ids: Sequence[Any] | None = None) -> list[Alert]:
+    def observe(
+        self, scores: Scores, ids: Sequence[Any] | None = None, *, batch: Batch | None = None
+    ) -> list[Alert]:
         """:meth:`update`, of samples that :meth:`score` has seen, maybe in another process.
+
+        Args:
+            scores: What it gave.
+            ids: As of :meth:`update`.
+            batch: The samples, of which a few may have to explain an alert. Without them none is
+                explained.
 
         Returns:
             The alerts raised, which the sinks get too.
@@ -235,12 +259,12 @@ class Monitor:
             )
         self._check_groups(scores)
         with self._lock:
-            summaries: list[Summary] = []
-            was_told = self._decisions.neighbours is not None
-            alerts = self._step(lambda d: summaries.extend(self._take(d, scores, ids)))
+            was_told, before = self._decisions.neighbours is not None, self.samples_seen
+            alerts = self._step(lambda decisions: self._take(decisions, scores, ids))
             self.last = scores
-            for summary in summaries:
-                self._dispatcher.summarise(summary)
+            if batch is not None:
+                self._explanations.keep(batch, scores, ids, before)
+                self._explanations.ask(alerts)
             if not was_told:
                 self._warn_of_neighbours()
         self._measure(scores)
@@ -325,11 +349,13 @@ class Monitor:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
+        self._explain()
         self._hand_over()
         return self._dispatcher.flush(timeout)
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left within ``timeout`` seconds, and close the sinks."""
+        self._explain()
         self._hand_over()
         self._dispatcher.close(timeout)
 
@@ -351,16 +377,29 @@ class Monitor:
         self.close()
 
     def _step(
-        self, change: Callable[[Decisions], None], watched: "_Watched | None" = None
+        self,
+        change: Callable[[Decisions], Iterable[Summary] | None],
+        watched: "_Watched | None" = None,
     ) -> list[Alert]:
         """Change what was decided, and owe the alerts of it, in one assignment; then hand over."""
         decisions = self._decisions.copy()
         owed = len(decisions.memory.owed)
-        change(decisions)
+        summaries = change(decisions)
         alerts = list(decisions.memory.owed)[owed:]
         self._watched = replace(watched or self._watched, decisions=decisions)
         self._hand_over()
+        for summary in summaries or ():
+            self._dispatcher.summarise(summary)
         return alerts
+
+    def _explain(self) -> None:
+        """Explain the alerts that wait for it, in the thread of whoever calls."""
+        while not self._decisions.memory.muted and (asked := self._explanations.next()):
+            asked.explain(self.detector, self._tell)
+
+    def _tell(self, found: Found) -> None:
+        with self._lock:
+            self._step(lambda decisions: decisions.explain(found))
 
     def _hand_over(self) -> None:
         """Give the dispatcher what is owed; what is interrupted is given again, with its id."""
@@ -377,11 +416,11 @@ class Monitor:
             rows_of(scores, decisions.fitted.layers, ids), stale=self._are_weights_stale(decisions)
         )
 
-    def _judge_by(self, decisions: Decisions, fitted: Fitted, reason: str) -> None:
+    def _judge_by(self, decisions: Decisions, fitted: Fitted, reason: str) -> list[Summary]:
         if fitted is not decisions.fitted:
             fresh = Decisions.of(decisions.rules, fitted, seed=self._seed)
             decisions.fitted, decisions.test = fitted, fresh.test
-        decisions.accept(reason)
+        return [decisions.accept(reason)]
 
     def _check_groups(self, scores: Scores) -> None:
         grouped = self._decisions.fitted.grouped

@@ -153,6 +153,27 @@ def test_a_drift_alert_says_since_which_sample_of_the_stream() -> None:
         assert evidence.since_earliest <= evidence.since <= evidence.since_latest
 
 
+def test_a_drift_alert_has_the_figures_since_then() -> None:
+    values = np.concatenate([stream(600), stream(900, 1.5, seed=1)])
+    values = np.insert(values, [100, 200], math.nan)
+    for thin in (1, 3):
+        alerts = monitor(thin=thin).observe(scores(values))
+        alert = next(alert for alert in alerts if alert.kind == "drift")
+        evidence = alert.evidence
+        assert evidence.since is not None
+        since = values[evidence.since - 1 : alert.samples_seen]
+        flagged = scores(since).p_value <= 0.01
+        assert evidence.window == len(since) < 100
+        assert evidence.score_mean == pytest.approx(since.mean())
+        assert evidence.score_p95 == pytest.approx(np.quantile(since, 0.95))
+        assert evidence.flagged == flagged.sum()
+        places = (evidence.since + flagged.nonzero().flatten()).tolist()
+        assert [sample.position for sample in alert.samples] == places[-20:]
+        assert len(alert.trace) == min(200, (alert.samples_seen - 2 + thin - 1) // thin)
+        assert alert.trace[-1].position == alert.samples_seen
+        assert {point.position for point in alert.trace}.isdisjoint({101, 202})
+
+
 # Samples that cannot be scored
 
 

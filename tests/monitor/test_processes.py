@@ -94,7 +94,7 @@ for _ in range(20):
 os._exit(0)
 """
     said = output(script)
-    assert " ".join(said).replace("drift ", "").split() == ["ended", "0"] * 20
+    assert [word for word in said if word in ("ended", "0")] == ["ended", "0"] * 20
 
 
 def fitted() -> om.Detector:
