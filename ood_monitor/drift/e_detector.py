@@ -83,11 +83,11 @@ from ood_monitor.drift.bets import (
     simple_jumper,
     smoothed_rank,
 )
-from ood_monitor.drift.change import Bets, Since
+from ood_monitor.drift.change import Ranks, Since
 from ood_monitor.drift.evidence import Evidence, checked_ert
 from ood_monitor.drift.tie_breaker import TieBreaker
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 """The version of :meth:`EDetector.state_dict`."""
 
 # What an infinite score counts as: no other is beyond it, and JSON can hold it.
@@ -105,7 +105,7 @@ class _Episode:
     histories: list["array[float]"]
     stream: "array[float]" = field(default_factory=lambda: array("d"))
     groups: "array[int]" = field(default_factory=lambda: array("q"))
-    bets: Bets = field(default_factory=lambda: Bets(4))
+    ranks: Ranks = field(default_factory=Ranks)
     log1p_sums: Sums = (0.0, 0.0, 0.0, 0.0)
     weights: Triple = EVEN
     n: int = 0
@@ -122,14 +122,15 @@ class _Episode:
         bets = log_power_bet(p), log_power_bet(complement), jump, log_middle_bet(p, complement)
         large, small, mean, alike = map(operator.add, self.log1p_sums, bets)
         self.log1p_sums = (log1p_exp(large), log1p_exp(small), log1p_exp(mean), log1p_exp(alike))
-        self.bets.append(bets)
+        self.ranks.append(p)
         self.n += 1
         return log_mean_exp((large, small, mean, alike))
 
     def copy(self) -> "_Episode":
         found = copy.copy(self)
         found.histories = [history[:] for history in self.histories]
-        found.stream, found.groups, found.bets = self.stream[:], self.groups[:], self.bets.copy()
+        found.stream, found.groups = self.stream[:], self.groups[:]
+        found.ranks = self.ranks.copy()
         return found
 
 
@@ -288,7 +289,7 @@ class EDetector:
         Raises:
             ValueError: If no sample was taken in since the start.
         """
-        return self._episode.bets.since()
+        return self._episode.ranks.since()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without the calibration scores, as primitives that JSON can hold."""
@@ -304,7 +305,7 @@ class EDetector:
             "weights": list(episode.weights),
             "stream": episode.stream.tolist(),
             "groups": episode.groups.tolist() if len(self._calibration) > 1 else [],
-            "bets": episode.bets.tolist(),
+            "ranks": episode.ranks.tolist(),
             "generator": self._ties.state_dict(),
         }
 
@@ -356,7 +357,7 @@ class EDetector:
             histories,
             stream=array("d", stream),
             groups=array("q", groups.tolist()),
-            bets=Bets.parse(state["bets"], 4, n),
+            ranks=Ranks.parse(state["ranks"], n),
             log1p_sums=_sums(state["log1p_sums"]),
             weights=_triple(state["weights"]),
             n=n,

@@ -31,14 +31,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ood_monitor.checks import whole
-from ood_monitor.drift.change import Bets, Since
+from ood_monitor.drift.change import Ranks, Since
 from ood_monitor.drift.evidence import Evidence, checked_ert, pooled_log_e_value
 from ood_monitor.drift.tie_breaker import TieBreaker
 
 __all__ = ["MixDetector"]
 
 #: The version of :meth:`MixDetector.state_dict`.
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 #: Keeps the tie-breakers apart from those of the scores' test.
 _SEED_DOMAIN = 0x6D_69_78
@@ -57,7 +57,7 @@ class _Episode:
     counts: NDArray[np.int64]  # (G,), calibration samples included
     recent: _Array  # (4, G), what each bettor remembers
     log1p_sums: _Array = field(default_factory=lambda: np.zeros(len(_KEPT)))  # (4,)
-    bets: Bets = field(default_factory=lambda: Bets(len(_KEPT)))
+    ranks: Ranks = field(default_factory=Ranks)
     n: int = 0
 
     def take(self, group: int, u: float) -> tuple[float, float]:
@@ -73,13 +73,13 @@ class _Episode:
         self.recent *= _KEPT[:, None]
         self.recent[:, fell] += 1
         counts[group] += 1
-        self.bets.append(bets)
+        self.ranks.append(p)
         self.n += 1
         return p, pooled_log_e_value(sums)
 
     def copy(self) -> "_Episode":
         counts, recent = self.counts.copy(), self.recent.copy()
-        return replace(self, counts=counts, recent=recent, bets=self.bets.copy())
+        return replace(self, counts=counts, recent=recent, ranks=self.ranks.copy())
 
 
 class MixDetector:
@@ -143,7 +143,7 @@ class MixDetector:
         Raises:
             ValueError: If no sample was taken in since the start.
         """
-        return self._episode.bets.since()
+        return self._episode.ranks.since()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without the calibration samples, as primitives for JSON."""
@@ -156,7 +156,7 @@ class MixDetector:
             "counts": (episode.counts - self._calibration).tolist(),
             "recent": episode.recent.tolist(),
             "log1p_sums": episode.log1p_sums.tolist(),
-            "bets": episode.bets.tolist(),
+            "ranks": episode.ranks.tolist(),
             "generator": self._ties.state_dict(),
         }
 
@@ -191,5 +191,5 @@ class MixDetector:
         are_counts = counts.min() >= 0 and counts.sum() == n and recent.min() >= 0
         if not are_counts or not np.isfinite([*recent.flat, *sums]).all():
             raise ValueError(f"counts {counts.tolist()} after {n} samples")
-        bets = Bets.parse(state["bets"], len(_KEPT), n)
-        return _Episode(self._calibration + counts, recent, sums, bets, n)
+        ranks = Ranks.parse(state["ranks"], n)
+        return _Episode(self._calibration + counts, recent, sums, ranks, n)

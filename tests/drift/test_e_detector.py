@@ -428,8 +428,8 @@ def test_refuses_state_of_another(other: EDetector, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "another format: expected 3, got 1"),
-        ({"format": None}, "another format: expected 3, got None"),
+        ({"format": 1}, "another format: expected 4, got 1"),
+        ({"format": None}, "another format: expected 4, got None"),
         ({"weights": [0.5, 0.5]}, "Malformed drift state: .*at least 3 scores"),
         ({"weights": [0.25] * 4}, "Malformed drift state: .*too many"),
         ({"log1p_sums": [0.0, math.nan, 0.0, 0.0]}, "Malformed drift state: .*finite"),

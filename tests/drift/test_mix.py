@@ -85,7 +85,7 @@ def test_a_copy_goes_on_by_itself() -> None:
         {"n": 9},
         {"log1p_sums": [math.nan] * 4},
         {"recent": "x"},
-        {"bets": []},
+        {"ranks": []},
         {"generator": {}},
     ],
     ids=str,
