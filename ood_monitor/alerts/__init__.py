@@ -22,7 +22,7 @@ from ood_monitor.alerts.alert import (
     severity_of,
 )
 from ood_monitor.alerts.dispatcher import Dispatcher
-from ood_monitor.alerts.sink_thread import Undelivered
+from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.alerts.webhook import WebhookError, WebhookSink, verify
 
@@ -36,6 +36,7 @@ __all__ = [
     "LoggingSink",
     "MeterSink",
     "Reading",
+    "Refused",
     "Severity",
     "Sink",
     "Spool",

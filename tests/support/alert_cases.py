@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +65,8 @@ def summary(samples_seen: int) -> Summary:
 class Recorder:
     """Takes alerts and summaries, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or type(self).__name__
         self.seen: list[int] = []
         self.summaries: list[int] = []
         self.threads: set[int] = set()
@@ -83,7 +86,8 @@ class Recorder:
 class Gate:
     """Hangs in every call until it is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or type(self).__name__
         self.entered = threading.Event()
         self.opened = threading.Event()
         self.seen: list[int] = []
@@ -97,7 +101,13 @@ class Gate:
 class Broken:
     """Fails the given number of times per alert, for ever by default."""
 
-    def __init__(self, times: float = float("inf"), error: type[BaseException] = OSError) -> None:
+    def __init__(
+        self,
+        times: float = float("inf"),
+        error: type[BaseException] = OSError,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or type(self).__name__
         self.times, self.error = times, error
         self.calls: list[int] = []
 
@@ -105,6 +115,14 @@ class Broken:
         self.calls.append(alert.samples_seen)
         if self.calls.count(alert.samples_seen) <= self.times:
             raise self.error("the line is down")
+
+
+def ended(is_so: Callable[[], bool]) -> bool:
+    """Whether something is so, in the end."""
+    deadline = time.monotonic() + LONG
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return is_so()
 
 
 #: The modules without the package, whose torch takes seconds to import: a process starts at once.
