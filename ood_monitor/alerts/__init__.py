@@ -24,7 +24,7 @@ from ood_monitor.alerts.alert import (
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.spool import Spool
-from ood_monitor.alerts.webhook import WebhookError, WebhookSink, verify
+from ood_monitor.alerts.webhook import WebhookError, WebhookRefused, WebhookSink, verify
 
 __all__ = [
     "Alert",
@@ -46,6 +46,7 @@ __all__ = [
     "TermShare",
     "Undelivered",
     "WebhookError",
+    "WebhookRefused",
     "WebhookSink",
     "severity_of",
     "verify",
