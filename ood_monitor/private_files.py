@@ -98,10 +98,15 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def is_at(fd: int, path: str | PathLike[str]) -> bool:
-    """Whether an open file is the one that a path names, and not one that was removed there."""
+def is_at(found: os.stat_result, path: str | PathLike[str]) -> bool:
+    """Whether a file that is open is the one that a path names, and was not removed there.
+
+    Args:
+        found: What `os.fstat` says of it: its number is no other's while it is open.
+        path: Where it was.
+    """
     try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
+        return os.path.samestat(found, os.lstat(path))
     except OSError:
         return False
 
@@ -119,14 +124,14 @@ class FileLock:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self._path = Path(path)
-        self._fd = -1
+        self._path = str(Path(path))
+        self._fd, self._found = -1, os.stat_result([0] * 10)
         _locks.add(self)
 
     @property
     def is_held(self) -> bool:
         """Whether this has the lock, and its file is still in its place."""
-        return self._fd >= 0 and is_at(self._fd, self._path)
+        return self._fd >= 0 and is_at(self._found, self._path)
 
     def acquire(self) -> None:
         """Take the lock, which is not held; does not wait.
@@ -136,11 +141,11 @@ class FileLock:
             OSError: The file cannot be used, or the system has no such locks.
         """
         fd = self._locked()
-        while not is_at(fd, self._path):
+        while not is_at(found := os.fstat(fd), self._path):
             os.close(fd)
             fd = self._locked()
-        self._fd = fd
-        if stat.S_ISREG(os.fstat(fd).st_mode):
+        self._fd, self._found = fd, found
+        if stat.S_ISREG(found.st_mode):
             with suppress(OSError):  # on a full disk the lock is one all the same
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} since {time.strftime('%F %T')}\n".encode(), 0)
@@ -156,9 +161,9 @@ class FileLock:
             import fcntl
         except ImportError as error:
             text = "Expected a POSIX system for a lock, got one without file locks"
-            raise OSError(errno.ENOTSUP, text, str(self._path)) from error
+            raise OSError(errno.ENOTSUP, text, self._path) from error
 
-        if self._path.is_dir():
+        if os.path.isdir(self._path):
             fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         else:
             fd = open_private(self._path, os.O_CREAT | os.O_RDWR)
@@ -170,7 +175,7 @@ class FileLock:
             if not isinstance(error, BlockingIOError):
                 raise
             text = f"Expected a lock that nobody has, got one that {owner} has"
-            raise BlockingIOError(errno.EWOULDBLOCK, text, str(self._path)) from error
+            raise BlockingIOError(errno.EWOULDBLOCK, text, self._path) from error
         return fd
 
 

@@ -54,9 +54,10 @@ class _Owed:
 class Journal:
     """The file, and what it is to hold, for one thread of one process.
 
-    :meth:`add` and :meth:`settle` change what it is to hold, :meth:`write` the file. What could not
-    be written is written by the next :meth:`write` that can. A file that was removed or replaced
-    is not written to: what stands in its place is read, and all is written anew.
+    :meth:`add` and :meth:`settle` change what it is to hold, :meth:`write` and
+    :meth:`write_settled` the file. What could not be written is written by the next that can. A
+    file that was removed or replaced is not written to: what stands in its place is read, and all
+    is written anew.
 
     Args:
         path: The file; made if it is not there.
@@ -75,9 +76,10 @@ class Journal:
         self._owed: dict[str, _Owed] = {}
         self._counts: Counter[str] = Counter()
         self._unwritten: dict[str, _Owed] = {}
-        self._settled: list[bytes] = []
+        self._settled: list[dict[str, Any]] = []
         self.latest = self._latest_written = 0
-        self._fd, self._size, self._waste = -1, 0, 0
+        self._fd, self._found = -1, os.stat_result([0] * 10)
+        self._size, self._waste = 0, 0
         self._is_unsure, self._gap = False, b""
         self._open()
 
@@ -101,6 +103,11 @@ class Journal:
         """Whether the file lacks something that a crash must not forget."""
         return bool(self._unwritten) or self._is_unsure or self.latest > self._latest_written
 
+    @property
+    def settled_count(self) -> int:
+        """What was settled and is not in the file."""
+        return len(self._settled)
+
     def add(self, alert: Alert, sinks: Iterable[str]) -> list[str]:
         """Owe an alert to sinks; those that are owed too much already, and are not owed this."""
         self.latest = max(self.latest, number_of(alert))
@@ -120,8 +127,8 @@ class Journal:
         self._strike_out(entry, sink, why)
         if alert_id not in self._unwritten:
             record = {"done": alert_id, "sink": sink} | ({} if why is None else {"why": why})
-            self._settled.append(line_of(record))
-            self._waste += len(self._settled[-1]) + (0 if alert_id in self._owed else entry.size)
+            self._settled.append(record)
+            self._waste += 0 if alert_id in self._owed else entry.size
 
     def give_up_strangers(self, known: Collection[str]) -> int:
         """Forget alerts of unknown sinks beyond the capacity, the oldest first; how many."""
@@ -134,7 +141,7 @@ class Journal:
         return len(beyond)
 
     def write(self) -> None:
-        """Bring the file up to date; what was added is on disk on return.
+        """Have all that was added on disk on return.
 
         Raises:
             OSError: The disk refuses.
@@ -142,31 +149,41 @@ class Journal:
         """
         if self._is_unsure:
             self._rewrite()
-        elif not is_at(self._fd, self._path):
+        elif not self._is_in_place():
             self._rewrite_with_successor()
         elif lines := self._news():
-            self._append(b"".join(lines))
-            self._is_written()
+            self._append(lines)
+            self._unwritten.clear()
+            self._latest_written = self.latest
+
+    def write_settled(self) -> None:
+        """Write what was settled, which is on disk when the system has it there.
+
+        Whether the file is still in its place is not asked: if not, :meth:`write` finds it out, and
+        writes all of it elsewhere.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        if self._settled and self._fd >= 0 and not self._is_unsure:
+            lines = b"".join(map(line_of, self._settled))
+            self._append(lines)
+            self._settled.clear()
+            self._waste += len(lines)
             if self._waste > max(_WASTE, self._size // 2):
                 self._compact()
 
     def close(self) -> None:
         """Leave only what is owed in the file, as far as the disk takes it, and give it back."""
         with suppress(OSError, ValueError):
-            if self._waste or self.is_behind:
-                self._rewrite() if is_at(self._fd, self._path) else self.write()
+            if self._waste or self._settled or self.is_behind:
+                self._rewrite() if self._is_in_place() else self.write()
         self._leave()
 
-    def _news(self) -> list[bytes]:
-        lines = [entry.line(self.latest) for entry in self._unwritten.values()]
-        if not lines and self.latest > self._latest_written:
-            lines = [line_of({"latest": self.latest})]
-        return lines + self._settled
-
-    def _is_written(self) -> None:
-        self._unwritten.clear()
-        self._settled.clear()
-        self._latest_written = self.latest
+    def _news(self) -> bytes:
+        if not self._unwritten and self.latest > self._latest_written:
+            return line_of({"latest": self.latest})
+        return b"".join(entry.line(self.latest) for entry in self._unwritten.values())
 
     def _append(self, lines: bytes) -> None:
         content = self._gap + lines
@@ -209,7 +226,7 @@ class Journal:
 
     def _read(self) -> tuple[bytes, bool]:
         """Take in what the file holds; its bytes, and whether they can stay as they are."""
-        self._fd = open_private(self._path, os.O_RDWR | os.O_APPEND)
+        self._use(open_private(self._path, os.O_RDWR | os.O_APPEND))
         content = _all(self._fd)
         try:
             found = read(content)
@@ -324,12 +341,21 @@ class Journal:
             fd = open_private(self._path, os.O_RDWR | os.O_APPEND)
         except OSError:
             # If it is the new file that is in place, what is written to the old one is lost.
-            self._is_unsure = self._is_unsure or not is_at(self._fd, self._path)
+            self._is_unsure = self._is_unsure or not self._is_in_place()
             raise
         self._leave()
-        self._fd, self._size, self._waste = fd, len(content), 0
+        self._use(fd)
+        self._size, self._waste = len(content), 0
         self._is_unsure, self._gap = False, b""
-        self._is_written()
+        self._unwritten.clear()
+        self._settled.clear()
+        self._latest_written = self.latest
+
+    def _is_in_place(self) -> bool:
+        return self._fd >= 0 and is_at(self._found, self._path)
+
+    def _use(self, fd: int) -> None:
+        self._fd, self._found = fd, os.fstat(fd)
 
     def _leave(self) -> None:
         if self._fd >= 0:

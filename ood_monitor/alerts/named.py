@@ -34,7 +34,7 @@ def named(sinks: Iterable[Sink], *, has_spool: bool) -> list[tuple[str, Sink]]:
         if said is None and has_spool:
             raise ValueError(
                 f"Expected a sink with a name, by which the spool owes it alerts, got {sink!r}: "
-                "set its `name` to one that this receiver alone has."
+                "set its `name`, or wrap it in a function of a name that this receiver alone has."
             )
         name = _numbered(_default(sink), found) if said is None else said
         if name in found:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -24,6 +24,10 @@ _PATIENCE, _REGAINED, _SLOW = 0.9, 0.1, 0.05
 
 #: Seconds between tries to write what could not be written.
 _AGAIN = 1.0
+
+#: Seconds of quiet after which is written what sinks have, or how much of it there is at most: who
+#: adds an alert does not wait for that. A kill may forget it.
+_GATHERED, _MANY = 0.01, 32
 
 _log = logging.getLogger(__name__)
 
@@ -189,13 +193,14 @@ class Spool:
     def _next(self) -> list[_Added | _Settled | None]:
         with self._changed:
             patience = _AGAIN if self._journal.is_behind else None
+            patience = _GATHERED if self._journal.settled_count else patience
             self._changed.wait_for(lambda: self._work, patience)
             work = list(self._work)
             self._work.clear()
             return work
 
     def _do(self, work: Sequence[_Added | _Settled | None]) -> bool:
-        """Take in all that waits and write it at once; whether to go on."""
+        """Take in all that waits, and write it at once or when it is quiet; whether to go on."""
         for item in work:
             if isinstance(item, _Added):
                 full = self._journal.add(item.alert, self._sinks)
@@ -203,28 +208,33 @@ class Spool:
                 self._drop(item.alert, full)
             elif item is not None:
                 self._journal.settle(item.alert_id, item.sink, item.why)
-        error = self._write()
-        for item in work:
-            if isinstance(item, _Added):
-                item.error = error
-                item.ended.set()
+        added = [item for item in work if isinstance(item, _Added)]
+        error = self._written(self._write) if added or self._journal.is_behind else ""
+        for item in added:
+            item.error = error
+            item.ended.set()
+        if not work or self._journal.settled_count >= _MANY:
+            self._written(self._journal.write_settled)
         self._is_late = self._is_late and bool(self._work)
         return None not in work
 
-    def _write(self) -> str:
+    def _written(self, write: Callable[[], None]) -> str:
         """Why the file could not be brought up to date; empty if it was."""
         try:
-            if not self._is_held():
-                self._take_anew()
-            self._journal.write()
+            write()
         except Exception as error:  # whatever it is, this thread must go on
             why = f"{type(error).__name__}: {error}"
             self._tell_of_failure(why)
             return why
-        if self._is_failing and not self._journal.is_behind:
+        return ""
+
+    def _write(self) -> None:
+        if not self._is_held():
+            self._take_anew()
+        self._journal.write()
+        if self._is_failing:
             self._is_failing = False
             _log.warning("The spool %s is written again, and lacks nothing.", self.folder)
-        return ""
 
     def _is_held(self) -> bool:
         return all(lock.is_held for lock in self._locks)
