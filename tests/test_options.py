@@ -173,6 +173,10 @@ def dispatching(**options: Any) -> None:
     Dispatcher(**options).close()
 
 
+async def asynchronous(alert: om.Alert) -> None:
+    raise AssertionError
+
+
 def spooling(**options: Any) -> None:
     Spool(**options).close(5.0)
 
@@ -522,6 +526,7 @@ CASES: dict[str, Case] = {
             "timeout": TIMEOUT,
             "payload": CALLABLE.or_none(),
             "headers": Kind((3, "x: y", ["x"], {"x": 3}, {"x": "a\nb"}), ({"x": "y"}, None)),
+            "name": TEXT.or_none(),
         },
     ),
     "webhook.verify": Case(verifying, options={"tolerance": TIME}, is_quick=False),
@@ -529,7 +534,7 @@ CASES: dict[str, Case] = {
         dispatching,
         lambda: {"sinks": []},
         {
-            "sinks": Kind((None, 3, "x", [3]), ([], (print,))),
+            "sinks": Kind((None, 3, "x", [3], [asynchronous]), ([], (print,))),
             "capacity": POSITIVE_COUNT,
             "tries": POSITIVE_COUNT,
             "spool": PATH.or_none(),
@@ -541,7 +546,7 @@ CASES: dict[str, Case] = {
         lambda: {"folder": "spool", "sinks": ["x"]},
         {
             "folder": PATH,
-            "sinks": Kind((None, 3, "x", [3], [""]), ([], ("x",))),
+            "sinks": Kind((None, 3, "x", [3], [""], ["x", "x"]), ([], ("x",))),
             "capacity": POSITIVE_COUNT,
         },
     ),

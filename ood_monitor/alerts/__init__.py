@@ -17,11 +17,11 @@ from ood_monitor.alerts.alert import (
     severity_of,
 )
 from ood_monitor.alerts.dispatcher import Dispatcher
+from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.alerts.sink import LoggingSink, MeterSink, Sink, SummarySink
-from ood_monitor.alerts.sink_thread import Undelivered
 from ood_monitor.alerts.spool import Spool
-from ood_monitor.alerts.webhook import WebhookError, WebhookSink, verify
+from ood_monitor.alerts.webhook import WebhookError, WebhookRefused, WebhookSink, verify
 
 __all__ = [
     "Alert",
@@ -33,6 +33,7 @@ __all__ = [
     "LoggingSink",
     "MeterSink",
     "Reading",
+    "Refused",
     "Severity",
     "Sink",
     "Spool",
@@ -43,6 +44,7 @@ __all__ = [
     "TracePoint",
     "Undelivered",
     "WebhookError",
+    "WebhookRefused",
     "WebhookSink",
     "severity_of",
     "verify",

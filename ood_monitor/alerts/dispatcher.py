@@ -5,18 +5,20 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from multiprocessing import util
 from os import PathLike
 from typing import Self
 
 from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.failures import Undelivered
 from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.named import named
 from ood_monitor.alerts.sink import Sink
-from ood_monitor.alerts.sink_thread import Figures, SinkThread, Undelivered
+from ood_monitor.alerts.sink_thread import Figures, SinkThread
 from ood_monitor.alerts.spool import Spool
-from ood_monitor.checks import items, number, whole
+from ood_monitor.checks import number, whole
 from ood_monitor.processes import after_fork_in_child
 
 __all__ = ["Dispatcher", "Undelivered"]
@@ -33,10 +35,12 @@ _log = logging.getLogger(__name__)
 class Dispatcher:
     """Hands alerts to sinks, to each from a thread of its own, in the order they were sent.
 
-    One sink's failure, or its silence, is nobody else's. An alert that a sink refuses is tried
-    again, within about a minute and a half by default, then steps aside for those after it until
-    the sink works again; a sink's first failure is logged with the traceback, the others are
-    counted. A full queue gives up figures before alerts. The dispatcher closes itself when the
+    One sink's failure, or its silence, is nobody else's, whatever it raises: also what cancels or
+    exits. An alert that fails is tried again, within about a minute and a half by default, then
+    steps aside for those after it until the sink works again; one for which a sink raises
+    :class:`Refused` is not tried again. A sink's first failure is logged with the traceback, the
+    others are counted. A full queue gives up figures before alerts, the oldest first. The
+    dispatcher closes itself when the
     interpreter or a worker of `multiprocessing` exits, unless it is killed, by a signal or by
     `os._exit`. A forked child starts with empty queues: the parent delivers what was sent before
     the fork. Sinks that the child has not used stay the parent's to close.
@@ -47,9 +51,11 @@ class Dispatcher:
     at most a second. A spool is one process's: a forked child cannot send with it.
 
     Args:
-        sinks: Called in this order. A sink is known by its ``name`` or its class's name.
-        capacity: Per sink, alerts and figures that may wait, and undelivered alerts that are kept;
-            and alerts in the spool.
+        sinks: Each has delivered when its call returns. A sink is known by its ``name``, as it is
+            now, or a function's own name; without a spool also by its class's. The spool owes by
+            this name: it is one of the receiver, not of whatever stands in its place.
+        capacity: Per sink, alerts and figures that may wait, alerts that the spool owes it, and
+            undelivered ones that are kept.
         tries: Of an alert, before it steps aside.
         spool: A folder of this dispatcher's own.
 
@@ -57,8 +63,9 @@ class Dispatcher:
         spool: The spool, if there is one.
 
     Raises:
-        ValueError: If `capacity` or `tries` is not positive, or the spool is not one.
-        TypeError: If a sink cannot be called, or an option is of another type.
+        ValueError: If `capacity` or `tries` is not positive, the spool is not one, two sinks have
+            one name, or one has none and there is a spool.
+        TypeError: If a sink cannot be called or is asynchronous, or an option is of another type.
         OSError: If the spool cannot be used, or another process has it.
     """
 
@@ -71,9 +78,9 @@ class Dispatcher:
         spool: str | PathLike[str] | None = None,
     ) -> None:
         capacity, tries = whole("capacity", capacity, 1), whole("tries", tries, 1)
-        named, self._capacity = list(_named(sinks)), capacity
-        self._new_threads = partial(_threads, named, capacity, tries, self._delivered)
-        names = [name for name, _ in named]
+        known, self._capacity = named(sinks, has_spool=spool is not None), capacity
+        self._new_threads = partial(_threads, known, capacity, tries, self._settled)
+        names = [name for name, _ in known]
         self.spool = None if spool is None else Spool(spool, names, capacity=capacity)
         self._closed, self._is_childs = False, False
         self._begin()
@@ -117,6 +124,11 @@ class Dispatcher:
     def failures(self) -> dict[str, int]:
         """Calls that raised, by the sink's name, tries that were repeated included."""
         return {thread.name: thread.failures for thread in self._threads}
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """Alerts that a sink has refused for good, by the sink's name; `undelivered` has them."""
+        return {thread.name: thread.refused for thread in self._threads}
 
     @property
     def has_meters(self) -> bool:
@@ -195,9 +207,11 @@ class Dispatcher:
         self.close()
 
     def _replay(self) -> None:
-        """Deliver what an earlier process left in the spool."""
+        """Deliver what an earlier process left in the spool, and keep what was refused then."""
         if self.spool is not None:
             for thread in self._threads:
+                for alert, why in self.spool.refused(thread.name):
+                    thread.lose(alert, why)
                 for alert in self.spool.owed(thread.name):
                     thread.put(alert)
 
@@ -206,9 +220,9 @@ class Dispatcher:
             if thread.shows(figures):
                 thread.put(figures)
 
-    def _delivered(self, alert: Alert, sink: str) -> None:
+    def _settled(self, alert: Alert, sink: str, why: str | None) -> None:
         if self.spool is not None:
-            self.spool.done(alert, sink)
+            self.spool.done(alert, sink, why)
 
     def _refuse(self, alert: Alert) -> None:
         self._late_count += 1
@@ -225,7 +239,9 @@ class Dispatcher:
             return
         where = "Dispatcher.undelivered has the latest of them"
         if self.spool is not None:
-            where = f"the next monitor with the spool {self.spool.folder} delivers them"
+            where = (
+                f"the next monitor with the spool {self.spool.folder} delivers what was not refused"
+            )
         _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
 
 
@@ -240,25 +256,13 @@ def _begin_in_child() -> None:
 after_fork_in_child(_begin_in_child)
 
 
-def _named(sinks: Iterable[Sink]) -> Iterator[tuple[str, Sink]]:
-    """Sinks with names that tell them apart, and stay the same through a restart."""
-    seen: dict[str, int] = {}
-    for sink in items("sinks", sinks):
-        if not callable(sink):
-            raise TypeError(f"Expected a sink that can be called with an alert, got {sink!r}.")
-        default = getattr(sink, "__qualname__", type(sink).__qualname__)
-        name = str(getattr(sink, "name", default))
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name} {seen[name]}"), sink
-
-
 def _threads(
-    named: Sequence[tuple[str, Sink]],
+    known: Sequence[tuple[str, Sink]],
     capacity: int,
     tries: int,
-    delivered: Callable[[Alert, str], None],
+    settled: Callable[[Alert, str, str | None], None],
 ) -> list[SinkThread]:
     return [
-        SinkThread(sink, name, capacity=capacity, tries=tries, delivered=delivered)
-        for name, sink in named
+        SinkThread(sink, name, capacity=capacity, tries=tries, settled=settled)
+        for name, sink in known
     ]

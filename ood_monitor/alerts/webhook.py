@@ -11,29 +11,48 @@ References:
 import base64
 import hashlib
 import hmac
-import http.client
 import json
+import ssl
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from email.message import Message
-from typing import IO, Any
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 from ood_monitor.alerts.alert import Alert
-from ood_monitor.checks import function, number
+from ood_monitor.alerts.failures import Refused
+from ood_monitor.alerts.posting import post
+from ood_monitor.checks import function, number, text
 
-__all__ = ["WebhookError", "WebhookSink", "verify"]
+__all__ = ["WebhookError", "WebhookRefused", "WebhookSink", "verify"]
 
 _ID, _TIMESTAMP, _SIGNATURE = "webhook-id", "webhook-timestamp", "webhook-signature"
 _PREFIX = "whsec_"
 _SHORTEST_KEY = 24  # bytes, as the standard has it
 _LONGEST_WAIT = 86_400.0  # seconds; sockets take no such time as infinity
+_DIGITS = 12  # of the address's digest in a sink's name
+
+#: Answers that the same request gets again: a redirect for good, and what blames the request, but
+#: for those that ask to wait.
+_FOR_GOOD = {301, 308, *range(400, 500)} - {408, 423, 425, 429}
 
 
 class WebhookError(Exception):
-    """A receiver did not take an alert; names the host, not the address, which may be secret."""
+    """A receiver did not take an alert; names the host, not the address, which may be secret.
+
+    Attributes:
+        retry_after: Seconds that the receiver asks to wait; None if it does not.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class WebhookRefused(WebhookError, Refused):
+    """A receiver will not take an alert, however often it is sent."""
 
 
 class WebhookSink:
@@ -42,15 +61,19 @@ class WebhookSink:
     The body is ``{"type": "ood_monitor.drift", "timestamp": ..., "data": ALERT}``, or what
     ``payload`` makes of the alert: ``lambda alert: {"text": alert.message}`` is what Slack takes.
     A redirect is refused, since it would carry the alert to an address that nobody chose. Proxies
-    are those of the environment.
+    are those of the environment. What blames the request, such as 400, 401, 404 or 410, and a
+    redirect for good, is a :class:`Refused`; 408, 429 and 5xx are tried again, as late as
+    ``Retry-After`` says.
 
     Args:
         url: ``https://...``, or ``http://...`` where nobody listens in between.
         secret: ``whsec_`` and the Base64 of 24 bytes or more, which the receiver has too. None for
             a receiver that knows the sender by the address alone.
-        timeout: Seconds for each wait on the network, the connection's included; a day at most.
+        timeout: Seconds for a call in all, a day at most.
         payload: Makes the body, which JSON can hold, of an alert.
         headers: More headers, such as ``Authorization``; they do not show in ``repr``.
+        name: What a spool and the counts know this receiver by; by default its host and a digest
+            of its address, so that another address is another receiver.
 
     Raises:
         ValueError: The URL, the secret or a header is not one, or the timeout not in (0, a day].
@@ -65,14 +88,17 @@ class WebhookSink:
         timeout: float = 10.0,
         payload: Callable[[Alert], Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        name: str | None = None,
     ) -> None:
         self._host = _checked_host(url)
+        self.name = _name(self._host, url) if name is None else text("name", name)
         self._url, self._timeout = url, number("timeout", timeout, 0, _LONGEST_WAIT, ends="(]")
         self._key = None if secret is None else _key(secret)
         self._payload = _event if payload is None else function("payload", payload)
         self._headers = {"Content-Type": "application/json", "User-Agent": "ood-monitor"}
         self._headers |= _checked_headers({} if headers is None else headers)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        is_safe = urlsplit(url).scheme == "https"
+        self._context = ssl.create_default_context() if is_safe else None
 
     def __repr__(self) -> str:
         return f"WebhookSink({self._host!r}, signed={self._key is not None})"
@@ -81,24 +107,23 @@ class WebhookSink:
         """Post `alert`.
 
         Raises:
-            WebhookError: The receiver cannot be reached, or does not answer with a 2xx.
+            WebhookRefused: The receiver will not take it, however often it is sent.
+            WebhookError: The receiver cannot be reached, or does not answer with a 2xx in time.
         """
         body = json.dumps(self._payload(alert), allow_nan=False).encode()
         headers = self._headers | self._signed(alert.id, body)
         request = urllib.request.Request(self._url, body, headers, method="POST")
-        try:
-            with self._opener.open(request, timeout=self._timeout):
-                return
-        except urllib.error.HTTPError as error:
-            error.close()
-            why = f"status {error.code}"
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # urllib's URLError, too, with the network's own as its reason
-            why = str(getattr(error, "reason", error))
-        # Not from the error, whose text or request may hold the address.
-        raise WebhookError(f"Expected a 2xx of {self._host}, got {why}.") from None
+        answer = post(request, self._timeout, self._context)
+        if isinstance(answer, str) or answer is None:
+            raise WebhookError(self._expected(answer or f"none in {self._timeout:g} s (timed out)"))
+        status, found = answer
+        if status in _FOR_GOOD:
+            raise WebhookRefused(self._expected(f"status {status}"))
+        if not 200 <= status < 300:
+            raise WebhookError(self._expected(f"status {status}"), _pause(found["Retry-After"]))
+
+    def _expected(self, found: str) -> str:
+        return f"Expected a 2xx of {self._host}, got {found}."
 
     def _signed(self, alert_id: str, body: bytes) -> dict[str, str]:
         timestamp = str(int(time.time()))
@@ -139,17 +164,22 @@ def verify(
         raise ValueError(f"Expected a request of the last {tolerance:g} s, got one of {age:.0f} s.")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> None:
-        return None  # urllib then raises the redirect as an error
+def _name(host: str, url: str) -> str:
+    """Of one receiver: the address is in it by a digest alone, since it may be secret."""
+    return f"WebhookSink {host} {hashlib.sha256(url.encode()).hexdigest()[:_DIGITS]}"
+
+
+def _pause(asked: str | None) -> float | None:
+    """Seconds that a `Retry-After` asks for, by a number or a date; None if by neither."""
+    if asked is None:
+        return None
+    if asked.strip().isdecimal():
+        return float(asked)
+    try:
+        until = parsedate_to_datetime(asked)
+        return (until - datetime.now(until.tzinfo)).total_seconds()
+    except (TypeError, ValueError):
+        return None
 
 
 def _event(alert: Alert) -> dict[str, Any]:

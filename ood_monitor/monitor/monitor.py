@@ -154,6 +154,10 @@ class Monitor:
         if weights_every:
             self._watched.weights.are_stale()  # the costly look, before the stream waits for it
         self._dispatcher = Dispatcher(sinks, spool=spool)
+        if (told := self._dispatcher.spool) is not None:
+            # Numbers go on above those of a process that had the folder before.
+            memory = self._decisions.memory
+            memory.said = max(memory.said, told.latest)
         self.last: Scores | None = None
 
     @property

@@ -1,17 +1,21 @@
 """Delivery: in order, apart from each other, without waiting, and nothing lost silently."""
 
+import asyncio
+import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import alert_cases
 from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run, summary
 from tenacity import wait_fixed, wait_none
 
-from ood_monitor.alerts import Alert, Dispatcher, Summary, sink_thread
+from ood_monitor.alerts import Alert, Dispatcher, Refused, Summary, sink_thread
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def hang(dispatcher: Dispatcher, gate: Gate) -> None:
 
 
 def test_alerts_arrive_in_order_in_a_thread_per_sink() -> None:
-    first, second = Recorder(), Recorder()
+    first, second = Recorder(), Recorder("Second")
     with Dispatcher([first, second]) as dispatcher:
         for index in range(500):
             dispatcher.send(alert(index))
@@ -86,12 +90,13 @@ def test_a_failing_sink_is_isolated(caplog: pytest.LogCaptureFixture) -> None:
             dispatcher.send(alert(index))
         assert dispatcher.flush(LONG)
         assert recorder.seen == [0, 1, 2]
-        assert broken.calls == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        # What stepped aside goes first, so that the end of an outage finds all in order.
+        assert broken.calls == [0] * 3 + [0, 1] * 3 + [0, 2] * 3
     assert [left.alert.samples_seen for left in dispatcher.undelivered] == [0, 1, 2]
     assert {left.sink for left in dispatcher.undelivered} == {"Broken"}
     assert dispatcher.undelivered[0].reason == "OSError: the line is down"
     assert dispatcher.undelivered_count == 3
-    assert dispatcher.failures == {"Broken": 9, "Recorder": 0}
+    assert dispatcher.failures == {"Broken": 15, "Recorder": 0}
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1
     assert "Broken" in tracebacks[0].getMessage()
@@ -145,14 +150,237 @@ def test_closing_ends_the_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatcher.undelivered[0].sink.endswith("broken")
 
 
+class Speechless(Exception):
+    """It fails to say itself."""
+
+    def __str__(self) -> str:
+        raise OSError
+
+
+ENDS = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit, Speechless]
+
+
 @pytest.mark.usefixtures("_no_back_off")
-def test_a_sink_that_exits_does_not_end_the_thread() -> None:
+@pytest.mark.parametrize("error", ENDS)
+def test_whatever_a_sink_raises_is_its_failure_alone(error: type[BaseException]) -> None:
     recorder = Recorder()
-    with Dispatcher([Broken(error=SystemExit), recorder], tries=3) as dispatcher:
+    with Dispatcher([Broken(error=error), recorder], tries=2) as dispatcher:
+        for index in range(3):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        assert dispatcher.failures["Broken"] == 2 + 4 + 4
+        assert [left.alert for left in dispatcher.undelivered] == [alert(k) for k in range(3)]
+        assert dispatcher.undelivered[0].reason.startswith(error.__name__)
+    assert recorder.seen == [0, 1, 2]
+
+
+def end(thread: int) -> None:
+    """Raise an exception in a thread, wherever it is: as what stops threads from without does."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+
+
+def test_a_thread_that_is_ended_from_without_is_begun_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder = Recorder()
+    with Dispatcher([recorder]) as dispatcher:
+        dispatcher.send(alert(0))
+        assert dispatcher.flush(LONG)
+        end(*recorder.threads)
+        for index in range(1, 100):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        assert list(dict.fromkeys(recorder.seen)) == list(range(100))
+        assert dispatcher.failures == {"Recorder": 1}
+    assert "Recorder: its thread was ended by SystemExit; it is begun anew" in caplog.text
+
+
+@pytest.mark.parametrize("noticed_by", ["send", "flush"])
+def test_a_thread_that_is_gone_is_noticed(
+    noticed_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Dispatcher([recorder := Recorder()]) as dispatcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(sink_thread.SinkThread, "_run", lambda self: None)
+            dispatcher.send(alert(0))
+            while any(thread.name == "ood-monitor Recorder" for thread in threading.enumerate()):
+                time.sleep(0.001)
+        if noticed_by == "send":
+            dispatcher.send(alert(1))
+        assert dispatcher.flush(LONG)
+        assert recorder.seen == list(range(1 + (noticed_by == "send")))
+    assert "Recorder: its thread is gone; it is begun anew" in caplog.text
+
+
+class Asynchronous:
+    async def __call__(self, alert: Alert) -> None:
+        raise AssertionError
+
+    def plain(self, alert: Alert) -> None:
+        raise AssertionError
+
+
+class HalfAsynchronous(Recorder):
+    async def summarise(self, summary: Summary) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+async def send(alert: Alert, channel: str = "") -> None:
+    raise AssertionError
+
+
+async def events(alert: Alert) -> AsyncIterator[int]:
+    yield 1
+
+
+def parts(alert: Alert) -> Iterator[int]:
+    yield 1
+
+
+ASYNCHRONOUS = {
+    "function": send,
+    "object": Asynchronous(),
+    "method": Asynchronous().__call__,
+    "partial": partial(send, channel="x"),
+    "partial of partial": partial(partial(send), channel="x"),
+    "partial of object": partial(Asynchronous()),
+    "asynchronous generator": events,
+    "generator": parts,
+    "running figures": HalfAsynchronous(),
+}
+
+
+@pytest.mark.parametrize("kind", ASYNCHRONOUS)
+def test_an_asynchronous_sink_is_refused_at_once(kind: str) -> None:
+    text = r"which is asynchronous: wrap it, as in `def sink\(alert\): asyncio.run"
+    with pytest.raises(TypeError, match=text):
+        Dispatcher([ASYNCHRONOUS[kind]])
+    Dispatcher([Asynchronous().plain]).close()
+
+
+LAZY: dict[str, Callable[[Alert], Any]] = {
+    "coroutine": lambda alert: send(alert),
+    "generator": lambda alert: parts(alert),
+    "asynchronous generator": lambda alert: events(alert),
+}
+
+
+@pytest.mark.usefixtures("_no_back_off")
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_sink_that_returns_what_is_still_to_run_has_failed(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Dispatcher([LAZY[kind]], tries=1) as dispatcher:
         dispatcher.send(alert(1))
-        dispatcher.send(alert(2))
-    assert recorder.seen == [1, 2]
-    assert dispatcher.undelivered_count == 2
+        assert dispatcher.flush(LONG)
+        [left] = dispatcher.undelivered
+    assert "Expected a sink that has delivered when it returns, got one that" in left.reason
+    assert "run it in the sink" in caplog.text
+
+
+def test_what_a_sink_refuses_for_good_is_set_aside_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[int] = []
+
+    def sink(alert: Alert) -> None:
+        calls.append(alert.samples_seen)
+        if alert.samples_seen % 2:
+            raise Refused("no such channel")
+
+    with Dispatcher([sink]) as dispatcher:
+        for index in range(5):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        assert calls == [0, 1, 2, 3, 4]
+        assert dispatcher.refused == {"sink": 2}
+        assert [left.alert for left in dispatcher.undelivered] == [alert(1), alert(3)]
+        assert dispatcher.undelivered[0].reason == "refused for good: Refused: no such channel"
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("It is not tried again" in text for text in told) == 1
+
+
+@pytest.mark.usefixtures("_no_back_off")
+def test_what_an_outage_held_up_comes_in_order() -> None:
+    works, seen = threading.Event(), list[int]()
+
+    def sink(alert: Alert) -> None:
+        if not works.is_set():
+            raise OSError
+        seen.append(alert.samples_seen)
+
+    with Dispatcher([sink], tries=2) as dispatcher:
+        for index in range(4):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        assert dispatcher.undelivered_count == 4
+        works.set()
+        dispatcher.send(alert(4))
+        assert dispatcher.flush(LONG)
+        assert dispatcher.undelivered_count == 0
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("_no_back_off")
+def test_an_alert_that_always_fails_keeps_none_from_a_sink() -> None:
+    seen: list[int] = []
+
+    def sink(alert: Alert) -> None:
+        if alert.samples_seen == 1:
+            raise OSError
+        seen.append(alert.samples_seen)
+
+    with Dispatcher([sink], tries=2) as dispatcher:
+        for index in range(4):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        assert [left.alert for left in dispatcher.undelivered] == [alert(1)]
+    assert seen == [0, 2, 3]
+
+
+@pytest.mark.usefixtures("_no_back_off")
+def test_an_idle_sink_gets_all_but_what_always_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink_thread, "_AGAIN", 0.01)
+    works, seen = threading.Event(), list[int]()
+
+    def sink(alert: Alert) -> None:
+        if not works.is_set() or alert.samples_seen == 0:
+            raise OSError
+        seen.append(alert.samples_seen)
+
+    with Dispatcher([sink], tries=1) as dispatcher:
+        for index in range(4):
+            dispatcher.send(alert(index))
+        assert dispatcher.flush(LONG)
+        works.set()
+        deadline = time.monotonic() + LONG
+        while len(seen) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [left.alert for left in dispatcher.undelivered] == [alert(0)]
+    assert sorted(seen) == [1, 2, 3]
+
+
+class Busy(Exception):
+    def __init__(self, retry_after: object) -> None:
+        self.retry_after = retry_after
+
+
+@pytest.mark.usefixtures("_no_back_off")
+@pytest.mark.parametrize(
+    ("asked", "least"), [(0.2, 0.2), (-1, 0), (float("nan"), 0), ("soon", 0), (None, 0)]
+)
+def test_a_receiver_that_asks_to_wait_is_left_alone_so_long(asked: object, least: float) -> None:
+    at: list[float] = []
+
+    def sink(alert: Alert) -> None:
+        at.append(time.monotonic())
+        if len(at) == 1:
+            raise Busy(asked)
+
+    with Dispatcher([sink]) as dispatcher:
+        dispatcher.send(alert(1))
+        assert dispatcher.flush(LONG)
+    assert at[1] - at[0] >= least
 
 
 def test_a_failing_summary_is_not_tried_again() -> None:
@@ -219,16 +447,32 @@ def test_summaries_give_way_to_alerts(gate: Gate) -> None:
         dispatcher.summarise(summary(1))
         dispatcher.send(alert(2))
         dispatcher.summarise(summary(3))
-        dispatcher.summarise(summary(4))  # no room, and it takes none from the others
+        dispatcher.summarise(summary(4))  # takes the room of summary 1
         assert dispatcher.dropped_summaries == 1
-        dispatcher.send(alert(5))  # takes the room of summary 1
-        dispatcher.send(alert(6))  # takes the room of summary 3
-        dispatcher.send(alert(7))  # only alerts are left
+        dispatcher.send(alert(5))  # takes the room of summary 3
+        dispatcher.send(alert(6))  # takes the room of summary 4
+        dispatcher.summarise(summary(7))
+        dispatcher.send(alert(8))  # only alerts are left
         screen.opened.set()
     assert screen.seen == [0, 2, 5, 6]
     assert summaries == []
-    assert dispatcher.dropped_summaries == 3
-    assert [left.alert.samples_seen for left in dispatcher.undelivered] == [7]
+    assert dispatcher.dropped_summaries == 4
+    assert [left.alert.samples_seen for left in dispatcher.undelivered] == [8]
+
+
+def test_of_running_figures_the_latest_are_shown(gate: Gate) -> None:
+    class Screen(Gate):
+        def summarise(self, summary: Summary) -> None:
+            summaries.append(summary.samples_seen)
+
+    summaries: list[int] = []
+    screen = Screen()
+    with Dispatcher([screen], capacity=2) as dispatcher:
+        hang(dispatcher, screen)
+        for index in range(1, 6):
+            dispatcher.summarise(summary(index))
+        screen.opened.set()
+    assert summaries == [4, 5]
 
 
 def test_flush_keeps_its_deadline(gate: Gate) -> None:
@@ -331,6 +575,42 @@ def test_arguments_are_checked() -> None:
         Dispatcher(["not a sink"])
 
 
+# Names
+
+
+def test_a_sinks_name_is_what_it_says_when_it_is_taken() -> None:
+    def pager(alert: Alert) -> None:
+        pass
+
+    sinks = [Recorder("Lobby"), pager, partial(pager), partial(pager), lambda alert: None]
+    with Dispatcher(sinks) as dispatcher:
+        sinks[0].name = "Attic"  # type: ignore[attr-defined]
+        *said, unsaid = dispatcher.failures
+    assert said == ["Lobby", "pager", "partial", "partial 2"]
+    assert unsaid.endswith("<lambda>")
+
+
+@pytest.mark.parametrize("has_spool", [False, True])
+def test_two_sinks_of_one_name_are_refused(has_spool: bool, tmp_path: Path) -> None:
+    spool = tmp_path if has_spool else None
+    with pytest.raises(ValueError, match="Expected sinks of different names, got two of 'A'"):
+        Dispatcher([Recorder("A"), Recorder("A")], spool=spool)
+
+
+@pytest.mark.parametrize("sink", [partial(print), lambda alert: None, [].append])
+def test_with_a_spool_a_sink_must_have_a_name(sink: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected a sink with a name, by which the spool owes"):
+        Dispatcher([sink], spool=tmp_path)
+
+
+@pytest.mark.parametrize("name", [3, b"x", "", " "])
+def test_a_name_that_is_none_is_refused(name: Any) -> None:
+    sink = Recorder()
+    sink.name = name
+    with pytest.raises((TypeError, ValueError), match="Expected a sink's name as text"):
+        Dispatcher([sink])
+
+
 # Processes
 
 
@@ -397,3 +677,29 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     ended = run(script, str(path), ALERT.to_json())
     assert ended.returncode == 0, ended.stderr
     assert sorted(path.read_text().splitlines()) == ["False 3", "True 1234", "True 2"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+def test_a_sink_that_forks_leaves_its_work_to_the_parent(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from dataclasses import replace
+from ood_monitor.alerts import Alert
+from ood_monitor.alerts import Dispatcher
+first = Alert.from_json(sys.argv[2])
+parent = os.getpid()
+def sink(alert):
+    with open(sys.argv[1], "a") as file:
+        print(os.getpid() == parent, alert.samples_seen, file=file, flush=True)
+    if alert.samples_seen == 0 and (child := os.fork()):
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+dispatcher = Dispatcher([sink], spool=sys.argv[3])
+for number in range(3):
+    dispatcher.send(replace(first, samples_seen=number, id=str(number)))
+dispatcher.close(20)
+assert dispatcher.undelivered_count == 0
+"""
+    path = tmp_path / "seen"
+    ended = run(script, str(path), ALERT.to_json(), str(tmp_path / "spool"))
+    assert ended.returncode == 0, ended.stderr
+    assert path.read_text().splitlines() == ["True 0", "True 1", "True 2"]

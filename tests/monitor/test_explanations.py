@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,3 +287,14 @@ def test_a_change_of_the_status_comes_with_its_figures() -> None:
     found = [it for it in sink.said if isinstance(it, Summary)]
     assert [it.status for it in found][-2:] == ["ALERT", "OK"]
     assert found[-2].samples_seen == alert.samples_seen
+
+
+def test_a_spool_remembers_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, sink = watched(spool=tmp_path)
+    drift(watch)
+    watch.close()
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18)  # in 2001
+    again, later = watched(spool=tmp_path)
+    again.accept("anew")
+    again.close()
+    assert numbers(later)[0] > max(alert.number for alert in sink.alerts("drift", "explanation"))

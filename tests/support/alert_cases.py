@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +50,7 @@ ALERT = Alert(
 
 
 def alert(samples_seen: int) -> Alert:
-    return replace(ALERT, samples_seen=samples_seen, id=f"{samples_seen:032x}")
+    return replace(ALERT, samples_seen=samples_seen, number=0, id=f"{samples_seen:032x}")
 
 
 def summary(samples_seen: int) -> Summary:
@@ -66,7 +68,8 @@ def summary(samples_seen: int) -> Summary:
 class Recorder:
     """Takes alerts and summaries, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or type(self).__name__
         self.seen: list[int] = []
         self.summaries: list[int] = []
         self.threads: set[int] = set()
@@ -86,7 +89,8 @@ class Recorder:
 class Gate:
     """Hangs in every call until it is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or type(self).__name__
         self.entered = threading.Event()
         self.opened = threading.Event()
         self.seen: list[int] = []
@@ -100,7 +104,13 @@ class Gate:
 class Broken:
     """Fails the given number of times per alert, for ever by default."""
 
-    def __init__(self, times: float = float("inf"), error: type[BaseException] = OSError) -> None:
+    def __init__(
+        self,
+        times: float = float("inf"),
+        error: type[BaseException] = OSError,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or type(self).__name__
         self.times, self.error = times, error
         self.calls: list[int] = []
 
@@ -108,6 +118,14 @@ class Broken:
         self.calls.append(alert.samples_seen)
         if self.calls.count(alert.samples_seen) <= self.times:
             raise self.error("the line is down")
+
+
+def ended(is_so: Callable[[], bool]) -> bool:
+    """Whether something is so, in the end."""
+    deadline = time.monotonic() + LONG
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return is_so()
 
 
 #: The modules without the package, whose torch takes seconds to import: a process starts at once.
