@@ -8,7 +8,7 @@ import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from support.given_pipeline_cases import GIVEN
-from support.pipeline_cases import PIPELINES, PipelineCase, seeded_call
+from support.pipeline_cases import FEW, PIPELINES, PipelineCase, seeded_call
 from torch import Tensor
 
 import ood_monitor as om
@@ -28,7 +28,7 @@ with_inputs = pytest.mark.parametrize(
 
 
 def fitted(pipe: Any, case: PipelineCase, **options: Any) -> om.Detector:
-    settings = {"levels": (LEVEL,), "seed": 0, "progress": False}
+    settings = {"levels": (LEVEL,), "seed": 0, "explain": FEW, "progress": False}
     call = case.call_of_one() | ({"batch_size": 1} if "batch_size" in case.arguments() else {})
     return fit_pipeline(pipe, [case.images(44)], call=call, **(settings | options))
 
