@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
 from ood_monitor.adapters.elements import resolved
+from ood_monitor.modules.random_state import _draws
 from ood_monitor.testing import check_adapter
 
 
@@ -121,6 +122,24 @@ def test_what_breaks_the_contract_is_named(name: str) -> None:
     term, message = BROKEN[name]
     with pytest.raises((AssertionError, ValueError), match=message):
         check_adapter(Custom(term), torch.randn(4, 3))
+
+
+def draws_from_a_copy_of_the_global_state(adapter: Custom, x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        return right(adapter, x) * torch.rand(1)
+
+
+def test_a_term_that_follows_the_global_random_state_is_named() -> None:
+    with pytest.raises(AssertionError, match="to be the same a second time"):
+        check_adapter(Custom(draws_from_a_copy_of_the_global_state), torch.randn(4, 3))
+
+
+def test_a_check_is_no_draw_of_the_adapters() -> None:
+    """Or each later score of it would be watched for draws, which takes longer than itself."""
+    adapter, x, before = Custom(right), torch.randn(4, 3), torch.get_rng_state()
+    check_adapter(adapter, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not _draws[adapter]
 
 
 def test_a_batch_that_is_written_into_is_named() -> None:
