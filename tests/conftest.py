@@ -10,6 +10,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_NUM_THREADS": "1",  # of NumPy's and of each process that a test starts
+    "PYTHONDONTWRITEBYTECODE": "",  # such processes are many: what they import is compiled once
     "TRANSFORMERS_OFFLINE": "1",
 }
 

@@ -1,8 +1,6 @@
 """Forks: a child finds locks free, and what they guard whole."""
 
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +85,8 @@ def test_a_lock_of_the_forking_thread_stays_its_own_in_both() -> None:
     assert is_free(lock)
 
 
-FORKING = """
+FORKING = f"""
+sys.path.append({str(Path(__file__).parent)!r})
 from concurrent.futures import ThreadPoolExecutor
 from ood_monitor.processes import Lock
 from support.forks import child
@@ -102,9 +101,8 @@ assert lock.take(1)
 def test_threads_may_fork_together() -> None:
     # In a process of its own: where a test has used process groups, PyTorch ends them in a child
     # that another thread has forked, and waits for ever.
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", FORKING], env=environment, check=True, timeout=120)
+    ended = run(FORKING)
+    assert ended.returncode == 0, ended.stderr
 
 
 SENDER = """

@@ -1,5 +1,6 @@
 """The public names, and what importing them does and does not bring along."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -30,14 +31,18 @@ NEEDS_AN_EXTRA = {"ood_monitor.plots": "matplotlib"}
 FITTERS = ["scipy.stats", "sklearn"]
 
 
-def imported(*statements: str) -> list[set[str]]:
+@functools.cache
+def imported() -> list[set[str]]:
     """Which of these a fresh interpreter has imported after each statement."""
-    program = "import sys\n" + "".join(f"{s}\nprint(*sys.modules)\n" for s in statements)
+    program = "import sys\n" + "".join(f"{s}\nprint(*sys.modules)\n" for s in STATEMENTS)
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     looked_for = {*FRAMEWORKS, *FITTERS, "torch._dynamo"}
     return [set(line.split()) & looked_for for line in done.stdout.splitlines()]
 
+
+#: What would be noticed: one that is no package's, one that is a module, and one that PyTorch has.
+GIVEN = ["matplotlib", "ood_monitor_integrations", "torch._dynamo"]
 
 FITTING = """
 import torch, ood_monitor as om
@@ -47,19 +52,22 @@ detector = om.Detector(om.LogLikelihood(flow, bins=256), method="both")
 detector.fit([held_out], progress=False)
 detector.score(held_out[:2])
 """
+STATEMENTS = [
+    *("import ood_monitor", "import ood_monitor.cli", FITTING),
+    *(f"import {module}" for module in GIVEN),
+]
 
 
 def test_neither_package_nor_command_line_nor_a_fit_loads_what_it_does_not_need() -> None:
     """A framework that is not there, or seconds that a service would pay in its first request."""
-    package, command_line, fit = imported("import ood_monitor", "import ood_monitor.cli", FITTING)
+    package, command_line, fit, *_ = imported()
     assert package == command_line == set()
     assert fit == {*FITTERS}
 
 
 def test_what_is_loaded_would_be_noticed() -> None:
-    given = ["matplotlib", "ood_monitor_integrations", "scipy.stats", "torch._dynamo"]
-    found = imported(*(f"import {module}" for module in given))
-    assert all(module in now for module, now in zip(given, found, strict=True))
+    found = imported()[-len(GIVEN) :]
+    assert all(module in now for module, now in zip(GIVEN, found, strict=True))
 
 
 def test_public_names_are_sorted_and_all() -> None:

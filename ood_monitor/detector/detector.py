@@ -77,8 +77,9 @@ class Detector(Pretrained):
             seen, are one group together.
         source: Where the held-out samples come from, in words; it is saved with the detector.
         explain: How many held-out samples :meth:`explain` goes by; 0 for none. Of these, gradient
-            norms are taken, of few at a time, also where the method needs none; if they cannot be,
-            the detector is fitted without explanation by layer, and says so.
+            norms are taken, of few at a time if the model is large, also where the method needs
+            none; if they cannot be, the detector is fitted without explanation by layer, and says
+            so.
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or

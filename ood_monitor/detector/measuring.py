@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size
+from ood_monitor.adapters.base import Adapter, Batch, SampleKind, batch_size, tensors_in
 from ood_monitor.densities.features import table
 from ood_monitor.densities.measurements import GRADIENT_NORMS, Explaining, Measurements, Table
 from ood_monitor.densities.parts import Kind
@@ -32,8 +32,9 @@ __all__ = ["explaining_of", "is_measurable", "measured_by"]
 
 _log = logging.getLogger(__name__)
 
-#: Samples of a pass that explains by layer, and the most places whose deviations are kept.
-_EXPLAINED_AT_ONCE, _MOST_PLACES = 8, 1 << 16
+#: Samples of a pass that explains by layer, whatever it takes; the numbers in layers' outputs up to
+#: which there are more, 256 MiB in single precision; the most places whose deviations are kept.
+_EXPLAINED_AT_ONCE, _NUMBERS, _MOST_PLACES = 8, 1 << 26, 1 << 16
 
 
 def is_measurable(plan: Plan, adapter: Adapter, batch: Batch) -> bool:
@@ -134,8 +135,8 @@ def explaining_of(
 ) -> Explaining:
     """What explains others by place, and by norms of an adapter by layer, of n held-out samples.
 
-    Gradients take the memory of a training step, so that few samples go into a pass. Whatever they
-    fail of is kept as the reason: a detector that needs none goes without.
+    Gradients take the memory of a training step, so that few samples go into a pass of a large
+    model. Whatever they fail of is kept as the reason: a detector that needs none goes without.
     """
     found = surprise_by_place(adapter, batch, chunk_size=chunk_size)
     # Places of sequences differ from text to text.
@@ -143,13 +144,21 @@ def explaining_of(
     places = {term: each.numpy() for term, each in kept.items()}
     of_layers, without = None, ""
     if norms is not None:
-        size = min(chunk_size or _EXPLAINED_AT_ONCE, _EXPLAINED_AT_ONCE)
         try:
+            size = _explained_at_once(norms, batch)
+            size = min(chunk_size or size, size)
             given = norms_of(norms, batch, layers=layers, chunk_size=size)
             of_layers = Table(*table(given.norms))
         except Exception as error:  # of any kind, where a model can only run forward
             without = f"{type(error).__name__}: {error}"
     return Explaining(of_layers, places, batch_size(batch), without)
+
+
+def _explained_at_once(adapter: Adapter, batch: Batch) -> int:
+    """Samples a pass, by the numbers that layers make of each if they keep its positions."""
+    inputs = sum(tensor.numel() for tensor in tensors_in(batch)) // batch_size(batch)
+    outputs = sum(weights.shape[0] for weights in adapter.module.parameters() if weights.ndim)
+    return max(_EXPLAINED_AT_ONCE, _NUMBERS // max(1, inputs * outputs))
 
 
 def _without_noise(

@@ -129,7 +129,8 @@ def test_a_layer_that_a_batch_does_not_call_has_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["glow", "vae", "gpt2", "ddpm"])
 def test_it_is_a_part_of_a_detector(name: str, tmp_path: Path) -> None:
-    made = om.Detector(adapter_of(name), parts=["channel_norms", "gradient_norms"])
+    parts = ["channel_norms", "gradient_norms"]
+    made = om.Detector(adapter_of(name), parts=parts, explain=8)
     fitted = made.fit(pieces(batch_of(name, 60, seed=1), 30), progress=False)
     new = batch_of(name, 5, seed=2)
     scores = fitted.score(new)

@@ -136,6 +136,26 @@ def test_the_first_held_out_samples_are_kept(explain: int, count: int) -> None:
         torch.testing.assert_close(torch.from_numpy(usual.mean), logs.mean(0), rtol=1e-3, atol=1e-3)
 
 
+def test_a_pass_explains_many_samples_of_a_small_model_and_few_of_a_large_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+
+    def recorded(*given: Any, chunk_size: int, **options: Any) -> Any:
+        sizes.append(chunk_size)
+        return norms_of(*given, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr("ood_monitor.detector.measuring.norms_of", recorded)
+    batch = batch_of("vae", HELD_OUT, seed=1)
+    for options in ({}, {"chunk_size": 20}):
+        om.Detector(adapter_of("vae"), method="forward", **options).measure(batch, explain=40)
+    # Four linear maps of two to six numbers: 60 numbers or so a sample.
+    monkeypatch.setattr("ood_monitor.detector.measuring._NUMBERS", 600)
+    om.Detector(adapter_of("vae"), method="forward").measure(batch, explain=40)
+    assert sizes[0] > HELD_OUT
+    assert sizes[1:] == [20, 8]
+
+
 def test_none_are_kept_of_a_detector_that_is_not_to_explain() -> None:
     made, batch = detector("vae", method="forward", explain=0), batch_of("vae", 2, seed=2)
     assert made.explain(batch).surprise

@@ -1,5 +1,6 @@
 """Squared gradient norms against plain gradients, one sample at a time, over all models."""
 
+import functools
 import time
 import warnings
 import weakref
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import MODELS, Function, Gaussian, Model, model, slow_if_heavy
+from support.cases import HEAVY, MODELS, Function, Gaussian, Model, model, slow_if_heavy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +40,12 @@ def marks(case: Model) -> list[pytest.MarkDecorator]:
     return [pytest.mark.filterwarnings(f"ignore:{DISAGREES}")] * case.warns
 
 
+def slow(case: Model) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (case.name in HEAVY)
+
+
+# By module, so that the tests of a model follow each other, in one process: what they share is
+# computed once.
 models = pytest.mark.parametrize(
     "case", [pytest.param(m, id=m.name, marks=marks(m)) for m in MODELS], scope="module"
 )
@@ -97,24 +104,50 @@ def assert_norms(actual: Norms, expected: Norms, dtype: torch.dtype = torch.floa
         assert (actual[key][~alive] <= 2 * floor).all(), key
 
 
-@pytest.fixture(scope="module")
-def exact(case: Model) -> Norms:
+@functools.cache
+def exact_of(case: Model) -> Norms:
     return gradients(*case())
+
+
+@pytest.fixture
+def exact(case: Model) -> Norms:
+    return exact_of(case)
+
+
+class First(NamedTuple):
+    """The first use of a model, in which the fast path is compared with the loop."""
+
+    adapter: om.Adapter
+    batch: Batch
+    norms: Norms
+    told: list[str]
+
+
+@functools.cache
+def first_use(case: Model) -> First:
+    adapter, batch = case()
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        norms = gradient_norms(adapter, batch)
+    return First(adapter, batch, norms, [str(warning.message) for warning in caught])
+
+
+@pytest.fixture
+def first(case: Model) -> First:
+    return first_use(case)
 
 
 # Over all models
 
 
 @models
-def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms) -> None:
-    adapter, batch = case()
-    with warnings.catch_warnings(record=True, action="always") as caught:
-        assert_norms(gradient_norms(adapter, batch), tensors(exact))
+def test_equal_to_gradients_of_single_samples(case: Model, exact: Norms, first: First) -> None:
+    adapter, batch, norms, told = first
+    assert_norms(norms, tensors(exact))
     # Only what is expected is left to the loop.
     names = [name for name, _ in adapter.module.named_parameters()]
     expected = {n for n in names if any(fnmatchcase(n, pattern) for pattern in case.looped)}
     assert _known[adapter].looped == expected
-    assert any(DISAGREES in str(warning.message) for warning in caught) == case.warns
+    assert any(DISAGREES in message for message in told) == case.warns
     assert_norms(gradient_norms(adapter, batch, granularity="row"), rows(exact))
     assert_norms(gradient_norms(adapter, batch, granularity="column"), columns(exact))
 
@@ -164,10 +197,10 @@ def test_groups_may_be_many(chunk_size: int | None) -> None:
 
 
 @quick_models
-def test_chunks_change_nothing(case: Model, exact: Norms) -> None:
-    adapter, batch = case()
+def test_chunks_change_nothing(exact: Norms, first: First) -> None:
     for chunk_size in (3, 1):
-        assert_norms(gradient_norms(adapter, batch, chunk_size=chunk_size), tensors(exact))
+        found = gradient_norms(first.adapter, first.batch, chunk_size=chunk_size)
+        assert_norms(found, tensors(exact))
 
 
 def test_keys_are_terms_then_parameters_in_module_order() -> None:
@@ -240,14 +273,14 @@ def training(adapter: om.Adapter, batch: Batch) -> Norms:
 
 STATES = (no_grad, inference_mode, autocast, frozen, training)
 
-#: Each model in one of them, and models of every kind in all.
+#: Each model in one of them, the heavy ones in `make test-slow`, and models of every kind in all.
 EVERY_STATE = frozenset({"conv2d", "experts", "gpt2", "glow", "lstm", "vae-bernoulli"})
 
 
 @pytest.mark.parametrize(
     ("case", "under"),
     [
-        pytest.param(m, state, id=f"{m.name}-{state.__name__}", marks=marks(m))
+        pytest.param(m, state, id=f"{m.name}-{state.__name__}", marks=marks(m) + slow(m))
         for i, m in enumerate(MODELS)
         for j, state in enumerate(STATES)
         if m.name in EVERY_STATE or i % len(STATES) == j
@@ -285,7 +318,7 @@ def test_checkpointing_of_a_function_changes_nothing() -> None:
 @pytest.mark.filterwarnings(f"ignore:{DISAGREES}")
 def test_gradient_checkpointing_changes_nothing(scored_before: bool) -> None:
     adapter, batch = model("ddpm")()
-    expected = tensors(gradients(adapter, batch))
+    expected = tensors(exact_of(model("ddpm")))
     if scored_before:
         gradient_norms(adapter, batch)
     adapter.module.enable_gradient_checkpointing()

@@ -1,5 +1,6 @@
 """Adapters of single precision with as much data as a detector asks for: `ADAPTERS`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,8 @@ ADAPTERS: dict[str, tuple[Callable[[], om.Adapter], Callable[[int], Any]]] = {
 }
 
 
+@functools.cache
 def fitted(name: str) -> om.Detector:
+    """One for all tests, which leave it as it is."""
     held_out = pieces(batch_of(name, 80, seed=1), 40)
     return om.Detector(adapter_of(name), explain=8).fit(held_out, progress=False)

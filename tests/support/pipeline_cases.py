@@ -22,6 +22,7 @@ from support.diffusers_cases import unet
 from support.model_case import perturbed
 
 __all__ = [
+    "FEW",
     "PIPELINES",
     "PipelineCase",
     "case_of",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 Arguments = dict[str, Any]
+
+#: Samples to explain others by, where no test asks for an explanation: one pass's.
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def _fitted(
         levels=levels,
         layers=layers and list(layers),
         method=method,
+        explain=FEW,
         progress=False,
     )
     return detector.state_dict()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
-from support.pipeline_cases import case_of, known, seeded_call, text_unet
+from support.pipeline_cases import FEW, case_of, known, seeded_call, text_unet
 from torch import nn
 
 import ood_monitor as om
@@ -21,7 +21,7 @@ TEXT, FLUX, PIXELS = case_of("stable-diffusion"), case_of("flux"), case_of("ddpm
 
 
 def fitted(pipe: Any, case: Any = TEXT, **options: Any) -> om.Detector:
-    settings = {"levels": (500,), "progress": False} | options
+    settings = {"levels": (500,), "explain": FEW, "progress": False} | options
     return fit_pipeline(pipe, [case.images(44)], call=case.call_of_one(), **settings)
 
 

@@ -20,7 +20,7 @@ from ood_monitor_integrations.diffusers import (
     replayed_bound,
 )
 from ood_monitor_integrations.diffusers.inputs import encoded
-from support.pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import FEW, case_of, seeded_call
 
 import ood_monitor as om
 from ood_monitor.testing import check_adapter
@@ -31,7 +31,7 @@ TEXT, PIXELS, DIT = case_of("stable-diffusion"), case_of("ddim"), case_of("dit")
 
 
 def fitted(pipe: Any, data: Any, case: Any = TEXT, **options: Any) -> om.Detector:
-    settings = {"levels": (500,), "progress": False} | options
+    settings = {"levels": (500,), "explain": FEW, "progress": False} | options
     return fit_pipeline(pipe, data, call=case.call_of_one(), **settings)
 
 
@@ -71,9 +71,10 @@ def test_each_batch_has_conditions_of_its_own() -> None:
     labels = [[i % 7 for i in range(k, k + 11)] for k in range(4)]
     batches = [DIT.images(11, seed=k) for k in range(4)]
     pairs = [(b, {"class_labels": own}) for b, own in zip(batches, labels, strict=True)]
-    detector = fit_pipeline(pipe, pairs, call=common, levels=(500,), progress=False)
+    options: dict[str, Any] = {"levels": (500,), "explain": FEW, "progress": False}
+    detector = fit_pipeline(pipe, pairs, call=common, **options)
     all_the_same = [(b, {"class_labels": [3]}) for b in batches]
-    other = fit_pipeline(pipe, all_the_same, call=common, levels=(500,), progress=False)
+    other = fit_pipeline(pipe, all_the_same, call=common, **options)
     assert not np.array_equal(detector.fitted.calibration.scores, other.fitted.calibration.scores)
     assert scores(pipe, detector, DIT).valid.all()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
 from ood_monitor_integrations.diffusers.capture import hooked
-from support.pipeline_cases import case_of, known, seeded_call
+from support.pipeline_cases import FEW, case_of, known, seeded_call
 from torch import Tensor
 
 import ood_monitor as om
@@ -91,7 +91,8 @@ def test_both_outputs_and_inputs_are_scored_each_by_a_monitor() -> None:
 def fitted_of(case: Any, pipe: Any) -> om.Detector:
     # Enough calibration samples for the default fpr of a monitor that is made from a detector.
     call = case.call_of_one()
-    return fit_pipeline(pipe, [case.images(220)], call=call, levels=(500,), progress=False)
+    options: dict[str, Any] = {"levels": (500,), "explain": FEW, "progress": False}
+    return fit_pipeline(pipe, [case.images(220)], call=call, **options)
 
 
 @pytest.mark.filterwarnings("ignore:You have passed:FutureWarning")  # of the images that it copies
@@ -448,7 +449,8 @@ def test_a_wrong_option_is_refused(pipe: Any, options: dict[str, Any], message: 
 
 def test_a_plain_bound_watches_an_unconditional_pipeline() -> None:
     pipe = PIXELS()
-    detector = om.Detector(om.DenoisingBound(pipe.unet, pipe.scheduler, levels=(500,)))
+    bound = om.DenoisingBound(pipe.unet, pipe.scheduler, levels=(500,))
+    detector = om.Detector(bound, explain=FEW)
     detector.fit([torch.randn(60, 3, 8, 8)], progress=False)
     watched = monitor_pipeline(pipe, monitor_of(detector), raise_on_error=True)
     assert watched(**seeded_call(PIXELS.arguments())).ood.valid.all()
@@ -462,7 +464,7 @@ def own_bound(pipe: Any) -> om.Detector:
         condition=lambda batch: {"encoder_hidden_states": batch[1]},
     )
     batch = torch.randn(60, 4, 8, 8), torch.randn(60, 7, 8)
-    return om.Detector(bound).fit([batch], progress=False)
+    return om.Detector(bound, explain=FEW).fit([batch], progress=False)
 
 
 def test_a_bound_of_samples_alone_is_refused_for_a_conditional_denoiser(pipe: Any) -> None:

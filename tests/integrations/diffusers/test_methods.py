@@ -1,11 +1,11 @@
 """A pipeline watched by either method: the same images, and scores of each."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
-from support.pipeline_cases import case_of, seeded_call
+from support.pipeline_cases import FEW, case_of, seeded_call
 
 import ood_monitor as om
 from ood_monitor.densities.parts import Method
@@ -21,9 +21,8 @@ def test_a_pipeline_is_watched_by_its_method(method: Method, name: str) -> None:
     case = case_of(name)
     pipe, plain, call = case(), case(), case.call_of_one()
     levels = (100, 500)
-    detector = fit_pipeline(
-        pipe, [case.images(44)], call=call, levels=levels, method=method, progress=False
-    )
+    options: dict[str, Any] = {"levels": levels, "explain": FEW, "progress": False}
+    detector = fit_pipeline(pipe, [case.images(44)], call=call, method=method, **options)
     assert detector.fitted.method == method
     watched = monitor_pipeline(pipe, om.Monitor(detector, fpr=0.05), raise_on_error=True)
     output = watched(**seeded_call(case.arguments()))

@@ -94,7 +94,7 @@ def outcome(make: Callable[[], Flow], *callbacks: Any, **options: Any) -> dict[s
 @pytest.mark.parametrize("name", RUNS)
 def test_training_is_bit_identical_with_and_without_the_callback(name: str) -> None:
     make, others, options = RUNS[name]
-    detector = om.Detector(om.LogLikelihood(make())).fit([images(100)], progress=False)
+    detector = om.Detector(om.LogLikelihood(make()), explain=8).fit([images(100)], progress=False)
     callback = watcher(watch=["train", "val", "test"])
     restored = watcher(name="restored", watch=["train", "val"], calibrate_on=[images(64, seed=5)])
     restored.load_state_dict(detector.state_dict())
