@@ -97,7 +97,7 @@ def accept(
     r"""After an alert: begin anew, judged by a detector, mostly one that was recalibrated.
 
     Status, figures and the drift test begin anew, counts go on, and an alert of kind "accepted"
-    with the reason is printed as a line of JSON. End the watch first: it writes the state too.
+    with the reason is printed as a line of JSON. End the watch first: it has the state until then.
 
     \b
     Example:

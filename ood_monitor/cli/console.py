@@ -10,6 +10,8 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from typer.exceptions import TyperException
 
+from ood_monitor.escaping import terminal
+
 __all__ = ["AsJson", "Debug", "Progress", "checked", "print_facts", "say", "wants_progress"]
 
 _P = ParamSpec("_P")
@@ -23,13 +25,8 @@ Progress = Annotated[
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
-    typer.echo(f"ood-monitor: {one_line(text)}", err=True)
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks."""
-    return " ".join(text.split())
+    """One line for people, on stderr, whatever names and errors of others are in it."""
+    typer.echo(f"ood-monitor: {terminal(' '.join(text.split()))}", err=True)
 
 
 def wants_progress(asked: bool | None) -> bool:
@@ -43,7 +40,7 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=2, allow_nan=False))
         return
     for name, value in facts.items():
-        typer.echo(f"{name:24}{value}")
+        typer.echo(terminal(f"{name:24}{value}"))
 
 
 def checked(command: Callable[_P, None]) -> Callable[_P, None]:

@@ -1,21 +1,38 @@
 """Samples to fit on or to score: a folder of images, an npz, a Hugging Face dataset on disk."""
 
 import importlib
+import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ood_monitor.cli.images import MODES, ImageFormat, is_image, no_image, opened
+from ood_monitor.cli.files import open_regular
+from ood_monitor.cli.images import MODES, ImageFormat, identified, is_image, no_image, opened
+from ood_monitor.escaping import utf8
 
 __all__ = ["Samples", "batches", "open_samples", "readable"]
 
 #: What marks a folder as a dataset, and as several by the name of their split.
 _DATASET, _DATASETS = "dataset_info.json", "dataset_dict.json"
+
+#: Kinds of numpy's types that samples are made of.
+_NUMBERS = "biuf"
+
+#: How an array in an .npz says what it is, by version; later ones are for names of columns.
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_NPY = ".npy"
 
 
 class Samples(Protocol):
@@ -41,11 +58,12 @@ class ImageFolder:
     """The images below a folder, in the order of their names."""
 
     def __init__(self, root: Path, images: ImageFormat) -> None:
-        files = sorted(p for p in root.rglob("*") if is_image(p.name) and p.is_file())
+        # Of all kinds but folders: what is no regular file is refused by its name when it is read.
+        files = sorted(p for p in root.rglob("*") if is_image(p.name) and not p.is_dir())
         if not files:
             raise ValueError(f"Expected images in {root}, got a folder without any.")
         self._files = files
-        self.ids: Sequence[str] = [file.relative_to(root).as_posix() for file in files]
+        self.ids: Sequence[str] = [utf8(file.relative_to(root).as_posix()) for file in files]
         self.images = images if _is_settled(images) else _settled(images, files[0])
 
     def read(self, index: int) -> Tensor:
@@ -72,24 +90,31 @@ class StoredDataset:
     """What `datasets.Dataset.save_to_disk` wrote."""
 
     def __init__(self, path: Path, key: str | None, split: str | None, images: ImageFormat) -> None:
-        self._rows = _dataset(path, split)
-        self._key = _column(self._rows.column_names, key)
+        rows = _dataset(path, split)
+        self._key = _column(rows.column_names, key)
+        self._rows = _undecoded(rows, self._key)
         if not len(self._rows):
             raise ValueError(f"Expected samples in {path}, got a dataset without any.")
         self.ids: Sequence[str] = [str(i) for i in range(len(self._rows))]
-        first = self._rows[0][self._key]
-        pictures = isinstance(first, Image.Image) and not _is_settled(images)
-        self.images = images.settled(first) if pictures else images
+        self.images = images if _is_settled(images) else self._settled(images)
 
     def read(self, index: int) -> Tensor:
         """One image, (C, H, W), or another value as a tensor."""
         try:
             value = self._rows[index][self._key]
-            if isinstance(value, Image.Image):
-                return self.images.tensor(value)
-        except (OSError, SyntaxError, ValueError) as error:
+            if _is_picture(value):
+                with _picture(value, f"row {index}") as image:
+                    return self.images.tensor(image)
+            return _row(np.asarray(value))
+        except Exception as error:  # of the library's, of whatever the files hold
             raise ValueError(f"row {index}: {error}") from error
-        return _row(np.asarray(value))
+
+    def _settled(self, images: ImageFormat) -> ImageFormat:
+        first = self._rows[0][self._key]
+        if not _is_picture(first):
+            return images
+        with _picture(first, "row 0") as image:
+            return images.settled(image)
 
 
 def open_samples(
@@ -114,7 +139,7 @@ def open_samples(
     """
     if not path.exists():
         raise FileNotFoundError(f"Expected data at {path}, got nothing there.")
-    if (path / _DATASET).exists() or (path / _DATASETS).exists():
+    if (path / _DATASET).is_file() or (path / _DATASETS).is_file():
         return StoredDataset(path, key, split, images)
     if path.is_dir():
         return ImageFolder(path, images)
@@ -160,22 +185,56 @@ def _settled(images: ImageFormat, file: Path) -> ImageFormat:
 
 def _array(path: Path, key: str | None) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file)
+        with open_regular(path, _most_bytes()) as file, ZipFile(file) as archive:
+            names = [name.removesuffix(_NPY) for name in archive.namelist()]
             if key is None and len(names) == 1:
                 key = names[0]
             if key not in names:
                 raise ValueError(f"Expected `--key` to name one of {names}, got {key!r}.")
-            return np.asarray(file[key])
+            member = archive.infolist()[names.index(key)]
+            _check_header(archive, member)
+            with archive.open(member) as stored:
+                return np.asarray(np.lib.format.read_array(stored, allow_pickle=False))
+    except OSError:
+        raise
     except Exception as error:  # zip's, numpy's and pickle's refusals of damaged files
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_header(archive: ZipFile, member: ZipInfo) -> None:
+    """Compare what an array says of itself with what is there, before there is memory for it."""
+    with archive.open(member) as stored:
+        version = np.lib.format.read_magic(stored)
+        if version not in _HEADERS:
+            raise ValueError(f"Expected numbers, got an array of format {version}.")
+        shape, _, dtype = _HEADERS[version](stored)
+        said, there = math.prod(shape) * dtype.itemsize, member.file_size - stored.tell()
+    if dtype.kind not in _NUMBERS:
+        raise ValueError(f"Expected numbers, got an array of {dtype}.")
+    if said != there:
+        raise ValueError(f"Expected {said:,} bytes of {dtype} {shape}, got {there:,}.")
+    if said > _most_bytes():
+        raise ValueError(
+            f"Expected an array of at most {_most_bytes():,} bytes, half of this machine's memory, "
+            f"got {said:,}: give a folder of images, or fewer samples."
+        )
+
+
+def _most_bytes() -> int:
+    """Half of this machine's memory; 8 GiB where it cannot be asked."""
+    if not hasattr(os, "sysconf"):
+        return 2**33
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def _row(row: np.ndarray) -> Tensor:
-    if row.dtype.kind not in "biuf":
+    if row.dtype.kind not in _NUMBERS:
         raise ValueError(f"Expected numbers, got an array of {row.dtype}.")
     if row.dtype != np.uint8:
-        return torch.from_numpy(np.array(row))
+        try:
+            return torch.from_numpy(np.array(row))
+        except TypeError as error:  # such as numbers of 128 bits
+            raise ValueError(f"Expected numbers that torch has, got {row.dtype}.") from error
     image = row[..., None] if row.ndim == 2 else row
     if image.ndim != 3 or image.shape[2] not in MODES.values():
         raise ValueError(f"Expected bytes of images (H, W) or (H, W, 1 or 3), got {row.shape}.")
@@ -197,6 +256,22 @@ def _dataset(path: Path, split: str | None) -> Any:
     if split not in found:
         raise ValueError(f"Expected `--split` to name one of {list(found)}, got {split!r}.")
     return found[split]
+
+
+def _undecoded(rows: Any, key: str) -> Any:
+    """Rows with images as files, which no decoder of Pillow's choice has met."""
+    image = importlib.import_module("datasets").Image
+    is_images = isinstance(rows.features[key], image)
+    return rows.cast_column(key, image(decode=False)) if is_images else rows
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
+
+
+def _picture(value: dict[str, Any], name: str) -> AbstractContextManager[Image.Image]:
+    content, path = value["bytes"], value["path"]
+    return opened(str(path)) if content is None else identified(BytesIO(content), name)
 
 
 def _column(names: Sequence[str], key: str | None) -> str:

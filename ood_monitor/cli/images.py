@@ -1,16 +1,33 @@
-"""Images from files, as a model takes them: colours and size are settled by the fit."""
+"""Images from files, as a model takes them: colours and size are settled by the fit.
 
-from collections.abc import Sequence
+A file is anybody's. It is decoded by :data:`FORMATS` alone, after its header has said a size that
+the model takes, and whatever its decoder raises is a ``ValueError``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["MODES", "ImageFormat", "is_image", "no_image"]
+from ood_monitor.cli.files import open_regular
+
+__all__ = ["FORMATS", "MODES", "ImageFormat", "identified", "is_image", "no_image", "opened"]
+
+#: What is decoded, by the file's content: what cameras, scanners, browsers and data sets write.
+#: Pillow reads forty more, one of which (EPS) it hands to another program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+#: Pixels of an image that is resized, at most; one that is not has those that the model takes.
+MOST_PIXELS = 2**26
+
+#: Bytes of a file, at most: of so many pixels without compression, in 16 bits and four channels.
+_MOST_BYTES = 8 * MOST_PIXELS
 
 #: PIL's names of grey and colour images, with their channels.
 MODES = {"L": 1, "RGB": 3}
@@ -65,7 +82,12 @@ class ImageFormat:
         return MODES[self.mode], *self.size
 
     def settled(self, image: Image.Image) -> Self:
-        """This format, with what is open as in an image."""
+        """This format, with what is open as in an image.
+
+        Raises:
+            ValueError: It is too large to be a model's.
+        """
+        _check_pixels(image)
         grey = image.mode in ("1", "L", "LA", *_LARGEST)
         size = self.size or (image.height, image.width)
         return replace(self, mode=self.mode or ("L" if grey else "RGB"), size=size)
@@ -85,15 +107,10 @@ class ImageFormat:
             ValueError: No image, a damaged one, or one of another size.
         """
         with opened(path) as image:
-            try:
-                image.load()
-                return self.tensor(image)
-            # PIL's decoders raise many things of damaged files.
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{path}: {error}") from error
+            return self.tensor(image)
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """An image as (C, H, W) in [0, 1].
+        """An image as (C, H, W) in [0, 1]; it is decoded when its size is known to be right.
 
         Raises:
             ValueError: Its pixels have no known range, or its size is another.
@@ -104,6 +121,7 @@ class ImageFormat:
                 f"Expected an image of {height} x {width} pixels, got {image.height} x "
                 f"{image.width}: `--size {height}x{width}` when fitting resizes."
             )
+        _check_pixels(image)
         values = _values(image, str(self.mode), (width, height))
         return torch.from_numpy(values).reshape(height, width, channels).permute(2, 0, 1)
 
@@ -113,18 +131,51 @@ def no_image(shape: Sequence[int]) -> Tensor:
     return torch.full(tuple(shape), torch.nan, dtype=torch.float32, device="cpu")
 
 
-def opened(path: str | PathLike[str]) -> Image.Image:
-    """The image in a file, not yet decoded.
+@contextmanager
+def opened(path: str | PathLike[str]) -> Iterator[Image.Image]:
+    """The image in a file, not yet decoded; what is raised inside is a ``ValueError`` too.
 
     Raises:
-        ValueError: It holds none.
+        ValueError: It holds none, or it is no regular file.
     """
     try:
-        return Image.open(path)
+        file = open_regular(path, _MOST_BYTES)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    with file, identified(file, str(path)) as image:
+        yield image
+
+
+@contextmanager
+def identified(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The image in an open file, not yet decoded; what is raised inside is a ``ValueError`` too.
+
+    Raises:
+        ValueError: It holds none of :data:`FORMATS`.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"Expected an image in {path}, got something else.") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(
+            f"Expected an image in {name} ({', '.join(FORMATS)}), got something else."
+        ) from error
+    except Exception as error:  # decoders raise anything: MemoryError, struct's, their own
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}: {kind}{error}") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """Refuse an image that would take too much memory, by what its header says.
+
+    Raises:
+        ValueError: It has more than :data:`MOST_PIXELS`.
+    """
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"Expected an image of at most {MOST_PIXELS:,} pixels, got {image.height:,} x "
+            f"{image.width:,}."
+        )
 
 
 def is_image(name: str) -> bool:

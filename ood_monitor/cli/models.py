@@ -1,11 +1,7 @@
 """Models by the name of a function or of a pipeline's folder, and batches as they take them."""
 
 import importlib
-import os
-import sys
-import typing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +10,7 @@ from torch import Tensor
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.cli.recipe import Recipe
 from ood_monitor.detector.detector import Detector
+from ood_monitor.importing import importable_here, imported
 from ood_monitor.modules import dtype_of
 
 __all__ = ["Model", "load_model"]
@@ -42,9 +39,9 @@ def load_model(recipe: Recipe, device: str | None = None) -> Model:
             on the GPU if there is one.
 
     Raises:
-        ImportError: No such module or function, or diffusers is not installed.
+        ImportError: diffusers is not installed.
         TypeError: The function does not say that it returns an adapter.
-        ValueError: Levels for an adapter without any.
+        ValueError: As :func:`~ood_monitor.importing.imported`, or levels for an adapter without.
     """
     if recipe.kind == "adapter":
         return Imported(recipe, device)
@@ -91,8 +88,8 @@ def _pipeline(recipe: Recipe, device: str | None) -> Model:
 
 def _made(recipe: Recipe) -> Adapter:
     name = str(recipe.model)
-    with _importable_here():
-        adapter = _function(name)(**recipe.arguments)
+    with importable_here():
+        adapter = imported(name, Adapter)(**recipe.arguments)
     if not isinstance(adapter, Adapter):
         raise TypeError(f"Expected {name} to return an Adapter, got {type(adapter).__name__}.")
     if recipe.levels is None:
@@ -101,40 +98,3 @@ def _made(recipe: Recipe) -> Adapter:
         raise ValueError(f"Expected an adapter with noise levels, got {type(adapter).__name__}.")
     found: Adapter = adapter.with_levels(recipe.levels)
     return found
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    found = getattr(importlib.import_module(module), attribute, None)
-    if not callable(found):
-        raise ImportError(f"Expected a function {attribute!r} in the module {module!r}, got none.")
-    _check_returns_adapter(name, found)
-    return found  # type: ignore[no-any-return]
-
-
-def _check_returns_adapter(name: str, function: Any) -> None:
-    """A folder says which function is run: only one that is written for it will do."""
-    if isinstance(function, type):
-        returned: Any = function
-    else:
-        try:
-            returned = typing.get_type_hints(function).get("return")
-        except (NameError, TypeError):
-            returned = None
-    if not (isinstance(returned, type) and issubclass(returned, Adapter)):
-        short = name.partition(":")[2]
-        raise TypeError(
-            f"Expected {name} to say that it returns an adapter, `def {short}() -> "
-            f"ood_monitor.Adapter:`, got {returned if returned is not None else 'none said'}."
-        )
-
-
-@contextmanager
-def _importable_here() -> Iterator[None]:
-    """The current directory among those that modules are found in."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

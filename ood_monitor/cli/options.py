@@ -13,7 +13,7 @@ import typer
 from ood_monitor.cli.console import Progress, wants_progress
 from ood_monitor.cli.data import Samples, open_samples
 from ood_monitor.cli.models import Model, load_model
-from ood_monitor.cli.recipe import RECIPE, Recipe, recipe_without_file
+from ood_monitor.cli.recipe import RECIPE, Recipe, check_images, recipe_without_file
 from ood_monitor.detector.detector import Detector
 
 __all__ = [
@@ -151,10 +151,12 @@ def load_detector(
 
     Raises:
         OSError: A file is missing.
-        ValueError: A damaged file, or another model than the detector's.
+        ValueError: A damaged file, two that do not belong together, or another model than the
+            detector's.
     """
     own = model is not None and not (directory / RECIPE).exists()
     recipe = recipe_without_file(directory, str(model)) if own else Recipe.load(directory)
+    check_images(recipe, directory)  # before any code of the user's is run
     recipe = recipe.overridden(model, arguments_of(arguments))
     loaded = load_model(recipe, device)
     return Detector.from_pretrained(directory, loaded.adapter), loaded, recipe

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from ood_monitor.cli.files import open_regular
 from ood_monitor.cli.images import ImageFormat
-from ood_monitor.saving.fitted import Fitted
+from ood_monitor.importing import check_name, is_name
+from ood_monitor.saving.fitted import CONFIG, Fitted
+from ood_monitor.saving.format import sample_of
 
-__all__ = ["RECIPE", "Kind", "Recipe", "kind_of", "recipe_without_file"]
+__all__ = ["RECIPE", "Kind", "Recipe", "check_images", "kind_of", "recipe_without_file"]
 
 RECIPE = "model.json"
 
@@ -19,8 +22,11 @@ Kind = Literal["adapter", "pipeline"]
 
 _FORMAT = 1
 
-#: The term of a noise level, and a sample (C, H, W).
-_LEVEL, _SHAPE = re.compile(r"t=\d+"), re.compile(r"\((\d+), (\d+), (\d+)\) ")
+#: Of the file, at most: it holds names and arguments.
+_MOST_BYTES = 2**24
+
+#: The term of a noise level.
+_LEVEL = re.compile(r"t=\d+")
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ class Recipe:
                 f"Expected {RECIPE} in {directory}, as `ood-monitor fit` writes it, or `--model`, "
                 "got none."
             )
-        return cls.parse(path.read_bytes(), str(path))
+        with open_regular(path, _MOST_BYTES) as file:
+            return cls.parse(file.read(), str(path))
 
     @classmethod
     def parse(cls, text: str | bytes, name: str = RECIPE) -> Self:
@@ -161,8 +168,8 @@ def kind_of(model: str) -> Kind:
     """
     if os.path.isfile(os.path.join(model, "model_index.json")):
         return "pipeline"
-    module, colon, function = model.partition(":")
-    if colon and all(part.isidentifier() for part in [*module.split("."), function]):
+    if is_name(model):
+        check_name(model)
         return "adapter"
     raise ValueError(
         "Expected a diffusers pipeline's folder (with model_index.json) or an importable "
@@ -170,10 +177,35 @@ def kind_of(model: str) -> Kind:
     )
 
 
+def check_images(recipe: Recipe, directory: Path) -> None:
+    """Refuse images of another size than the samples that the detector was fitted on.
+
+    A pipeline makes its own samples of images of any size.
+
+    Raises:
+        OSError: A file of the detector is missing.
+        ValueError: A damaged file, or two that do not belong together.
+    """
+    said = recipe.images
+    if recipe.kind != "adapter" or said.mode is None or said.size is None:
+        return
+    shape = _shape(Fitted.load(directory)[0].samples)
+    if shape is not None and said.shape != shape:
+        raise ValueError(
+            f"Expected images of one size in {RECIPE} and {CONFIG} of {directory}, got "
+            f"{said.shape} in the one and {shape} in the other: one was changed, or is of another "
+            "detector."
+        )
+
+
 def _images(samples: Sequence[str]) -> ImageFormat:
     """Those of so many channels, and of that size, if samples are images."""
-    shape = _SHAPE.match(samples[0]) if len(samples) == 1 else None
-    return ImageFormat().like([int(side) for side in shape.groups()] if shape else [])
+    return ImageFormat().like(_shape(samples) or [])
+
+
+def _shape(samples: Sequence[str]) -> tuple[int, ...] | None:
+    """Of a sample, if it is one tensor of one shape."""
+    return sample_of(samples[0])[0] if len(samples) == 1 else None
 
 
 def _whole(values: Sequence[Any] | None) -> tuple[int, ...] | None:

@@ -67,7 +67,7 @@ class FolderFiles:
 
     def state(self) -> dict[str, Any]:
         """Names and stamps of the files given that are still there."""
-        there = {name: stamp for name, stamp in self._given.items() if (self._root / name).exists()}
+        there = {k: v for k, v in self._given.items() if os.path.lexists(self._root / k)}
         self._given = there
         return {name: list(stamp) for name, stamp in there.items()}
 
@@ -89,13 +89,22 @@ class FolderFiles:
         for folder, _, names in os.walk(self._root):
             for name in filter(is_image, names):
                 path = Path(folder, name)
-                try:
-                    status = path.stat()
-                except OSError:  # gone since, or a broken link
+                status = _status(path)
+                if status is None:
                     continue
                 relative = path.relative_to(self._root).as_posix()
                 stamps[relative] = (status.st_mtime_ns, status.st_size)
         return stamps
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of a file; of a link that leads to none its own; None if it is gone since."""
+    for look in (path.stat, path.lstat):
+        try:
+            return look()
+        except OSError:
+            continue
+    return None
 
 
 class ListedFiles:

@@ -6,19 +6,29 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 
 from ood_monitor.calibration.scores import Scores
+from ood_monitor.cli.files import open_regular
+from ood_monitor.escaping import csv_cell, csv_text, utf8
 
 __all__ = ["Row", "Write", "check_output", "read_rows", "rows_of", "table"]
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+#: Fields that are texts, which others chose.
+_TEXTS = ("id", "top_layer")
+
+#: Of a file that is read, at most: bytes, in memory too, and rows.
+_MOST_BYTES, _MOST_ROWS = 2**30, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def table(path: Path | None) -> Iterator[Write]:
     if path is None:
         yield lambda rows: _write_lines(sys.stdout, rows)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with ExitStack() as stack:
             yield _writer(path.suffix, partial, stack)
@@ -110,7 +120,9 @@ def read_rows(path: Path) -> list[Row]:
     check_output(path)
     try:
         return [_parsed(record) for record in _records(path)]
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow's, csv's and json's of anybody's file
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"Expected what `score` wrote in {path}, got {cause}.") from error
 
@@ -118,27 +130,36 @@ def read_rows(path: Path) -> list[Row]:
 def _writer(suffix: str, path: Path, stack: ExitStack) -> Write:
     if suffix == ".parquet":
         return _parquet_writer(path, stack)
-    file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+    # A file of our own: what has that name already, a link perhaps, is not written to.
+    file = stack.enter_context(path.open("x", encoding="utf-8", newline=""))
     if suffix == ".jsonl":
         return lambda rows: _write_lines(file, rows)
     sheet = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
     sheet.writeheader()
-    return lambda rows: sheet.writerows([asdict(row) for row in rows])
+    return lambda rows: sheet.writerows([_record(row, csv_cell) for row in rows])
+
+
+def _record(row: Row, escape: Callable[[str], str] = utf8) -> dict[str, Any]:
+    """The row by column, with texts as their destination takes them."""
+    record = asdict(row)
+    texts = {k: escape(record[k]) for k in _TEXTS if record[k] is not None}
+    return record | texts
 
 
 def _write_lines(file: IO[str], rows: Sequence[Row]) -> None:
-    file.writelines(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
+    file.writelines(json.dumps(_record(row), allow_nan=False) + "\n" for row in rows)
 
 
 def _parquet_writer(path: Path, stack: ExitStack) -> Write:
     arrow, parquet = _pyarrow()
     text, truth, number = arrow.string(), arrow.bool_(), arrow.float64()
-    kinds = {"id": text, "top_layer": text, "flagged": truth, "valid": truth}
+    kinds = dict.fromkeys(_TEXTS, text) | {"flagged": truth, "valid": truth}
     schema = arrow.schema([(field.name, kinds.get(field.name, number)) for field in fields(Row)])
-    file = stack.enter_context(parquet.ParquetWriter(path, schema))
+    file = stack.enter_context(path.open("xb"))
+    writer = stack.enter_context(parquet.ParquetWriter(file, schema))
 
     def write(rows: Sequence[Row]) -> None:
-        file.write_table(arrow.Table.from_pylist([asdict(row) for row in rows], schema))
+        writer.write_table(arrow.Table.from_pylist([_record(row) for row in rows], schema))
 
     return write
 
@@ -154,21 +175,47 @@ def _pyarrow() -> Any:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        rows: list[dict[str, Any]] = _pyarrow()[1].read_table(path).to_pylist()
-        return rows
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_regular(path, _MOST_BYTES) as file:
+        if path.suffix == ".parquet":
+            return _of_parquet(file)
+        text = TextIOWrapper(file, encoding="utf-8", newline="")
         if path.suffix == ".csv":
-            return [{k: v or None for k, v in row.items()} for row in csv.DictReader(file)]
-        return [json.loads(line) for line in file if line.strip()]
+            return [_of_csv(row) for row in csv.DictReader(text)]
+        return [json.loads(line) for line in text if line.strip()]
+
+
+def _of_csv(row: dict[str, Any]) -> dict[str, Any]:
+    texts = {k: csv_text(row[k]) for k in _TEXTS}
+    return {k: v or None for k, v in (row | texts).items()}
+
+
+def _of_parquet(file: BinaryIO) -> list[dict[str, Any]]:
+    """The columns of a row, if they are as small as a file of so many rows can be."""
+    table = _pyarrow()[1].ParquetFile(file)
+    said = table.metadata
+    size = sum(said.row_group(i).total_byte_size for i in range(said.num_row_groups))
+    if said.num_rows > _MOST_ROWS or size > _MOST_BYTES:
+        raise ValueError(
+            f"at most {_MOST_ROWS:,} rows of {_MOST_BYTES:,} bytes are read, it has "
+            f"{said.num_rows:,} of {size:,}"
+        )
+    rows: list[dict[str, Any]] = table.read([field.name for field in fields(Row)]).to_pylist()
+    return rows
 
 
 def _parsed(record: dict[str, Any]) -> Row:
     numbers = ("score", "p_value", "log_likelihood", "top_z")
-    values = {k: None if record[k] is None else float(record[k]) for k in numbers}
+    values = {k: None if record[k] is None else _finite(record[k]) for k in numbers}
     flags = {k: str(record[k]) in ("True", "true") for k in ("flagged", "valid")}
     top = record["top_layer"]
     return Row(id=str(record["id"]), top_layer=top, **values, **flags)  # type: ignore[arg-type]
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r}, which `score` leaves out")
+    return number
 
 
 def _furthest(scores: Scores) -> tuple[list[str | None], list[float]]:

@@ -1,11 +1,12 @@
 """`ood-monitor watch`: a stream of images, alerts as lines, and a status to exit with."""
 
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -31,17 +32,17 @@ from ood_monitor.cli.options import (
     load_detector,
 )
 from ood_monitor.cli.sources import FolderFiles, ListedFiles, Quiet, Source
+from ood_monitor.cli.state import StateFile
+from ood_monitor.escaping import utf8
 from ood_monitor.monitor.decisions import Decisions
 from ood_monitor.monitor.monitor import Monitor
 from ood_monitor.monitor.rules import Rules
-from ood_monitor.saving.fitted import Fitted, replace_files
+from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["EXIT_CODES", "accepted", "watch"]
 
 #: What `watch` exits with, by the stream's status.
 EXIT_CODES: Mapping[Status, int] = {"OK": 0, "WARN": 3, "ALERT": 4}
-
-_STATE_FORMAT = 1
 
 #: Seconds between two writings of the state while nothing is alerted.
 _SAVE_EVERY = 1.0
@@ -80,7 +81,8 @@ def watch(
     TERM signal. With --json the last line is a summary, {"summary": ...}.
 
     With --state a watch goes on where it ended, also after a crash: alerts are printed before the
-    state is written, so that none is lost, and the last batch's may come twice.
+    state is written, so that none is lost, and the last batch's may come twice. The state is for
+    this user alone, one watch at a time, and refused if a bit of it has changed.
 
     \b
     Exit codes:
@@ -100,11 +102,15 @@ def watch(
         if where == "-"
         else FolderFiles(Path(where), poll, once=once)
     )
-    detector, loaded, recipe = load_detector(
-        directory, model=model, arguments=argument, device=device
-    )
-    with Monitor(detector, ert=ert, fpr=fpr, name=name) as monitor, _stopped_by_signals() as stop:
-        watched = _Watch(monitor, loaded, recipe.images, source, state)
+    with ExitStack() as stack:
+        # First of all: who comes second is to know before its model is loaded.
+        kept = None if state is None else stack.enter_context(StateFile.locked(state))
+        detector, loaded, recipe = load_detector(
+            directory, model=model, arguments=argument, device=device
+        )
+        monitor = stack.enter_context(Monitor(detector, ert=ert, fpr=fpr, name=utf8(name)))
+        stop = stack.enter_context(_stopped_by_signals())
+        watched = _Watch(monitor, loaded, recipe.images, source, kept)
         watched.run(stop, batch_size, Quiet(idle))
     watched.summarise(as_json=as_json)
     raise typer.Exit(EXIT_CODES[monitor.status])
@@ -119,14 +125,14 @@ class _Watch:
         model: Model,
         images: ImageFormat,
         source: Source,
-        state: Path | None,
+        state: StateFile | None,
     ) -> None:
         self._monitor, self._model, self._images = monitor, model, images
-        self._source, self._path = source, state
+        self._source, self._state = source, state
         self._shape = images.shape
         self._saved, self._unsaved = time.monotonic(), False
         self._alerts = self._unreadable = 0
-        if state is not None and state.exists():
+        if state is not None and state.is_there:
             self._resume(state)
         if state is not None:
             self._save()  # a place that cannot be written to is told of at once
@@ -179,7 +185,7 @@ class _Watch:
             Exception: The model's, if it has scored others in this run, so that it is broken now,
                 or if it has never scored any.
         """
-        names = [str(file) for file in files]
+        names = [utf8(str(file)) for file in files]
         try:
             return self._monitor.update(self._model.batch(self._read(files)), ids=names)
         except Exception as error:  # of any kind: a model is anybody's code
@@ -212,34 +218,27 @@ class _Watch:
             if p_value <= self._monitor.fpr:
                 say(f"flagged: {file} (p-value {p_value:.3g})")
 
-    def _resume(self, path: Path) -> None:
-        with _read(path) as record:
+    def _resume(self, state: StateFile) -> None:
+        with _read(state) as record:
             self._monitor.load_state_dict(record["monitor"])
             self._source.load_state(record["files"])
 
     def _save(self) -> None:
-        if self._path is None:
+        if self._state is None:
             return
-        record = {
-            "format": _STATE_FORMAT,
-            "monitor": self._monitor.state_dict(),
-            "files": self._source.state(),
-        }
-        replace_files({self._path: json.dumps(record).encode()})
+        self._state.write({"monitor": self._monitor.state_dict(), "files": self._source.state()})
         self._saved, self._unsaved = time.monotonic(), False
 
 
 @contextmanager
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(state: StateFile) -> Iterator[dict[str, Any]]:
     """What a watch has written, and a word on what is wrong with it."""
     try:
-        record = json.loads(path.read_bytes())
-        if record["format"] != _STATE_FORMAT:
-            raise ValueError(f"format {record['format']!r}")
-        yield record
+        yield state.read()
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected the state of a watch with this detector and --ert in {path}, got {error}"
+            f"Expected the state of a watch with this detector and --ert in {state.path}, got "
+            f"{error}"
         ) from error
 
 
@@ -257,17 +256,26 @@ def accepted(path: Path, fitted: Fitted, reason: str, *, name: str, fpr: float) 
         The alert that says so.
 
     Raises:
+        BlockingIOError: The watch goes on.
+        FileNotFoundError: There is none.
         ValueError: No state of a watch, or of a detector with other layers.
     """
-    with _read(path) as record:
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"Expected the state of a watch, got nothing there: {path}.")
+    with StateFile.locked(path) as state:
+        return _accepted(state, fitted, reason, name=name, fpr=fpr)
+
+
+def _accepted(state: StateFile, fitted: Fitted, reason: str, *, name: str, fpr: float) -> Alert:
+    with _read(state) as record:
         ert = record["monitor"]["drift"]["data"]["ert"]
-        rules = Rules(name=name, fpr=fpr, ert=ert)
+        rules = Rules(name=utf8(name), fpr=fpr, ert=ert)
         fitted.check_fpr(rules.fpr)
         decisions = Decisions.of(rules, fitted, seed=0)
         decisions = decisions.resumed(record["monitor"], with_test=False)
     decisions.accept(text("reason", reason))
     alert = decisions.memory.owed.pop()
-    replace_files({path: json.dumps(record | {"monitor": decisions.dump()}).encode()})
+    state.write(record | {"monitor": decisions.dump()})
     return alert
 
 

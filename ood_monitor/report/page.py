@@ -1,8 +1,8 @@
-"""The page itself: figures as text of the file, and a template that escapes every name."""
+"""The page itself: figures as text of the file, and a template in which every name is escaped."""
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import files
 from io import BytesIO
@@ -10,10 +10,12 @@ from typing import Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ood_monitor import __version__, plots
 from ood_monitor.checks import number, text
+from ood_monitor.escaping import html, terminal
 from ood_monitor.report.findings import findings_of
 from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
 from ood_monitor.saving.fitted import Fitted
@@ -64,6 +66,7 @@ def html_report(
     """
     fpr, ert = number("fpr", fpr, 0, 1, ends="()"), number("ert", ert, 2, ends="[)")
     text("title", title)
+    held_out, stream = _drawable(held_out, stream)
     has_valid = stream is not None and bool(stream.valid.any())
     drift = drift_of(fitted, stream, ert) if stream is not None and has_valid else None
     template = _environment().from_string(
@@ -87,7 +90,26 @@ def html_report(
 
 
 def _environment() -> Environment:
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_escaped
+    )
+
+
+def _escaped(value: object) -> Markup:
+    """What the template puts in, but what it has put together itself."""
+    return value if isinstance(value, Markup) else Markup(html(str(value)))
+
+
+def _drawable(
+    held_out: HeldOut | None, stream: Stream | None
+) -> tuple[HeldOut | None, Stream | None]:
+    """The same with names that a figure can write."""
+    if held_out is not None:
+        held_out = replace(held_out, z={terminal(name): z for name, z in held_out.z.items()})
+    if stream is not None:
+        layers = [layer and terminal(layer) for layer in stream.top_layers]
+        stream = replace(stream, name=terminal(stream.name), top_layers=layers)
+    return held_out, stream
 
 
 def _shown_scores(fitted: Fitted, stream: Stream | None) -> _Shown:

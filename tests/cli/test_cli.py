@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -471,6 +472,20 @@ def test_a_damaged_recipe_is_a_clear_error(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.json").write_text(text)
     assert "model.json" in failed("score", tmp_path, new)
+
+
+@pytest.mark.parametrize("images", [{"size": [5, 5]}, {"size": [4, 5]}, {"mode": "RGB"}])
+def test_images_of_another_size_than_the_detectors_are_refused_by_both_files(
+    images: dict[str, object], detector: Path, new: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(detector, tmp_path / "d")
+    recipe = json.loads((detector / "model.json").read_text())
+    recipe |= {"images": recipe["images"] | images, "model": "support.cli_cases:nothing"}
+    (tmp_path / "d" / "model.json").write_text(json.dumps(recipe))
+    for command in (["score"], ["watch", "--once"], ["verify"]):
+        message = failed(command[0], tmp_path / "d", new, *command[1:])
+        assert "of one size in model.json and config.json" in message  # and no model was made
+        assert "(1, 4, 4)" in message
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import ood_monitor as om
 from ood_monitor.cli import app
 from ood_monitor.cli import watching as watching_module
 from ood_monitor.cli.sources import FolderFiles
+from ood_monitor.cli.state import StateFile
 
 OK, WARN, ALERT = 0, 3, 4
 
@@ -377,13 +378,15 @@ def test_what_a_watch_would_refuse_is_not_accepted(detector: Path, tmp_path: Pat
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, state.read_bytes()) == (1, before)
     assert "needs at least" in result.output
-    record = json.loads(before)
-    record["monitor"]["model"] = "0" * 12
-    state.write_text(json.dumps(record))
+    with StateFile.locked(state) as kept:
+        record = kept.read()
+        record["monitor"]["model"] = "0" * 12
+        kept.write(record)
+    before = state.read_bytes()
     result = CliRunner().invoke(app, arguments[:-2])
     assert result.exit_code == 1
     assert "Expected the state of a monitor of the weights" in result.output
-    assert json.loads(state.read_text()) == record
+    assert state.read_bytes() == before
 
 
 def refusing() -> om.Adapter:

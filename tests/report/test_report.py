@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cli_cases import flow, grey_images, write_images
+from support.hostile_names import NAMES
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
@@ -46,6 +47,10 @@ class Page(HTMLParser):
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def tags_alone(self) -> list[tuple[str, list[str]]]:
+        return [(tag, sorted(attributes)) for tag, attributes in self.tags]
 
     @property
     def alts(self) -> list[str]:
@@ -178,6 +183,28 @@ def test_names_are_text_and_nothing_else(root: Path) -> None:
     assert not page.of("script")
     assert page.text.count(NASTY) >= 6
     assert sum(NASTY in alt for alt in page.alts) >= 3
+
+
+def test_a_page_of_any_names_is_utf8_and_has_its_own_elements_alone(root: Path) -> None:
+    """One name is everywhere; all that we know of are facts."""
+    name = "\udc80\u202e\x1b[0m\n</title></td><!-- '>\" $x$ {{ 1 }}"
+    fitted = fitted_of(root)
+    z = np.random.default_rng(0).normal(size=(2, 50))
+
+    def page_of(name: str, facts: dict[str, str]) -> str:
+        return html_report(
+            fitted,
+            facts=facts,
+            held_out=HeldOut({name: z[0], "other": z[1]}),
+            stream=stream_of(fitted, [0.0, 1e6], name, name),
+            title=f"about {name}",
+        )
+
+    html = page_of(name, {other: other for other in NAMES})
+    html.encode("utf-8")
+    assert html.replace("\n", "").isprintable()
+    plain = Page(page_of("plain", {str(i): str(i) for i in range(len(set(NAMES)))}))
+    assert Page(html).tags_alone == plain.tags_alone
 
 
 def test_the_drift_of_a_report_is_what_a_monitor_says(root: Path) -> None:

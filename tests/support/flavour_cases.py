@@ -100,6 +100,10 @@ def build_nothing() -> object:
     return Flow()
 
 
+def build_other() -> om.Adapter:
+    return Flow()  # type: ignore[return-value]
+
+
 def label_of(batch: Batch) -> dict[str, Any]:
     return {"label": batch[1]}
 

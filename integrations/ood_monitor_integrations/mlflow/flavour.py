@@ -4,7 +4,7 @@ A detector is nothing without its model. So beside the detector's own files a lo
 to build the adapter: by a function that can be imported, with JSON-able arguments and files that
 are copied into the model, and holds the model's weights as safetensors::
 
-    def build(width):  # in package/models.py
+    def build(width: int) -> om.Adapter:  # in package/models.py
         return om.LogLikelihood(Flow(width))
 
     flavour.log_model(
@@ -13,7 +13,8 @@ are copied into the model, and holds the model's weights as safetensors::
 
 With ``weights=False`` the function brings the weights itself: from a file of ``files``, or from a
 base model by its name, as :mod:`ood_monitor_integrations.mlflow.pipelines` does for diffusers.
-Loading a model imports and calls the function that it names, as MLflow does with any model's code.
+Loading a model imports and calls the function that it names, as MLflow does with any model's code,
+if that says that it returns an adapter.
 """
 
 import shutil
@@ -152,12 +153,14 @@ def save_model(
     Args:
         detector: Fitted.
         path: The folder, which must not exist or be empty.
-        factory: ``"package.module:function"`` that gives the adapter.
+        factory: ``"package.module:function"`` that gives the adapter, and says so by its
+            annotation, ``-> ood_monitor.Adapter``.
         arguments: Its keywords, JSON-able.
         files: Files and folders by keyword: they are copied into the model, and the function is
             given where they are.
         weights: Whether the model's weights are saved, to replace those that the function gives.
-        groups: ``"package.module:function"``, the detector's ``groups`` if it has any.
+        groups: ``"package.module:function"``, the detector's ``groups`` if it has any; it says
+            what it returns, a tensor or a sequence.
         signature: Of the model; by default what the detector was fitted on.
         input_example: A batch as the detector takes it, of a few samples.
         code_paths: Files and folders of code that the model brings along.
@@ -171,7 +174,7 @@ def save_model(
         ValueError: The function is none that can be imported, arguments that no JSON can hold, a
             detector with groups without their function, or a model built that is not the
             detector's.
-        TypeError: The function gives no adapter.
+        TypeError: The function gives no adapter, or does not say that it does.
     """
     folder, inputs = path_of("path", path), Inputs.of(detector.fitted, input_example)
     recipe = recipe_of(detector, factory, arguments, files, weights, groups, inputs)
@@ -201,7 +204,7 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Detector:
 
     Raises:
         ValueError: A damaged file, or a function that builds another model.
-        TypeError: The function gives no adapter.
+        TypeError: The function gives no adapter, or does not say that it does.
     """
     text("model_uri", model_uri)
     if dst_path is not None:

@@ -3,6 +3,7 @@
 import re
 
 from ood_monitor.alerts import Alert, FlaggedSample, LayerShare, TermShare
+from ood_monitor.escaping import markdown_code, markdown_text
 
 __all__ = ["note_with"]
 
@@ -29,25 +30,24 @@ def _block(alert: Alert) -> str:
     """What the note says of `alert`, in Markdown, between our marks."""
     time = alert.time.isoformat(" ", "seconds")
     text = (
-        f"**ood-monitor: {alert.status}** ({alert.kind}, stream {alert.stream}, "
-        f"{alert.samples_seen:,} samples seen, {time})\n\n{alert.message}\n\n"
+        f"**ood-monitor: {alert.status}** ({alert.kind}, stream {markdown_code(alert.stream)}, "
+        f"{alert.samples_seen:,} samples seen, {time})\n\n{markdown_text(alert.message)}\n\n"
         f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
-        f"Evidence: `ood/alerts/{alert.id}.json`"
+        f"Evidence: {markdown_code(f'ood/alerts/{alert.id}.json')}"
     )
-    # A name must not end the comment, or our block would no longer be found.
-    return f"{_BEGIN}\n{text.replace('<!--', '').replace('-->', '')}\n{_END}"
+    return f"{_BEGIN}\n{text}\n{_END}"
 
 
 def _layers(layers: tuple[LayerShare, ...]) -> str:
-    named = [f"`{layer.layer}`" for layer in layers[:_NAMED]]
+    named = [markdown_code(layer.layer) for layer in layers[:_NAMED]]
     return f"Layers: {', '.join(named)}\n\n" if named else ""
 
 
 def _terms(terms: tuple[TermShare, ...]) -> str:
-    named = [f"`{term.term}` {term.share or 0:.0%}" for term in terms[:_NAMED]]
+    named = [f"{markdown_code(term.term)} {term.share or 0:.0%}" for term in terms[:_NAMED]]
     return f"Terms: {', '.join(named)}\n\n" if named else ""
 
 
 def _samples(samples: tuple[FlaggedSample, ...]) -> str:
-    named = [f"`{sample.id}`" for sample in samples if sample.id is not None][-_NAMED:]
+    named = [markdown_code(sample.id) for sample in samples if sample.id is not None][-_NAMED:]
     return f"Samples: {', '.join(named)}\n\n" if named else ""

@@ -1,13 +1,11 @@
 """How a logged detector is built again: its adapter by a function, its weights from safetensors."""
 
-import importlib
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mlflow.utils.model_utils import _get_flavor_configuration
 from safetensors import SafetensorError
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector
 from ood_monitor.checks import flag, path_of
+from ood_monitor.importing import imported
 from ood_monitor_integrations.mlflow.inputs import Inputs
 
 __all__ = ["DETECTOR", "FLAVOR_NAME", "Recipe", "recipe_of", "save_weights"]
@@ -23,7 +22,9 @@ __all__ = ["DETECTOR", "FLAVOR_NAME", "Recipe", "recipe_of", "save_weights"]
 FLAVOR_NAME, DETECTOR = "ood_monitor", "detector"
 
 _WEIGHTS, _FILES = "weights.safetensors", "files"
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+#: What a function of groups says that it returns.
+_GROUPS = (Tensor, Sequence)
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,16 @@ class Recipe:
 
         Raises:
             ValueError: A damaged file, or a function that is gone or builds another model.
-            TypeError: The function gives no adapter.
+            TypeError: The function does not say that it returns an adapter, or gives none.
         """
         paths = {name: str(folder / path) for name, path in self.files.items()}
-        adapter = _imported(self.factory)(**self.arguments, **paths)
+        adapter = imported(self.factory, Adapter)(**self.arguments, **paths)
         if not isinstance(adapter, Adapter):
             kind = type(adapter).__name__
             raise TypeError(f"Expected {self.factory} to give an Adapter, got {kind}.")
         if self.weights is not None:
             _load_weights(adapter.module, folder / self.weights, self.factory)
-        groups = None if self.groups is None else _imported(self.groups)
+        groups = None if self.groups is None else imported(self.groups, *_GROUPS)
         return Detector.from_pretrained(folder / DETECTOR, adapter, groups=groups)
 
 
@@ -76,6 +77,7 @@ def recipe_of(
     """The recipe of a detector; arguments as those of :func:`flavour.save_model`.
 
     Raises:
+        TypeError: A function that does not say that it returns an adapter, or groups.
         ValueError: A function that cannot be imported, arguments that are no JSON or come twice, or
             groups without their function.
     """
@@ -84,8 +86,9 @@ def recipe_of(
             f"Expected `groups` as 'package.module:function' if and only if the detector has any, "
             f"got {groups!r}."
         )
-    for name in (factory, *(() if groups is None else (groups,))):
-        _imported(name)
+    imported(factory, Adapter)
+    if groups is not None:
+        imported(groups, *_GROUPS)
     weights = flag("weights", weights)
     for name, source in (files or {}).items():
         path_of(f"files[{name!r}]", source)
@@ -106,18 +109,6 @@ def recipe_of(
         names=list(inputs.names),
         fingerprint=detector.fitted.fingerprint,
     )
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    """The function by its name."""
-    if not isinstance(name, str) or not _FUNCTION.fullmatch(name):
-        raise ValueError(f"Expected a function as 'package.module:function', got {name!r}.")
-    module, function = name.split(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Expected {name!r} to be importable, got: {error}.") from error
-    return cast(Callable[..., Any], found)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

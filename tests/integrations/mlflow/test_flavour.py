@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from mlflow.models import MetricThreshold, Model
 from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry
@@ -207,6 +209,7 @@ else:
         ),
         ({"factory": "no_such_package:build"}, "'no_such_package:build' to be importable"),
         ({"factory": "os:system; x"}, "as 'package.module:function', got"),
+        ({"factory": "os:getcwd"}, "'os:getcwd' of Python's own library"),
         ({"arguments": {"size": torch.ones(1)}}, "JSON-able arguments"),
         ({"arguments": {"start": float("nan")}}, "JSON-able arguments"),
         ({"arguments": {"size": 5}}, "weights of what support.flavour_cases:build builds"),
@@ -225,8 +228,38 @@ def test_what_could_not_be_loaded_is_not_saved(
 
 
 def test_a_factory_of_something_else_is_refused(detector: om.Detector, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="build_nothing to give an Adapter, got Flow"):
-        flavour.save_model(detector, tmp_path / "m", factory="support.flavour_cases:build_nothing")
+    for name in ("build_nothing", "Flow", "groups"):
+        factory = f"support.flavour_cases:{name}"
+        with pytest.raises(TypeError, match=rf"`def {name}\(...\) -> ood_monitor.Adapter:`, got"):
+            flavour.save_model(detector, tmp_path / "m", factory=factory)
+    with pytest.raises(TypeError, match="build_other to give an Adapter, got Flow"):
+        flavour.save_model(detector, tmp_path / "m", factory="support.flavour_cases:build_other")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "told"),
+    [
+        ("factory", "os:getcwd", "of Python's own library"),
+        ("factory", "support.flavour_cases:build_nothing", "-> ood_monitor.Adapter"),
+        ("factory", "support..flavour_cases:build", "as 'package.module:function'"),
+        ("groups", "os:getcwd", "of Python's own library"),
+        (
+            "groups",
+            "support.flavour_cases:build_nothing",
+            r"torch.Tensor \| collections.abc.Sequence",
+        ),
+    ],
+)
+def test_a_model_that_was_edited_runs_no_function_of_anothers(
+    setting: str, name: str, told: str, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    file = tmp_path / "m" / "MLmodel"
+    settings = yaml.safe_load(file.read_text())
+    settings["flavors"]["ood_monitor"][setting] = name
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises((TypeError, ValueError), match=told):
+        flavour.load_model(str(tmp_path / "m"))
 
 
 def test_an_adapter_with_another_seed_is_told(detector: om.Detector, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ood_monitor_integrations.mlflow import MLflowSink
 from support.alert_cases import EVIDENCE
 
 from ood_monitor.alerts import Alert, Dispatcher, LayerShare, Summary, SummarySink
+from ood_monitor.escaping import markdown_text
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -253,7 +254,8 @@ def test_the_note_says_what_happened(client: MlflowClient, run_id: str) -> None:
     note = tags(client, run_id)[NOTE]
     assert note.startswith(BEGIN)
     assert note.endswith(END)
-    for part in ("ALERT", "drift", "production", "1,234", DRIFT.message, "`up.0.weight`", DRIFT.id):
+    message = markdown_text(DRIFT.message)
+    for part in ("ALERT", "drift", "production", "1,234", message, "`up.0.weight`", DRIFT.id):
         assert part in note, part
 
 

@@ -1,0 +1,51 @@
+"""The note, whatever names are in it."""
+
+from dataclasses import replace
+
+from markdown_it import MarkdownIt
+from ood_monitor_integrations.mlflow.note import note_with
+from support.alert_cases import ALERT, FlaggedSample, LayerShare, TermShare
+from support.hostile_names import NAMES
+
+from ood_monitor.alerts import Alert
+
+BEGIN, END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
+
+
+def named(name: str) -> Alert:
+    return replace(
+        ALERT,
+        stream=name,
+        message=f"{name} of {name}",
+        top_layers=(LayerShare(name, 0.5, 1.0),) * 9,
+        top_terms=(TermShare(name, 0.5),) * 9,
+        samples=tuple(FlaggedSample(i, 0.1, name) for i in range(9)),
+    )
+
+
+def elements(note: str) -> set[str]:
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(note)
+    return {child.type for token in tokens for child in [token, *(token.children or [])]}
+
+
+def test_a_note_of_any_name_is_the_notes_own_elements() -> None:
+    own = elements(str(note_with("", named("camera 1"))))
+    assert {"strong_open", "code_inline", "html_block"} <= own
+    for name in NAMES:
+        note = note_with("", named(name))
+        assert note is not None, name
+        note.encode("utf-8")
+        assert elements(note) <= own, name
+        assert (note.count("<"), note.count("`")) == (2, 34), name
+
+
+def test_a_note_of_any_name_is_replaced_whole_and_leaves_room() -> None:
+    mine = "# Mine\n"
+    for name in NAMES:
+        first = note_with(mine, named(name))
+        assert first is not None
+        assert len(first) < 5000, name
+        second = note_with(first, named("camera 1"))
+        assert second is not None
+        assert second.startswith(f"{mine}\n\n{BEGIN}")
+        assert (second.count(BEGIN), second.count(END), second.count("camera 1")) == (1, 1, 18)
