@@ -2,6 +2,7 @@
 
 from ood_monitor import Alert, Monitor
 from ood_monitor.adapters.base import Batch
+from ood_monitor.alerts import Summary
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.indices import Positions
@@ -78,6 +79,11 @@ class StageMonitor:
     def recorded(self) -> StageScores:
         """What was scored so far, without layers; in several processes only after the end."""
         return StageScores.together(self._parts)
+
+    @property
+    def summary(self) -> Summary:
+        """The running figures as they are now."""
+        return self.monitor._decisions.summary()
 
     def _observe(self, part: StageScores) -> list[Alert]:
         alerts = self.monitor.observe(part.scores)
