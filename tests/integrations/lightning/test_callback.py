@@ -20,6 +20,7 @@ from ood_monitor.alerts import Alert
 
 pytestmark = QUIET
 
+STATUS = "ood_monitor.status"
 FIGURES = ("status", "score_mean", "score_p95", "flagged_rate", "log_e_value", "invalid")
 
 
@@ -284,7 +285,7 @@ def test_the_run_shows_where_its_streams_stand(
         run = trainer(*callbacks, logger=logger)
         run_stage(run, stage, Flow.load_from_checkpoint(fitted[1]), loader(data))
         found = logger.experiment.get_run(logger.run_id).data.tags
-        return {k: v for k, v in found.items() if k.startswith("ood_monitor.status")}
+        return {k: v for k, v in found.items() if k.startswith(STATUS)}
 
     assert fitted[0].detector is not None
     usual = images(64, seed=2)
@@ -295,15 +296,15 @@ def test_the_run_shows_where_its_streams_stand(
     )
     assert shown(one, two, stage="test", data=drifting()) == {
         "ood_monitor.status": "ALERT",
-        "ood_monitor.status.a b.test": "ALERT",
-        "ood_monitor.status.a_c.test": "WARN",
+        f"{STATUS}.a b.test": "ALERT",
+        f"{STATUS}.a_c.test": "WARN",
     }
     assert shown(one, stage="predict", data=usual)["ood_monitor.status"] == "ALERT"
     assert shown(one, two, stage="test", data=usual) == {
         "ood_monitor.status": "OK",
-        "ood_monitor.status.a b.predict": "OK",
-        "ood_monitor.status.a b.test": "OK",
-        "ood_monitor.status.a_c.test": "OK",
+        f"{STATUS}.a b.predict": "OK",
+        f"{STATUS}.a b.test": "OK",
+        f"{STATUS}.a_c.test": "OK",
     }
 
 

@@ -28,6 +28,7 @@ from ood_monitor.alerts import Alert, LayerShare, Summary
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 
+STATUS = "ood_monitor.status"
 ALERTING = replace(SUMMARY, status="ALERT", samples_seen=1234, time=DRIFT.time)
 BEFORE = replace(SUMMARY, status="WARN", samples_seen=1200, number=9, time=DRIFT.time)
 EARLIER = DRIFT.time - 24 * HOUR
@@ -203,8 +204,8 @@ def test_stages_share_a_run(client: MlflowClient, run_id: str) -> None:
     second.summarise(replace(SUMMARY, stream="b", number=1))
     second(replace(SAMPLE, stream="b", number=2))
     shown = tags(client, run_id)
-    assert shown["ood_monitor.status"] == shown["ood_monitor.status.a.test"] == "ALERT"
-    assert shown["ood_monitor.status.b.test"] == "WARN"
+    assert shown[STATUS] == shown[f"{STATUS}.a.test"] == "ALERT"
+    assert shown[f"{STATUS}.b.test"] == "WARN"
     assert DRIFT.message in shown[NOTE]
     assert client.get_run(run_id).data.metrics["ood/b/test/status"] == 0
     first(RECOVERED)
