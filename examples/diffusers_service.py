@@ -178,7 +178,8 @@ def main() -> int:
             print(f"{len(sent)} {name}: median p-value {np.median(p_values):.3f}")
         monitor.flush()  # the meters have all that was scored
         seen = metrics()
-    meters_of = ("ood_monitor_samples", "ood_monitor_alert", "ood_monitor_scoring", "request")
+    names = ("samples", "status", "alerts", "scoring")
+    meters_of = ("request", *(f"ood_monitor_{name}" for name in names))
     lines = [line for line in seen.splitlines() if line.startswith(meters_of)]
     print("\n".join(line for line in lines if "_bucket" not in line and "_created" not in line))
     scored = sum(float(line.split()[-1]) for line in lines if "_samples_total" in line)

@@ -320,6 +320,7 @@ def monitored(
                 for batch in loader(torch.cat([digits.test, digits.shifts[shift]])):
                     alerts += monitor.update(batch)
                     p_values.append(monitor.last.p_value)  # type: ignore[union-attr]
+                monitor.flush(60)  # a slow store has the alerts, too
         for alert in alerts:
             if alert.kind == "drift":
                 alert_figure(alert).savefig(OUT / f"{model}-alert.png")
@@ -338,13 +339,15 @@ def outcome(alerts: list[om.Alert], change: int) -> tuple[int, int | None]:
 
 
 def stands_in_mlflow(run_id: str) -> bool:
-    """Whether the alert is there as anybody would look for it: tag, metric, JSON and figure."""
+    """Whether the alert is there as anybody looks for it: tag, note, metric, JSON and figure."""
     client = mlflow.MlflowClient(STORE)
     data = client.get_run(run_id).data
+    note = data.tags.get("mlflow.note.content", "")
     files = {Path(file.path).suffix for file in client.list_artifacts(run_id, "ood/alerts")}
     return (
         data.tags.get("ood_monitor.status") == "ALERT"
-        and "ood/log_e_value" in data.metrics
+        and "**ood-monitor: ALERT**" in note
+        and any(name.endswith("/log_e_value") for name in data.metrics)
         and {".json", ".png"} <= files
     )
 

@@ -25,7 +25,10 @@ CODE = ["ood_monitor", "integrations", "benchmarks", "examples", "tests"]
 #: Of other times, of files that a user has, and of what is wrong on purpose.
 LEFT_OUT = ["CHANGELOG.md", "tests/test_mentions.py"]
 #: Tags of MLflow, which look like names of Python.
-TAGS = {"ood_monitor.status", "ood_monitor.since", "ood_monitor.method"}
+TAGS = {
+    *("ood_monitor.status", "ood_monitor.since", "ood_monitor.method", "ood_monitor.status_of"),
+    *("ood_monitor.number", "ood_monitor.stream", "ood_monitor.alert_number"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.mlflow_server import Server
 
 import ood_monitor as om
 
@@ -18,10 +22,15 @@ SNIPPETS: dict[str, int] = {
     "docs/index.md": 1,
     "docs/recipes/diffusers-service.md": 3,
     "docs/recipes/lightning.md": 2,
+    "docs/recipes/mlflow.md": 5,
+    "docs/recipes/replicas.md": 1,
     "docs/recipes/spark.md": 1,
     "docs/recipes/tables.md": 3,
     "docs/recipes/your-own-model.md": 4,
 }
+
+#: The page that takes a server.
+SERVED = "docs/recipes/mlflow.md"
 
 pytestmark = [
     # Lightning's advice, and its own use of a deprecated torch function.
@@ -49,10 +58,39 @@ def test_every_snippet_is_counted() -> None:
     assert {page: count for page, count in found.items() if count} == SNIPPETS
 
 
-@pytest.mark.parametrize("page", SNIPPETS)
+@pytest.mark.parametrize("page", [page for page in SNIPPETS if page != SERVED])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(page)["om"] is om
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[None]:
+    """A real one, to which MLflow goes by default."""
+    import mlflow  # not for the pages that do without
+
+    server = Server(folder)
+    try:
+        mlflow.set_tracking_uri(server.url)
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what MLflow, served and evaluating, has to say of others
+def test_the_snippets_for_mlflow_run_on_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as a script's own folder is
+    with mlflow_server(tmp_path / "server"):
+        names = run(SERVED)
+    sys.modules.pop("flows")
+    assert names["om"] is om
+    assert names["changes"]
 
 
 def test_the_alert_in_the_documentation_is_the_one_that_its_snippet_raises() -> None:

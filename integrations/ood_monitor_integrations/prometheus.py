@@ -1,4 +1,4 @@
-"""Meters for Prometheus: scores, verdicts, the alert, and what scoring takes.
+"""Meters for Prometheus: scores, verdicts, the status, and what scoring takes.
 
 ::
 
@@ -19,6 +19,8 @@ from ood_monitor import Detector
 from ood_monitor.alerts import Alert, Reading, Summary
 from ood_monitor.checks import items, number, text, whole
 from ood_monitor.processes import Lock
+from ood_monitor_integrations.latest import Latest
+from ood_monitor_integrations.metrics import STATUSES
 
 __all__ = ["PrometheusSink", "score_buckets"]
 
@@ -37,7 +39,7 @@ class PrometheusSink:
 
     - ``ood_monitor_score``, ``ood_monitor_p_value``: histograms of valid samples
     - ``ood_monitor_samples_total``: by ``verdict``, usual, flagged or invalid
-    - ``ood_monitor_alert``: 1 while the stream has drifted, else 0
+    - ``ood_monitor_status``: 0 OK, 1 WARN, 2 ALERT, as was said last by its number
     - ``ood_monitor_alerts_total``: by ``kind``
     - ``ood_monitor_scoring_seconds``: histogram of calls
     - ``ood_monitor_errors_total``: calls that could not be scored
@@ -46,7 +48,7 @@ class PrometheusSink:
     All are labelled with the model and the detector, and nothing else that grows. Sinks with one
     registry share its meters: give streams of one detector labels of their own. With
     ``PROMETHEUS_MULTIPROC_DIR`` in the environment, the processes of a service add up, and the
-    alert is the highest of those alive.
+    status is the worst of those alive.
 
     Args:
         registry: Where the meters are; one of the sink's own by default.
@@ -81,19 +83,20 @@ class PrometheusSink:
         self._names = model, detector
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
         self._latest: tuple[str, str] | None = None
+        self._said = Latest()
 
     def __call__(self, alert: Alert, /) -> None:
-        """Count `alert`, and show whether the stream has drifted."""
+        """Count `alert`, and show the stream's status."""
         labels = self._labels(alert.model, alert.detector)
         if alert.id not in self._seen:
             self._seen.append(alert.id)
             self._meters.alerts.labels(*labels, alert.kind).inc()
-        self._meters.alert.labels(*labels).set(alert.status == "ALERT")
+        self._show(labels, alert)
 
     def summarise(self, summary: Summary, /) -> None:
-        """Show whether the stream has drifted, also after a restart."""
+        """Show the stream's status, also after a restart."""
         if self._latest is not None:
-            self._meters.alert.labels(*self._latest).set(summary.status == "ALERT")
+            self._show(self._latest, summary)
 
     def measure(self, reading: Reading, /) -> None:
         """Take in what a call of the monitor measured."""
@@ -114,6 +117,11 @@ class PrometheusSink:
         """Count samples that were not scored for lack of time or room; of the latest model."""
         labels, count = self._latest or self._labels("unknown", "unknown"), whole("count", count)
         self._meters.dropped.labels(*labels).inc(count)
+
+    def _show(self, labels: tuple[str, str], said: Alert | Summary) -> None:
+        if self._said.is_news(said):
+            self._meters.status.labels(*labels).set(STATUSES[said.status])
+            self._said.took(said)
 
     def _labels(self, model: str, detector: str) -> tuple[str, str]:
         given = self._names
@@ -152,7 +160,7 @@ class _Meters:
     score: Histogram
     p_value: Histogram
     samples: Counter
-    alert: Gauge
+    status: Gauge
     alerts: Counter
     seconds: Histogram
     errors: Counter
@@ -178,8 +186,8 @@ class _Meters:
             add("score", Histogram, "Anomaly score; higher is more anomalous.", buckets=buckets)
             add("p_value", Histogram, "Conformal p-value.", buckets=_P_VALUES)
             add("samples", Counter, "Samples seen.", "verdict")
-            text = "1 while the stream has drifted."
-            add("alert", Gauge, text, multiprocess_mode="livemax")
+            text = "Of the stream: 0 OK, 1 WARN, 2 ALERT."
+            add("status", Gauge, text, multiprocess_mode="livemax")
             add("alerts", Counter, "Alerts raised.", "kind")
             add("seconds", Histogram, "Of a call's scoring.", buckets=_SECONDS)
             add("errors", Counter, "Calls that could not be scored.")

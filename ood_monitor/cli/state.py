@@ -51,6 +51,17 @@ class StateFile:
         finally:
             lock.release()
 
+    @staticmethod
+    def opened(path: Path) -> dict[str, Any]:
+        """What was written last to a path, by whoever has it.
+
+        Raises:
+            OSError: There is no file, or it is a link or no regular file.
+            ValueError: It has one bit that was not written so.
+        """
+        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
+            return _opened(file.read())
+
     @property
     def path(self) -> Path:
         """Of the file."""
@@ -68,8 +79,7 @@ class StateFile:
             OSError: There is no file, or it is a link or no regular file.
             ValueError: It has one bit that was not written so.
         """
-        with os.fdopen(open_private(self._path, os.O_RDONLY), "rb") as file:
-            return _opened(file.read())
+        return self.opened(self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Replace the file by one with this record.

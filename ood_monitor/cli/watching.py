@@ -169,14 +169,18 @@ class _Watch:
 
     def _take(self, files: Sequence[Path]) -> None:
         alerts = self._update(files)
-        for alert in alerts:
-            typer.echo(alert.to_json())
-        sys.stdout.flush()
+        self._print(alerts)
         self._tell_flagged(files)
-        self._alerts += len(alerts)
+        self._print(self._monitor.explain())
         self._unsaved = True
         if alerts:
             self._save()
+
+    def _print(self, alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            typer.echo(alert.to_json())
+        sys.stdout.flush()
+        self._alerts += len(alerts)
 
     def _update(self, files: Sequence[Path]) -> list[Alert]:
         """Of files that the model refuses, all that there are, none is scored.

@@ -145,7 +145,7 @@ class Decisions:
             self._count_muted()
             is_time = memory.samples_seen % self.rules.summary_every == 0
             if is_time or memory.overall != status:
-                summaries.append(self._summary())
+                summaries.append(self.summary())
                 status = memory.overall
             if is_time:
                 self._look_at_neighbours()
@@ -163,7 +163,7 @@ class Decisions:
         memory.untold.clear()
         memory.held.clear()
         self._owe(self._alert("accepted", f"Accepted: {reason}"))  # muted or not
-        return self._summary()
+        return self.summary()
 
     def mute(self, samples: int) -> None:
         """Owe nothing of so many samples; what was held back so far is owed if it stands."""
@@ -180,9 +180,9 @@ class Decisions:
         )
         self._owe(explanation)
 
-    def _summary(self) -> Summary:
+    def figures(self) -> Summary:
+        """The running figures as they are now; not said, and so without a number."""
         evidence, memory = self._evidence(), self.memory
-        memory.said += 1
         return Summary(
             stream=self.rules.name,
             samples_seen=memory.samples_seen,
@@ -192,8 +192,12 @@ class Decisions:
             flagged_rate=evidence.flagged_rate,
             log_e_value=evidence.log_e_value,
             invalid={"not scored": memory.invalid},
-            number=memory.said,
         )
+
+    def summary(self) -> Summary:
+        """They are said now, and numbered so."""
+        self.memory.said += 1
+        return replace(self.figures(), number=self.memory.said)
 
     def _owe(self, alert: Alert) -> None:
         """It is said now, and numbered so."""

@@ -76,8 +76,8 @@ class Monitor:
             through a crash; see :class:`~ood_monitor.alerts.Dispatcher`.
         explain_budget: Seconds for the explanation of a drift alert, or of flags that are many, by
             layer; 0 for none. It follows the alert as a message of its own, computed within the
-            next call of :meth:`update`, :meth:`flush` or :meth:`close`; once these seconds have
-            passed, with no further sample. Where the score is of gradient norms, the alert itself
+            next call of :meth:`explain`, :meth:`update`, :meth:`flush` or :meth:`close`; once these
+            seconds have passed, with no further sample. Where the score is of gradient norms, the alert itself
             names the layers.
         explain_keep: Samples that may have to explain, the most anomalous of the latest ones, which
             stay in memory and are never saved.
@@ -209,15 +209,17 @@ class Monitor:
             ids: What B samples are called in alerts, as text; None for one that has no name.
 
         Returns:
-            The alerts raised, which the sinks get too.
+            The alerts raised, which the sinks get too; before them the explanations of those that
+            were raised before.
 
         Raises:
             ValueError: An empty batch, one of other shapes or types than the held-out data, or ids
                 of another number; the monitor is then unchanged.
         """
+        explanations = self.explain()
         scores = self.score(batch)
         ids = self.identify(batch, scores) if ids is None else ids
-        return self.observe(scores, ids, batch=batch)
+        return [*explanations, *self.observe(scores, ids, batch=batch)]
 
     def score(self, batch: Batch) -> Scores:
         """What :meth:`update` would take in of B samples, without taking it in.
@@ -228,7 +230,7 @@ class Monitor:
         Raises:
             ValueError: As :meth:`update`.
         """
-        self._explain()
+        self.explain()
         start = time.perf_counter()
         try:
             scores = scored(self.detector, batch, self._good)
@@ -273,6 +275,17 @@ class Monitor:
                 self._warn_of_neighbours()
         self._measure(scores)
         return alerts
+
+    def explain(self) -> list[Alert]:
+        """Explain the alerts that wait for it now, before the next samples come.
+
+        Returns:
+            The explanations, which the sinks get too; none while the monitor is muted.
+        """
+        told: list[Alert] = []
+        while not self._decisions.memory.muted and (asked := self._explanations.next()):
+            asked.explain(self.detector, lambda found: told.extend(self._tell(found)))
+        return told
 
     def accept(self, reason: str, detector: Detector | None = None) -> list[Alert]:
         """Begin a new episode: what the stream is now is what it should be.
@@ -327,6 +340,16 @@ class Monitor:
         with self._lock:
             self._step(lambda decisions: decisions.mute(count))
 
+    @property
+    def figures(self) -> Summary:
+        """The running figures as they are now."""
+        return self._decisions.figures()
+
+    def summarise(self) -> None:
+        """Give the running figures to the sinks that show them, out of their turn."""
+        with self._lock:
+            self._step(lambda decisions: [decisions.summary()])
+
     def identify(self, batch: Batch, scores: Scores) -> list[str | None] | None:
         """Hashes of those of B samples that an alert could name, if the monitor was asked to."""
         return (
@@ -353,13 +376,13 @@ class Monitor:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the sinks have all that was sent; False if the time is up first."""
-        self._explain()
+        self.explain()
         self._hand_over()
         return self._dispatcher.flush(timeout)
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left within ``timeout`` seconds, and close the sinks."""
-        self._explain()
+        self.explain()
         self._hand_over()
         self._dispatcher.close(timeout)
 
@@ -396,14 +419,9 @@ class Monitor:
             self._dispatcher.summarise(summary)
         return alerts
 
-    def _explain(self) -> None:
-        """Explain the alerts that wait for it, in the thread of whoever calls."""
-        while not self._decisions.memory.muted and (asked := self._explanations.next()):
-            asked.explain(self.detector, self._tell)
-
-    def _tell(self, found: Found) -> None:
+    def _tell(self, found: Found) -> list[Alert]:
         with self._lock:
-            self._step(lambda decisions: decisions.explain(found))
+            return self._step(lambda decisions: decisions.explain(found))
 
     def _hand_over(self) -> None:
         """Give the dispatcher what is owed; what is interrupted is given again, with its id."""

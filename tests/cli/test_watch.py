@@ -106,7 +106,7 @@ def state_of(file: Path) -> dict[str, Any]:
 STREAMS: dict[str, tuple[Callable[[Path], Path], int, set[str]]] = {
     "usual": (usual, OK, set()),
     "one that is not": (blank, WARN, {"sample"}),
-    "drift": (drifted, ALERT, {"drift"}),
+    "drift": (drifted, ALERT, {"drift", "explanation"}),
 }
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_monitor_feeds_all_meters(detector: om.Detector) -> None:
     assert value(sink, "alerts_total", **labels, kind="invalid_input") == 1
 
 
-def test_a_drift_raises_the_alert_until_it_recovers(detector: om.Detector) -> None:
+def test_a_drift_shows_as_the_status_until_it_recovers(detector: om.Detector) -> None:
     sink = PrometheusSink()
     with om.Monitor(detector, sinks=[sink], ert=1000, recovery=30, summary_every=10) as monitor:
         labels = {"model": detector.fitted.model, "detector": detector.fitted.fingerprint}
@@ -68,10 +69,10 @@ def test_a_drift_raises_the_alert_until_it_recovers(detector: om.Detector) -> No
         for x in (BRANCHES.data(50, seed=1), 2 + BRANCHES.data(50, seed=2)):
             monitor.update(x)
             assert monitor.flush(LONG)
-            shown.append(value(sink, "alert", **labels))
+            shown.append(value(sink, "status", **labels))
         monitor.update(BRANCHES.data(150, seed=3))
         assert monitor.flush(LONG)
-    assert [*shown, value(sink, "alert", **labels)] == [0, 1, 0]
+    assert [*shown, value(sink, "status", **labels)] == [1, 2, 0]
     assert value(sink, "alerts_total", **labels, kind="drift") == 1
     assert value(sink, "alerts_total", **labels, kind="recovered") == 1
 
@@ -97,7 +98,18 @@ def test_a_restart_shows_the_status_with_the_next_figures() -> None:
     sink = PrometheusSink()
     sink.measure(READING)
     sink.summarise(replace(summary(100), status="ALERT"))
-    assert value(sink, "alert") == 1
+    assert value(sink, "status") == 2
+
+
+def test_a_late_alert_counts_and_leaves_the_status() -> None:
+    """After an outage, or with a clock that has stepped back: the number says which is later."""
+    sink, earlier = PrometheusSink(), ALERT.time - timedelta(days=1)
+    sink(replace(ALERT, kind="recovered", status="OK", number=20, time=earlier, id="0" * 32))
+    sink(ALERT)
+    assert value(sink, "status") == 0
+    assert value(sink, "alerts_total", kind="drift") == 1
+    sink(replace(ALERT, stream="another", id="1" * 32))
+    assert value(sink, "status") == 2
 
 
 def test_samples_that_others_dropped_are_counted() -> None:
@@ -155,6 +167,7 @@ def test_processes_of_a_service_add_up(tmp_path: Path) -> None:
     script = """
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from ood_monitor_integrations.prometheus import PrometheusSink
 from ood_monitor.alerts import Alert, Reading
 sink = PrometheusSink(model="m", detector="d")
@@ -177,4 +190,4 @@ print(generate_latest(registry).decode())
         )
         text = ended.stdout
     assert re.search(r"ood_monitor_samples_total\{.*usual.*\} 2.0", text)
-    assert re.search(r"ood_monitor_alert\{.*\} 1.0", text)
+    assert re.search(r"ood_monitor_status\{.*\} 2.0", text)

@@ -19,15 +19,21 @@ _LONG = 180.0  # seconds: a loaded machine starts it slowly
 
 
 class Server:
-    """Its store and its address stay the same through every start."""
+    """Its store and its address stay the same through every start.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Of its store.
+        starts: Whether it does at once.
+    """
+
+    def __init__(self, folder: Path, *, starts: bool = True) -> None:
         self._folder = folder
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
+        if starts:
+            self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]

@@ -27,6 +27,7 @@ from ood_monitor_integrations.lightning.trainer_monitor import (
     TrainerMonitor,
 )
 from ood_monitor_integrations.lightning.training import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.metrics import prefix_of, word_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -49,9 +50,13 @@ class OODMonitor(Callback):
     run without it. Whatever fails while watching is counted, warned of once, and never raised into
     the loop.
 
-    Validation, test and predict are each a stream with a :class:`~ood_monitor.Monitor` of its own.
-    Metrics of a stage, logged at its end: ``ood/score_mean``, ``ood/flagged_rate`` and
-    ``ood/log_e_value``, the strongest evidence of a drift; ``ood/<name>/...`` if a name was given.
+    Validation, test and predict are each a stream with a :class:`~ood_monitor.Monitor` of its own,
+    whatever the number of dataloaders. Metrics of all samples of a stage are logged at its end:
+    ``ood/test/status`` (0 OK, 1 WARN, 2 ALERT), ``score_mean``, ``score_p95``, ``flagged_rate``,
+    ``log_e_value``, the strongest evidence of a drift, and ``invalid``; of several dataloaders also
+    ``ood/test/1/score_mean`` and so on, without status and evidence, which are the stream's. With a
+    name they are ``ood/<name>/test/...``. While predicting, the loggers get the running figures
+    every ``Trainer(log_every_n_steps=)`` batches, and an MLflow run as from any monitor.
     In several processes each scores its own batches, and all decide at the end of the stage on the
     whole in the order of the dataset: alerts then come at the end, once, and are those of one
     process. So it is of a model that `fully_shard` (FSDP2) has sharded under
@@ -59,8 +64,8 @@ class OODMonitor(Callback):
 
     The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
     without a promise: see :class:`~ood_monitor.TrainingStream`. Its metrics of an epoch are
-    ``ood/train_score`` and ``ood/train_flagged_rate``; ``ood/train_step_score`` goes to the loggers
-    every ``Trainer(log_every_n_steps=)``.
+    ``ood/train/score_mean`` and ``ood/train/flagged_rate``; ``ood/train/score``, of one step, goes
+    to the loggers every ``Trainer(log_every_n_steps=)``.
 
     Args:
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(module, x) -> (B,)``
@@ -120,7 +125,8 @@ class OODMonitor(Callback):
         self._stages = _checked_stages(watch)
         check_method(method, detector)
         self._name, self._strict = text("name", name), flag("strict", strict)
-        self._prefix = "ood" if name == _NAME else f"ood/{name}"
+        words = () if name == _NAME else (word_of(name),)
+        self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
         self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
@@ -140,7 +146,7 @@ class OODMonitor(Callback):
             scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
             log_to_mlflow=flag("log_to_mlflow", log_to_mlflow),
             name=name,
-            prefix=self._prefix,
+            words=words,
         )
         self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
         self._batch_idx, self._is_off, self._is_broken = 0, False, False
@@ -286,14 +292,14 @@ class OODMonitor(Callback):
             every = getattr(trainer, "log_every_n_steps", 0)
             # Not by `self.log`, which takes longer than the score does.
             if score is not None and every and self._training.scored % every == 0:
-                metrics = {f"{self._prefix}/train_step_score": score.score}
+                metrics = {f"{self._of_training}/score": score.score}
                 write(trainer.loggers, metrics, trainer.global_step, self._failures)
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Calibrate if training ends and no validation has done it; log of the training stream."""
         if "train" in self._stages and not (self._is_off or trainer.barebones):
             found = self._training.summary()
-            metrics = {f"{self._prefix}/{name}": value for name, value in found.items()}
+            metrics = {f"{self._of_training}/{name}": value for name, value in found.items()}
             self._log(metrics, on_epoch=True, sync_dist=trainer.world_size > 1)
         if self._may_calibrate(trainer):
             self._calibrator.at_the_end(trainer, pl_module)

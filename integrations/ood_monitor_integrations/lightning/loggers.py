@@ -4,9 +4,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+
 from ood_monitor import Alert, Scores
 from ood_monitor.alerts import Sink, Summary
 from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.lightning.stage_scores import StageScores
 
 __all__ = ["LeftOpen", "figures", "is_mlflow", "mlflow_sinks", "write"]
 
@@ -27,17 +31,31 @@ class LeftOpen:
             show(summary)
 
 
-def figures(scores: Scores, fpr: float, log_e_value: float, prefix: str) -> dict[str, float]:
-    """The metrics of a stage; none if no sample could be scored."""
+def figures(recorded: StageScores, fpr: float) -> dict[str, float]:
+    """Figures of all samples of a stage, and of each dataloader's if there are several.
+
+    Those of a dataloader stand under its index. What is not finite is left out.
+    """
+    found = _figures(recorded.scores, fpr)
+    loaders = np.unique(recorded.dataloader_index)
+    for loader in loaders if len(loaders) > 1 else ():
+        rows = np.flatnonzero(recorded.dataloader_index == loader)
+        own = _figures(recorded.scores.take(torch.from_numpy(rows)), fpr)
+        found |= {f"{loader}/{name}": value for name, value in own.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _figures(scores: Scores, fpr: float) -> dict[str, float]:
     valid = scores.valid
     if not valid.any():
-        return {}
-    values = {
-        "score_mean": float(scores.score[valid].mean()),
+        return {"invalid": float(len(valid))}
+    score = scores.score[valid].double().numpy()
+    return {
+        "score_mean": float(score.mean()),
+        "score_p95": float(np.quantile(score, 0.95)),
         "flagged_rate": float((scores.p_value[valid] <= fpr).double().mean()),
-        "log_e_value": log_e_value,
+        "invalid": float((~valid).sum()),
     }
-    return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
 def write(
@@ -50,14 +68,14 @@ def write(
                 logger.log_metrics(dict(metrics), step=step)
 
 
-def mlflow_sinks(loggers: Iterable[Any]) -> Iterator[Sink]:
-    """A sink for each MLflow run that the Trainer logs to."""
+def mlflow_sinks(loggers: Iterable[Any], stage: str, *, metrics: bool) -> Iterator[Sink]:
+    """A sink for each MLflow run that the Trainer logs to, where it tells of one stage."""
     for logger in loggers:
         if is_mlflow(logger):
             # Here, so that Lightning without MLflow works: this logger has MLflow imported already.
             from ood_monitor_integrations.mlflow import MLflowSink
 
-            yield MLflowSink.from_logger(logger)
+            yield MLflowSink.from_logger(logger, stage=stage, metrics=metrics)
 
 
 def is_mlflow(logger: Any) -> bool:

@@ -53,7 +53,7 @@ class StageMonitor:
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)
-        return self._observe(part) if self.is_online else []
+        return self._observe(part, batch) if self.is_online else []
 
     def finish(self) -> list[Alert]:
         """Decide on what is left; all processes must call it.
@@ -79,8 +79,8 @@ class StageMonitor:
         """What was scored so far, without layers; in several processes only after the end."""
         return StageScores.together(self._parts)
 
-    def _observe(self, part: StageScores) -> list[Alert]:
-        alerts = self.monitor.observe(part.scores)
+    def _observe(self, part: StageScores, batch: Batch | None = None) -> list[Alert]:
+        alerts = self.monitor.observe(part.scores, batch=batch)
         raised = [alert.evidence.log_e_value or 0.0 for alert in alerts]
         self.log_e_value = max(self.log_e_value, self.monitor.log_e_value, *raised)
         return alerts

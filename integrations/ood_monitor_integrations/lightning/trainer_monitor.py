@@ -1,6 +1,6 @@
 """The monitors of the stages of a Trainer one after the other: begin, score, decide, report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ood_monitor_integrations.lightning.loggers import (
 )
 from ood_monitor_integrations.lightning.stage_monitor import StageMonitor
 from ood_monitor_integrations.lightning.stage_scores import StageScores
+from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -48,7 +49,7 @@ class Settings:
         scores_dir: Where to write scores, if anywhere.
         log_to_mlflow: Whether the run of an `MLFlowLogger` is told too.
         name: Of the streams.
-        prefix: Of the metrics.
+        words: Of the names of its metrics, before that of the stage.
     """
 
     stages: frozenset[str]
@@ -59,7 +60,7 @@ class Settings:
     scores_dir: Path | None
     log_to_mlflow: bool
     name: str
-    prefix: str
+    words: tuple[str, ...]
 
 
 class TrainerMonitor:
@@ -137,20 +138,25 @@ class TrainerMonitor:
             if detector is not None:
                 # Who loads a stale one is told by the detector itself.
                 self._check_age(trainer, detector, is_told=detector is not before)
-                name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer)
+                name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer, stage)
                 ert, fpr = self._settings.ert, self._settings.fpr
                 return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=0)
         if trainer.state.fn != "fit" and not self._failures.counts[REFUSED]:
             self._failures.tell(REFUSED, "it is not calibrated.")
         return None
 
-    def _sinks_of(self, trainer: "Trainer") -> list[Sink]:
+    def _sinks_of(self, trainer: "Trainer", stage: str) -> list[Sink]:
         sinks: list[Sink] = []
         if trainer.is_global_zero:
             sinks += self._settings.sinks
             with self._failures.contained("could not reach MLflow"):
-                sinks += mlflow_sinks(trainer.loggers) if self._settings.log_to_mlflow else ()
+                sinks += self._mlflow_sinks(trainer, stage) if self._settings.log_to_mlflow else ()
         return sinks
+
+    def _mlflow_sinks(self, trainer: "Trainer", stage: str) -> Iterator[Sink]:
+        # The loggers have the metrics of other stages from Lightning itself.
+        words = "/".join([*self._settings.words, stage])
+        return mlflow_sinks(trainer.loggers, words, metrics=stage == "predict")
 
     def _check_age(self, trainer: "Trainer", detector: Detector, *, is_told: bool) -> None:
         """Warn once if a model in training is watched with what was learned of it before."""
@@ -183,21 +189,25 @@ class TrainerMonitor:
             self.alerts += watch.finish()
             self.recorded[stage] = watch.recorded
             self._report(trainer, watch, stage)
+            if watch.monitor.samples_seen:  # where the stream stands at the end of the stage
+                watch.monitor.summarise()
             if self._settings.scores_dir is not None and trainer.is_global_zero:
                 watch.recorded.write(self._settings.scores_dir, stage)
         watch.monitor.close()
 
     def _report(self, trainer: "Trainer", watch: StageMonitor, stage: str) -> None:
-        metrics = self._figures(watch)
         if not watch.is_online:
             self._tell_invalid(watch.monitor.invalid)
         if stage == "predict":
             self._write(trainer, watch)
-        elif metrics and not trainer.barebones:
-            rate = f"{self._settings.prefix}/flagged_rate"
-            several = not watch.is_online
-            self._log({rate: metrics.pop(rate)}, on_epoch=True, prog_bar=True, sync_dist=several)
-            self._log(metrics, on_epoch=True, sync_dist=several)
+        elif watch.monitor.samples_seen and not trainer.barebones:
+            self._log_stage(self._figures(watch), several=not watch.is_online)
+
+    def _log_stage(self, metrics: dict[str, float], *, several: bool) -> None:
+        """By Lightning, which then has them for other callbacks; the progress bar has one."""
+        shown = f"{self._prefix}/flagged_rate"
+        for name, value in metrics.items():
+            self._log({name: value}, on_epoch=True, prog_bar=name == shown, sync_dist=several)
 
     def _write_now_and_then(self, trainer: "Trainer", watch: StageMonitor, batch_idx: int) -> None:
         """As often as Lightning logs steps: it takes no metrics of a prediction itself."""
@@ -211,7 +221,7 @@ class TrainerMonitor:
             self._written = step
             # An MLflow run has the figures from its sink.
             loggers = [logger for logger in trainer.loggers if not self._has_sink(logger)]
-            write(loggers, self._figures(watch), step, self._failures)
+            write(loggers, metrics_of(watch.monitor.figures, self._prefix), step, self._failures)
 
     def _has_sink(self, logger: Any) -> bool:
         found = True  # one that cannot even be asked takes no figures
@@ -219,9 +229,15 @@ class TrainerMonitor:
             found = self._settings.log_to_mlflow and is_mlflow(logger)
         return found
 
+    @property
+    def _prefix(self) -> str:
+        return prefix_of(*self._settings.words, self._stage)
+
     def _figures(self, watch: StageMonitor) -> dict[str, float]:
-        scores, settings = watch.recorded.scores, self._settings
-        return figures(scores, settings.fpr, watch.log_e_value, settings.prefix)
+        """The metrics of a stage that has ended."""
+        found = {"status": STATUSES[watch.monitor.status]}
+        found |= figures(watch.recorded, self._settings.fpr) | {"log_e_value": watch.log_e_value}
+        return {f"{self._prefix}/{name}": value for name, value in found.items()}
 
     def _tell_invalid(self, count: int) -> None:
         if count:

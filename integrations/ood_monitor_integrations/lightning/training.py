@@ -98,7 +98,7 @@ class TrainingWatch:
     def summary(self) -> dict[str, float]:
         """Mean score and share of flagged steps since this was last asked for; 0 without steps."""
         flagged, scored = self.count - self._flagged_before, max(self.scored, 1)
-        found = {"train_score": self._total / scored, "train_flagged_rate": flagged / scored}
+        found = {"score_mean": self._total / scored, "flagged_rate": flagged / scored}
         self._flagged_before, self._total, self.scored = self.count, 0.0, 0
         return found
 

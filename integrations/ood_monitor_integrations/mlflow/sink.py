@@ -1,222 +1,231 @@
-"""Alerts in MLflow: metrics, tags, artifacts and a paragraph in the run's note.
+"""Alerts in MLflow: tags, artifacts and a paragraph in the run's note; running figures as metrics.
 
 MLflow records and shows, it does not notify; ``tags.`ood_monitor.status` = 'ALERT'`` finds runs.
 """
 
 import logging
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from ood_monitor.alerts import Alert, AlertEvidence, Status, Summary
-from ood_monitor.checks import items, text, whole
+from ood_monitor.alerts import Alert, Status, Summary
+from ood_monitor.checks import flag, text
 from ood_monitor.plots import alert_figure
+from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
+from ood_monitor_integrations.mlflow.clients import (
+    Logger,
+    checked_stage,
+    client_of,
+    of_logger,
+    run_of_this_thread,
+)
 from ood_monitor_integrations.mlflow.note import note_with
-from ood_monitor_integrations.mlflow.tags import DETECTOR, METHOD, SINCE, STATUS
+from ood_monitor_integrations.mlflow.shown import Shown, worst
+from ood_monitor_integrations.mlflow.tags import SINCE, STATUS
+from ood_monitor_integrations.mlflow.version import ShownVersion
 
 __all__ = ["MLflowSink"]
-
-_RAISED = {"sample": 1.0, "drift": 1.0, "recovered": 0.0}  # other kinds leave `ood/alert` alone
-
-_FILE_STORE = (
-    "MLflow no longer writes to the file store {uri!r}; it chooses ./mlruns by itself where that "
-    "folder holds old runs. Pass tracking_uri='sqlite:///mlflow.db' or a server's address, move "
-    "the old runs with `mlflow migrate-filestore`, or set MLFLOW_ALLOW_FILE_STORE=true."
-)
 
 _log = logging.getLogger(__name__)
 
 
-class _Logger(Protocol):
-    @property
-    def run_id(self) -> str | None: ...
-    @property
-    def experiment(self) -> Any: ...  # whatever the Lightning logger has
-
-
 class MLflowSink:
-    """Shows alerts and summaries on one MLflow run, with the number of samples seen as the step.
+    """Shows alerts and running figures on one MLflow run, the number of samples seen as the step.
+
+    Running figures are metrics, ``ood/status`` and the others of the table in the design; an alert
+    is an event: its JSON and figure, tags, and a paragraph in the run's note. What was said later,
+    by its number and not by the clock, is what status and note show; what comes late, after an
+    outage, leaves its artifacts. The numbers stand in tags, by which a new sink goes on.
 
     It holds the run's id and a client, so any thread may call it, one at a time; it neither needs
     nor changes the active run. A repeated alert overwrites what the first try left. One run shows
-    one stream: a second stream needs a run of its own.
+    one stream: a second stream needs a run of its own, or a ``stage``.
 
-    A server that is down costs the watched program nothing. MLflow's client itself tries again for
-    minutes; `MLFLOW_HTTP_REQUEST_MAX_RETRIES` and `MLFLOW_HTTP_REQUEST_TIMEOUT` shorten that.
+    Making one needs no server, and goes to none: a run or a model version that does not exist is
+    a failure of the first call. A server that is down costs the watched program nothing. MLflow's
+    client itself tries again for minutes, so that one call may take as long, which no monitor
+    waits for: `close` gives up by its own time, and the spool keeps what is owed.
+    `MLFLOW_HTTP_REQUEST_MAX_RETRIES` and `MLFLOW_HTTP_REQUEST_TIMEOUT` shorten a call; MLflow
+    takes them from the environment alone.
 
     Args:
         run_id: The run; by default the logger's, or else the run that is active in the thread that
             makes the sink.
-        logger: A Lightning `MLFlowLogger`, for its client and its run.
+        logger: A Lightning `MLFlowLogger`, for its client and its run. One that has not opened its
+            run yet does so now, which takes its server.
         model_version: Name and version of a registered model that shows the status too, as the tag
             `ood_monitor.status`. It is set when the status changes and only then, so that MLflow's
             own webhook for `model_version_tag.set` tells a channel or a pager of each change once.
+            The tag `ood_monitor.status_of` names the version: of a copy the source's status is
+            none.
         tracking_uri: The store; by default MLflow's own.
         client: A client to use instead of one for `tracking_uri`.
+        stage: Words, such as ``"test"`` or ``"second/test"``, that tell several streams of one run
+            apart: the metrics are ``ood/test/status`` and so on, and the stream's tags end in
+            ``.test``. The tag `ood_monitor.status` is then that of the worst of them, and the note
+            tells of one that stands as bad.
+        metrics: Whether running figures become metrics; if not, they set the status alone.
 
     Raises:
         ValueError: If no run is given and none is active, two of `logger`, `tracking_uri` and
-            `client` are given, or the store is a file store, which MLflow refuses.
+            `client` are given, the store is a file store, which MLflow refuses, or `stage` has
+            characters that MLflow refuses.
         TypeError: If `logger` is another kind of logger, or an option of another type.
-        mlflow.exceptions.MlflowException: If the run or the model version does not exist.
+        mlflow.exceptions.MlflowException: If `tracking_uri` is of no kind that MLflow knows.
     """
 
     def __init__(
         self,
         run_id: str | None = None,
         *,
-        logger: _Logger | None = None,
+        logger: Logger | None = None,
         model_version: tuple[str, str | int] | None = None,
         tracking_uri: str | None = None,
         client: MlflowClient | None = None,
+        stage: str | None = None,
+        metrics: bool = True,
     ) -> None:
-        for name, value in (("run_id", run_id), ("tracking_uri", tracking_uri)):
+        for name, value in (("run_id", run_id), ("tracking_uri", tracking_uri), ("stage", stage)):
             if value is not None:
                 text(name, value)
-        version = None if model_version is None else _checked_version(model_version)
+        self._version = None if model_version is None else ShownVersion.of(model_version)
+        self._stage = None if stage is None else checked_stage(stage)
+        self._has_metrics = flag("metrics", metrics)
         if sum(given is not None for given in (logger, tracking_uri, client)) > 1:
             raise ValueError("Expected one of logger, tracking_uri and client, got more.")
         if logger is not None:
-            client, run_id = _of_logger(logger, run_id)
-        self.run_id = run_id or _active_run_id()
-        self._client = client or _client(tracking_uri)
-        # Across restarts a run keeps its status until this sink is told otherwise.
-        tags = self._client.get_run(self.run_id).data.tags
-        self._status, self._latest = tags.get(STATUS), _time(tags.get(SINCE))
-        self._version = version
-        self._version_status = self._shown_by_version()
+            client, run_id = of_logger(logger, run_id)
+        self.run_id = run_id or run_of_this_thread()
+        self._uri = tracking_uri or mlflow.get_tracking_uri()
+        self._made_client = client_of(self._uri) if client is None else client
+        self._found: Shown | None = None
+        self._told: Alert | None = None  # by the note
+        self._step: tuple[int, Status] | None = None
 
     @classmethod
-    def from_logger(cls, logger: _Logger) -> Self:
+    def from_logger(cls, logger: Logger, *, stage: str | None = None, metrics: bool = True) -> Self:
         """A sink for the run that a Lightning `MLFlowLogger` writes to.
 
         Raises:
             TypeError: If it is another kind of logger.
             ValueError: If it has no run, as on every rank but 0.
         """
-        return cls(logger=logger)
+        return cls(logger=logger, stage=stage, metrics=metrics)
 
     def __call__(self, alert: Alert, /) -> None:
         """Record `alert`. It may take long and may raise: leave it to a `Dispatcher`."""
-        values = _figures(alert.evidence) | {"ood/alert": _RAISED.get(alert.kind)}
-        # One that comes late, after an outage, is recorded, and changes no later status.
-        is_news = alert.time >= self._latest
-        tags = self._transition(alert.status, alert.time) if is_news else {}
-        tags |= {DETECTOR: alert.detector}
-        if alert.method is not None:
-            tags |= {METHOD: alert.method}
-        self._log_batch(values, tags, alert.samples_seen, alert.time)
-        folder = f"ood/alerts/{alert.id}"
-        self._client.log_text(self.run_id, alert.to_json(indent=2), f"{folder}.json")
-        self._client.log_figure(self.run_id, alert_figure(alert), f"{folder}.png")
+        shown = self._shown()
+        is_news = shown.said.is_news(alert)
         if is_news:
-            self._note(alert)
-            self._show(alert.status, alert.time)
+            self._log_batch({}, shown.tags_of(alert), alert)
+        place = f"ood/alerts/{_name_of(alert)}"
+        self._client.log_text(self.run_id, alert.to_json(indent=2), f"{place}.json")
+        self._client.log_figure(self.run_id, alert_figure(alert), f"{place}.png")
+        status = self._overall(alert.status if is_news else shown.status, alert.time)
+        if alert.kind == "explanation":
+            self._explain(alert)
+        elif shown.told.is_news(alert) and STATUSES[alert.status] >= STATUSES[status]:
+            self._tell(alert)
+        if is_news:
+            self._show(alert, status)
 
     def summarise(self, summary: Summary, /) -> None:
-        """Record the running figures; `ood/alert` is 1 while the status is ALERT."""
-        values = _figures(summary) | {"ood/alert": float(summary.status == "ALERT")}
-        is_news = summary.time >= self._latest
-        tags = self._transition(summary.status, summary.time) if is_news else {}
-        self._log_batch(values, tags, summary.samples_seen, summary.time)
+        """Record the running figures, once a step, and the status."""
+        shown = self._shown()
+        is_news = shown.said.is_news(summary)
+        step = summary.samples_seen, summary.status
+        is_due = self._has_metrics and step != self._step
+        metrics = metrics_of(summary, prefix_of(*self._words)) if is_due else {}
+        self._log_batch(metrics, shown.tags_of(summary) if is_news else {}, summary)
+        self._step = step
         if is_news:
-            self._show(summary.status, summary.time)
+            self._show(summary, self._overall(summary.status, summary.time))
 
-    def _show(self, status: Status, time: datetime) -> None:
-        """The run shows it; the model version is to follow.
+    @property
+    def _client(self) -> MlflowClient:
+        if self._made_client is None:
+            self._made_client = MlflowClient(self._uri)
+        return self._made_client
 
-        MLflow's webhooks fire with every tag that is set, so none is set to what it is.
-        """
-        self._status, self._latest = status, time
-        if self._version is not None and status != self._version_status:
-            if self._shown_by_version() != status:
-                self._client.set_model_version_tag(*self._version, STATUS, status)
-            self._version_status = status
+    @property
+    def _words(self) -> list[str]:
+        return [] if self._stage is None else [self._stage]
 
-    def _shown_by_version(self) -> str | None:
-        if self._version is None:
-            return None
-        status: str | None = self._client.get_model_version(*self._version).tags.get(STATUS)
+    def _shown(self) -> Shown:
+        """What the run shows: until this sink is told otherwise, what it did before a restart."""
+        if self._found is None:
+            self._found = Shown(self._client.get_run(self.run_id).data.tags, self._stage)
+        return self._found
+
+    def _show(self, said: Alert | Summary, status: Status) -> None:
+        """The run shows it; the model version is to follow."""
+        if self._version is not None:
+            self._version.show(self._client, status)
+        self._shown().took(said)
+
+    def _overall(self, own: Status, time: datetime) -> Status:
+        """The run's status: of several streams that share it, that of the worst."""
+        if self._stage is None:
+            return own
+        tags = self._client.get_run(self.run_id).data.tags
+        status = worst(tags, otherwise=own)
+        if tags.get(STATUS) != status:
+            for tag, value in {STATUS: status, SINCE: time.isoformat()}.items():
+                self._client.set_tag(self.run_id, tag, value, synchronous=True)
         return status
 
-    def _transition(self, status: str, time: datetime) -> dict[str, str]:
-        return {} if status == self._status else {STATUS: status, SINCE: time.isoformat()}
-
     def _log_batch(
-        self, values: Mapping[str, float | None], tags: Mapping[str, str], step: int, time: datetime
+        self, metrics: Mapping[str, float], tags: Mapping[str, str], said: Alert | Summary
     ) -> None:
-        milliseconds = int(time.timestamp() * 1000)
-        metrics = [
-            Metric(key, value, milliseconds, step)
-            for key, value in values.items()
-            if value is not None
-        ]
+        milliseconds, step = int(said.time.timestamp() * 1000), said.samples_seen
+        entries = [Metric(key, value, milliseconds, step) for key, value in metrics.items()]
         marks = [RunTag(key, value) for key, value in tags.items()]
         # Synchronous whatever the environment says: only then does a failure show, to be repeated.
-        self._client.log_batch(self.run_id, metrics, tags=marks, synchronous=True)
+        self._client.log_batch(self.run_id, entries, tags=marks, synchronous=True)
 
-    def _note(self, alert: Alert) -> None:
-        note = self._client.get_run(self.run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
+    def _tell(self, alert: Alert) -> None:
+        """In the note, in the place of the alert that it tells of."""
+        if self._write_note(self._note(), alert):
+            self._shown().told.took(alert)
+        self._told = alert
+
+    def _explain(self, alert: Alert) -> None:
+        """Add the layers of an explanation to the note, if it tells of what is explained."""
+        note = self._note()
+        if alert.top_layers and f"ood/alerts/{alert.explains}.json" in note:
+            self._write_note(note, replace(self._explained(alert), top_layers=alert.top_layers))
+
+    def _explained(self, alert: Alert) -> Alert:
+        if self._told is None or self._told.id != alert.explains:  # it was told before a restart
+            with TemporaryDirectory() as folder:
+                path = f"ood/alerts/{alert.explains}.json"
+                file = self._client.download_artifacts(self.run_id, path, folder)
+                self._told = Alert.from_json(Path(file).read_text(encoding="utf-8"))
+        return self._told
+
+    def _note(self) -> str:
+        note: str = self._client.get_run(self.run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
+        return note
+
+    def _write_note(self, note: str, alert: Alert) -> bool:
         changed = note_with(note, alert)
         if changed is None:
             _log.warning("The note of run %s has no room for the alert.", self.run_id)
-            return
-        self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, changed, synchronous=True)
+            return False
+        self._log_batch({}, {MLFLOW_RUN_NOTE: changed} | self._shown().tags_of_note(alert), alert)
+        return True
 
 
-def _of_logger(logger: _Logger, run_id: str | None) -> tuple[MlflowClient, str]:
-    client = getattr(logger, "experiment", None)
-    if not hasattr(logger, "run_id") or not hasattr(client, "log_batch"):
-        raise TypeError(f"Expected Lightning's MLFlowLogger, got {type(logger).__qualname__}.")
-    run_id = run_id or logger.run_id
-    if run_id is None:
-        raise ValueError("Expected a logger with a run; Lightning opens it on rank 0 only.")
-    return logger.experiment, run_id
-
-
-def _checked_version(version: tuple[str, str | int]) -> tuple[str, str]:
-    if len(parts := items("model_version", version)) != 2:
-        raise ValueError(f"Expected model_version as a name and a version, got {version!r}.")
-    name, number = parts
-    of = number if isinstance(number, str) else str(whole("a model's version", number, 1))
-    return text("a model's name", name), text("a model's version", of)
-
-
-def _time(since: str | None) -> datetime:
-    """When a status that is found on a run began; long ago if it does not say."""
-    try:
-        return datetime.fromisoformat(since or "").astimezone(UTC)
-    except ValueError:
-        return datetime.min.replace(tzinfo=UTC)
-
-
-def _active_run_id() -> str:
-    run = mlflow.active_run()
-    if run is None:
-        raise ValueError("Expected an active MLflow run in this thread: start one or pass run_id.")
-    return str(run.info.run_id)
-
-
-def _client(tracking_uri: str | None) -> MlflowClient:
-    try:
-        return MlflowClient(tracking_uri)
-    except MlflowException as error:
-        if "MLFLOW_ALLOW_FILE_STORE" not in str(error):
-            raise
-        uri = tracking_uri or mlflow.get_tracking_uri()
-        raise ValueError(_FILE_STORE.format(uri=uri)) from error
-
-
-def _figures(source: AlertEvidence | Summary) -> dict[str, float | None]:
-    return {
-        "ood/score_mean": source.score_mean,
-        "ood/score_p95": source.score_p95,
-        "ood/flagged_rate": source.flagged_rate,
-        "ood/log_e_value": source.log_e_value,
-    }
+def _name_of(alert: Alert) -> str:
+    """Of its artifacts; an explanation's stand beside those of the alert that it is of."""
+    if alert.kind == "explanation" and alert.explains is not None:
+        return f"{alert.explains}-explanation"
+    return alert.id

@@ -51,7 +51,7 @@ def traced_update(monitor: Monitor, batch: Batch, ids: Sequence[Any] | None = No
     with _span() as span:
         scores = monitor.score(batch)
         ids = monitor.identify(batch, scores) if ids is None else ids
-        alerts = monitor.observe(scores, ids)
+        alerts = monitor.observe(scores, ids, batch=batch)
         with _contained():
             _describe(span, scores, monitor.fpr, stream=monitor.name, status=monitor.status)
     return alerts

@@ -20,6 +20,9 @@ from ood_monitor.alerts import Alert
 
 pytestmark = QUIET
 
+STATUS = "ood_monitor.status"
+FIGURES = ("status", "score_mean", "score_p95", "flagged_rate", "log_e_value", "invalid")
+
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[OODMonitor, str]:
@@ -121,16 +124,44 @@ def test_metrics_are_those_that_lightning_reports(
     (metrics,) = run_stage(
         trainer(callback), stage, Flow(), loader(images(64, seed=2)), ckpt_path=fitted[1]
     )
-    scores = callback.scores(stage)
-    assert metrics["ood/score_mean"] == pytest.approx(float(scores.score.mean()))
-    assert metrics["ood/flagged_rate"] == float((scores.p_value <= 0.05).double().mean())
-    assert metrics["ood/log_e_value"] >= 0
+    scores, prefix = callback.scores(stage), "ood/val" if stage == "validate" else "ood/test"
+    score = scores.score.double().numpy()
+    found = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items()}
+    assert callback.monitor is not None
+    assert callback.monitor.status == "WARN"
+    assert found.pop("status") == 1
+    assert found.pop("log_e_value") >= 0
+    assert found.pop(f"{'val' if stage == 'validate' else 'test'}/nll")
+    assert found == {
+        "score_mean": pytest.approx(score.mean()),
+        "score_p95": pytest.approx(np.quantile(score, 0.95)),
+        "flagged_rate": pytest.approx(float((scores.p_value <= 0.05).double().mean())),
+        "invalid": 0,
+    }
+
+
+def test_several_loaders_have_figures_of_their_own(fitted: tuple[OODMonitor, str]) -> None:
+    callback, spoiled = watcher(watch=["test"]), images(33, seed=3)
+    spoiled[4] = torch.nan
+    loaders, run = [loader(images(40, seed=2)), loader(spoiled)], trainer(callback)
+    with pytest.warns(UserWarning, match="values that are not finite"):
+        run_stage(run, "test", Flow(), loaders, ckpt_path=fitted[1])
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    scores = callback.scores("test")
+    parts = {"": scores.valid, "0/": slice(0, 40), "1/": torch.arange(40, 73)[scores.valid[40:]]}
+    for words, rows in parts.items():
+        mean = float(scores.score[rows].mean())
+        assert found[f"ood/test/{words}score_mean"] == pytest.approx(mean, rel=1e-5)
+    invalid = [found[f"ood/test/{words}invalid"] for words in parts]
+    assert invalid == [1, 0, 1]
+    of_stream = {"ood/test/status", "ood/test/log_e_value"}
+    assert {name for name in found if name.endswith(("status", "log_e_value"))} == of_stream
 
 
 def test_a_metric_can_stop_training(fitted: tuple[OODMonitor, str]) -> None:
     assert fitted[0].detector is not None
     callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate_on=None)
-    stop = EarlyStopping("ood/flagged_rate", stopping_threshold=1.1)
+    stop = EarlyStopping("ood/val/flagged_rate", stopping_threshold=1.1)
     run = trainer(callback, stop, max_epochs=5)
     run.fit(Flow(), loader(images(64)), loader(images(64, seed=1)))
     assert run.current_epoch == 1
@@ -139,7 +170,7 @@ def test_a_metric_can_stop_training(fitted: tuple[OODMonitor, str]) -> None:
 def test_the_progress_bar_shows_the_flagged_rate(fitted: tuple[OODMonitor, str]) -> None:
     run = trainer(watcher())
     run_stage(run, "test", Flow(), loader(images(64, seed=2)), ckpt_path=fitted[1])
-    assert "ood/flagged_rate" in run.progress_bar_metrics
+    assert {name for name in run.progress_bar_metrics if "ood" in name} == {"ood/test/flagged_rate"}
 
 
 def test_predict_writes_its_figures_to_the_loggers(
@@ -150,8 +181,9 @@ def test_predict_writes_its_figures_to_the_loggers(
     run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     header, *values = [row.split(",") for row in rows]
-    assert {"step", "ood/score_mean", "ood/flagged_rate", "ood/log_e_value"} == set(header)
+    assert set(header) == {"step", *(f"ood/predict/{name}" for name in FIGURES)}
     assert [row[header.index("step")] for row in values] == ["64", "128"]
+    assert [float(row[header.index("ood/predict/status")]) for row in values] == [1, 2]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
@@ -163,7 +195,7 @@ def test_other_stages_log_their_figures_once_at_their_end(
     run_stage(run, stage, Flow(), loader(drifting()), ckpt_path=fitted[1])
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
-    assert "ood/score_mean" in rows[0]
+    assert f"ood/{stage[:3] if stage == 'validate' else stage}/score_mean" in rows[0]
 
 
 def test_a_calibration_that_goes_stale_in_training_is_warned_of_once(
@@ -189,7 +221,8 @@ def test_two_monitors_in_one_trainer_keep_their_own_state_and_metrics(tmp_path: 
     run_stage(run, "test", module, loader(images(64, seed=2)), ckpt_path=last)
     sizes = [len(callback.detector.fitted.layers) for callback in restored if callback.detector]
     assert sizes[1] < sizes[0]
-    assert {"ood/first/score_mean", "ood/second/score_mean"} <= run.callback_metrics.keys()
+    names = {f"ood/{word}/test/score_mean" for word in ("first", "second")}
+    assert names <= run.callback_metrics.keys()
 
 
 def test_a_detector_is_read_from_a_checkpoint_without_its_trainer(
@@ -204,19 +237,75 @@ def test_a_detector_is_read_from_a_checkpoint_without_its_trainer(
         trainer(other).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
 
 
-def test_alerts_stand_on_the_run_of_the_mlflow_logger(
-    fitted: tuple[OODMonitor, str], tmp_path: Path
-) -> None:
-    logger = MLFlowLogger(
+@pytest.fixture
+def logger(tmp_path: Path) -> MLFlowLogger:
+    return MLFlowLogger(
         "test",
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
         artifact_location=(tmp_path / "artifacts").as_uri(),
     )
+
+
+def history(logger: MLFlowLogger, name: str) -> list[tuple[int, float]]:
+    metrics = logger.experiment.get_metric_history(logger.run_id, name)
+    return [(metric.step, metric.value) for metric in metrics]
+
+
+def test_alerts_stand_on_the_run_of_the_mlflow_logger(
+    fitted: tuple[OODMonitor, str], logger: MLFlowLogger
+) -> None:
     run = trainer(watcher(), logger=logger)
     run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
     data = logger.experiment.get_run(logger.run_id).data
     assert data.tags["ood_monitor.status"] == "ALERT"
-    assert {"ood/log_e_value", "ood/flagged_rate", "ood/alert"} <= data.metrics.keys()
+    # Once as figures are due, and once at the end.
+    assert [step for step, _ in history(logger, "ood/predict/status")] == [100, 128]
+    assert data.metrics["ood/predict/status"] == 2
+
+
+def test_a_stage_writes_each_metric_once_a_step(
+    fitted: tuple[OODMonitor, str], logger: MLFlowLogger
+) -> None:
+    """By the loggers at its end, not by the sink too: its steps are others."""
+    assert fitted[0].detector is not None
+    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate_on=None)
+    run = trainer(callback, logger=logger, max_epochs=3)
+    run.fit(Flow(), loader(images(64)), loader(images(128, seed=1)))
+    for name in FIGURES:
+        steps = [step for step, _ in history(logger, f"ood/val/{name}")]
+        assert steps == [1, 3, 5], name
+
+
+def test_the_run_shows_where_its_streams_stand(
+    fitted: tuple[OODMonitor, str], logger: MLFlowLogger
+) -> None:
+    """Of two callbacks and two stages, one after the other: the worst of the latest of each."""
+
+    def shown(*callbacks: OODMonitor, stage: str, data: Tensor) -> dict[str, str]:
+        run = trainer(*callbacks, logger=logger)
+        run_stage(run, stage, Flow.load_from_checkpoint(fitted[1]), loader(data))
+        found = logger.experiment.get_run(logger.run_id).data.tags
+        return {k: v for k, v in found.items() if k.startswith(STATUS)}
+
+    assert fitted[0].detector is not None
+    usual = images(64, seed=2)
+    usual = usual[fitted[0].detector.score(usual).p_value > 0.3][:5]
+    one, two = (
+        watcher(name=name, detector=fitted[0].detector, calibrate_on=None, every_n_batches=every)
+        for name, every in (("a b", 1), ("a/c", 4))
+    )
+    assert shown(one, two, stage="test", data=drifting()) == {
+        "ood_monitor.status": "ALERT",
+        f"{STATUS}.a b.test": "ALERT",
+        f"{STATUS}.a_c.test": "WARN",
+    }
+    assert shown(one, stage="predict", data=usual)["ood_monitor.status"] == "ALERT"
+    assert shown(one, two, stage="test", data=usual) == {
+        "ood_monitor.status": "OK",
+        f"{STATUS}.a b.predict": "OK",
+        f"{STATUS}.a b.test": "OK",
+        f"{STATUS}.a_c.test": "OK",
+    }
 
 
 def test_autolog_beside_the_logger_takes_no_alert(tmp_path: Path) -> None:

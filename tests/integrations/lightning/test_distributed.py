@@ -63,7 +63,8 @@ def test_two_processes_see_what_one_sees(
         for fact in ("dataset_index", "status", "alerts"):
             assert rank[stage][fact] == alone[fact], fact
     if stage == "test":
-        for name in ("ood/score_mean", "ood/flagged_rate", "ood/log_e_value"):
+        figures = ("status", "score_mean", "score_p95", "flagged_rate", "log_e_value", "invalid")
+        for name in (f"ood/test/{figure}" for figure in figures):
             one = float(run.callback_metrics[name])
             assert ranks[0]["test"]["metrics"][name] == pytest.approx(one, rel=1e-3)
 

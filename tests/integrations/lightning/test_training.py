@@ -112,10 +112,10 @@ def test_the_loggers_have_its_figures(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     run = fed(Plain, callback := watching(), logger=logger, log_every_n_steps=10)
     rate = len(callback.flagged_batches) / (BATCHES - 30)  # those after the warm-up
-    assert float(run.callback_metrics["ood/train_flagged_rate"]) == pytest.approx(rate)
+    assert float(run.callback_metrics["ood/train/flagged_rate"]) == pytest.approx(rate)
     written = (Path(logger.log_dir) / "metrics.csv").read_text()
     rows = csv.DictReader(written.splitlines())
-    steps = [int(row["step"]) for row in rows if row["ood/train_step_score"]]
+    steps = [int(row["step"]) for row in rows if row["ood/train/score"]]
     assert steps == list(range(39, BATCHES, 10))
 
 

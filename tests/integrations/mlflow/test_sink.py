@@ -1,127 +1,45 @@
 import json
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-
-# MLflow reads them once, when it is imported.
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["DO_NOT_TRACK"] = "true"
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ood_monitor_integrations.mlflow import MLflowSink
-from support.alert_cases import EVIDENCE
+from support.mlflow_cases import (
+    DRIFT,
+    HOUR,
+    NOTE,
+    RECOVERED,
+    SAMPLE,
+    SUMMARY,
+    artifact,
+    history,
+    tags,
+)
 
-from ood_monitor.alerts import Alert, Dispatcher, LayerShare, Summary, SummarySink
+from ood_monitor.alerts import Alert, Dispatcher, SummarySink
 from ood_monitor.escaping import markdown_text
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 
-NOTE = "mlflow.note.content"
 BEGIN, END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
-DRIFT = Alert(
-    kind="drift",
-    severity="critical",
-    stream="production",
-    samples_seen=1234,
-    message="Two of three samples are unlike the training data: ä, \\1.",
-    evidence=EVIDENCE,
-    top_layers=(LayerShare("up.0.weight", 0.62, 8.1), LayerShare("up.0.bias", 0.2, -3.0)),
-    detector="d5",
-    model="m7",
-)
-RECOVERED = replace(
-    DRIFT,
-    kind="recovered",
-    severity="info",
-    status="OK",
-    samples_seen=2000,
-    time=DRIFT.time + timedelta(hours=1),
-    id="f" * 32,
-)
-SUMMARY = Summary(
-    stream="production",
-    samples_seen=500,
-    status="OK",
-    score_mean=0.5,
-    score_p95=1.5,
-    flagged_rate=0.01,
-    log_e_value=-0.25,
-)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowClient, str]]:
-    """A client of a SQLite store that is made once, and an experiment in it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-        client = MlflowClient()
-        yield client, client.create_experiment("ood", (folder / "artifacts").as_uri())
-        mlflow.set_tracking_uri(None)
-
-
-@pytest.fixture
-def client(store: tuple[MlflowClient, str]) -> MlflowClient:
-    return store[0]
-
-
-@pytest.fixture
-def run_id(store: tuple[MlflowClient, str]) -> str:
-    client, experiment = store
-    return client.create_run(experiment).info.run_id
-
-
-def tags(client: MlflowClient, run_id: str) -> dict[str, str]:
-    return client.get_run(run_id).data.tags
-
-
-def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
-    metrics = client.get_metric_history(run_id, key)
-    return sorted((metric.step, metric.value) for metric in metrics)
-
-
-def artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
-    return Path(client.download_artifacts(run_id, path)).read_bytes()
-
+FIGURES = ("status", "score_mean", "score_p95", "flagged_rate", "log_e_value", "invalid")
 
 # What a run shows
 
 
-def test_an_alert_becomes_metrics_at_its_step(client: MlflowClient, run_id: str) -> None:
+def test_an_alert_is_an_event_and_no_metric(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     sink(DRIFT)
     sink(RECOVERED)
-    assert set(client.get_run(run_id).data.metrics) == {
-        "ood/alert",
-        "ood/score_mean",
-        "ood/score_p95",
-        "ood/flagged_rate",
-        "ood/log_e_value",
-    }
-    assert history(client, run_id, "ood/alert") == [(1234, 1.0), (2000, 0.0)]
-    assert history(client, run_id, "ood/score_mean")[0] == (1234, 3.25)
-    assert history(client, run_id, "ood/score_p95")[0] == (1234, 9.75)
-    assert history(client, run_id, "ood/flagged_rate")[0] == (1234, 2 / 3)
-    assert history(client, run_id, "ood/log_e_value")[0] == (1234, 9.5)
-    (first, _) = client.get_metric_history(run_id, "ood/alert")
-    assert first.timestamp == int(DRIFT.time.timestamp() * 1000)
-
-
-def test_what_is_not_finite_is_no_metric(client: MlflowClient, run_id: str) -> None:
-    evidence = replace(DRIFT.evidence, log_e_value=float("-inf"), score_mean=float("nan"))
-    MLflowSink(run_id)(replace(DRIFT, evidence=evidence))
-    shown = client.get_run(run_id).data.metrics
-    assert set(shown) == {"ood/alert", "ood/score_p95", "ood/flagged_rate"}
+    assert client.get_run(run_id).data.metrics == {}
 
 
 def test_an_alert_sets_tags(client: MlflowClient, run_id: str) -> None:
@@ -131,7 +49,7 @@ def test_an_alert_sets_tags(client: MlflowClient, run_id: str) -> None:
     assert shown["ood_monitor.since"] == DRIFT.time.isoformat()
     assert shown["ood_monitor.detector"] == "d5"
     assert "ood_monitor.method" not in shown  # of an alert of before there was a choice
-    MLflowSink(run_id)(replace(DRIFT, method="forward", time=RECOVERED.time))
+    MLflowSink(run_id)(replace(DRIFT, method="forward"))
     assert tags(client, run_id)["ood_monitor.method"] == "forward"
 
 
@@ -161,23 +79,45 @@ def test_a_repeated_alert_changes_nothing(client: MlflowClient, run_id: str) -> 
     before = client.get_run(run_id).to_dictionary()
     sink(DRIFT)
     assert client.get_run(run_id).to_dictionary() == before
-    assert history(client, run_id, "ood/alert") == [(1234, 1.0)]
     assert len(client.list_artifacts(run_id, "ood/alerts")) == 2
 
 
 def test_summaries_become_metrics(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     assert isinstance(sink, SummarySink)
+    later = replace(SUMMARY, samples_seen=600, status="ALERT", log_e_value=float("-inf"), number=6)
     sink.summarise(SUMMARY)
-    sink.summarise(replace(SUMMARY, samples_seen=600, status="ALERT", log_e_value=float("-inf")))
-    sink.summarise(replace(SUMMARY, samples_seen=700, status="WARN"))
-    assert history(client, run_id, "ood/alert") == [(500, 0.0), (600, 1.0), (700, 0.0)]
-    assert history(client, run_id, "ood/score_mean") == [(500, 0.5), (600, 0.5), (700, 0.5)]
-    assert history(client, run_id, "ood/score_p95")[0] == (500, 1.5)
-    assert history(client, run_id, "ood/flagged_rate")[0] == (500, 0.01)
-    assert history(client, run_id, "ood/log_e_value") == [(500, -0.25), (700, -0.25)]
+    sink.summarise(later)
+    sink.summarise(replace(SUMMARY, samples_seen=700, status="WARN", number=7))
+    assert {name: history(client, run_id, f"ood/{name}") for name in FIGURES} == {
+        "status": [(500, 0.0), (600, 2.0), (700, 1.0)],
+        "score_mean": [(500, 0.5), (600, 0.5), (700, 0.5)],
+        "score_p95": [(500, 1.5), (600, 1.5), (700, 1.5)],
+        "flagged_rate": [(500, 0.01), (600, 0.01), (700, 0.01)],
+        "log_e_value": [(500, -0.25), (700, -0.25)],  # what is not finite is no metric
+        "invalid": [(500, 3.0), (600, 3.0), (700, 3.0)],
+    }
+    assert client.get_run(run_id).data.metrics.keys() == {f"ood/{name}" for name in FIGURES}
+    (first, *_) = client.get_metric_history(run_id, "ood/score_mean")
+    assert first.timestamp == int(SUMMARY.time.timestamp() * 1000)
     assert client.list_artifacts(run_id) == []
     assert NOTE not in tags(client, run_id)
+
+
+def test_each_metric_is_written_once_a_step(client: MlflowClient, run_id: str) -> None:
+    """Running figures that come with an alert, and again as they are due."""
+    sink = MLflowSink(run_id)
+    sink(replace(DRIFT, samples_seen=500, number=4))
+    alerting = replace(SUMMARY, status="ALERT")
+    for number in (5, 6):
+        sink.summarise(replace(alerting, number=number, time=DRIFT.time + number * HOUR))
+    assert [len(history(client, run_id, f"ood/{name}")) for name in FIGURES] == [1] * len(FIGURES)
+
+
+def test_a_sink_may_leave_metrics_to_others(client: MlflowClient, run_id: str) -> None:
+    MLflowSink(run_id, metrics=False).summarise(SUMMARY)
+    assert client.get_run(run_id).data.metrics == {}
+    assert tags(client, run_id)["ood_monitor.status"] == "OK"
 
 
 # The status and its time
@@ -190,60 +130,19 @@ def test_status_is_the_alerts(client: MlflowClient, run_id: str) -> None:
         assert tags(client, run_id)["ood_monitor.status"] == status
 
 
-def test_an_alert_that_comes_late_changes_no_later_status(
-    client: MlflowClient, run_id: str
-) -> None:
-    """As after an outage, from the spool: of this process or of the next."""
-    sink = MLflowSink(run_id)
-    sink(RECOVERED)
-    before = tags(client, run_id)
-    for late in (sink, MLflowSink(run_id)):
-        late(replace(DRIFT, id="e" * 32))
-        assert tags(client, run_id) == before
-    assert (1234, 1.0) in history(client, run_id, "ood/alert")
-    assert Alert.from_json(artifact(client, run_id, f"ood/alerts/{'e' * 32}.json").decode())
-
-
 def test_since_is_when_the_status_began(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     sink(DRIFT)
-    sink(replace(RECOVERED, kind="drift", status="ALERT"))
+    sink(replace(RECOVERED, kind="drift", status="ALERT", number=11))
     assert tags(client, run_id)["ood_monitor.since"] == DRIFT.time.isoformat()
     sink(RECOVERED)
     assert tags(client, run_id)["ood_monitor.since"] == RECOVERED.time.isoformat()
 
 
-def test_a_restart_keeps_the_status(client: MlflowClient, run_id: str) -> None:
-    MLflowSink(run_id)(DRIFT)
-    MLflowSink(run_id)(replace(RECOVERED, kind="sample", status="ALERT"))
-    assert tags(client, run_id)["ood_monitor.status"] == "ALERT"
-    assert tags(client, run_id)["ood_monitor.since"] == DRIFT.time.isoformat()
-
-
-def test_a_summary_sets_the_status(client: MlflowClient, run_id: str) -> None:
-    sink = MLflowSink(run_id)
-    sink.summarise(SUMMARY)
-    shown = tags(client, run_id)
-    assert shown["ood_monitor.status"] == "OK"
-    sink.summarise(replace(SUMMARY, samples_seen=600))
-    assert tags(client, run_id)["ood_monitor.since"] == shown["ood_monitor.since"]
-    sink(replace(DRIFT, time=SUMMARY.time))
-    assert tags(client, run_id)["ood_monitor.status"] == "ALERT"
-    sink.summarise(replace(SUMMARY, time=RECOVERED.time))
-    assert tags(client, run_id)["ood_monitor.status"] == "OK"
-    sink.summarise(replace(SUMMARY, status="WARN"))  # one that was overtaken
-    assert tags(client, run_id)["ood_monitor.status"] == "OK"
-
-
 def test_a_foreign_status_is_replaced(client: MlflowClient, run_id: str) -> None:
     client.set_tag(run_id, "ood_monitor.status", "who knows")
-    MLflowSink(run_id)(replace(DRIFT, kind="sample", status="WARN"))
+    MLflowSink(run_id)(SAMPLE)
     assert tags(client, run_id)["ood_monitor.status"] == "WARN"
-
-
-def test_other_kinds_leave_the_alert_metric_alone(client: MlflowClient, run_id: str) -> None:
-    MLflowSink(run_id)(replace(DRIFT, kind="stale_calibration"))
-    assert "ood/alert" not in client.get_run(run_id).data.metrics
 
 
 # The note
@@ -295,7 +194,7 @@ def test_a_broken_block_is_the_users_text(client: MlflowClient, run_id: str) -> 
 def test_a_name_cannot_end_the_block(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     for sample in (1, 2):
-        sink(replace(DRIFT, stream=f"a{END}b{BEGIN}", samples_seen=sample))
+        sink(replace(DRIFT, stream=f"a{END}b{BEGIN}", samples_seen=sample, number=sample))
     note = tags(client, run_id)[NOTE]
     assert (note.count(BEGIN), note.count(END)) == (1, 1)
     assert "2 samples seen" in note
@@ -329,8 +228,8 @@ def test_another_thread_writes_to_the_run(store: tuple[MlflowClient, str]) -> No
             assert dispatcher.flush(60)
         assert dispatcher.failures == {"MLflowSink": 0}
         assert mlflow.active_run().info.run_id == run.info.run_id
-    steps = [(500, 0.0), (1234, 1.0), (2000, 0.0)]
-    assert history(client, run.info.run_id, "ood/alert") == steps
+    assert history(client, run.info.run_id, "ood/status") == [(500, 0.0)]
+    assert "Recovered." in tags(client, run.info.run_id)[NOTE]
 
 
 def test_a_finished_run_still_takes_alerts(client: MlflowClient, run_id: str) -> None:
@@ -390,9 +289,11 @@ def test_the_active_run_of_another_thread_is_not_found(store: tuple[MlflowClient
     assert "in this thread" in str(errors[0])
 
 
-def test_a_missing_run_is_an_error_at_once(store: tuple[MlflowClient, str]) -> None:
+@pytest.mark.usefixtures("store")
+def test_a_missing_run_is_the_first_calls_failure() -> None:
+    sink = MLflowSink("0" * 32)
     with pytest.raises(MlflowException, match="not found"):
-        MLflowSink("0" * 32)
+        sink(DRIFT)
 
 
 def test_a_tracking_uri_or_a_client_may_be_given(
@@ -405,7 +306,7 @@ def test_a_tracking_uri_or_a_client_may_be_given(
         MLflowSink(run_id, client=client)(RECOVERED)
     finally:
         mlflow.set_tracking_uri(uri)
-    assert history(client, run_id, "ood/alert") == [(1234, 1.0), (2000, 0.0)]
+    assert tags(client, run_id)["ood_monitor.number"] == "20"
     assert not (tmp_path / "unused.db").exists()
     with pytest.raises(ValueError, match="Expected one of logger, tracking_uri and client"):
         MLflowSink(run_id, tracking_uri=uri, client=client)
