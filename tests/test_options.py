@@ -654,6 +654,8 @@ CASES: dict[str, Case] = {
             "run_id": Kind(("", " ", 3, b"x")),
             "tracking_uri": Kind(("", 3)),
             "model_version": Kind((3, "x", ("x",), ("", 1), ("x", 0), ("x", 1.5), (3, 1))),
+            "stage": Kind(("", " ", 3, "a//b", "/a", "../a", "a/.", "a*", "x" * 300)),
+            "metrics": FLAG.but(good=()),
         },
         is_quick=False,
     ),
