@@ -186,7 +186,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _of_csv(row: dict[str, Any]) -> dict[str, Any]:
     texts = {k: csv_text(row[k]) for k in _TEXTS}
-    return {k: v or None for k, v in (row | texts).items()}
+    return {k: v or None for k, v in (row | texts).items()} | {"id": texts["id"]}
 
 
 def _of_parquet(file: BinaryIO) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import ood_monitor as om
 from ood_monitor.cli import app
 from ood_monitor.cli.console import print_facts
-from ood_monitor.cli.tables import read_rows
+from ood_monitor.cli.tables import Row, read_rows, table
 from ood_monitor.escaping import terminal, utf8
 
 
@@ -84,6 +84,18 @@ def test_a_table_has_every_name_and_nothing_of_its_own(
         formulas = [c for c in cells if c.lstrip()[:1] in tuple("=+-@＝＋－＠")]
         assert [float(cell) for cell in formulas if cell.startswith("-")]  # numbers stay numbers
         assert not [cell for cell in formulas if not cell.startswith("-")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_of_layers_are_held_to_the_same(suffix: str, tmp_path: Path) -> None:
+    rows = [Row(name, -1.0, 0.5, None, False, True, name or None, -2.0) for name in NAMES]
+    with table(tmp_path / f"s.{suffix}") as write:
+        write(rows)
+    as_told = terminal if suffix == "csv" else utf8
+    found = [
+        (row.id, row.score, row.top_layer, row.top_z) for row in read_rows(tmp_path / f"s.{suffix}")
+    ]
+    assert found == [(as_told(n), -1.0, as_told(n) or None, -2.0) for n in NAMES]
 
 
 def test_lines_on_stdout_are_ascii_and_json(detector: Path, inbox: Path) -> None:
