@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from ood_monitor.alerts.alert import Alert, LayerShare, TermShare
+from ood_monitor.escaping import terminal
 
 # Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
@@ -424,5 +425,5 @@ def _apart(names: Sequence[str], *, length: int = 40) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Keep matplotlib from reading a formula between two dollar signs."""
-    return text.replace("$", r"\$")
+    """Keep matplotlib from what it cannot draw, and from formulas between two dollar signs."""
+    return terminal(text).replace("$", r"\$")

@@ -5,12 +5,13 @@ from. `docs/alert.schema.json` describes its JSON.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, Self, get_args
 from uuid import uuid4
 
-from ood_monitor.alerts.plain import check_word, make_plain, make_whole
+from ood_monitor.alerts.plain import check_word, make_plain, make_text, make_whole
+from ood_monitor.escaping import utf8
 
 __all__ = [
     "Alert",
@@ -66,6 +67,7 @@ class LayerShare:
     z: float | None
 
     def __post_init__(self) -> None:
+        make_text(self, "layer")
         make_plain(self, "share", "z")
 
 
@@ -82,6 +84,7 @@ class TermShare:
     share: float | None
 
     def __post_init__(self) -> None:
+        make_text(self, "term")
         make_plain(self, "share")
 
 
@@ -104,7 +107,7 @@ class FlaggedSample:
         make_whole(self, "position")
         make_plain(self, "p_value")
         if self.id is not None:
-            object.__setattr__(self, "id", str(self.id)[:_LONGEST_ID])
+            object.__setattr__(self, "id", utf8(str(self.id))[:_LONGEST_ID])
 
 
 @dataclass(frozen=True)
@@ -252,11 +255,12 @@ class Alert:
         for name in _LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         make_whole(self, "samples_seen", "number")
+        make_text(self, "stream", "message")
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The alert as one JSON object; `from_json` gives an equal alert back."""
-        record = {"format": _FORMAT, **asdict(self), "time": self.time.isoformat()}
-        return json.dumps(record, indent=indent, allow_nan=False)
+        record = {"format": _FORMAT, **vars(self), "time": self.time.isoformat()}
+        return json.dumps(record, indent=indent, allow_nan=False, default=vars)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

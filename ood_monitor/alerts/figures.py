@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import get_args
 
 from ood_monitor.alerts.alert import Status
-from ood_monitor.alerts.plain import check_word, make_plain, make_whole
+from ood_monitor.alerts.plain import check_word, make_plain, make_text, make_whole
 
 __all__ = ["Reading", "Summary"]
 
@@ -45,6 +45,7 @@ class Summary:
         check_word("status", self.status, get_args(Status))
         make_plain(self, "score_mean", "score_p95", "flagged_rate", "log_e_value")
         make_whole(self, "samples_seen", "number")
+        make_text(self, "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +73,6 @@ class Reading:
     invalid: int = 0
     seconds: float | None = None
     failed: int = 0
+
+    def __post_init__(self) -> None:
+        make_text(self, "stream")

@@ -3,7 +3,9 @@
 import math
 import operator
 
-__all__ = ["check_word", "make_plain", "make_whole"]
+from ood_monitor.escaping import utf8
+
+__all__ = ["check_word", "make_plain", "make_text", "make_whole"]
 
 
 def make_plain(record: object, *names: str) -> None:
@@ -23,6 +25,13 @@ def make_whole(record: object, *names: str) -> None:
     """
     for name in names:
         object.__setattr__(record, name, operator.index(getattr(record, name)))
+
+
+def make_text(record: object, *names: str) -> None:
+    """Make texts that are UTF-8, whatever a file or a stream was called."""
+    for name in names:
+        value = getattr(record, name)
+        object.__setattr__(record, name, None if value is None else utf8(str(value)))
 
 
 def check_word(name: str, word: str, words: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from ood_monitor.alerts.alert import Alert
 from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.checks import having
+from ood_monitor.escaping import terminal
 
 __all__ = ["LoggingSink", "MeterSink", "Sink", "SummarySink"]
 
@@ -58,7 +59,7 @@ class LoggingSink:
         """Log `alert`."""
         is_over = alert.kind in ("recovered", "accepted", "explanation")
         level = logging.INFO if is_over else _LEVELS[alert.severity]
-        self._logger.log(level, "%s", " ".join(_line(alert).split()))
+        self._logger.log(level, "%s", terminal(" ".join(_line(alert).split())))
 
 
 def _line(alert: Alert) -> str:

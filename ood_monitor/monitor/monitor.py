@@ -29,6 +29,9 @@ from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Monitor"]
 
+#: More figures than a monitor shows after its last alert.
+_STRIDE = 1_000_000
+
 _log = logging.getLogger(__name__)
 
 
@@ -77,8 +80,8 @@ class Monitor:
         explain_budget: Seconds for the explanation of a drift alert, or of flags that are many, by
             layer; 0 for none. It follows the alert as a message of its own, computed within the
             next call of :meth:`explain`, :meth:`update`, :meth:`flush` or :meth:`close`; once these
-            seconds have passed, with no further sample. Where the score is of gradient norms, the alert itself
-            names the layers.
+            seconds have passed, with no further sample. Where the score is of gradient norms, the
+            alert itself names the layers.
         explain_keep: Samples that may have to explain, the most anomalous of the latest ones, which
             stay in memory and are never saved.
 
@@ -155,9 +158,9 @@ class Monitor:
             self._watched.weights.are_stale()  # the costly look, before the stream waits for it
         self._dispatcher = Dispatcher(sinks, spool=spool)
         if (told := self._dispatcher.spool) is not None:
-            # Numbers go on above those of a process that had the folder before.
+            # Numbers go on above those of a process that had the folder before, figures included.
             memory = self._decisions.memory
-            memory.said = max(memory.said, told.latest)
+            memory.said = max(memory.said, told.latest + _STRIDE)
         self.last: Scores | None = None
 
     @property
