@@ -122,8 +122,9 @@ while not ending.is_set():
     with (folder / "sent").open("a") as file:
         print(number, file=file, flush=True)
     number += 1
-    time.sleep(0.002)
-dispatcher.close(60)
+    time.sleep(0.02)
+dispatcher.flush(60)
+dispatcher.close(10)
 print(dispatcher.undelivered_count, flush=True)
 """
 )
