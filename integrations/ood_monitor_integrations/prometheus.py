@@ -58,6 +58,7 @@ class PrometheusSink:
 
     Attributes:
         registry: Where the meters are.
+        name: ``"prometheus"``; a second one beside it needs another.
 
     Raises:
         ValueError: The registry has meters of these names that are not ours, an empty label, or
@@ -76,6 +77,7 @@ class PrometheusSink:
         for name, value in (("model", model), ("detector", detector)):
             if value is not None:
                 text(name, value)
+        self.name = "prometheus"
         self.registry = CollectorRegistry() if registry is None else registry
         if not isinstance(self.registry, CollectorRegistry):
             raise TypeError(f"Expected registry as a CollectorRegistry, got {registry!r}.")

@@ -48,12 +48,16 @@ class LoggingSink:
     Args:
         logger: Where to write; the logger `ood_monitor.alerts` by default.
 
+    Attributes:
+        name: By which a spool owes it alerts: the logger's.
+
     Raises:
         TypeError: It is no logger.
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = _log if logger is None else having("logger", logger, "log")
+        self.name = f"log:{getattr(self._logger, 'name', '')}"
 
     def __call__(self, alert: Alert, /) -> None:
         """Log `alert`."""

@@ -28,6 +28,7 @@ from ood_monitor_integrations.mlflow.clients import (
     run_of_this_thread,
 )
 from ood_monitor_integrations.mlflow.note import note_with
+from ood_monitor_integrations.mlflow.refusals import refusals
 from ood_monitor_integrations.mlflow.shown import Shown, worst
 from ood_monitor_integrations.mlflow.tags import SINCE, STATUS
 from ood_monitor_integrations.mlflow.version import ShownVersion
@@ -50,11 +51,12 @@ class MLflowSink:
     one stream: a second stream needs a run of its own, or a ``stage``.
 
     Making one needs no server, and goes to none: a run or a model version that does not exist is
-    a failure of the first call. A server that is down costs the watched program nothing. MLflow's
-    client itself tries again for minutes, so that one call may take as long, which no monitor
-    waits for: `close` gives up by its own time, and the spool keeps what is owed.
-    `MLFLOW_HTTP_REQUEST_MAX_RETRIES` and `MLFLOW_HTTP_REQUEST_TIMEOUT` shorten a call; MLflow
-    takes them from the environment alone.
+    a failure of the first call. As all that MLflow refuses for good (no permission, a value that is
+    none) it is a :class:`~ood_monitor.alerts.Refused`, which is not tried again. A server that is
+    down costs the watched program nothing. MLflow's client itself tries again for minutes, so that
+    one call may take as long, which no monitor waits for: `close` gives up by its own time, and the
+    spool keeps what is owed. `MLFLOW_HTTP_REQUEST_MAX_RETRIES` and `MLFLOW_HTTP_REQUEST_TIMEOUT`
+    shorten a call; MLflow takes them from the environment alone.
 
     Args:
         run_id: The run; by default the logger's, or else the run that is active in the thread that
@@ -73,6 +75,10 @@ class MLflowSink:
             ``.test``. The tag `ood_monitor.status` is then that of the worst of them, and the note
             tells of one that stands as bad.
         metrics: Whether running figures become metrics; if not, they set the status alone.
+
+    Attributes:
+        run_id: The run.
+        name: By which a spool owes it alerts: the run, and the stage.
 
     Raises:
         ValueError: If no run is given and none is active, two of `logger`, `tracking_uri` and
@@ -104,6 +110,7 @@ class MLflowSink:
         if logger is not None:
             client, run_id = of_logger(logger, run_id)
         self.run_id = run_id or run_of_this_thread()
+        self.name = f"mlflow:{self.run_id}" + ("" if stage is None else f"/{stage}")
         self._uri = tracking_uri or mlflow.get_tracking_uri()
         self._made_client = client_of(self._uri) if client is None else client
         self._found: Shown | None = None
@@ -120,6 +127,7 @@ class MLflowSink:
         """
         return cls(logger=logger, stage=stage, metrics=metrics)
 
+    @refusals()
     def __call__(self, alert: Alert, /) -> None:
         """Record `alert`. It may take long and may raise: leave it to a `Dispatcher`."""
         shown = self._shown()
@@ -137,6 +145,7 @@ class MLflowSink:
         if is_news:
             self._show(alert, status)
 
+    @refusals()
     def summarise(self, summary: Summary, /) -> None:
         """Record the running figures, once a step, and the status."""
         shown = self._shown()

@@ -21,7 +21,7 @@ from support.mlflow_cases import (
     tags,
 )
 
-from ood_monitor.alerts import Alert, Dispatcher, SummarySink
+from ood_monitor.alerts import Alert, Dispatcher, Refused, SummarySink
 from ood_monitor.escaping import markdown_text
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
@@ -250,7 +250,7 @@ def test_failures_are_seen_by_the_dispatcher(
     client.delete_run(doomed)
     with pytest.MonkeyPatch.context() as patch, Dispatcher([sink], tries=3) as dispatcher:
         patch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
-        with pytest.raises(MlflowException, match="must be in the 'active' state"):
+        with pytest.raises(Refused, match="must be in the 'active' state"):
             sink.summarise(SUMMARY)
         dispatcher.send(DRIFT)
         assert dispatcher.flush(60)
@@ -292,7 +292,7 @@ def test_the_active_run_of_another_thread_is_not_found(store: tuple[MlflowClient
 @pytest.mark.usefixtures("store")
 def test_a_missing_run_is_the_first_calls_failure() -> None:
     sink = MLflowSink("0" * 32)
-    with pytest.raises(MlflowException, match="not found"):
+    with pytest.raises(Refused, match=r"RESOURCE_DOES_NOT_EXIST.*not found"):
         sink(DRIFT)
 
 

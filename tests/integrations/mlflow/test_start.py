@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from ood_monitor_integrations.lightning.loggers import mlflow_sinks
 from ood_monitor_integrations.mlflow import MLflowSink
 from support.mlflow_cases import DRIFT, SUMMARY, tags
@@ -67,6 +68,15 @@ def test_the_sink_of_a_logger_with_a_run_goes_to_no_server(stage: str) -> None:
         (sink,) = mlflow_sinks([logger], stage, metrics=True)
         assert sink.run_id == "0" * 32
         assert not was_called(server)
+
+
+def test_a_server_that_does_not_answer_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No refusal for good, and no other failure of MLflow's that passes."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with listening() as (_, address):
+        pass  # nobody is there any more
+    with pytest.raises(MlflowException, match="failed with"):
+        MLflowSink("0" * 32, tracking_uri=f"http://{address}")(DRIFT)
 
 
 @pytest.mark.slow

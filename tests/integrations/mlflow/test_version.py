@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from ood_monitor_integrations.mlflow import MLflowSink
 from support.mlflow_cases import DRIFT, RECOVERED, SUMMARY
+
+from ood_monitor.alerts import Refused
 
 # MLflow's own use of SQLAlchemy, when it first opens a store.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -99,5 +100,5 @@ def test_a_missing_version_is_the_first_calls_failure(
     client: MlflowClient, run_id: str, name: str
 ) -> None:
     sink = MLflowSink(run_id, model_version=(name, 7), client=client)
-    with pytest.raises(MlflowException, match="not found"):
+    with pytest.raises(Refused, match="not found"):
         sink(DRIFT)
