@@ -40,7 +40,8 @@ The promise holds if
   (:func:`ood_monitor.calibration.conformal.lag1_autocorrelation`), and if it is there, test units
   that are independent (a request, a user), or every k-th sample.
 
-Several workers each run a stream of their own; :func:`pooled_log_e_value` is their common test.
+Several workers each run a stream of their own; their common test is
+:func:`~ood_monitor.drift.evidence.pooled_log_e_value`.
 
 References:
     | E-detectors: a nonparametric framework for sequential change detection
