@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -111,12 +112,12 @@ def gpt2() -> Case:
     return om.SequenceLikelihood(net), torch.randint(256, (8, 128))
 
 
-def convolutions() -> Case:
+def convolutions(batch: int = 32, size: int = 32) -> Case:
     """Layers that BackPACK knows, and no other."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 64), (64, 128), (128, 64), (64, 3)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
-    return SquaredError(nn.Sequential(*layers[:-1])), torch.randn(32, 3, 32, 32)
+    return SquaredError(nn.Sequential(*layers[:-1])), torch.randn(batch, 3, size, size)
 
 
 OUTPUT = ["conv_norm_out.*", "conv_out.*"]
@@ -133,6 +134,12 @@ MODELS: dict[str, Benchmark] = {
     "Glow, B = 8": Benchmark(glow, 1.6),
     "GPT-2, B = 8": Benchmark(gpt2, 1.2),
     "convolutions, B = 32": Benchmark(convolutions, 1.2),
+}
+
+#: That a quick run measures: they say nothing of the cost, and that all of it runs.
+QUICK: dict[str, Benchmark] = {
+    "small UNet, B = 2": Benchmark(partial(small_unet, batch=2, size=16), 1.25, UP),
+    "convolutions, B = 2": Benchmark(partial(convolutions, batch=2, size=16), 1.2),
 }
 
 
