@@ -62,8 +62,8 @@ class WebhookSink:
     ``payload`` makes of the alert: ``lambda alert: {"text": alert.message}`` is what Slack takes.
     A redirect is refused, since it would carry the alert to an address that nobody chose. Proxies
     are those of the environment. What blames the request, such as 400, 401, 404 or 410, and a
-    redirect for good, is a :class:`~ood_monitor.alerts.Refused`; 408, 429 and 5xx are tried again, as late as
-    ``Retry-After`` says.
+    redirect for good, is a :class:`~ood_monitor.alerts.Refused`; 408, 429 and 5xx are tried again,
+    as late as ``Retry-After`` says.
 
     Args:
         url: ``https://...``, or ``http://...`` where nobody listens in between.

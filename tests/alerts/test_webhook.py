@@ -192,16 +192,17 @@ def in_seconds(seconds: float) -> str:
     ("asked", "least", "most"),
     [
         ("7", 7, 7),
-        (in_seconds(100_000), 99_000, 100_000),
-        (in_seconds(-100), -200, -99),
+        (100_000.0, 99_000, 100_000),
+        (-100.0, -200, -99),
         ("soon", None, None),
         ("", None, None),
     ],
 )
 def test_what_a_receiver_asks_to_wait_is_passed_on(
-    asked: str, least: float | None, most: float | None, receiver: Receiver
+    asked: str | float, least: float | None, most: float | None, receiver: Receiver
 ) -> None:
-    receiver.status, receiver.headers = 429, {"Retry-After": asked}
+    told = asked if isinstance(asked, str) else in_seconds(asked)
+    receiver.status, receiver.headers = 429, {"Retry-After": told}
     with pytest.raises(WebhookError) as caught:
         WebhookSink(receiver.url)(ALERT)
     found = caught.value.retry_after

@@ -48,12 +48,13 @@ class StageMonitor:
         return self._world.size == 1
 
     def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> list[Alert]:
-        """Score a batch; the alerts that it raised."""
+        """Score a batch; the alerts that it raised, after explanations of those before."""
+        explanations = self.monitor.explain()
         scores = self.monitor.score(batch)
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)
-        return self._observe(part, batch) if self.is_online else []
+        return [*explanations, *self._observe(part, batch)] if self.is_online else []
 
     def finish(self) -> list[Alert]:
         """Decide on what is left; all processes must call it.
@@ -62,7 +63,7 @@ class StageMonitor:
             RuntimeError: A process failed.
         """
         if self.is_online:
-            return []
+            return self.monitor.explain()
         self._lockstep.end()
         layers = self.monitor.detector.fitted.layers
         parts = self._world.gathered(StageScores.together(self._parts).dump())

@@ -100,6 +100,7 @@ class TrainerMonitor:
         """Deliver what was raised so far; the stage ends here."""
         watch, self.current = self.current, None
         if watch is not None:
+            self.alerts += watch.monitor.explain()
             watch.monitor.close()
 
     def begin(

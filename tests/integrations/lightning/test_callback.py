@@ -1,5 +1,6 @@
 """Real Trainers: the callback watches what a restored model is fed, and tells where people look."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_a_restored_detector_watches_in_any_grad_mode(
     stream = loader(drifting(), num_workers=workers)
     run_stage(run, stage, Flow(), stream, ckpt_path=fitted[1])
     assert callback.failures == 0
-    assert [alert.kind for alert in callback.alerts if alert.samples_seen > 64] == ["drift"]
+    kinds = [alert.kind for alert in callback.alerts if alert.samples_seen > 64]
+    assert kinds in (["drift", "explanation"], ["drift"])  # of gradient norms it needs none
     assert len(callback.scores(stage).score) == 128
 
 
@@ -258,8 +260,12 @@ def test_alerts_stand_on_the_run_of_the_mlflow_logger(
     run.predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
     data = logger.experiment.get_run(logger.run_id).data
     assert data.tags["ood_monitor.status"] == "ALERT"
-    # Once as figures are due, and once at the end.
-    assert [step for step, _ in history(logger, "ood/predict/status")] == [100, 128]
+    # As figures are due, at the end, and with each change of the status.
+    steps = dict(history(logger, "ood/predict/status"))
+    assert {100, 128} <= steps.keys()
+    changed = [status for step, status in sorted(steps.items()) if step not in (100, 128)]
+    assert changed[-1] == 2
+    assert all(one != next_ for one, next_ in pairwise([0, *changed]))
     assert data.metrics["ood/predict/status"] == 2
 
 
@@ -480,4 +486,4 @@ def test_a_saved_detector_watches_without_training(
     callback = watcher(detector=str(detector))
     module = Flow.load_from_checkpoint(fitted[1])
     trainer(callback).predict(module, loader(drifting()))
-    assert [alert.kind for alert in callback.alerts][-1] == "drift"
+    assert "drift" in [alert.kind for alert in callback.alerts][-2:]

@@ -226,7 +226,7 @@ def test_another_thread_writes_to_the_run(store: tuple[MlflowClient, str]) -> No
             dispatcher.send(DRIFT)
             dispatcher.send(RECOVERED)
             assert dispatcher.flush(60)
-        assert dispatcher.failures == {"MLflowSink": 0}
+        assert dispatcher.failures == {f"mlflow:{sink.run_id}": 0}
         assert mlflow.active_run().info.run_id == run.info.run_id
     assert history(client, run.info.run_id, "ood/status") == [(500, 0.0)]
     assert "Recovered." in tags(client, run.info.run_id)[NOTE]
@@ -255,7 +255,8 @@ def test_failures_are_seen_by_the_dispatcher(
         dispatcher.send(DRIFT)
         assert dispatcher.flush(60)
     assert [left.alert for left in dispatcher.undelivered] == [DRIFT]
-    assert dispatcher.failures == {"MLflowSink": 3}
+    assert dispatcher.failures == {f"mlflow:{doomed}": 1}
+    assert dispatcher.refused == {f"mlflow:{doomed}": 1}
 
 
 # Which run

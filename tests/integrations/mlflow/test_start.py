@@ -55,7 +55,7 @@ def test_the_first_call_goes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
             dispatcher.summarise(SUMMARY)
             dispatcher.flush(60)
         assert was_called(server)
-        assert dispatcher.failures == {"MLflowSink": 1}
+        assert dispatcher.failures == {sink.name: 1}
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
