@@ -153,6 +153,7 @@ def _layers_panel(axes: Axes, layers: Sequence[LayerShare]) -> None:
     axes.set_yticks(range(len(z)), _apart([layer.layer for layer in layers]), fontsize="small")
     axes.set_xlabel("standard deviations from what is usual\n(% = share of the score)")
     axes.axvline(0.0, color=_BLACK, linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(x=0.15)
 
 

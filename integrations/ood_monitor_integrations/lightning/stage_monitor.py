@@ -16,6 +16,7 @@ class StageMonitor:
     In one process each batch is decided on at once. In several, each scores its own batches, and
     at the end all decide on the whole, put in the order of the dataset and cut into the batches
     that one process would have loaded: scores, alerts and status are then those of one process.
+    There are no explanations then, as no process has all samples.
 
     Args:
         monitor: Has sinks in one process only.

@@ -56,6 +56,7 @@ def test_two_processes_see_what_one_sees(
     options = {} if stage == "predict" else {"verbose": False}
     getattr(run, stage)(Flow(), stream(), ckpt_path=folder / "last.ckpt", **options)
     alone = found(callback, stage)
+    alone["alerts"] = [alert for alert in alone["alerts"] if alert["kind"] != "explanation"]
     assert {alert["kind"] for alert in alone["alerts"]} == {"sample", "drift"}
     for rank in ranks:
         for figure in ("score", "p_value"):
