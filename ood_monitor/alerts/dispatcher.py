@@ -239,9 +239,8 @@ class Dispatcher:
             return
         where = "Dispatcher.undelivered has the latest of them"
         if self.spool is not None:
-            where = (
-                f"the next monitor with the spool {self.spool.folder} delivers what was not refused"
-            )
+            folder = self.spool.folder
+            where = f"the next monitor with the spool {folder} delivers what it has of them"
         _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
 
 

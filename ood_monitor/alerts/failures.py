@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ood_monitor.alerts.alert import Alert
 
@@ -40,19 +41,18 @@ def described(error: BaseException) -> str:
     name = type(error).__name__
     try:
         return f"{name}: {error}"
-    except Exception:
+    except BaseException:  # it may raise anything
         return name
 
 
 def pause_after(error: BaseException) -> float:
     """Seconds, up to an hour, that an error asks to wait; 0 if it does not."""
     try:
-        asked = getattr(error, "retry_after", None)
-    except Exception:  # a property of a foreign exception
-        asked = None
-    if not isinstance(asked, (int, float)) or math.isnan(asked):
+        asked: Any = getattr(error, "retry_after", None)
+        seconds = float(min(max(asked, 0), _LONGEST_PAUSE))  # before it is a float, which has ends
+    except BaseException:  # a property of a foreign exception, which may raise anything
         return 0.0
-    return float(min(max(asked, 0.0), _LONGEST_PAUSE))
+    return 0.0 if math.isnan(seconds) else seconds
 
 
 def check_answer(answer: object) -> None:

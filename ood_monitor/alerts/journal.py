@@ -257,7 +257,7 @@ class Journal:
             elif not record.keys() <= _HEADS:
                 return False
             self.latest = max(self.latest, int(record.get("latest", 0)))
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             return False
         return True
 

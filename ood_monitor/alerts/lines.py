@@ -18,7 +18,7 @@ FORMAT = 2
 _OLD_HEAD = b'{"ood_monitor_spool": 1}'
 
 #: Of a damaged line: a number that the log, when it is read, must not fall behind.
-_NUMBER = re.compile(rb'"(?:latest|number)": (\d{1,15})\b')
+_NUMBER = re.compile(rb'"(?:latest|number)": (\d{1,18})\b')
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def pool(
     r"""Say where several watches of one detector stand together.
 
     A change that all of them see is found by their common evidence before any of them finds it
-    alone: the mean of their e-values, ALERT from `ert` on. A watch that stands in ALERT counts with
+    alone: the mean of their e-values, ALERT from `ert` on. A watch whose drift stands counts with
     `ert`. The states are read while the watches go on.
 
     \b
@@ -37,7 +37,7 @@ def pool(
         0  OK
         1  an error
         3  WARN     one of them is not OK
-        4  ALERT    their common evidence reaches ert, or all of them are in ALERT
+        4  ALERT    their common evidence reaches ert, or all of them have a drift
 
     \b
     Example:
@@ -57,6 +57,7 @@ class _Replica:
 
     path: Path
     status: Status
+    has_drift: bool
     samples_seen: int
     log_e_value: float
     ert: float
@@ -75,9 +76,11 @@ class _Replica:
             data, evidence = monitor["drift"]["data"], monitor["log_e_value"]
             if monitor["status"] not in get_args(Status):
                 raise ValueError(f"status {monitor['status']!r}")
+            has_drift = monitor["status"] == "ALERT"
             return cls(
                 path=path,
-                status=monitor["status"],
+                status=_overall(monitor),
+                has_drift=has_drift,
                 samples_seen=whole("samples_seen", monitor["samples_seen"]),
                 log_e_value=-math.inf if evidence is None else number("log_e_value", evidence),
                 ert=checked_ert(data["ert"]),
@@ -89,7 +92,15 @@ class _Replica:
     @property
     def counted(self) -> float:
         """Its evidence in nats; the test has begun anew where an alarm stands."""
-        return max(self.log_e_value, math.log(self.ert) if self.status == "ALERT" else -math.inf)
+        return max(self.log_e_value, math.log(self.ert) if self.has_drift else -math.inf)
+
+
+def _overall(monitor: Mapping[str, Any]) -> Status:
+    """Of samples, weights and input together."""
+    if monitor["blind"]:
+        return "ALERT"
+    status: Status = monitor["status"]
+    return "WARN" if status == "OK" and monitor["stale"] else status
 
 
 def _check_alike(found: Sequence[_Replica]) -> None:
@@ -99,13 +110,14 @@ def _check_alike(found: Sequence[_Replica]) -> None:
                 "Expected states of one detector and one ert, got others in "
                 f"{found[0].path} and {replica.path}."
             )
-    if len({replica.path.resolve() for replica in found}) < len(found):
+    files = {(found.st_dev, found.st_ino) for found in (each.path.stat() for each in found)}
+    if len(files) < len(found):
         raise ValueError("Expected each state once, got one twice.")
 
 
 def _status(found: Sequence[_Replica], evidence: float) -> Status:
     # The mean of what are all ert may round to less.
-    if evidence >= math.log(found[0].ert) or all(each.status == "ALERT" for each in found):
+    if evidence >= math.log(found[0].ert) or all(each.has_drift for each in found):
         return "ALERT"
     return "OK" if all(each.status == "OK" for each in found) else "WARN"
 

@@ -105,7 +105,7 @@ class Decisions:
         try:
             resumed.memory = Memory.parse(state, len(self.fitted.layers))
             drift = dict(state["drift"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"Expected the state of a monitor, got {error!r}.") from error
         resumed.memory.said = max(resumed.memory.said, self.memory.said)
         if with_test:

@@ -5,6 +5,7 @@ computed with the monitor's next call, in the thread that calls: scoring in a th
 would share the model, and the random state of the process, with the program that is watched.
 """
 
+import functools
 import math
 import time
 import weakref
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.alerts.alert import Alert, FlaggedSample, LayerShare
+from ood_monitor.alerts.failures import described
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array
 from ood_monitor.detector.detector import Detector
 from ood_monitor.detector.explaining import Explanation
+from ood_monitor.escaping import terminal
 from ood_monitor.monitor.memory import strongest_layers
 from ood_monitor.processes import after_fork_in_child
 
@@ -30,6 +34,9 @@ __all__ = ["Asked", "Explanations", "Found"]
 
 #: Samples by which a younger one may be less anomalous, by one nat of its p-value, and be kept.
 _AGE = 30
+
+#: Characters of an error that are told.
+_LONGEST = 500
 
 #: Alerts that wait for an explanation at most; the oldest of more is without.
 _WAITING = 8
@@ -66,6 +73,31 @@ class _Kept:
 
 
 @dataclass(frozen=True)
+class _Came:
+    """Samples that have come together, which stand in the stream behind so many others."""
+
+    batch: Batch
+    p_values: Array
+    valid: NDArray[np.bool_]
+    names: Sequence[str | None] | None
+    before: int
+
+    @functools.cached_property
+    def ranks(self) -> Array:
+        """What is kept by: anomalous ones first, and younger ones."""
+        positions = self.before + 1 + np.arange(len(self.p_values))
+        ranks = positions / _AGE - np.log(np.maximum(self.p_values, np.finfo(float).tiny))
+        return np.where(self.valid, ranks, -math.inf)
+
+    def row(self, row: int) -> _Kept:
+        """One of them, copied."""
+        name = None if self.names is None else self.names[row]
+        position = self.before + 1 + int(row)
+        sample = FlaggedSample(position, float(self.p_values[row]), name)
+        return _Kept(float(self.ranks[row]), sample, _copy_of(self.batch, int(row)))
+
+
+@dataclass(frozen=True)
 class Asked:
     """An alert that is to be explained.
 
@@ -84,7 +116,7 @@ class Asked:
         try:
             found = self._explanation(detector)
         except Exception as error:  # of any kind: the model's, the device's, a lack of norms
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            why = terminal(" ".join(described(error)[:_LONGEST].split()))
             found = Found(self.alert, f"Explanation: none, because {why}")
         except BaseException:
             tell(Found(self.alert, "Explanation: none, because it was interrupted."))
@@ -133,39 +165,56 @@ class Explanations:
         """In a forked child: what was asked for is the parent's to explain."""
         self._asked.clear()
 
-    def keep(self, batch: Batch, scores: Scores, ids: Sequence[Any] | None, before: int) -> None:
-        """Keep those of B samples that are more anomalous, or younger, than what is kept.
+    def forget(self) -> None:
+        """Keep nothing of what came so far: the stream is another, or begins anew."""
+        self._kept.clear()
+
+    def take(
+        self,
+        batch: Batch,
+        scores: Scores,
+        ids: Sequence[Any] | None,
+        before: int,
+        alerts: Iterable[Alert],
+    ) -> None:
+        """Have the alerts of B samples explained, and keep samples that may have to explain others.
+
+        Drifts and too many flags are explained, by the most anomalous samples since a drift's
+        evidence began and up to its alert, or by those that a sample alert names.
 
         Args:
             batch: The samples.
             scores: Theirs.
             ids: What they are called.
             before: Samples of the stream before them.
+            alerts: That they have raised.
         """
         if not (self._budget and self._keep):
             return
-        p_values = scores.p_value.numpy()
-        positions = before + 1 + np.arange(len(p_values))
-        ranks = positions / _AGE - np.log(np.maximum(p_values, np.finfo(float).tiny))
-        ranks = np.where(scores.valid.numpy(), ranks, -math.inf)
+        named = None if ids is None else [None if name is None else str(name) for name in ids]
+        came = _Came(batch, scores.p_value.numpy(), scores.valid.numpy(), named, before)
+        for alert in alerts:
+            if alert.kind in _EXPLAINED and alert.severity == "critical":
+                self._ask(alert, came)
+        rows = np.argsort(-came.ranks, kind="stable")[: self._keep]
         least = self._kept[-1].rank if len(self._kept) == self._keep else -math.inf
-        rows = np.argsort(-ranks, kind="stable")[: self._keep]
-        for row in rows[ranks[rows] > least]:
-            name = None if ids is None or ids[row] is None else str(ids[row])
-            sample = FlaggedSample(int(positions[row]), float(p_values[row]), name)
-            self._kept.append(_Kept(float(ranks[row]), sample, _copy_of(batch, int(row))))
+        self._kept += [came.row(row) for row in rows if came.ranks[row] > least]
         self._kept.sort(key=lambda kept: -kept.rank)
         del self._kept[self._keep :]
 
-    def ask(self, alerts: Iterable[Alert]) -> None:
-        """Have drifts and too many flags explained, by what is kept since their evidence began."""
-        for alert in alerts:
-            if not self._budget or alert.kind not in _EXPLAINED or alert.severity != "critical":
-                continue
-            since = alert.evidence.since or 0
-            kept = [each for each in self._kept if each.sample.position >= since]
-            kept.sort(key=lambda each: each.sample.p_value or 0.0)
-            self._asked.append(Asked(alert, kept, self._budget))
+    def _ask(self, alert: Alert, came: "_Came") -> None:
+        since = alert.evidence.since or 1
+        named = {sample.position for sample in alert.samples}
+        found = [each for each in self._kept if each.sample.position >= since]
+        rows = np.arange(max(0, since - came.before - 1), alert.samples_seen - came.before)
+        if alert.kind == "sample":
+            found = [each for each in found if each.sample.position in named]
+            rows = np.array([row for row in rows if came.before + 1 + row in named], dtype=int)
+        rows = rows[came.valid[rows]]
+        worst = rows[np.argsort(came.p_values[rows], kind="stable")][: self._keep]
+        found += [came.row(row) for row in worst]
+        found.sort(key=lambda each: each.sample.p_value or 0.0)
+        self._asked.append(Asked(alert, found[: self._keep], self._budget))
 
     def next(self) -> Asked | None:
         """The oldest that was asked for and not given; None if there is none."""

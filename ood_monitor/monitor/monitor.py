@@ -262,6 +262,7 @@ class Monitor:
         Raises:
             ValueError: Ids of another number than the samples; the monitor is then unchanged.
         """
+        ids = _listed(ids)
         if ids is not None and len(ids) != len(scores.score):
             raise ValueError(
                 f"Expected an id for each of {len(scores.score)} samples, got {len(ids)}."
@@ -272,8 +273,7 @@ class Monitor:
             alerts = self._step(lambda decisions: self._take(decisions, scores, ids))
             self.last = scores
             if batch is not None:
-                self._explanations.keep(batch, scores, ids, before)
-                self._explanations.ask(alerts)
+                self._explanations.take(batch, scores, ids, before, alerts)
             if not was_told:
                 self._warn_of_neighbours()
         self._measure(scores)
@@ -325,6 +325,7 @@ class Monitor:
             if detector is not None:
                 weights = Weights(detector.adapter.module, fitted.model)
                 watched = replace(watched, detector=copy.copy(detector), weights=weights)
+            self._explanations.forget()
             return self._step(lambda decisions: self._judge_by(decisions, fitted, reason), watched)
 
     def mute(self, samples: int) -> None:
@@ -375,6 +376,7 @@ class Monitor:
         with self._lock:
             self._hand_over()  # what this monitor still owes is not the state's to drop
             resumed = self._decisions.resumed(state)
+            self._explanations.forget()
             self._watched = replace(self._watched, decisions=resumed)
 
     def flush(self, timeout: float = 5.0) -> bool:
@@ -484,6 +486,17 @@ class Monitor:
             measured["flagged"] = int((scores.p_value[valid] <= self.fpr).sum())
             measured["invalid"] = int((~valid).sum())
         self._dispatcher.measure(Reading(stream=self.name, **(names | measured)))
+
+
+def _listed(ids: Iterable[Any] | None) -> list[Any] | None:
+    """Ids in the order of the samples.
+
+    Raises:
+        TypeError: They have none, or are no ids.
+    """
+    if isinstance(ids, (set, frozenset)):
+        raise TypeError("Expected ids in the order of the samples, got a set.")
+    return None if ids is None else list(ids)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,8 @@ def test_a_watch_that_was_killed_goes_on_from_its_last_state(
     assert 0 < state_of(state)["samples_seen"] <= 200
     watched(*arguments)
     watched(detector, inbox, "--state", tmp_path / "whole.json", "--batch-size", "1")
-    assert state_of(state) == state_of(tmp_path / "whole.json")
+    found, whole = state_of(state), state_of(tmp_path / "whole.json")
+    assert found | {"said": None} == whole | {"said": None}
 
 
 def test_idle_stops_a_watch(detector: Path, tmp_path: Path) -> None:

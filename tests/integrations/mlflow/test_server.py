@@ -92,7 +92,8 @@ def test_a_server_killed_in_mid_stream_gets_every_alert_once(
         assert monitor.samples_seen == 300
     assert len(alerts) >= 20
     assert artifacts(client, run_id) == expected(alerts)
-    assert client.get_run(run_id).data.metrics == {}  # alerts are events
+    steps = [each.step for each in client.get_metric_history(run_id, "ood/status")]
+    assert len(steps) == len(set(steps)) < len(alerts)  # alerts are events, and a status changes
     assert client.get_run(run_id).data.tags["ood_monitor.status"] == "WARN"
     verdicts = [
         sample.value
