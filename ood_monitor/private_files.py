@@ -9,12 +9,11 @@ import os
 import stat
 import tempfile
 import time
-import weakref
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
-from ood_monitor.processes import after_fork_in_child
+from ood_monitor.processes import after_fork_in_child_of
 
 __all__ = ["FileLock", "is_at", "open_private", "write_all", "write_private"]
 
@@ -126,7 +125,8 @@ class FileLock:
     def __init__(self, path: str | PathLike[str]) -> None:
         self._path = str(Path(path))
         self._fd, self._found = -1, os.stat_result([0] * 10)
-        _locks.add(self)
+        # A child that outlives its parent must not keep a lock from the parent's successor.
+        after_fork_in_child_of(self, FileLock.release)
 
     @property
     def is_held(self) -> bool:
@@ -177,18 +177,6 @@ class FileLock:
             text = f"Expected a lock that nobody has, got one that {owner} has"
             raise BlockingIOError(errno.EWOULDBLOCK, text, self._path) from error
         return fd
-
-
-_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
-
-
-def _leave_locks() -> None:
-    """A child that outlives its parent must not keep a lock from the parent's successor."""
-    for lock in list(_locks):
-        lock.release()
-
-
-after_fork_in_child(_leave_locks)
 
 
 def _owner(fd: int) -> str:

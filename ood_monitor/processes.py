@@ -10,11 +10,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any, TypeVar
 
-__all__ = ["Lock", "after_fork_in_child"]
+__all__ = ["Lock", "after_fork_in_child", "after_fork_in_child_of"]
 
 #: Seconds that a fork waits for what locks guard to be whole.
 _PATIENCE = 1.0
+
+_Owner = TypeVar("_Owner")
+
+_functions: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +28,11 @@ def after_fork_in_child(function: Callable[[], object]) -> None:
     """Call a function first of all in every child that is forked from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
+
+
+def after_fork_in_child_of(owner: _Owner, function: Callable[[_Owner], object]) -> None:
+    """The same with an object, as long as it lives: one function of each."""
+    _functions[owner] = function
 
 
 class Lock:
@@ -81,6 +91,8 @@ def _after_in_child() -> None:
     for lock in missed:
         lock.renew()
     _after_in_parent()
+    for owner, function in list(_functions.items()):
+        function(owner)
     if missed:
         text = "A fork waited %.0f s for another thread: what that was changing may be incomplete."
         _log.warning(text, _PATIENCE)

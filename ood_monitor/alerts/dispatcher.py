@@ -3,7 +3,6 @@
 import atexit
 import logging
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from ood_monitor.alerts.sink import Sink
 from ood_monitor.alerts.sink_thread import Figures, SinkThread
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.checks import number, whole
-from ood_monitor.processes import after_fork_in_child
+from ood_monitor.processes import after_fork_in_child_of
 
 __all__ = ["Dispatcher", "Undelivered"]
 
@@ -87,7 +86,7 @@ class Dispatcher:
         self._replay()
         atexit.register(self.close)
         self._close_with_worker()
-        _dispatchers.add(self)
+        after_fork_in_child_of(self, Dispatcher.begin_as_child)
         util.register_after_fork(self, Dispatcher._close_with_worker)
 
     def _begin(self) -> None:
@@ -242,17 +241,6 @@ class Dispatcher:
             folder = self.spool.folder
             where = f"the next monitor with the spool {folder} delivers what it has of them"
         _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
-
-
-_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-
-
-def _begin_in_child() -> None:
-    for dispatcher in list(_dispatchers):
-        dispatcher.begin_as_child()
-
-
-after_fork_in_child(_begin_in_child)
 
 
 def _threads(

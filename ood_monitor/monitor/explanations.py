@@ -8,7 +8,6 @@ would share the model, and the random state of the process, with the program tha
 import functools
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ood_monitor.detector.detector import Detector
 from ood_monitor.detector.explaining import Explanation
 from ood_monitor.escaping import terminal
 from ood_monitor.monitor.memory import strongest_layers
-from ood_monitor.processes import after_fork_in_child
+from ood_monitor.processes import after_fork_in_child_of
 
 __all__ = ["Asked", "Explanations", "Found"]
 
@@ -159,11 +158,8 @@ class Explanations:
         self._keep, self._budget = keep, budget
         self._kept: list[_Kept] = []
         self._asked: deque[Asked] = deque(maxlen=_WAITING)
-        _made.add(self)
-
-    def begin_as_child(self) -> None:
-        """In a forked child: what was asked for is the parent's to explain."""
-        self._asked.clear()
+        # What was asked for before a fork is the parent's to explain.
+        after_fork_in_child_of(self, lambda own: own._asked.clear())
 
     def forget(self) -> None:
         """Keep nothing of what came so far: the stream is another, or begins anew."""
@@ -222,17 +218,6 @@ class Explanations:
             return self._asked.popleft()
         except IndexError:
             return None
-
-
-_made: weakref.WeakSet[Explanations] = weakref.WeakSet()
-
-
-def _begin_in_child() -> None:
-    for explanations in list(_made):
-        explanations.begin_as_child()
-
-
-after_fork_in_child(_begin_in_child)
 
 
 def _row(values: Mapping[str, Tensor]) -> Array:

@@ -8,13 +8,12 @@ import logging
 import random
 import statistics
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, Full, Queue
 
 from ood_monitor.checks import number, seed_of, whole
-from ood_monitor.processes import Lock, after_fork_in_child
+from ood_monitor.processes import Lock, after_fork_in_child_of
 
 __all__ = ["Choice", "Worker"]
 
@@ -85,7 +84,7 @@ class Worker:
     def __init__(self, size: int) -> None:
         self._size, self._closed = whole("queue_size", size, 1), False
         self.begin()
-        _workers.add(self)
+        after_fork_in_child_of(self, Worker.begin)
 
     def begin(self) -> None:
         """Have nothing to do, and no thread yet."""
@@ -148,14 +147,3 @@ class Worker:
         with self._idle:
             self._unfinished -= 1
             self._idle.notify_all()
-
-
-_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-
-
-def _begin_all() -> None:
-    for worker in list(_workers):
-        worker.begin()
-
-
-after_fork_in_child(_begin_all)
