@@ -37,6 +37,9 @@ _BACK_OFF = wait_exponential(multiplier=0.1, exp_base=4, max=30)  # 0.1, 0.4, 1.
 #: Tries of an alert while the thread is closing, and seconds between them at most.
 _LAST_TRIES, _LAST_PAUSE = 3, 0.1
 
+#: Seconds before a thread that was ended begins anew.
+_ENDED_PAUSE = 1.0
+
 #: Seconds between tries of what a sink has refused, while nothing new comes.
 _AGAIN = 60.0
 
@@ -226,6 +229,9 @@ class SinkThread:
                 if self._is_left():
                     return
                 self._take_back(f"its thread was ended by {type(error).__name__}")
+                if self._abandoned:
+                    return
+                self._pause(_ENDED_PAUSE)  # whatever ends it may do so again
         if not self._is_left():
             self._close_sink()
 

@@ -45,7 +45,7 @@ def open_regular(path: str | os.PathLike[str], most: int) -> BinaryIO:
     try:
         _check(os.fstat(descriptor), path, most)
         return os.fdopen(descriptor, "rb")
-    except BaseException:
+    except BaseException:  # also where it is interrupted
         os.close(descriptor)
         raise
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import math
 import os
 import threading
 import time
@@ -16,6 +17,8 @@ from support.alert_cases import ALERT, LONG, Broken, Gate, Recorder, alert, run,
 from tenacity import wait_fixed, wait_none
 
 from ood_monitor.alerts import Alert, Dispatcher, Refused, Summary, sink_thread
+from ood_monitor.alerts.failures import pause_after
+from ood_monitor.alerts.sink_thread import SinkThread
 
 
 @pytest.fixture
@@ -28,6 +31,17 @@ def gate() -> Iterator[Gate]:
 @pytest.fixture
 def _no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink_thread, "_BACK_OFF", wait_none())
+
+
+class Screen(Gate):
+    """A gate that shows figures, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[int] = []
+
+    def summarise(self, summary: Summary) -> None:
+        self.shown.append(summary.samples_seen)
 
 
 def hang(dispatcher: Dispatcher, gate: Gate) -> None:
@@ -436,11 +450,6 @@ def test_a_full_queue_keeps_and_counts_what_does_not_fit(
 
 
 def test_summaries_give_way_to_alerts(gate: Gate) -> None:
-    class Screen(Gate):
-        def summarise(self, summary: Summary) -> None:
-            summaries.append(summary.samples_seen)
-
-    summaries: list[int] = []
     screen = Screen()
     with Dispatcher([screen], capacity=3) as dispatcher:
         hang(dispatcher, screen)
@@ -455,24 +464,19 @@ def test_summaries_give_way_to_alerts(gate: Gate) -> None:
         dispatcher.send(alert(8))  # only alerts are left
         screen.opened.set()
     assert screen.seen == [0, 2, 5, 6]
-    assert summaries == []
+    assert screen.shown == []
     assert dispatcher.dropped_summaries == 4
     assert [left.alert.samples_seen for left in dispatcher.undelivered] == [8]
 
 
 def test_of_running_figures_the_latest_are_shown(gate: Gate) -> None:
-    class Screen(Gate):
-        def summarise(self, summary: Summary) -> None:
-            summaries.append(summary.samples_seen)
-
-    summaries: list[int] = []
     screen = Screen()
     with Dispatcher([screen], capacity=2) as dispatcher:
         hang(dispatcher, screen)
         for index in range(1, 6):
             dispatcher.summarise(summary(index))
         screen.opened.set()
-    assert summaries == [4, 5]
+    assert screen.shown == [4, 5]
 
 
 def test_flush_keeps_its_deadline(gate: Gate) -> None:
@@ -703,3 +707,53 @@ assert dispatcher.undelivered_count == 0
     ended = run(script, str(path), ALERT.to_json(), str(tmp_path / "spool"))
     assert ended.returncode == 0, ended.stderr
     assert path.read_text().splitlines() == ["True 0", "True 1", "True 2"]
+
+
+class Exiting(Exception):
+    """What a foreign exception may be."""
+
+    @property
+    def retry_after(self) -> float:
+        raise SystemExit
+
+
+class Asking(Exception):
+    def __init__(self, retry_after: object) -> None:
+        self.retry_after = retry_after
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (ValueError(), 0),
+        (Asking(2.5), 2.5),
+        (Asking(10**400), 3600),
+        (Asking(math.inf), 3600),
+        (Asking(-7), 0),
+        (Asking(math.nan), 0),
+        (Asking("7"), 0),
+        (Exiting(), 0),
+    ],
+    ids=repr,
+)
+def test_whatever_an_error_asks_for_is_a_pause(error: Exception, seconds: float) -> None:
+    assert pause_after(error) == seconds
+
+
+def test_a_thread_that_is_ended_again_and_again_makes_no_loop_without_a_pause() -> None:
+    ended = []
+
+    def settled(*_: object) -> None:
+        ended.append(time.monotonic())
+        raise RuntimeError("no room for a word")
+
+    thread = SinkThread(Recorder(), "sink", capacity=8, tries=1, settled=settled)
+    thread.put(alert(1))
+    assert not thread.wait(thread.mark(), 1.5)
+    thread.begin_to_close()
+    thread.finish(0.5)
+    assert 2 <= len(ended) <= 12
+    time.sleep(0.3)
+    count = len(ended)
+    time.sleep(0.3)
+    assert len(ended) == count  # nor does it go on after the end
