@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.drift.bets import EVEN, log_middle_bet, log_power_bet, simple_jumper
-from ood_monitor.drift.change import Since, since_when
+from ood_monitor.drift.change import Since, likeliest, since_when
 from ood_monitor.drift.e_detector import EDetector
 
 CALIBRATION, BEFORE, LONGEST, ERT = 500, 400, 5_000, 10_000
@@ -59,11 +59,7 @@ def by_bets(ranks: _Array) -> Since:
         complement = max(1 - p, 1e-12)
         middle = log_middle_bet(p, complement)
         rows.append((log_power_bet(p), log_power_bet(complement), jump, middle))
-    log_weights = np.logaddexp.reduce(np.cumsum(np.array(rows)[::-1], axis=0), axis=1)
-    found = np.exp(log_weights - log_weights.max())
-    order = np.argsort(-found, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(found[order]), 0.9 * found.sum())) + 1
-    return Since(int(order[0]), int(order[:enough].max()), int(order[:enough].min()))
+    return likeliest(np.logaddexp.reduce(np.cumsum(np.array(rows)[::-1], axis=0), axis=1))
 
 
 def figures(found: list[Since], true: list[int]) -> dict[str, float]:

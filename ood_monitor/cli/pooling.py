@@ -14,6 +14,7 @@ from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.state import StateFile
 from ood_monitor.cli.watching import EXIT_CODES
 from ood_monitor.drift.evidence import checked_ert, pooled_log_e_value
+from ood_monitor.monitor.memory import overall
 
 __all__ = ["pool"]
 
@@ -76,11 +77,10 @@ class _Replica:
             data, evidence = monitor["drift"]["data"], monitor["log_e_value"]
             if monitor["status"] not in get_args(Status):
                 raise ValueError(f"status {monitor['status']!r}")
-            has_drift = monitor["status"] == "ALERT"
             return cls(
                 path=path,
-                status=_overall(monitor),
-                has_drift=has_drift,
+                status=overall(monitor["status"], blind=monitor["blind"], stale=monitor["stale"]),
+                has_drift=monitor["status"] == "ALERT",
                 samples_seen=whole("samples_seen", monitor["samples_seen"]),
                 log_e_value=-math.inf if evidence is None else number("log_e_value", evidence),
                 ert=checked_ert(data["ert"]),
@@ -93,14 +93,6 @@ class _Replica:
     def counted(self) -> float:
         """Its evidence in nats; the test has begun anew where an alarm stands."""
         return max(self.log_e_value, math.log(self.ert) if self.has_drift else -math.inf)
-
-
-def _overall(monitor: Mapping[str, Any]) -> Status:
-    """Of samples, weights and input together."""
-    if monitor["blind"]:
-        return "ALERT"
-    status: Status = monitor["status"]
-    return "WARN" if status == "OK" and monitor["stale"] else status
 
 
 def _check_alike(found: Sequence[_Replica]) -> None:

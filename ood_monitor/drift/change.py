@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
-__all__ = ["KEPT", "Ranks", "Since", "since_when"]
+__all__ = ["KEPT", "Ranks", "Since", "likeliest", "since_when"]
 
 #: Latest samples of an episode whose ranks are kept; a change before them counts as at the first.
 KEPT = 5000
@@ -66,6 +66,11 @@ def since_when(ranks: ArrayLike) -> Since:
     bins = np.searchsorted(_EDGES[1:-1], back)
     counts = np.cumsum(np.eye(len(_WIDTHS))[bins], axis=0)  # of the latest 1, 2, ..., n
     log_weights = np.logaddexp.reduce([_log_marginal(counts, weight) for weight in _SAMPLES])
+    return likeliest(log_weights)
+
+
+def likeliest(log_weights: NDArray[np.float64]) -> Since:
+    """The largest weight, and the least set that has nine tenths of all, from the latest back."""
     weights = np.exp(log_weights - log_weights.max())
     order = np.argsort(-weights, kind="stable")
     enough = int(np.searchsorted(np.cumsum(weights[order]), _SHARE * weights.sum())) + 1
@@ -99,9 +104,9 @@ class Ranks:
         found._values = self._values[:]
         return found
 
-    def tolist(self) -> list[float]:
-        """Of each sample, the latest last, for JSON."""
-        return self._values[-KEPT:].tolist()
+    def tolist(self, latest: int = KEPT) -> list[float]:
+        """Of so many samples at most, the latest last."""
+        return self._values[-latest:].tolist()
 
     @classmethod
     def parse(cls, ranks: Any, samples: int) -> "Ranks":

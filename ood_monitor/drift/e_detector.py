@@ -284,6 +284,10 @@ class EDetector:
         log_e = episode.bet(p, complement)
         return Evidence(p, log_e, log_e >= self._log_ert, episode.n)
 
+    def latest_ranks(self, count: int) -> list[float]:
+        """Returns the ranks of so many samples at most since the start, the latest last."""
+        return self._episode.ranks.tolist(count)
+
     def since(self) -> Since:
         """Returns since when the evidence counts, back from the latest sample.
 

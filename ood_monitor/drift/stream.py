@@ -90,6 +90,10 @@ class StreamTest:
             cause="mix" if mix.log_e_value > data.log_e_value else "data",
         )
 
+    def latest_ranks(self, count: int) -> list[float]:
+        """Returns the ranks of scores, of so many samples at most since it began."""
+        return self._data.latest_ranks(count)
+
     def since(self, cause: Cause) -> Since:
         """Returns since when the evidence counts, of what it is of, back from the latest sample.
 

@@ -38,6 +38,9 @@ _STATE_FORMAT = 4
 #: Of the latest hundred samples, as many that cannot be scored are an incident.
 _MANY_INVALID = 10
 
+#: Latest tested samples that are looked at for neighbours, and traced.
+_RANKS = 1000
+
 #: A drift counts as over after so many times the samples that its evidence took to gather.
 _TIMES = 4
 
@@ -247,7 +250,7 @@ class Decisions:
         memory.quiet += 1
         evidence = self.test.update(row.score, row.group)
         memory.log_e_value = evidence.log_e_value
-        memory.episode.test(evidence.p_value, memory.samples_seen)
+        memory.episode.test(memory.samples_seen)
         if evidence.alarm:
             self._alarm(evidence)
         elif memory.status != "OK" and self.rules.is_over(
@@ -302,7 +305,8 @@ class Decisions:
         """With the figures, layers and flagged samples since the evidence began."""
         episode, tested = self.memory.episode, self.memory.episode.tested
         began, latest = tested[-1 - since.estimate], since.estimate * self.rules.thin + 1
-        alike = neighbours_of(episode.ranks, self.rules.ert, ONCE)
+        ranks = self.test.latest_ranks(_RANKS)
+        alike = neighbours_of(ranks, self.rules.ert, ONCE)
         message = _drift_message(evidence, self.rules.ert, began)
         message += "" if alike is None else f" {alike}"
         flagged = [sample for sample in episode.flagged if sample.position >= began]
@@ -316,11 +320,11 @@ class Decisions:
             correlation=None if alike is None else alike.correlation,
             ert_if_correlated=None if alike is None else alike.ert,
         )
-        return replace(alert, evidence=figures, trace=episode.trace())
+        return replace(alert, evidence=figures, trace=episode.trace(ranks))
 
     def _look_at_neighbours(self) -> None:
         if self.neighbours is None:  # it is told once
-            self.neighbours = neighbours_of(self.memory.episode.ranks, self.rules.ert, OFTEN)
+            self.neighbours = neighbours_of(self.test.latest_ranks(_RANKS), self.rules.ert, OFTEN)
 
     def _recover(self) -> None:
         memory = self.memory

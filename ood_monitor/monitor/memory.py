@@ -32,6 +32,7 @@ __all__ = [
     "Episode",
     "Memory",
     "Row",
+    "overall",
     "rows_of",
     "strongest_layers",
     "top_layers",
@@ -44,7 +45,7 @@ _RECENT_SCORES = 1000
 #: Tested samples that a drift alert traces.
 _TRACED = 200
 
-_KEPT = ("scores", "flags", "ranks", "tested", "flagged")
+_KEPT = ("scores", "flags", "tested", "flagged")
 
 #: Latest samples of which it counts how many could be scored.
 _RECENT_VALIDITY = 100
@@ -85,14 +86,13 @@ def rows_of(scores: Scores, names: Sequence[str], ids: Sequence[Any] | None) -> 
 class Episode:
     """Running figures since the last (re)start of the drift test.
 
-    Of the samples that went into the test, ``ranks`` are its own of the latest, and ``tested`` are
-    the positions in the stream, counted from 1, of as many as it keeps the bets of, or more.
+    Of the samples that went into the test, ``tested`` are the positions in the stream, counted from
+    1, of as many as it keeps the ranks of, or more.
     """
 
     seen: int = 0
     scores: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     flags: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
-    ranks: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_SCORES))
     tested: "array[int]" = field(default_factory=lambda: array("q"))
     layers: BlockMeans = field(default_factory=BlockMeans)  # of z and of parts, (2, L)
     flagged: deque[FlaggedSample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
@@ -106,9 +106,8 @@ class Episode:
             self.flagged.append(flagged)
         self.layers.add(row.layers)
 
-    def test(self, rank: float, position: int) -> None:
-        """Take in a sample that the drift test has seen."""
-        self.ranks.append(rank)
+    def test(self, position: int) -> None:
+        """Take in the place of a sample that the drift test has seen."""
         self.tested.append(position)
         if len(self.tested) > 2 * KEPT:  # seldom, as it moves all that is kept
             del self.tested[:-KEPT]
@@ -118,11 +117,11 @@ class Episode:
         kept = {name: copy.copy(getattr(self, name)) for name in _KEPT}
         return replace(self, layers=self.layers.copy(), **kept)
 
-    def trace(self) -> tuple[TracePoint, ...]:
-        """Tested samples, evenly taken from the latest thousand."""
-        count = len(self.ranks)
+    def trace(self, ranks: Sequence[float]) -> tuple[TracePoint, ...]:
+        """Tested samples, evenly taken from the latest, whose ranks these are."""
+        count = len(ranks)
         picked = np.unique(np.linspace(0, count - 1, min(count, _TRACED)).round().astype(int))
-        positions, ranks = self.tested[-count:], list(self.ranks)
+        positions = self.tested[-count:]
         return tuple(TracePoint(positions[i], ranks[i]) for i in picked)
 
     def evidence(
@@ -210,9 +209,7 @@ class Memory:
     @property
     def overall(self) -> Status:
         """The status, of samples, weights and input together."""
-        if self.blind or self.status == "ALERT":
-            return "ALERT"
-        return "WARN" if self.stale else self.status
+        return overall(self.status, blind=self.blind, stale=self.stale)
 
     def dump(self) -> dict[str, Any]:
         """All of it, as primitives that JSON can hold."""
@@ -238,7 +235,6 @@ class Memory:
             "seen": episode.seen,
             "scores": [s if math.isfinite(s) else str(s) for s in episode.scores],
             "flags": list(episode.flags),
-            "ranks": list(episode.ranks),
             "tested": episode.tested[-KEPT:].tolist(),
             "layers": episode.layers.dump(),
             "flagged": _plain(episode.flagged),
@@ -285,11 +281,16 @@ class Memory:
             and min(episode.seen, self.samples_seen, self.invalid, self.quiet) >= 0
             and not math.isnan(self.log_e_value)
             and not np.isnan(episode.scores).any()
-            and len(episode.flags) == len(episode.scores) == recent >= len(episode.ranks)
-            and not np.isnan(episode.ranks).any()
-            and len(episode.tested) >= len(episode.ranks)
+            and len(episode.flags) == len(episode.scores) == recent
             and min(episode.seen, KEPT) <= episode.layers.count <= episode.seen
         )
+
+
+def overall(status: Status, *, blind: bool, stale: bool) -> Status:
+    """The status of a stream: of its samples, whether they can be scored, and of the weights."""
+    if blind or status == "ALERT":
+        return "ALERT"
+    return "WARN" if stale else status
 
 
 def top_layers(names: Sequence[str], layers: Array) -> tuple[LayerShare, ...]:
@@ -341,7 +342,6 @@ def _episode(state: Mapping[str, Any], layers: int) -> Episode:
     episode = Episode(int(state["seen"]))
     episode.scores.extend(map(float, state["scores"]))
     episode.flags.extend(map(bool, state["flags"]))
-    episode.ranks.extend(map(float, state["ranks"]))
     episode.tested.extend(whole("tested", position, 1) for position in state["tested"])
     episode.layers = BlockMeans.parse(state["layers"], (2, layers))
     episode.flagged.extend(_flagged(state["flagged"]))
