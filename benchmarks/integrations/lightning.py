@@ -118,7 +118,7 @@ def validation_times(module: Module, batch: Tensor, batches: int, rounds: int) -
         trainer(*callbacks).validate(module, data, verbose=False)
 
     def scored(method: Method, every: int) -> None:
-        options: dict[str, Any] = {"fpr": 0.1, "ert": 100, "calibrate_on": None}
+        options: dict[str, Any] = {"fpr": 0.1, "ert": 100, "calibrate": "never"}
         options |= {"detector": detectors[method], "every_n_batches": every}
         validated(OODMonitor(watch=["val"], **options))
 

@@ -29,7 +29,5 @@ def callbacks() -> list[Any]:
     from ood_monitor_integrations.lightning import OODMonitor
 
     watch: Any = ("val", "test", "predict")
-    callback = OODMonitor(
-        detector=folder, calibrate_on=None, watch=watch, name="autoload", strict=False
-    )
+    callback = OODMonitor(detector=folder, watch=watch, name="autoload", strict=False)
     return [callback]

@@ -1,5 +1,6 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -18,6 +19,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     usable_by,
 )
+from ood_monitor.calibration.conformal import samples_for
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
 from ood_monitor.checks import function, number, seed_of, text, whole
@@ -239,6 +241,32 @@ class Detector(Pretrained):
         """
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
+
+    def on(self, adapter: Adapter) -> Self:
+        check_layers(self.fitted.parameters, parameters_of(adapter, self.layers))
+        detector = copy.copy(self)
+        detector.adapter = adapter
+        return detector
+
+    def check_held_out(self, measured: Measurements, count: int | None, fpr: float) -> None:
+        """Refuse what :meth:`fit_measured`, or a monitor after it, would refuse of more samples.
+
+        Args:
+            measured: Of a few of them, from :meth:`measure`.
+            count: How many there will be; None where nobody knows.
+            fpr: The rate at which single samples are to be flagged.
+
+        Raises:
+            ValueError: They will be too few to fit and calibrate on, or to flag any sample.
+        """
+        if count is None:
+            return
+        _, calibration = self._fitting(measured).sizes(count)
+        if (needed := samples_for(fpr)) > calibration:
+            raise ValueError(
+                f"Expected at least {needed} calibration samples for fpr={fpr:g}, got "
+                f"{calibration} of {count} held-out samples: give more, or a larger `fpr`."
+            )
 
     def recalibrate(self, normal: Iterable[Batch], *, progress: bool = True) -> Self:
         """Keep the fitted densities, and calibrate on other samples that are known to be normal.

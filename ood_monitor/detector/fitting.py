@@ -141,8 +141,12 @@ class Fitting:
             )
         return GroupedPValue(scores, calibrate, large)
 
-    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
+    def sizes(self, count: int) -> tuple[int, int]:
+        """How many of `count` held-out samples fit, and how many calibrate.
+
+        Raises:
+            ValueError: They are too few.
+        """
         calibration = round(count * self.calibration_fraction)
         fit = count - calibration
         fewest = minimum_samples(self.plan.parts)
@@ -152,6 +156,11 @@ class Fitting:
                 f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
                 f"samples at calibration_fraction={self.calibration_fraction}."
             )
+        return fit, calibration
+
+    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, disjoint: a random part to fit on, and the rest to calibrate; each in order."""
+        fit, _ = self.sizes(count)
         chosen = np.zeros(count, dtype=bool)
         chosen[np.random.default_rng(self.seed).permutation(count)[:fit]] = True
         return np.flatnonzero(chosen), np.flatnonzero(~chosen)

@@ -153,7 +153,7 @@ def loaded(folder: Path) -> dict[str, Any]:
     whole.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
     detector = Detector(LogLikelihood(whole)).fit([images(HELD_OUT, seed=1)], progress=False)
     detector.save_pretrained(own := folder / f"whole{os.environ['LOCAL_RANK']}")
-    run = sharded(callback := watcher(detector=own, calibrate_on=None), folder)
+    run = sharded(callback := watcher(detector=own, calibrate="never"), folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.predict(Sharded(), stream(), ckpt_path=folder / "last.ckpt")

@@ -1,35 +1,38 @@
-"""Calibration: each process measures its share, and all fit the same detector on the whole."""
+"""Calibration: each process measures its share, and all fit the same detector on the whole.
 
+Every calibration is a pass of its own over held-out data, of the weights that the module has.
+"""
+
+import logging
+import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from ood_monitor import Detector
-from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.base import Batch, batch_size, map_tensors
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
-from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.indices import Indices, Positions
 from ood_monitor_integrations.lightning.loading import (
     HeldOut,
-    kept_random_state,
-    shared_out,
+    as_in_validation,
+    own_data,
     validation_data,
 )
 from ood_monitor_integrations.lightning.stage_scores import dataset_order
-from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Calibrator", "Collection"]
 
-_KIND = "was not calibrated and will not watch"
+_log = logging.getLogger(__name__)
 
 
 class Collection:
@@ -102,6 +105,30 @@ class Collection:
         detector = self._detector or self._make()
         return detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
 
+    def rehearse(self, batch: Batch, most: int | None, fpr: float) -> None:
+        """Measure a few samples, and see whether `most` like them will be enough.
+
+        Raises:
+            Exception: They cannot be measured, or are too few; kept for :meth:`agree` too.
+        """
+        with self._lockstep.passes():
+            if self._failure is None:
+                detector = self._make()
+                detector.check_held_out(detector.measure(batch), most, fpr)
+
+    def agree(self) -> None:
+        """Hear whether a process has failed; all must call it.
+
+        Raises:
+            RuntimeError: Another has.
+            Exception: What made this one fail.
+        """
+        try:
+            self._lockstep.end()
+            self._world.gathered(None if self._failure is not None else b"")
+        except RuntimeError as error:
+            raise self._failure or error from None
+
     def _dump(self) -> bytes | None:
         if self._failure is not None:
             return None
@@ -112,91 +139,87 @@ _NONE: Indices = np.zeros((2, 0), dtype=np.int64)
 
 
 class Calibrator:
-    """Calibrates once training is at its end, in time for the checkpoint of that moment.
-
-    In the last validation it measures the batches that are validated: under a callback that
-    averages weights they are the averaged ones, which the checkpoint will hold. Where the end shows
-    later (early stopping, a limit of steps) it takes a pass over the loaders of its own.
+    """Fits detectors of the weights that a module has, on held-out data, and keeps count.
 
     Args:
-        source: "val", batches of one's own, or None for no calibration.
-        detectors: Takes the fitted detector.
-        failures: Told of failures.
-        progress: Show a bar for a pass of its own.
+        source: Batches of one's own; None for the Trainer's validation data.
+        detectors: Takes what is fitted.
+        most: Samples of one calibration, of all processes.
+        progress: Whether each shows a bar.
+
+    Attributes:
+        seconds: That all calibrations so far have taken.
     """
 
     def __init__(
-        self,
-        source: Literal["val"] | Iterable[Batch] | None,
-        detectors: Detectors,
-        failures: Failures,
-        *,
-        progress: bool,
+        self, source: Iterable[Batch] | None, detectors: Detectors, most: int, *, progress: bool
     ) -> None:
-        self._source, self._detectors = source, detectors
-        self._failures, self._progress = failures, progress
-        self.reset()
+        self._source, self._detectors, self._most = source, detectors, most
+        self._progress, self.seconds = progress, 0.0
 
-    def reset(self) -> None:
-        """Training begins."""
-        self._step: int | None = None  # of the latest calibration, failed or not
-        self._open: Collection | None = None
-        self._held_out: HeldOut | None = None
+    @property
+    def uses_validation(self) -> bool:
+        """Whether validation data calibrate."""
+        return self._source is None
 
-    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin to measure what is validated, if it is for the last time."""
-        if self._wanted(trainer) and is_last_validation(trainer):
-            self._open = self._collection(trainer, pl_module)
-
-    def on_validation_batch_end(
+    def fit(
         self,
         trainer: "Trainer",
         pl_module: "LightningModule",
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int,
-        positions: Positions,
-    ) -> None:
-        """Measure; fit at the last batch, while weights are what they are."""
-        if self._open is None:
-            return
-        if self._source == "val":
-            self._open.add(batch, batch_idx, dataloader_idx, positions)
-        counts = trainer.num_val_batches
-        if dataloader_idx + 1 == len(counts) and batch_idx + 1 == counts[-1]:
-            self.on_validation_epoch_end(trainer, pl_module)
+        source: Iterable[Batch] | None = None,
+    ) -> Detector:
+        """Fit on `source`, or on what was chosen; all processes must call it.
 
-    def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Fit, at the latest."""
-        collection, self._open = self._open, None
-        if collection is None:
-            return
-        self._step = trainer.global_step
-        with self._failures.contained(_KIND):
-            if self._source != "val":
-                self._pass(collection, trainer, pl_module)
-            self._detectors.current = collection.fitted()
-
-    def at_the_end(self, trainer: "Trainer", pl_module: "LightningModule") -> bool:
-        """Calibrate if training is at its end and was not calibrated there; whether it was due."""
-        if not self._wanted(trainer) or not ends_training(trainer):
-            return False
-        self._step = trainer.global_step
-        with self._failures.contained(_KIND):
-            self.now(trainer, pl_module, None)
-        return True
-
-    def now(
-        self, trainer: "Trainer", pl_module: "LightningModule", source: Iterable[Batch] | None
-    ) -> None:
-        """Calibrate on `source`, or on what was chosen, in a pass over it."""
+        Raises:
+            RuntimeError: Another process failed.
+            Exception: What made this one fail.
+        """
+        start = time.perf_counter()
         collection = self._collection(trainer, pl_module)
         self._pass(collection, trainer, pl_module, source)
-        self._detectors.current = collection.fitted()
+        detector = collection.fitted()
+        self._detectors.put(detector)
+        spent = time.perf_counter() - start
+        self.seconds += spent
+        samples = detector.fitted.fit_count + len(detector.fitted.calibration.scores)
+        _log.info("Calibrated on %d held-out samples in %.1f s.", samples, spent)
+        return detector
 
-    def _wanted(self, trainer: "Trainer") -> bool:
-        is_new = self._step != trainer.global_step
-        return self._source is not None and is_new and not getattr(trainer, "fast_dev_run", False)
+    def rehearse(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Batch | None, fpr: float
+    ) -> None:
+        """Do to two samples what will be done to all; all processes must call it.
+
+        Args:
+            trainer: As of :meth:`fit`.
+            pl_module: Likewise.
+            batch: Of the validation data, as a step gets it; None to load one.
+            fpr: The rate at which samples are to be flagged.
+
+        Raises:
+            RuntimeError: Another process failed.
+            Exception: What will make :meth:`fit` fail, or why nothing could be flagged.
+        """
+        collection = self._collection(trainer, pl_module)
+        try:
+            held_out = self._held_out(trainer, None)
+            if batch is None or not self.uses_validation:
+                with as_in_validation(trainer, pl_module):
+                    batches = held_out.batches(trainer, pl_module, self._most)
+                    batch = next(batches, (None,))[0]
+            if batch is not None:
+                most = self._count(trainer, held_out, batch)
+                collection.rehearse(map_tensors(lambda tensor: tensor[:2], batch), most, fpr)
+        except Exception as error:  # all processes must come to the collective that follows
+            collection.fail(error)
+        collection.agree()
+
+    def _count(self, trainer: "Trainer", held_out: HeldOut, batch: Batch) -> int | None:
+        """Samples that there will be, at least about; None where nobody knows."""
+        if held_out.count is None or getattr(trainer, "fast_dev_run", False):
+            return None
+        shares = 1 if held_out.world.size > 1 else World.of(trainer).size
+        return min(self._most, held_out.count * shares * batch_size(batch))
 
     def _collection(self, trainer: "Trainer", pl_module: "LightningModule") -> Collection:
         return Collection(
@@ -205,23 +228,22 @@ class Calibrator:
             lambda: self._detectors.adapter(pl_module).module,
         )
 
+    def _held_out(self, trainer: "Trainer", source: Iterable[Batch] | None) -> HeldOut:
+        world, source = World.of(trainer), self._source if source is None else source
+        return validation_data(trainer, world) if source is None else own_data(source, world)
+
     def _pass(
         self,
         collection: Collection,
         trainer: "Trainer",
         pl_module: "LightningModule",
-        source: Iterable[Batch] | None = None,
+        source: Iterable[Batch] | None,
     ) -> None:
         world = World.of(trainer)
-        source = self._source if source is None else source
         try:
-            held_out = (
-                validation_data(trainer, world)
-                if source is None or isinstance(source, str)
-                else shared_out(source, world)
-            )
-            with kept_random_state():
-                batches = held_out.batches(trainer, pl_module)
+            with as_in_validation(trainer, pl_module):
+                held_out = self._held_out(trainer, source)
+                batches = held_out.batches(trainer, pl_module, -(-self._most // world.size))
                 hidden = not self._progress or world.rank > 0
                 for batch, index, at in tqdm(batches, desc="calibration", disable=hidden):
                     collection.add(batch, index, at, held_out.positions)

@@ -1,13 +1,16 @@
 """The callback: Lightning's hooks, and what each of them asks for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
 
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
-from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.base import Batch, describe
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import flag, function, items, number, path_of, text, whole
+from ood_monitor.checks import flag, function, items, number, path_of, text, whole, word
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
@@ -18,6 +21,7 @@ from ood_monitor_integrations.lightning.loggers import (
     write,
 )
 from ood_monitor_integrations.lightning.namespaces import callback_class
+from ood_monitor_integrations.lightning.saving import Checkpoints, Policy
 from ood_monitor_integrations.lightning.sharding import refuse_strategy
 from ood_monitor_integrations.lightning.stage_scores import StageScores
 from ood_monitor_integrations.lightning.trainer_monitor import (
@@ -41,6 +45,11 @@ Stage = Literal["train", "val", "validate", "test", "predict"]
 _STAGES = ("train", "val", "test", "predict")
 
 _NAME = "OODMonitor"
+
+_NOT_WATCHED = (
+    "a detector comes with the checkpoints, and the validation data may have calibrated it; give "
+    "`held_out=` and `calibrate_every_n_epochs=`, or a fitted `detector=`."
+)
 
 
 class OODMonitor(Callback):
@@ -74,11 +83,21 @@ class OODMonitor(Callback):
         detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
             this ``name``, to go with `load_from_checkpoint`. One that is not fitted yet has the
             settings for the one to fit.
-        calibrate_on: Held-out batches that the model is not trained on, to go through once or
-            twice; ``"val"`` takes the validation data; None keeps what ``detector`` or a checkpoint
-            brings. Nothing is fitted if only ``"train"`` is watched.
+        held_out: Held-out batches that the model is not trained on, nor its checkpoints chosen by,
+            to go through once for each calibration. None takes the validation data.
+        calibrate: Which checkpoints get a detector of their weights, while they are saved:
+            ``"best"``, whenever a `ModelCheckpoint`'s monitored value has improved, and the last;
+            ``"every checkpoint"``; ``"last"``; or ``"never"``. By default it is the best where a
+            value is monitored, else the last, and never where ``detector`` brings one that is
+            fitted. The weights at the end of training have one, too. Checkpoints that are kept
+            without one are named when training ends.
+        calibrate_samples: Held-out samples of one calibration, at most; of more data, batches are
+            left out evenly.
+        calibrate_every_n_epochs: Calibrate before validation, too, in every n-th epoch, so that the
+            validation is watched by a detector of the weights that it runs with. It needs
+            ``held_out``, since what has calibrated is no news.
         watch: Which of ``"train"``, ``"val"``, ``"test"``, ``"predict"``. Validation within `fit`
-            is watched too, once there is a detector.
+            is watched only with ``detector`` or ``calibrate_every_n_epochs``.
         ert: Expected run time to a false drift alarm, in samples.
         fpr: False-positive rate of single samples.
         every_n_batches: Score every n-th batch of a stage only.
@@ -107,7 +126,10 @@ class OODMonitor(Callback):
         adapter: AdapterLike | None = None,
         *,
         detector: str | Path | Detector | None = None,
-        calibrate_on: Literal["val"] | Iterable[Any] | None = "val",
+        held_out: Iterable[Any] | None = None,
+        calibrate: Policy | None = None,
+        calibrate_samples: int = 1000,
+        calibrate_every_n_epochs: int | None = None,
         watch: Sequence[Stage] = ("test", "predict"),
         ert: float = 10_000,
         fpr: float = 0.01,
@@ -130,17 +152,30 @@ class OODMonitor(Callback):
         self._failures = Failures(name)
         layers = checked_layers(layers)
         self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
+        self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
-        source = _checked_source(calibrate_on) if self._needs_detector else None
+        self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)
         self._calibrator = Calibrator(
-            source, self._detectors, self._failures, progress=flag("progress", progress)
+            checked_loader(held_out, again=True),
+            self._detectors,
+            whole("calibrate_samples", calibrate_samples, 1),
+            progress=flag("progress", progress),
+        )
+        is_idle = not self._needs_detector or (calibrate is None and self._detectors.is_given)
+        policy = None if calibrate is None else word("calibrate", calibrate, get_args(Policy))
+        self._checkpoints = Checkpoints(
+            "never" if is_idle else policy,
+            self._calibrator,
+            self._detectors,
+            self._failures,
+            lambda: self.state_key,
         )
         stream = TrainingStream() if training is None else _checked_stream(training)
         self._training = TrainingWatch(stream, layers, name)
         settings = Settings(
             stages=self._stages,
             ert=number("ert", ert, 2, ends="[)"),
-            fpr=number("fpr", fpr, 0, 1, ends="()"),
+            fpr=self._fpr,
             every=whole("every_n_batches", every_n_batches, 1),
             sinks=[LeftOpen(function("a sink", sink)) for sink in items("sinks", sinks)],
             scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
@@ -149,7 +184,7 @@ class OODMonitor(Callback):
             words=words,
         )
         self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
-        self._batch_idx, self._is_off, self._is_broken = 0, False, False
+        self._batch_idx, self._is_off, self._is_broken, self._is_rehearsed = 0, False, False, False
 
     @property
     def monitor(self) -> Monitor | None:
@@ -219,9 +254,7 @@ class OODMonitor(Callback):
                 :meth:`~ood_monitor.Detector.fit` refuses.
             RuntimeError: Another process failed.
         """
-        self._calibrator.now(trainer, pl_module, loader)
-        assert self.detector is not None
-        return self.detector
+        return self._calibrator.fit(trainer, pl_module, checked_loader(loader))
 
     @property
     def state_key(self) -> str:
@@ -229,18 +262,15 @@ class OODMonitor(Callback):
         return self._generate_state_key(name=self._name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Detector and training stream as primitives: the checkpoint loads as weights only."""
-        state: dict[str, Any] = {}
-        with self._failures.contained("has a detector that no checkpoint can hold"):
-            state |= self._detectors.state_dict()
-        if streams := self._training.state_dict():
-            state["training"] = streams
-        return state
+        """The training stream, as primitives; :meth:`on_save_checkpoint` adds the detector."""
+        streams = self._training.state_dict()
+        return {"training": streams} if streams else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state; the detector is made when the model has its weights."""
-        if "config" in state_dict:
-            self._detectors.load_state_dict(state_dict)
+        with self._failures.contained("could not read the detector of a checkpoint"):
+            if "config" in state_dict:
+                self._detectors.load_state_dict(state_dict)
         with self._failures.contained("could not resume its training stream"):
             self._training.load_state_dict(state_dict.get("training", {}))
 
@@ -253,33 +283,38 @@ class OODMonitor(Callback):
             FileNotFoundError: No saved detector in the folder named.
         """
         self._is_broken = False
-        try:
+        _move_behind_others(trainer, self)
+        with self._or_off(ValueError, FileNotFoundError):
             refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
             if self._needs_detector:
                 self._detectors.check(pl_module)
-        except (ValueError, FileNotFoundError) as error:
-            if self._strict:
-                raise
-            self._is_off = True
-            self._failures.tell(REFUSED, error)
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """Calibrate for the last checkpoint, whichever callback has ended training."""
-        if self._may_calibrate(trainer) and self._calibrator.at_the_end(trainer, pl_module):
-            checkpoint.get("callbacks", {})[self.state_key] = self.state_dict()
+        """Put in a detector of the weights that are saved, calibrated now if it is to have one."""
+        if self._needs_detector and not self._is_off:
+            may = self._may_calibrate(trainer)
+            self._checkpoints.save(trainer, pl_module, checkpoint, calibrate=may)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Nothing is calibrated yet."""
-        self._calibrator.reset()
+        self._is_rehearsed = False
+        self._checkpoints.begin(trainer)
         self._training.begin()
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Refuse what could not be calibrated, if the sanity check has not done so."""
+        self._rehearse(trainer, pl_module, None)
+        if "val" in self._stages and not self._is_off and not self._watches_validation_of_fit:
+            self._failures.tell("does not watch the validation of `fit`", _NOT_WATCHED)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Remember which batch comes."""
+        """Remember which batch comes; checkpoints of the step before are written by now."""
         self._batch_idx = batch_idx
+        self._settle(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Any
@@ -296,45 +331,56 @@ class OODMonitor(Callback):
                 write(trainer.loggers, metrics, trainer.global_step, self._failures)
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Calibrate if training ends and no validation has done it; log of the training stream."""
+        """Log of the training stream."""
         if "train" in self._stages and not (self._is_off or trainer.barebones):
             found = self._training.summary()
             metrics = {f"{self._of_training}/{name}": value for name, value in found.items()}
             self._log(metrics, on_epoch=True, sync_dist=trainer.world_size > 1)
-        if self._may_calibrate(trainer):
-            self._calibrator.at_the_end(trainer, pl_module)
+        self._settle(trainer, pl_module)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Calibrate if training was ended after all other hooks."""
+        """Calibrate for the weights that training ends with."""
         if self._may_calibrate(trainer):
-            self._calibrator.at_the_end(trainer, pl_module)
+            self._checkpoints.finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Name the checkpoints without a detector."""
+        if self._may_calibrate(trainer):
+            self._checkpoints.name_those_without(trainer, pl_module)
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin to watch, and to measure if it is the last validation in `fit`."""
+        """Checkpoints of the step before are written by now."""
+        self._settle(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begin to watch; the weights are those that are validated, averaged ones included."""
         if trainer.sanity_checking or self._is_off:
             return
-        if self._may_calibrate(trainer):
-            self._calibrator.on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            if "val" not in self._stages or not self._watches_validation_of_fit:
+                return
+            every = self._every_n_epochs
+            if every is not None and trainer.current_epoch % every == 0:
+                with self._failures.contained("was not calibrated before a validation"):
+                    self._calibrator.fit(trainer, pl_module)
         self._trainer_monitor.begin(trainer, pl_module, "val", trainer.val_dataloaders)
 
-    def on_validation_batch_end(
+    def on_validation_batch_start(
         self,
         trainer: "Trainer",
         pl_module: "LightningModule",
-        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Score the batch, and measure it."""
-        self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
-        self._calibrator.on_validation_batch_end(
-            trainer, pl_module, batch, batch_idx, dataloader_idx, self._trainer_monitor.positions
-        )
+        """Score the batch, before the step writes to it; in the sanity check, see if it can be."""
+        if trainer.sanity_checking:
+            self._rehearse(trainer, pl_module, batch)
+        else:
+            self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide, and log."""
-        self._calibrator.on_validation_epoch_end(trainer, pl_module)
         self._trainer_monitor.finish(trainer, "val")
 
     def on_test_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -351,19 +397,18 @@ class OODMonitor(Callback):
         if not self._is_off:
             self._trainer_monitor.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
 
-    def on_predict_batch_end(
+    def on_predict_batch_start(
         self,
         trainer: "Trainer",
         pl_module: "LightningModule",
-        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Score the batch."""
+        """Score the batch, before the step writes to it."""
         self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
 
-    on_test_batch_end = on_predict_batch_end
+    on_test_batch_start = on_predict_batch_start
 
     def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide; `self.log` is not allowed here, the loggers are."""
@@ -376,9 +421,40 @@ class OODMonitor(Callback):
         self._is_broken = True  # no process may wait for another from here on
         self._trainer_monitor.abandon()
 
+    @property
+    def _watches_validation_of_fit(self) -> bool:
+        """Whether there is a detector for it that has not learned from the same samples."""
+        return self._detectors.is_given or self._every_n_epochs is not None
+
     def _may_calibrate(self, trainer: "Trainer") -> bool:
-        is_fit = trainer.state.fn == "fit"
+        is_fit = trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False)
         return is_fit and not (self._is_off or self._is_broken or trainer.sanity_checking)
+
+    def _settle(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._needs_detector and self._may_calibrate(trainer):
+            self._checkpoints.settle(trainer, pl_module, calibrate=True)
+
+    def _rehearse(self, trainer: "Trainer", pl_module: "LightningModule", batch: Any) -> None:
+        """Do to two samples, before the first step, what will be done to all."""
+        if self._is_rehearsed or self._is_off or not self._checkpoints.calibrates:
+            return
+        self._is_rehearsed = True
+        with self._or_off():
+            self._calibrator.rehearse(trainer, pl_module, batch, self._fpr)
+
+    @contextmanager
+    def _or_off(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Raise what was refused where that is strict, else warn, and leave the model alone."""
+        try:
+            yield
+        except Exception as error:  # whatever a foreign model raises
+            if self._strict:
+                if isinstance(error, kinds):
+                    raise
+                told = f"{self._name} could not calibrate on two held-out samples"
+                raise ValueError(f"{told}: {type(error).__name__}: {error}") from error
+            self._is_off = True
+            self._failures.tell(REFUSED, error)
 
     def _log(self, metrics: dict[str, float], **options: Any) -> None:
         # The Trainer attaches `log_dict` to callbacks.
@@ -392,15 +468,51 @@ def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
     return frozenset(stages)
 
 
-def _checked_source(
-    source: Literal["val"] | Iterable[Any] | None,
-) -> Literal["val"] | Iterable[Any] | None:
-    is_known = source is None or (isinstance(source, str) and source == "val")
+def checked_loader(source: Any, *, again: bool = False) -> Any:
+    """Held-out batches, or None.
+
+    Args:
+        source: The batches.
+        again: Whether they are to be gone through more than once.
+
+    Raises:
+        TypeError: They are none, or come once only.
+    """
     # A loader may be one by `__getitem__` alone.
     is_loader = hasattr(source, "__iter__") or hasattr(source, "__getitem__")
-    if not is_known and (isinstance(source, (str, bytes)) or not is_loader):
-        raise ValueError(f"Expected calibrate_on 'val', held-out batches or None, got {source!r}.")
+    if source is not None and (isinstance(source, str | bytes | Tensor) or not is_loader):
+        raise TypeError(
+            "Expected held-out data as a loader, an iterable of batches, or None for the "
+            f"validation data, got {describe(source)}."
+        )
+    if again and isinstance(source, Iterator):
+        raise TypeError(
+            "Expected held-out batches that each calibration can go through anew, as a loader or a "
+            f"list, got an iterator, {type(source).__name__}."
+        )
     return source
+
+
+def _checked_every(every: int | None, held_out: Any) -> int | None:
+    if every is None:
+        return None
+    if held_out is None:
+        raise ValueError(
+            "Expected `held_out=` a loader with `calibrate_every_n_epochs`, got None: validation "
+            "data that calibrated a detector are no news to it."
+        )
+    return whole("calibrate_every_n_epochs", every, 1)
+
+
+def _move_behind_others(trainer: Any, callback: Callback) -> None:
+    """Stand behind all callbacks but those that save: behind whoever averages weights or stops.
+
+    A list of its own, since the Trainer goes through the old one now.
+    """
+    saving = [other for other in trainer.callbacks if other in trainer.checkpoint_callbacks]
+    ours = [other for other in trainer.callbacks if isinstance(other, OODMonitor)]
+    rest = [other for other in trainer.callbacks if other not in saving and other not in ours]
+    trainer.callbacks = [*rest, *ours, *saving]
 
 
 def _checked_stream(training: TrainingStream) -> TrainingStream:

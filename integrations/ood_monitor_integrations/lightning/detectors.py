@@ -1,8 +1,10 @@
-"""The detector of a LightningModule: given, read from a file or a checkpoint, or fitted."""
+"""The detectors of a LightningModule, by the weights that each is of."""
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +16,10 @@ from ood_monitor.checks import function, path_of
 from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
+from ood_monitor.modules import stored_weights
 from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor.saving.fingerprints import digest, digest_of_tensors
+from ood_monitor.saving.fitted import Fitted
 from ood_monitor_integrations.lightning.sharding import (
     refuse_gradients_of_shards,
     refuse_shards_of_others,
@@ -23,14 +28,20 @@ from ood_monitor_integrations.lightning.sharding import (
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-__all__ = ["AdapterLike", "Detectors", "check_method"]
+__all__ = ["AdapterLike", "Detectors", "beside", "check_method"]
 
 #: An adapter, or a function `(module, x) -> (B,)` that gives log-likelihoods in nats.
 AdapterLike: TypeAlias = Adapter | Callable[[nn.Module, Any], Tensor]
 
+#: What a detector is as primitives.
+State: TypeAlias = Mapping[str, Any]
+
+#: Detectors that stay at hand; those of older checkpoints are read from their files.
+_KEPT = 8
+
 
 class Detectors:
-    """Where the detector comes from, and the one in use.
+    """Where a detector comes from, and which goes with the weights of a module.
 
     Args:
         adapter: The model; None for the LightningModule's own.
@@ -40,7 +51,7 @@ class Detectors:
         key: Of the callback's state in a checkpoint.
 
     Attributes:
-        current: The fitted detector in use; None before there is one.
+        current: The detector that was in use last; None before there is one.
     """
 
     def __init__(
@@ -57,9 +68,18 @@ class Detectors:
         self._template = given if isinstance(given, Detector) else None
         is_saved = given is not None and self._template is None
         self._saved = path_of("detector", given) if is_saved else None
-        self._state: Mapping[str, Any] | None = None
+        self._loaded: Detector | None = None
+        self._fitted: OrderedDict[str, Detector] = OrderedDict()
+        self._states: OrderedDict[str, State] = OrderedDict()
+        self._buffers: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a fitted one from outside, which goes before those of checkpoints."""
+        is_fitted = self._template is not None and self._template.is_fitted
+        return is_fitted or self._saved is not None
 
     def check(self, pl_module: "LightningModule") -> None:
         """Refuse what could never be monitored.
@@ -87,56 +107,148 @@ class Detectors:
 
     def new(self, pl_module: "LightningModule") -> Detector:
         """A detector to be fitted."""
-        if self._template is not None:
-            return _checked(copy.copy(self._template))
         adapter = self.adapter(pl_module)
+        if self._template is not None:
+            detector = copy.copy(self._template)
+            detector.adapter = adapter
+            return _checked(detector)
         return _checked(Detector(adapter, method=self._method, layers=self._layers))
 
+    def put(self, detector: Detector) -> None:
+        """Keep a detector that was fitted here, which is in use from now on."""
+        model, module = detector.fitted.model, detector.adapter.module
+        _put(self._fitted, model, detector)
+        buffers = {name: buffer.cpu().clone() for name, buffer in module.named_buffers()}
+        saved = module.state_dict().keys()
+        _put(self._buffers, model, {k: v for k, v in buffers.items() if k in saved})
+        self.current = detector
+
+    def knows(self, model: str) -> bool:
+        """Whether there is a detector of weights, by their digest."""
+        return model in self._fitted or model in self._states
+
+    def state_of(self, model: str) -> State | None:
+        """The detector of weights as primitives, None if there is none.
+
+        Raises:
+            ValueError: It is one that no file can hold.
+        """
+        if model in self._fitted:
+            return self._fitted[model].state_dict()
+        return self._states.get(model)
+
+    def load_state_dict(self, state: State) -> None:
+        """Keep what a checkpoint has, until a module has its weights.
+
+        Raises:
+            ValueError: It is no detector's, or of a newer version.
+        """
+        fitted, _ = Fitted.parse(state["config"], state["tensors"])
+        _put(self._states, fitted.model, state)
+
+    def look_beside(self, checkpoint: str | Path | None) -> None:
+        """Keep what stands beside a checkpoint."""
+        if checkpoint is not None and (beside(checkpoint) / CONFIG).is_file():
+            self.load_state_dict(_in_folder(beside(checkpoint)))
+
     def ready(self, pl_module: "LightningModule") -> Detector | None:
-        """The detector in use, with what a checkpoint or a folder holds; None if there is none.
+        """The detector to watch a module with, None if there is none.
+
+        It is that of the module's weights that was fitted here; else the one that was given; else
+        one from a checkpoint, of these weights if there is any. A detector of other weights warns.
 
         Its weights are read, which of shards takes all processes: :meth:`mark` is to be the same.
         """
-        groups = None if self._template is None else self._template.groups
-        self._look_up()
-        if self._state is not None:
-            state, self._state = self._state, None
-            adapter = self.adapter(pl_module)
-            self.current = Detector.from_state_dict(state, adapter, groups=groups)
-        return None if self.current is None else _checked(self.current)
+        adapter = self.adapter(pl_module)
+        model = digest(adapter.module)
+        found = self._fitted.get(model) or self._given(adapter)
+        if found is None and (state := self._states.get(model) or self._latest_state()):
+            found = Detector.from_state_dict(state, adapter, groups=self._groups)
+        found = found or self.current
+        if found is not None and found.adapter.module is not adapter.module:
+            found = found.on(adapter)
+        self.current = found
+        return None if found is None else _checked(found)
+
+    def changed(self) -> str:
+        """In words, what the model has that the detector in use was not fitted on."""
+        assert self.current is not None
+        module, model = self.current.adapter.module, self.current.fitted.model
+        saved = module.state_dict().keys()
+        now = {name: value for name, value in module.named_buffers() if name in saved}
+        then = self._buffers.get(model, {})
+        if now.keys() == then.keys():
+            other = [name for name in now if not torch.equal(now[name].cpu(), then[name])]
+            if digest_of_tensors(chain(stored_weights(module), then.items())) == model:
+                return f"buffers were written to after the detector was fitted: {', '.join(other)}."
+        return (
+            "the model has other weights than the detector was fitted on, and no detector of them "
+            "is at hand, in a checkpoint or beside it: `OODMonitor.calibrate` makes one."
+        )
 
     def mark(self) -> bytes:
         """What tells apart what this process would watch with; empty if it has nothing."""
-        self._look_up()
-        if self._state is not None:
-            told = hashlib.sha256(str(self._state.get("config")).encode())
-            told.update(bytes(self._state.get("tensors", b"")))
-            return told.digest()
-        return b"" if self.current is None else self.current.fitted.fingerprint.encode()
+        known = [*self._fitted, *(f"{k} {s.get('config')}" for k, s in self._states.items())]
+        if self._template is not None and self._template.is_fitted:
+            known.append(self._template.fitted.fingerprint)
+        if self._saved is not None:
+            known += [str(state.get("config")) for state in self._read(self._saved)]
+        return hashlib.sha256("\n".join(known).encode()).digest() if known else b""
 
-    def _look_up(self) -> None:
-        if self._state is None and self.current is None and self._saved is not None:
-            self._state = self._read(self._saved)
+    @property
+    def _groups(self) -> Any:
+        return None if self._template is None else self._template.groups
 
-    def _read(self, path: Path) -> Mapping[str, Any]:
+    def _given(self, adapter: Adapter) -> Detector | None:
+        if self._template is not None and self._template.is_fitted:
+            return self._template
+        if self._saved is None:
+            return None
+        if self._loaded is None or self._loaded.adapter.module is not adapter.module:
+            states = {_model_of(state): state for state in self._read(self._saved)}
+            state = states.get(digest(adapter.module)) or next(iter(states.values()))
+            self._loaded = Detector.from_state_dict(state, adapter, groups=self._groups)
+        return self._loaded
+
+    def _latest_state(self) -> State | None:
+        is_newer = self.current is None and self._states
+        return next(reversed(self._states.values())) if is_newer else None
+
+    def _read(self, path: Path) -> Iterator[State]:
+        """What a folder has, or a checkpoint, or the folder beside that."""
         if not path.is_file():
-            config, tensors = path / CONFIG, path / TENSORS
-            return {"config": config.read_text(), "tensors": tensors.read_bytes()}
+            yield _in_folder(path)
+            return
         states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-        if self._key not in states:
+        if "config" in states.get(self._key, {}):
+            yield states[self._key]
+        elif not (beside(path) / CONFIG).is_file():
             raise ValueError(f"Expected a state of {self._key} in {path}, got {sorted(states)}.")
-        state: Mapping[str, Any] = states[self._key]
-        return state
+        if (beside(path) / CONFIG).is_file():
+            yield _in_folder(beside(path))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the detector in use, as primitives: the checkpoint still loads as weights only."""
-        if self.current is None:
-            return dict(self._state or {})
-        return dict(self.current.state_dict())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a state until the model has its weights."""
-        self._state = state
+def beside(checkpoint: str | Path) -> Path:
+    """The folder of the detector of a checkpoint that holds none."""
+    return Path(f"{checkpoint}.detector")
+
+
+def _in_folder(folder: Path) -> State:
+    return {
+        "config": (folder / CONFIG).read_text(),
+        "tensors": (folder / TENSORS).read_bytes(),
+    }
+
+
+def _model_of(state: State) -> str:
+    return Fitted.parse(state["config"], state["tensors"])[0].model
+
+
+def _put(held: OrderedDict[str, Any], key: str, value: Any) -> None:
+    held[key] = value
+    held.move_to_end(key)
+    while len(held) > _KEPT:
+        held.popitem(last=False)
 
 
 def _checked(detector: Detector) -> Detector:

@@ -13,17 +13,21 @@ class Failures:
 
     Args:
         name: Who has them, in the warnings.
+
+    Attributes:
+        name: Likewise.
+        counts: How often each kind went wrong.
     """
 
     def __init__(self, name: str) -> None:
         self.counts: Counter[str] = Counter()
-        self._name = name
+        self.name = name
 
     def tell(self, kind: str, cause: object) -> None:
         """Count one, and warn if it is the first of its kind."""
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            warnings.warn(f"{self._name} {kind}: {cause}", stacklevel=3)
+            warnings.warn(f"{self.name} {kind}: {cause}", stacklevel=3)
 
     @contextmanager
     def contained(self, kind: str) -> Iterator[None]:

@@ -1,49 +1,84 @@
-"""Batches that are loaded beside the Trainer's own loops, and leave no trace in them."""
+"""Batches that are loaded beside the Trainer's own loops, as its validation loads them."""
 
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.base import Batch, map_tensors, tensors_in
 from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.indices import Positions, flattened
+from ood_monitor_integrations.lightning.indices import Positions
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["HeldOut", "kept_random_state", "shared_out", "validation_data"]
+__all__ = ["HeldOut", "as_in_validation", "kept_random_state", "own_data", "validation_data"]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Dataloaders, and how many batches of each one process takes.
+    """A loader, and how many batches of it one process takes.
 
     Attributes:
-        loaders: The loaders, or other iterables of batches.
-        limits: Batches to take of each; None for all.
-        world: The processes that take turns, batch by batch; one if the loaders share out already.
+        loader: Gives (batch, its index, its dataloader's index), as Lightning's `CombinedLoader`.
+        count: Batches that it gives; None where that is not known.
+        world: The processes that take turns, batch by batch; one if the loader shares out already.
         positions: Where the samples stand.
     """
 
-    loaders: list[Iterable[Batch]]
-    limits: list[int | None]
+    loader: Iterable[tuple[Batch, int, int]]
+    count: int | None
     world: World
     positions: Positions
 
     def batches(
-        self, trainer: "Trainer", pl_module: "LightningModule"
+        self, trainer: "Trainer", pl_module: "LightningModule", most: int
     ) -> Iterator[tuple[Batch, int, int]]:
-        """This process's batches on its device, each with its index and its dataloader's."""
-        for at, (loader, limit) in enumerate(zip(self.loaders, self.limits, strict=True)):
-            for index, batch in enumerate(islice(iter(loader), limit)):
-                if index % self.world.size == self.world.rank:
-                    yield _transferred(batch, at, trainer, pl_module), index, at
+        """This process's batches on its device, each with its index and its dataloader's.
+
+        Args:
+            trainer: Whose hooks a batch goes through.
+            pl_module: Likewise.
+            most: Samples, of all batches together; of more, batches are left out evenly, since
+                neighbours in a dataset are often alike.
+        """
+        size, rank = self.world.size, self.world.rank
+        chosen = _Evenly(None if self.count is None else -(-self.count // size), most)
+        for number, (batch, index, at) in enumerate(self.loader):
+            if number % size == rank and chosen.takes(number // size, batch):
+                yield _transferred(chosen.cut(batch), at, trainer, pl_module), index, at
+            if chosen.is_full:
+                return
+
+
+class _Evenly:
+    """Which of so many batches are taken, where all have about as many samples as the first."""
+
+    def __init__(self, count: int | None, most: int) -> None:
+        self._count, self._left, self._wanted = count, most, 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._left <= 0
+
+    def takes(self, number: int, batch: Batch) -> bool:
+        size = _samples(batch)
+        if not self._wanted:
+            self._wanted = max(1, self._left // max(size, 1))
+        if self._count is None or self._count <= self._wanted:
+            return True
+        # Where a line of slope wanted / count reaches the next whole number.
+        before, after = (-(-n * self._wanted // self._count) for n in (number, number + 1))
+        return after > before
+
+    def cut(self, batch: Batch) -> Batch:
+        left, size = self._left, _samples(batch)
+        self._left -= max(size, 1)
+        return batch if size <= left else map_tensors(lambda tensor: tensor[:left], batch)
 
 
 def validation_data(trainer: "Trainer", world: World) -> HeldOut:
@@ -52,22 +87,67 @@ def validation_data(trainer: "Trainer", world: World) -> HeldOut:
     Raises:
         ValueError: There are none.
     """
-    loaders = flattened(trainer.val_dataloaders)
-    if not loaders:
-        raise ValueError(
-            "Expected validation dataloaders or `calibrate_on=` a loader, got neither."
-        )
-    limits = [None if n == float("inf") else int(n) for n in trainer.num_val_batches]
-    return HeldOut(loaders, limits, World(), Positions(loaders, world))
+    loops = [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop]
+    if trainer.state.fn == "validate":
+        loops.reverse()
+    elif trainer.enable_validation and trainer.state.fn == "fit" and not _loaded(loops[0]):
+        loops[0].setup_data()  # no validation has run so far
+    loop = next((loop for loop in loops if _loaded(loop)), None)
+    if loop is None:
+        raise ValueError("Expected validation dataloaders or `held_out=` a loader, got neither.")
+    combined: Any = loop._combined_loader
+    # Another of its kind: the Trainer's own may stand in the middle of a validation.
+    again = type(combined)(combined.iterables, combined._mode)
+    again.limits = [_limit(n) for n in loop._max_batches]
+    return HeldOut(again, _length(iter(again)), World(), Positions(combined.flattened, world))
 
 
-def shared_out(source: Iterable[Batch], world: World) -> HeldOut:
+def _loaded(loop: Any) -> bool:
+    return loop._combined_loader is not None
+
+
+def own_data(source: Any, world: World) -> HeldOut:
     """Batches of one's own, of which each process takes its share."""
+    if hasattr(source, "flattened"):  # Lightning's CombinedLoader
+        again = type(source)(source.iterables, source._mode)
+        return HeldOut(again, _length(iter(again)), world, Positions(source.flattened, World()))
+    batches = _Numbered(source)
     # A sampler made for several processes has shared them out.
     is_shared = getattr(getattr(source, "sampler", None), "num_replicas", 1) > 1
     if is_shared:
-        return HeldOut([source], [None], World(), Positions(source, world))
-    return HeldOut([source], [None], world, Positions(source, World()))
+        return HeldOut(batches, _length(source), World(), Positions(source, world))
+    return HeldOut(batches, _length(source), world, Positions(source, World()))
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Batches of one loader, in the form of a combined one."""
+
+    source: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
+        return ((batch, index, 0) for index, batch in enumerate(iter(self.source)))
+
+
+@contextmanager
+def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterator[None]:
+    """Hooks of modules and data see a validation: `trainer.validating`, and modules in eval mode.
+
+    Everything is as before afterwards, the global random state included.
+    """
+    stage, modes = trainer.state.stage, [(m, m.training) for m in pl_module.modules()]
+    trainer.validating = True
+    try:
+        with kept_random_state(), torch.no_grad():
+            if getattr(pl_module, "_trainer", None) is None:  # no Trainer has run it yet
+                pl_module.eval()
+            else:
+                pl_module.on_validation_model_eval()
+            yield
+    finally:
+        trainer.state.stage = stage
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
@@ -85,7 +165,23 @@ def kept_random_state() -> Iterator[None]:
 def _transferred(
     batch: Any, dataloader_idx: int, trainer: "Trainer", pl_module: "LightningModule"
 ) -> Any:
-    """As the loops do before a step."""
+    """As the loops do before a step, by the hooks of the module or of its DataModule."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module.on_before_batch_transfer(batch, dataloader_idx)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def _samples(batch: Batch) -> int:
+    return max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
+
+
+def _limit(count: float) -> float:
+    return count if count == float("inf") else int(count)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):  # a dataset without a length, an iterator
+        return None
+    return None if length == float("inf") else int(length)

@@ -24,6 +24,7 @@ class StageMonitor:
         world: The processes.
         lockstep: Of the passes over a sharded model.
         distinct: Whether a place that comes twice pads a sampler, and counts once.
+        explains_at_once: Whether an alert is explained with its batch, before the weights change.
 
     Attributes:
         log_e_value: The strongest evidence of a drift so far, at least 0.
@@ -37,10 +38,11 @@ class StageMonitor:
         lockstep: Lockstep,
         *,
         distinct: bool,
+        explains_at_once: bool = False,
     ) -> None:
         self.monitor, self.log_e_value = monitor, 0.0
         self._positions, self._world, self._distinct = positions, world, distinct
-        self._lockstep = lockstep
+        self._lockstep, self._explains_at_once = lockstep, explains_at_once
         self._parts: list[StageScores] = []
 
     @property
@@ -55,7 +57,9 @@ class StageMonitor:
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self._parts.append(part.without_layers() if self.is_online else part)
-        return [*explanations, *self._observe(part, batch)] if self.is_online else []
+        alerts = self._observe(part, batch) if self.is_online else []
+        after = self.monitor.explain() if self._explains_at_once else []
+        return [*explanations, *alerts, *after]
 
     def finish(self) -> list[Alert]:
         """Decide on what is left; all processes must call it.

@@ -35,6 +35,9 @@ __all__ = ["FAILED", "REFUSED", "Settings", "TrainerMonitor"]
 #: Kinds of failure.
 FAILED, REFUSED = "could not score a batch", "will not watch"
 
+#: Samples between two looks at whether the weights are still the detector's.
+_WEIGHTS_EVERY = 10_000
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -94,7 +97,8 @@ class TrainerMonitor:
         self.recorded: dict[str, StageScores] = {}
         self._settings, self._detectors = settings, detectors
         self._failures, self._log = failures, log
-        self._is_stale, self._stage, self._written = False, "", 0
+        self._stale: set[str] = set()
+        self._stage, self._written = "", 0
 
     def abandon(self) -> None:
         """Deliver what was raised so far; the stage ends here."""
@@ -120,7 +124,13 @@ class TrainerMonitor:
             self.monitor = monitor
             lockstep = Lockstep(monitor.detector.adapter.module)
             self.current = StageMonitor(
-                monitor, self.positions, world, lockstep, distinct=stage != "predict"
+                monitor,
+                self.positions,
+                world,
+                lockstep,
+                distinct=stage != "predict",
+                # A callback that averages weights takes them out again before the stage is over.
+                explains_at_once=trainer.state.fn == "fit",
             )
 
     def _is_same(self, world: World) -> bool:
@@ -135,13 +145,17 @@ class TrainerMonitor:
 
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):
+            self._detectors.look_beside(trainer.ckpt_path)
             before, detector = self._detectors.current, self._detectors.ready(pl_module)
             if detector is not None:
                 # Who loads a stale one is told by the detector itself.
-                self._check_age(trainer, detector, is_told=detector is not before)
+                self._check_age(detector, is_told=detector is not before)
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer, stage)
                 ert, fpr = self._settings.ert, self._settings.fpr
-                return Monitor(detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=0)
+                every = 0 if trainer.state.fn == "fit" or is_sharded(pl_module) else _WEIGHTS_EVERY
+                return Monitor(
+                    detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=every
+                )
         if trainer.state.fn != "fit" and not self._failures.counts[REFUSED]:
             self._failures.tell(REFUSED, "it is not calibrated.")
         return None
@@ -159,14 +173,14 @@ class TrainerMonitor:
         words = "/".join([*self._settings.words, stage])
         return mlflow_sinks(trainer.loggers, words, metrics=stage == "predict")
 
-    def _check_age(self, trainer: "Trainer", detector: Detector, *, is_told: bool) -> None:
-        """Warn once if a model in training is watched with what was learned of it before."""
-        if trainer.state.fn != "fit" or self._is_stale:
+    def _check_age(self, detector: Detector, *, is_told: bool) -> None:
+        """Warn once of each detector that is of other weights than the model has."""
+        mark = detector.fitted.fingerprint
+        if mark in self._stale or digest(detector.adapter.module) == detector.fitted.model:
             return
-        self._is_stale = digest(detector.adapter.module) != detector.fitted.model
-        if self._is_stale and not is_told:
-            told = "the model in training is no longer the one that the detector was fitted on."
-            self._failures.tell("watches with a stale calibration", told)
+        self._stale.add(mark)
+        if not is_told:
+            self._failures.tell("watches with a stale calibration", self._detectors.changed())
 
     def take(self, trainer: "Trainer", batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
         """Score a batch of the stage; while predicting, the loggers get figures now and then."""

@@ -69,17 +69,18 @@ def test_validation_that_is_limited_limits_the_samples() -> None:
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
 def test_without_validation_data_there_is_a_pass_over_what_was_given() -> None:
-    callback = watcher(calibrate_on=loader(images(64, seed=1)))
+    callback = watcher(held_out=loader(images(64, seed=1)))
     pl.seed_everything(0, verbose=False)
     trainer(callback).fit(Flow(), loader(images(64)))
     assert samples(callback) == 64
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
-def test_nothing_to_calibrate_on_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="was not calibrated.*Expected validation dataloaders"):
-        trainer(callback := watcher()).fit(Flow(), loader(images(64)))
-    assert callback.detector is None
+def test_nothing_to_calibrate_on_is_told_before_training() -> None:
+    run = trainer(watcher())
+    with pytest.raises(ValueError, match="Expected validation dataloaders or `held_out=` a loader"):
+        run.fit(Flow(), loader(images(64)))
+    assert run.global_step == 0
 
 
 def test_several_validation_loaders_are_all_measured() -> None:
@@ -125,7 +126,11 @@ def test_the_settings_of_an_unfitted_detector_are_those_of_the_fitted_one() -> N
 
 def test_a_detector_that_no_checkpoint_can_hold_is_warned_of_and_watches(tmp_path: Path) -> None:
     callback = watcher(layers=lambda name: "coupling" in name)
-    with pytest.warns(UserWarning, match="no checkpoint can hold: Expected layers as name pat"):
+    named = r"no detector of their weights have .*last.ckpt \(no file can hold its detector\)"
+    with (
+        pytest.warns(UserWarning, match=named),
+        pytest.warns(UserWarning, match="no checkpoint can hold: Expected layers as name pat"),
+    ):
         trained(callback, ModelCheckpoint(tmp_path, save_last=True))
     assert callback.detector is not None
     assert (tmp_path / "last.ckpt").exists()
@@ -162,7 +167,7 @@ def test_a_fast_development_run_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*does not have many workers|.*LeafSpec")
-        trained(callback := watcher(watch=["train", "val", "test"]), fast_dev_run=True)
+        trained(callback := watcher(watch=["train", "test"]), fast_dev_run=True)
     assert callback.detector is None
 
 

@@ -1,5 +1,6 @@
 """Real Trainers: the callback watches what a restored model is fed, and tells where people look."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def test_several_loaders_have_figures_of_their_own(fitted: tuple[OODMonitor, str
 
 def test_a_metric_can_stop_training(fitted: tuple[OODMonitor, str]) -> None:
     assert fitted[0].detector is not None
-    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate_on=None)
+    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate="never")
     stop = EarlyStopping("ood/val/flagged_rate", stopping_threshold=1.1)
     run = trainer(callback, stop, max_epochs=5)
     run.fit(Flow(), loader(images(64)), loader(images(64, seed=1)))
@@ -208,7 +209,7 @@ def test_a_calibration_that_goes_stale_in_training_is_warned_of_once(
     detector = om.Detector.from_state_dict(
         fitted[0].detector.state_dict(), om.LogLikelihood(module)
     )
-    callback = watcher(watch=["val"], detector=detector, calibrate_on=None)
+    callback = watcher(watch=["val"], detector=detector, calibrate="never")
     trained(callback, module=module, max_epochs=3)
     told = [str(w.message) for w in recwarn if "stale" in str(w.message)]
     assert len(told) == 1
@@ -230,11 +231,11 @@ def test_two_monitors_in_one_trainer_keep_their_own_state_and_metrics(tmp_path: 
 def test_a_detector_is_read_from_a_checkpoint_without_its_trainer(
     fitted: tuple[OODMonitor, str],
 ) -> None:
-    expected, found = watcher(), watcher(detector=fitted[1], calibrate_on=None)
+    expected, found = watcher(), watcher(detector=fitted[1], calibrate="never")
     trainer(expected).predict(Flow(), loader(drifting()), ckpt_path=fitted[1])
     trainer(found).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
     assert torch.equal(found.scores("predict").p_value, expected.scores("predict").p_value)
-    other = watcher(name="other", detector=fitted[1], calibrate_on=None)
+    other = watcher(name="other", detector=fitted[1], calibrate="never")
     with pytest.warns(UserWarning, match=r"will not watch: Expected a state of .*other.*, got"):
         trainer(other).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
 
@@ -274,7 +275,7 @@ def test_a_stage_writes_each_metric_once_a_step(
 ) -> None:
     """By the loggers at its end, not by the sink too: its steps are others."""
     assert fitted[0].detector is not None
-    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate_on=None)
+    callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate="never")
     run = trainer(callback, logger=logger, max_epochs=3)
     run.fit(Flow(), loader(images(64)), loader(images(128, seed=1)))
     for name in FIGURES:
@@ -297,7 +298,7 @@ def test_the_run_shows_where_its_streams_stand(
     usual = images(64, seed=2)
     usual = usual[fitted[0].detector.score(usual).p_value > 0.3][:5]
     one, two = (
-        watcher(name=name, detector=fitted[0].detector, calibrate_on=None, every_n_batches=every)
+        watcher(name=name, detector=fitted[0].detector, calibrate="never", every_n_batches=every)
         for name, every in (("a b", 1), ("a/c", 4))
     )
     found = shown(one, two, stage="test", data=drifting())
@@ -422,11 +423,23 @@ def test_samples_that_are_not_finite_are_counted_and_spoil_no_other(
     assert int(callback.scores("predict").valid.sum()) == 31
 
 
-def test_too_few_held_out_samples_leave_the_training_alone() -> None:
-    callback = watcher(calibrate_on=[images(8)])
-    with pytest.warns(UserWarning, match=r"was not calibrated.*Expected at least"):
-        trained(callback)
+def test_too_few_held_out_samples_are_told_before_training_or_leave_it_alone() -> None:
+    few, told = [images(8)], "Expected at least 10 samples to fit on"
+    with pytest.raises(ValueError, match=told):
+        trained(watcher(held_out=few))
+    with pytest.warns(UserWarning, match=told):
+        trained(callback := watcher(held_out=few, strict=False))
     assert callback.detector is None
+    with pytest.warns(UserWarning, match=rf"was not calibrated.*{told}"):
+        trained(callback := watcher(held_out=Unsized()))
+    assert callback.detector is None
+
+
+class Unsized:
+    """Few samples that nobody can count beforehand."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield images(8)
 
 
 def test_a_stage_without_a_detector_is_told_once() -> None:

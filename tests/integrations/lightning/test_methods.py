@@ -41,7 +41,7 @@ def test_the_training_is_the_one_without_a_callback(method: Method) -> None:
 def test_a_checkpoint_brings_the_method_back(tmp_path: Path) -> None:
     keeper, callback = ModelCheckpoint(tmp_path, save_last=True), watcher(method="forward")
     trained(callback, keeper)
-    later = watcher(calibrate_on=None)
+    later = watcher(calibrate="never")
     new = loader(images(32, seed=3))
     trainer(later).predict(Flow(), new, ckpt_path=str(tmp_path / "last.ckpt"))
     assert later.detector is not None

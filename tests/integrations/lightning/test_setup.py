@@ -110,7 +110,7 @@ def test_real_dtensors_are_told_at_use(tmp_path: Path) -> None:
     try:
         module, mesh = Flow(), init_device_mesh("cpu", (1,))
         module.shard = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
-        callback = watcher(calibrate_on=[images(64)])
+        callback = watcher(held_out=[images(64)])
         with pytest.raises(ValueError, match=r"got 'shard', a shard \(DTensor\)"):
             callback.calibrate(trainer(callback), module, [images(64)])
     finally:
@@ -136,7 +136,7 @@ def test_a_bare_trainer_is_quiet(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a default logger writes
-    callback = OODMonitor(watch=["train", "val", "test"], progress=False, fpr=0.05, ert=1000)
+    callback = OODMonitor(watch=["train", "test"], progress=False, fpr=0.05, ert=1000)
     base: dict[str, Any] = {"accelerator": "cpu"} | options
     if "barebones" not in options:
         base |= {"enable_progress_bar": False, "enable_model_summary": False}
@@ -161,7 +161,7 @@ def test_a_single_callback_needs_no_list() -> None:
 CONFIG: dict[str, Any] = {
     "class_path": "ood_monitor_integrations.lightning.OODMonitor",
     "init_args": {
-        "watch": ["train", "val", "test"],
+        "watch": ["train", "test"],
         "layers": ["*coupling*"],
         "ert": 500.0,
         "fpr": 0.05,
@@ -204,7 +204,7 @@ def test_the_command_line_takes_it_from_yaml_and_writes_it_back(
     written = yaml.safe_load(config.read_text())
     found = written["trainer"]["callbacks"][0]
     assert found["class_path"] == CONFIG["class_path"]
-    assert found["init_args"].items() >= {"watch": ["train", "val", "test"], "fpr": 0.05}.items()
+    assert found["init_args"].items() >= {"watch": ["train", "test"], "fpr": 0.05}.items()
 
 
 def test_without_the_variable_no_callback_comes_and_nothing_is_imported() -> None:

@@ -64,7 +64,7 @@ def test_two_processes_see_what_one_sees_of_the_whole(
 def test_a_detector_of_the_whole_model_watches_shards(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
-    run = trainer(callback := watcher(detector=folder / "whole0", calibrate_on=None))
+    run = trainer(callback := watcher(detector=folder / "whole0", calibrate="never"))
     run.predict(Flow(), stream(), ckpt_path=folder / "last.ckpt")
     alone = found(callback, "predict")
     for rank in ranks:

@@ -1,0 +1,303 @@
+"""A detector for each checkpoint: in it, or in a folder beside it, and of the weights it holds."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+
+from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor.saving.fitted import digest
+from ood_monitor_integrations.lightning.calibration import Calibrator
+from ood_monitor_integrations.lightning.detectors import Detectors, State, beside
+from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.lightning.swapping import holding, places
+from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["Checkpoints", "Policy"]
+
+#: Which checkpoints get a detector; see `OODMonitor`.
+Policy: TypeAlias = Literal["best", "every checkpoint", "last", "never"]
+
+#: Why a checkpoint has none.
+_REASONS: Mapping[Policy, str] = {
+    "best": "the monitored value had not improved",
+    "every checkpoint": "the weights that it holds were not at hand after it was saved",
+    "last": "it was not the last",
+}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint on its way to a file, which later hooks may give other weights.
+
+    Attributes:
+        checkpoint: What is saved.
+        seen: The places of its weights when they were looked at.
+        model: Digest of these.
+        is_due: Whether it was to have a detector.
+    """
+
+    checkpoint: Mapping[str, Any]
+    seen: tuple[tuple[str, int], ...]
+    model: str
+    is_due: bool
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that was written.
+
+    Attributes:
+        stamp: What changes when it is written again.
+        model: Digest of its weights; None where they are not known.
+        has_detector: Whether there is one of these weights, in it or beside it.
+    """
+
+    stamp: tuple[int, int, int]
+    model: str | None
+    has_detector: bool
+
+
+class Checkpoints:
+    """Calibrates while checkpoints are saved, and knows in the end which of them have a detector.
+
+    Args:
+        policy: Which are to have one; None for the best where a value is monitored, else the last.
+        calibrator: Fits it.
+        detectors: Has those that there are.
+        failures: Told of failures.
+        key: Of the callback's state in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        calibrator: Calibrator,
+        detectors: Detectors,
+        failures: Failures,
+        key: Callable[[], str],
+    ) -> None:
+        self._policy, self._key = policy, key
+        self._calibrator, self._detectors, self._failures = calibrator, detectors, failures
+        self._best: dict[int, tuple[str, float | None]] = {}
+        self._clear()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is calibrated."""
+        return self._policy != "never"
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Training begins; files that are there are none of its own."""
+        self._clear()
+        self._best = self._bests(trainer)
+        for path in _kept(trainer):
+            if (stamp := _stamp(path)) is not None:
+                self._files[path] = _File(stamp, None, False)
+
+    def _clear(self) -> None:
+        self._pending: list[_Saved] = []
+        self._light: dict[int, int] = {}
+        self._files: dict[str, _File] = {}
+        self._tried: dict[str, str] = {}  # why weights have no detector, by their digest
+
+    def save(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        checkpoint: dict[str, Any],
+        *,
+        calibrate: bool,
+    ) -> None:
+        """Put a detector of its weights into a checkpoint, if it is to have one; no other one."""
+        entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key(), {})
+        is_due = calibrate and self._is_due(trainer)
+        with self._failures.contained("has no detector for a checkpoint"):
+            with holding(pl_module, weights := checkpoint["state_dict"]):
+                model = self._of_now(trainer, pl_module, is_due=is_due)
+            entry |= self._state_of(model)
+            self._pending.append(_Saved(checkpoint, places(weights), model, is_due))
+
+    def settle(self, trainer: "Trainer", pl_module: "LightningModule", *, calibrate: bool) -> None:
+        """See what became of checkpoints that were saved since, before weights move on."""
+        light = self._saved_weights_only(trainer)
+        if not (self._pending or light):
+            return
+        pending, self._pending = self._pending, []
+        with self._failures.contained("has no detector for a checkpoint"):
+            full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
+            live = ""
+            if light:
+                is_due = calibrate and self._is_due(trainer)
+                live = self._of_now(trainer, pl_module, is_due=is_due)
+            if trainer.is_global_zero:
+                self._look_at_files(trainer, pl_module, full, live)
+
+    def finish(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Training has ended: its weights have a detector, too, unless none was asked for."""
+        self.settle(trainer, pl_module, calibrate=True)
+        if self.calibrates:
+            with self._failures.contained("was not calibrated and will not watch"):
+                self._of_now(trainer, pl_module, is_due=True)
+
+    def name_those_without(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Warn of the checkpoints that are kept and have no detector of their weights."""
+        self.settle(trainer, pl_module, calibrate=False)
+        if not (self.calibrates and trainer.is_global_zero):
+            return
+        found = {path: self._files.get(path) for path in _kept(trainer) if _stamp(path)}
+        lacking = {p: f.model for p, f in found.items() if f and f.model and not f.has_detector}
+        if lacking:
+            told = (f"{p} ({self._reason(trainer, model)})" for p, model in lacking.items())
+            warnings.warn(
+                f"{self._failures.name}: no detector of their weights have "
+                f'{", ".join(sorted(told))}. `calibrate="every checkpoint"` makes one for each, '
+                "`OODMonitor.calibrate` for a model that was loaded.",
+                stacklevel=2,
+            )
+
+    def _reason(self, trainer: "Trainer", model: str) -> str:
+        return self._tried.get(model) or _REASONS[self._when(trainer)]
+
+    def _when(self, trainer: "Trainer") -> Policy:
+        return self._policy or ("best" if self._bests(trainer) else "last")
+
+    def _is_due(self, trainer: "Trainer") -> bool:
+        """Whether what is saved now is to have a detector."""
+        policy = self._when(trainer)
+        best, self._best = self._best, self._bests(trainer)
+        if policy in ("never", "every checkpoint"):
+            return policy != "never"
+        is_better = policy == "best" and best != self._best
+        return is_better or ends_training(trainer) or is_last_validation(trainer)
+
+    def _bests(self, trainer: "Trainer") -> dict[int, tuple[str, float | None]]:
+        """Path and value of the best checkpoint, of each callback that monitors a value."""
+        found = {}
+        for number, callback in enumerate(trainer.checkpoint_callbacks):
+            if getattr(callback, "monitor", None) is not None:
+                score = getattr(callback, "best_model_score", None)
+                path = getattr(callback, "best_model_path", "")
+                found[number] = path, None if score is None else float(score)
+        return found
+
+    def _of_now(self, trainer: "Trainer", pl_module: "LightningModule", *, is_due: bool) -> str:
+        """The digest of the weights that the module has, which get a detector if it is due."""
+        model = digest(self._detectors.adapter(pl_module).module)
+        if is_due and model not in self._tried and not self._detectors.knows(model):
+            self._tried[model] = "it could not be calibrated"
+            try:
+                self._calibrator.fit(trainer, pl_module)
+                del self._tried[model]
+            except Exception as error:  # the training must not end on a monitor's account
+                self._tried[model] = f"{type(error).__name__}: {error}"
+                self._failures.tell("was not calibrated and will not watch", error)
+        return model
+
+    def _state_of(self, model: str) -> State:
+        try:
+            return self._detectors.state_of(model) or {}
+        except ValueError as error:
+            self._tried[model] = "no file can hold its detector"
+            self._failures.tell("has a detector that no checkpoint can hold", error)
+            return {}
+
+    def _settled(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        pending: list[_Saved],
+        *,
+        calibrate: bool,
+    ) -> tuple[str, bool]:
+        """The digest of the weights that were saved last, and whether their detector is inside."""
+        model, is_inside = "", False
+        for saved in pending:
+            model, weights = saved.model, saved.checkpoint["state_dict"]
+            if places(weights) != saved.seen:  # a hook of the module has put in others
+                with holding(pl_module, weights):
+                    due = calibrate and saved.is_due
+                    model = self._of_now(trainer, pl_module, is_due=due)
+            entry = saved.checkpoint.get("callbacks", {}).get(self._key(), {})
+            is_inside = model == saved.model and "config" in entry
+        return model, is_inside
+
+    def _saved_weights_only(self, trainer: "Trainer") -> bool:
+        """Whether a callback has saved weights alone since, of which no hook tells."""
+        seen = dict(self._light)
+        for number, callback in enumerate(trainer.checkpoint_callbacks):
+            if getattr(callback, "save_weights_only", False):
+                self._light[number] = getattr(callback, "_last_global_step_saved", 0)
+        return any(step and step != seen.get(number, 0) for number, step in self._light.items())
+
+    def _look_at_files(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        full: tuple[str, bool],
+        live: str,
+    ) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            is_light = getattr(callback, "save_weights_only", False)
+            for path in _paths(callback):
+                stamp, known = _stamp(path), self._files.get(path)
+                if stamp is None or (known is not None and known.stamp == stamp):
+                    continue
+                model, has = (live, False) if is_light else full
+                if is_light and not _holds(path, pl_module):
+                    model = "moved on"
+                has = has or self._write_beside(path, model)
+                self._files[path] = _File(stamp, model, has)
+        for path in [path for path in self._files if _stamp(path) is None]:
+            del self._files[path]
+            shutil.rmtree(beside(path), ignore_errors=True)
+
+    def _write_beside(self, path: str, model: str) -> bool:
+        """Whether there is a detector of these weights, which stands beside them now."""
+        folder = beside(path)
+        if folder.exists():  # of weights that the file had before
+            shutil.rmtree(folder)
+        state = self._state_of(model)
+        if state:
+            folder.mkdir()
+            (folder / TENSORS).write_bytes(state["tensors"])
+            (folder / CONFIG).write_text(state["config"])
+        return bool(state)
+
+
+def _kept(trainer: "Trainer") -> Iterator[str]:
+    """The files that the Trainer's checkpoint callbacks keep."""
+    yield from dict.fromkeys(p for c in trainer.checkpoint_callbacks for p in _paths(c))
+
+
+def _paths(callback: Any) -> Iterator[str]:
+    """The files that one keeps, links followed."""
+    named = [getattr(callback, name, "") for name in ("best_model_path", "last_model_path")]
+    paths = [*getattr(callback, "best_k_models", {}), *named]
+    yield from dict.fromkeys(os.path.realpath(path) for path in paths if path)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """None of a file that is not there, or on no local disk."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _holds(path: str, pl_module: "LightningModule") -> bool:
+    """Whether a file has the weights that the module has."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    own = pl_module.state_dict()
+    return state.keys() == own.keys() and all(
+        torch.equal(value, own[name].cpu()) if isinstance(value, torch.Tensor) else True
+        for name, value in state.items()
+    )
