@@ -271,11 +271,14 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
           (Charles Clopper, Egon Pearson, 1934)
         | https://doi.org/10.1093/biomet/26.4.404
     """
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv
 
     successes, n = whole("successes", successes), whole("n", n, 1)
     confidence = number("confidence", confidence, 0, 1, ends="()")
     if successes > n:
         raise ValueError(f"Expected at most {n} successes of n={n}, got {successes}.")
-    interval = binomtest(successes, n).proportion_ci(confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    # Quantiles of beta laws; SciPy's `binomtest` looks for the same by bisection, in milliseconds.
+    failures, tail = n - successes, (1 - confidence) / 2
+    low = betaincinv(successes, failures + 1, tail) if successes else 0.0
+    high = betaincinv(successes + 1, failures, 1 - tail) if failures else 1.0
+    return float(low), float(high)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom, kstest, norm
+from scipy.stats import binom, binomtest, kstest, norm
 
 from ood_monitor.calibration.conformal import (
     MINIMUM_SCORES,
@@ -240,3 +240,12 @@ def test_smoothing_is_seeded() -> None:
     first, again, other = (calibration.smoothed_p_value(scores, seed=s) for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, 1000])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_interval_is_scipys_exact_one(n: int, confidence: float) -> None:
+    for successes in {0, 1, n // 2, n - 1, n}:
+        exact = binomtest(successes, n).proportion_ci(confidence, method="exact")
+        found = binomial_interval(successes, n, confidence)
+        assert found == pytest.approx((exact.low, exact.high), abs=1e-9)

@@ -151,24 +151,26 @@ class Detectors:
         if checkpoint is not None and (beside(checkpoint) / CONFIG).is_file():
             self.load_state_dict(_in_folder(beside(checkpoint)))
 
-    def ready(self, pl_module: "LightningModule") -> Detector | None:
-        """The detector to watch a module with, None if there is none.
+    def ready(self, pl_module: "LightningModule") -> tuple[Detector | None, bool]:
+        """The detector to watch a module with, or None, and whether it was read now.
 
         It is that of the module's weights that was fitted here; else the one that was given; else
-        one from a checkpoint, of these weights if there is any. A detector of other weights warns.
+        one from a checkpoint, of these weights if there is any. One that is read warns of others.
 
         Its weights are read, which of shards takes all processes: :meth:`mark` is to be the same.
         """
         adapter = self.adapter(pl_module)
         model = digest(adapter.module)
+        before = self._loaded
         found = self._fitted.get(model) or self._given(adapter)
+        is_read = found is not None and found is self._loaded is not before
         if found is None and (state := self._states.get(model) or self._latest_state()):
-            found = Detector.from_state_dict(state, adapter, groups=self._groups)
+            found, is_read = Detector.from_state_dict(state, adapter, groups=self._groups), True
         found = found or self.current
         if found is not None and found.adapter.module is not adapter.module:
             found = found.on(adapter)
         self.current = found
-        return None if found is None else _checked(found)
+        return None if found is None else _checked(found), is_read
 
     def changed(self) -> str:
         """In words, what the model has that the detector in use was not fitted on."""

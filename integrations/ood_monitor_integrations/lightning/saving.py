@@ -32,6 +32,9 @@ _REASONS: Mapping[Policy, str] = {
     "last": "it was not the last",
 }
 
+#: In the place of a digest, of weights that the module has no longer.
+_MOVED_ON = "moved on"
+
 
 @dataclass(frozen=True)
 class _Saved:
@@ -133,12 +136,10 @@ class Checkpoints:
         pending, self._pending = self._pending, []
         with self._failures.contained("has no detector for a checkpoint"):
             full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
-            live = ""
-            if light:
-                is_due = calibrate and self._is_due(trainer)
-                live = self._of_now(trainer, pl_module, is_due=is_due)
+            is_due = bool(light) and calibrate and self._is_due(trainer)
+            alone = [self._of_file(trainer, pl_module, path, is_due=is_due) for path in light]
             if trainer.is_global_zero:
-                self._look_at_files(trainer, pl_module, full, live)
+                self._look_at_files(trainer, full, "".join(alone[-1:]))
 
     def finish(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Training has ended: its weights have a detector, too, unless none was asked for."""
@@ -152,8 +153,8 @@ class Checkpoints:
         self.settle(trainer, pl_module, calibrate=False)
         if not (self.calibrates and trainer.is_global_zero):
             return
-        found = {path: self._files.get(path) for path in _kept(trainer) if _stamp(path)}
-        lacking = {p: f.model for p, f in found.items() if f and f.model and not f.has_detector}
+        found = {path: file for path, file in self._files.items() if _stamp(path)}
+        lacking = {p: f.model for p, f in found.items() if f.model and not f.has_detector}
         if lacking:
             told = (f"{p} ({self._reason(trainer, model)})" for p, model in lacking.items())
             warnings.warn(
@@ -164,6 +165,8 @@ class Checkpoints:
             )
 
     def _reason(self, trainer: "Trainer", model: str) -> str:
+        if model == _MOVED_ON:
+            return _REASONS["every checkpoint"]
         return self._tried.get(model) or _REASONS[self._when(trainer)]
 
     def _when(self, trainer: "Trainer") -> Policy:
@@ -229,32 +232,40 @@ class Checkpoints:
             is_inside = model == saved.model and "config" in entry
         return model, is_inside
 
-    def _saved_weights_only(self, trainer: "Trainer") -> bool:
-        """Whether a callback has saved weights alone since, of which no hook tells."""
-        seen = dict(self._light)
+    def _saved_weights_only(self, trainer: "Trainer") -> list[str]:
+        """Files that callbacks have written since with weights alone, of which no hook tells."""
+        found = []
         for number, callback in enumerate(trainer.checkpoint_callbacks):
-            if getattr(callback, "save_weights_only", False):
-                self._light[number] = getattr(callback, "_last_global_step_saved", 0)
-        return any(step and step != seen.get(number, 0) for number, step in self._light.items())
+            step = getattr(callback, "_last_global_step_saved", 0)
+            if getattr(callback, "save_weights_only", False) and step != self._light.get(number, 0):
+                self._light[number] = step
+                found.append(getattr(callback, "_last_checkpoint_saved", ""))
+        return found
 
-    def _look_at_files(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        full: tuple[str, bool],
-        live: str,
-    ) -> None:
+    def _of_file(
+        self, trainer: "Trainer", pl_module: "LightningModule", path: str, *, is_due: bool
+    ) -> str:
+        """:meth:`_of_now`, of the weights in a file, which the module may have no longer."""
+        if trainer.world_size > 1:  # others may not see the file, and all are to do the same
+            model = self._of_now(trainer, pl_module, is_due=is_due)
+            is_same = not trainer.is_global_zero or _is(pl_module, _weights_in(path))
+            return model if is_same else _MOVED_ON
+        weights = _weights_in(path)
+        if _is(pl_module, weights):
+            return self._of_now(trainer, pl_module, is_due=is_due)
+        with holding(pl_module, weights):
+            return self._of_now(trainer, pl_module, is_due=is_due)
+
+    def _look_at_files(self, trainer: "Trainer", full: tuple[str, bool], alone: str) -> None:
+        """Note what was written, and put detectors beside what has none inside."""
         for callback in trainer.checkpoint_callbacks:
             is_light = getattr(callback, "save_weights_only", False)
             for path in _paths(callback):
                 stamp, known = _stamp(path), self._files.get(path)
-                if stamp is None or (known is not None and known.stamp == stamp):
-                    continue
-                model, has = (live, False) if is_light else full
-                if is_light and not _holds(path, pl_module):
-                    model = "moved on"
-                has = has or self._write_beside(path, model)
-                self._files[path] = _File(stamp, model, has)
+                if stamp is not None and (known is None or known.stamp != stamp):
+                    model, has = (alone, False) if is_light else full
+                    has = has or self._write_beside(path, model)
+                    self._files[path] = _File(stamp, model, has)
         for path in [path for path in self._files if _stamp(path) is None]:
             del self._files[path]
             shutil.rmtree(beside(path), ignore_errors=True)
@@ -279,7 +290,8 @@ def _kept(trainer: "Trainer") -> Iterator[str]:
 
 def _paths(callback: Any) -> Iterator[str]:
     """The files that one keeps, links followed."""
-    named = [getattr(callback, name, "") for name in ("best_model_path", "last_model_path")]
+    names = ("best_model_path", "last_model_path", "_last_checkpoint_saved")
+    named = [getattr(callback, name, "") for name in names]
     paths = [*getattr(callback, "best_k_models", {}), *named]
     yield from dict.fromkeys(os.path.realpath(path) for path in paths if path)
 
@@ -293,11 +305,15 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _holds(path: str, pl_module: "LightningModule") -> bool:
-    """Whether a file has the weights that the module has."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+def _weights_in(path: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return found
+
+
+def _is(pl_module: "LightningModule", weights: Mapping[str, Any]) -> bool:
+    """Whether a module has these weights."""
     own = pl_module.state_dict()
-    return state.keys() == own.keys() and all(
+    return weights.keys() == own.keys() and all(
         torch.equal(value, own[name].cpu()) if isinstance(value, torch.Tensor) else True
-        for name, value in state.items()
+        for name, value in weights.items()
     )

@@ -146,10 +146,10 @@ class TrainerMonitor:
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):
             self._detectors.look_beside(trainer.ckpt_path)
-            before, detector = self._detectors.current, self._detectors.ready(pl_module)
+            detector, is_read = self._detectors.ready(pl_module)
             if detector is not None:
                 # Who loads a stale one is told by the detector itself.
-                self._check_age(detector, is_told=detector is not before)
+                self._check_age(detector, is_told=is_read)
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer, stage)
                 ert, fpr = self._settings.ert, self._settings.fpr
                 every = 0 if trainer.state.fn == "fit" or is_sharded(pl_module) else _WEIGHTS_EVERY

@@ -1,0 +1,194 @@
+"""Which checkpoints get a detector, where it lies, and what is told of those without."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from ood_monitor_integrations.lightning import OODMonitor
+from ood_monitor_integrations.lightning.collectives import World
+from ood_monitor_integrations.lightning.detectors import beside
+from ood_monitor_integrations.lightning.loading import own_data
+from ood_monitor_integrations.lightning.swapping import holding
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.utilities import CombinedLoader
+from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
+from torch import Tensor, nn
+
+import ood_monitor as om
+from ood_monitor.saving.fitted import digest
+
+pytestmark = QUIET
+
+
+class Worse(Flow):
+    """Its first epoch is its best, as far as the monitored value goes."""
+
+    def validation_step(self, x: Tensor, index: int, dataloader_idx: int = 0) -> None:
+        self.log("val/nll", float(self.current_epoch))
+
+
+def inside(path: str | Path, callback: OODMonitor) -> bool:
+    states = torch.load(path, weights_only=True)["callbacks"]
+    return "config" in states[callback.state_key]
+
+
+def detectors(folder: Path, callback: OODMonitor) -> dict[int, bool]:
+    """By epoch, whether a checkpoint holds a detector."""
+    found = {}
+    for path in folder.glob("*.ckpt"):
+        found[torch.load(path, weights_only=True)["epoch"]] = inside(path, callback)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "right"),
+    [
+        (None, {0: True, 1: False, 2: True}),
+        ("best", {0: True, 1: False, 2: True}),
+        ("every checkpoint", {0: True, 1: True, 2: True}),
+        ("last", {0: False, 1: False, 2: True}),
+        ("never", {0: False, 1: False, 2: False}),
+    ],
+)
+def test_a_policy_says_which_checkpoints_have_one(
+    calibrate: Any, right: dict[int, bool], tmp_path: Path
+) -> None:
+    callback = watcher(calibrate=calibrate)
+    keeper = ModelCheckpoint(tmp_path, monitor="val/nll", save_top_k=-1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained(callback, keeper, module=Worse(), max_epochs=3)
+    assert detectors(tmp_path, callback) == right
+    (named,) = [str(w.message) for w in told if "no detector of their" in str(w.message)] or [""]
+    lacking = [epoch for epoch, has in right.items() if not has and calibrate != "never"]
+    assert [epoch for epoch in right if f"epoch={epoch}-" in named] == lacking
+
+
+def test_of_weights_alone_it_lies_beside_and_goes_with_them(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, monitor="val/nll", save_weights_only=True)
+    callback = watcher()
+    trained(callback, keeper, max_epochs=4)
+    (kept,) = tmp_path.glob("*.ckpt")
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [beside(kept)]
+    restored, module = watcher(), Flow()
+    trainer(restored).predict(module, loader(images(32)), ckpt_path=kept)
+    assert restored.detector is not None
+    assert restored.detector.fitted.model == digest(module)
+
+
+def test_weights_without_a_detector_are_told_and_alerted(tmp_path: Path) -> None:
+    callback, keeper = watcher(calibrate="last"), ModelCheckpoint(tmp_path, monitor="val/nll")
+    with pytest.warns(UserWarning, match="no detector of their weights have"):
+        trained(callback, keeper, module=Worse(), max_epochs=3)
+    run = trainer(callback, keeper)
+    with pytest.warns(UserWarning, match="stale calibration: the model has other weights than"):
+        run.test(Worse(), loader(images(32)), ckpt_path=keeper.best_model_path, verbose=False)
+    assert "stale_calibration" in [alert.kind for alert in callback.alerts]
+
+
+def test_a_buffer_that_was_written_to_is_named() -> None:
+    class Counting(Flow):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def on_test_start(self) -> None:
+            pass
+
+    callback = watcher()
+    module = trained(callback, module=Counting())
+    module.seen += 1  # type: ignore[operator]
+    with pytest.warns(UserWarning, match="buffers were written to .*: seen"):
+        trainer(callback).test(module, loader(images(32)), verbose=False)
+
+
+def test_after_another_fit_no_checkpoint_has_the_old_one(tmp_path: Path) -> None:
+    callback = watcher()
+    module = trained(callback)
+    first = callback.detector
+    again = trainer(callback, ModelCheckpoint(tmp_path, save_top_k=-1), max_epochs=2)
+    with pytest.warns(UserWarning, match="no detector of their weights have"):
+        again.fit(module, loader(images(64)), loader(images(128, seed=1)))
+    assert detectors(tmp_path, callback) == {0: False, 1: True}
+    assert callback.detector is not first
+
+
+def test_a_metric_of_a_first_fit_stops_it() -> None:
+    callback = watcher(
+        watch=["val"], held_out=[images(64, seed=5)], calibrate_every_n_epochs=1, calibrate="last"
+    )
+    stop = EarlyStopping("ood/val/flagged_rate", stopping_threshold=1.1)
+    run = trainer(callback, stop, max_epochs=5)
+    run.fit(Flow(), loader(images(64)), loader(images(64, seed=1)))
+    assert run.current_epoch == 1
+
+
+def test_validation_that_may_have_calibrated_is_not_scored_as_news() -> None:
+    callback = watcher(watch=["val"])
+    with pytest.warns(UserWarning, match=r"does not watch the validation of `fit`.*`held_out=`"):
+        trained(callback)
+    assert callback.monitor is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "most", "right"),
+    [
+        (640, 160, [0, 4, 8, 12, 16]),
+        (640, 1000, [*range(20)]),
+        (640, 40, [0]),
+        (640, 20, [0]),
+        (300, 200, [0, 1, 3, 5, 6, 8]),
+    ],
+)
+def test_of_many_samples_those_that_calibrate_are_spread(
+    samples: int, most: int, right: list[int]
+) -> None:
+    held_out, run = own_data(loader(images(samples)), World()), trainer()
+    taken = [(index, len(x)) for x, index, _ in held_out.batches(run, Flow(), most)]
+    assert [index for index, _ in taken] == right
+    assert sum(size for _, size in taken) <= most
+
+
+@pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size_cycle", "max_size"])
+def test_loaders_are_combined_as_validation_combines_them(mode: Any) -> None:
+    class Pairs(Flow):
+        def adapter(self) -> Any:
+            return of_the_first(self)
+
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            pass
+
+    combined = CombinedLoader(
+        [loader(images(96, seed=1)), loader(images(64, seed=2), batch_size=32)], mode
+    )
+    callback = watcher()
+    pl.seed_everything(0, verbose=False)
+    trainer(callback, max_epochs=1).fit(Pairs(), loader(images(64)), combined)
+    assert callback.detector is not None
+    fitted = callback.detector.fitted
+    found = fitted.fit_count + len(fitted.calibration.scores)
+    assert found == {"sequential": 160, "min_size": 64}.get(mode, 96)
+
+
+def of_the_first(module: Any) -> om.Adapter:
+    def first(batch: Any) -> Tensor:
+        found = [x for x in batch if x is not None] if isinstance(batch, list | tuple) else [batch]
+        return found[0]
+
+    return om.LogLikelihood(module, inputs=first)
+
+
+def test_other_weights_are_lent_and_come_back_whatever_happens() -> None:
+    module, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    own, lent = digest(module), digest(other)
+    with pytest.raises(KeyboardInterrupt), holding(module, other.state_dict()):
+        seen = digest(module), digest(other)
+        raise KeyboardInterrupt
+    assert seen == (lent, own)
+    assert (digest(module), digest(other)) == (own, lent)
+    with pytest.raises(ValueError, match=r"Expected 'weight' of shape \(2, 3\)"):
+        holding(module, nn.Linear(3, 3).state_dict()).__enter__()
+    assert digest(module) == own
