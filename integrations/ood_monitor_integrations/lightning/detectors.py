@@ -61,6 +61,12 @@ class Detectors:
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is one to watch with, be it still in a file or a state."""
+        held = self.current, self._state, self._saved
+        return any(each is not None for each in held)
+
     def check(self, pl_module: "LightningModule") -> None:
         """Refuse what could never be monitored.
 
