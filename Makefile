@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark test-loggers check docs format bench benchmark-peers train evidence clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs       the documentation, into build/docs"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-spark a detector on Spark, in an environment of its own (needs Java 17)"
+	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with a page (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
@@ -47,6 +48,17 @@ $(SPARK)/.installed: pyproject.toml requirements.lock requirements-spark.txt
 	$(PYTHON) -m venv $(SPARK)
 	$(SPARK)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
 		--editable '.[all,dev]' --requirement requirements-spark.txt
+	touch $@
+
+# Likewise: Lightning takes TensorBoard for its logger where it is installed.
+LOGGERS := .venv-loggers
+test-loggers: $(LOGGERS)/.installed
+	OMP_NUM_THREADS=1 $(LOGGERS)/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py
+
+$(LOGGERS)/.installed: pyproject.toml requirements.lock requirements-loggers.txt
+	$(PYTHON) -m venv $(LOGGERS)
+	$(LOGGERS)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[all,dev]' --requirement requirements-loggers.txt
 	touch $@
 
 check: $(INSTALLED)
@@ -108,4 +120,4 @@ benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) $(SPARK) build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SPARK) $(LOGGERS) build dist runs .mypy_cache .pytest_cache .ruff_cache

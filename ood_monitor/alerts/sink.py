@@ -8,7 +8,7 @@ from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.checks import having
 from ood_monitor.escaping import terminal
 
-__all__ = ["LoggingSink", "MeterSink", "Sink", "SummarySink"]
+__all__ = ["LoggingSink", "MeterSink", "Sink", "SummarySink", "alert_line"]
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
@@ -63,10 +63,11 @@ class LoggingSink:
         """Log `alert`."""
         is_over = alert.kind in ("recovered", "accepted", "explanation")
         level = logging.INFO if is_over else _LEVELS[alert.severity]
-        self._logger.log(level, "%s", terminal(" ".join(_line(alert).split())))
+        self._logger.log(level, "%s", alert_line(alert))
 
 
-def _line(alert: Alert) -> str:
+def alert_line(alert: Alert) -> str:
+    """What an alert says, as one line for a terminal or a log."""
     evidence = alert.evidence
     parts = [f"{evidence.flagged} of {evidence.window} samples flagged"]
     if evidence.log_e_value is not None:
@@ -78,4 +79,5 @@ def _line(alert: Alert) -> str:
     if alert.top_terms:
         parts.append(f"top term {alert.top_terms[0].term}")
     where = f"stream {alert.stream}, sample {alert.samples_seen}"
-    return f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] id {alert.id}"
+    line = f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] id {alert.id}"
+    return terminal(" ".join(line.split()))

@@ -1,10 +1,11 @@
 """The contract that every sink keeps, on each of them: a new sink is a new line below."""
 
+import io
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +14,13 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
 from mlflow import MlflowClient
+from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.loggers import LeftOpen
+from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks
 from ood_monitor_integrations.mlflow import MLflowSink
 from ood_monitor_integrations.prometheus import PrometheusSink
 from prometheus_client import CollectorRegistry, generate_latest
+from pytorch_lightning.loggers import CSVLogger
 from support.alert_cases import ALERT, LONG, summary
 from support.receivers import receiving
 
@@ -75,6 +79,20 @@ def left_open_case(folder: Path) -> Iterator[Case]:
 
 
 @contextmanager
+def console_case(folder: Path) -> Iterator[Case]:
+    written = io.StringIO()
+    with redirect_stdout(written):
+        yield Case(ConsoleSink(), written.getvalue)
+
+
+@contextmanager
+def logger_case(folder: Path) -> Iterator[Case]:
+    logger = CSVLogger(folder)
+    (sink,) = logger_sinks([logger], "ood/test", lambda alert: 0, Failures("a monitor"))
+    yield Case(sink, lambda: sorted(Path(logger.log_dir).rglob("*.json")))
+
+
+@contextmanager
 def webhook_case(folder: Path) -> Iterator[Case]:
     with receiving() as receiver:
         # By its id a receiver knows what it has.
@@ -116,6 +134,8 @@ def mlflow_case(folder: Path, store: MlflowClient) -> Iterator[Case]:
 CASES: dict[str, Callable[..., AbstractContextManager[Case]]] = {
     "LoggingSink": logging_case,
     "LeftOpen": left_open_case,
+    "ConsoleSink": console_case,
+    "LoggerSink": logger_case,
     "WebhookSink": webhook_case,
     "PrometheusSink": prometheus_case,
     "MLflowSink": mlflow_case,

@@ -20,7 +20,9 @@ from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     write,
 )
+from ood_monitor_integrations.lightning.monitored import refuse_unfed_monitors
 from ood_monitor_integrations.lightning.namespaces import callback_class
+from ood_monitor_integrations.lightning.predictions import Predictions
 from ood_monitor_integrations.lightning.saving import Checkpoints, Policy
 from ood_monitor_integrations.lightning.sharding import refuse_strategy
 from ood_monitor_integrations.lightning.stage_scores import StageScores
@@ -109,7 +111,13 @@ class OODMonitor(Callback):
         sinks: Told of every alert, from rank 0; they are left open.
         scores_dir: Where to write ``scores-<stage>.npz`` at the end of a stage, from rank 0: a row
             per sample, with its index in the dataset.
-        log_to_mlflow: Also tell the run of the Trainer's ``MLFlowLogger``, if it has one.
+        log_alerts: Also tell the Trainer's loggers of alerts: MLflow, TensorBoard and Weights &
+            Biases by text and figures, a ``CSVLogger`` by files in ``ood/alerts/`` beside it.
+        console: Print a line per alert, from rank 0.
+        with_scores: Put ``ood/score`` and ``ood/p_value`` (``ood/<name>/score`` with a name), each
+            (B,), beside what `predict_step` returns: prediction writers and `trainer.predict` get a
+            dict of its items, or of the output as ``prediction`` if it is no mapping. They are nan
+            where a batch was not scored.
         name: The stream's name, and what tells several monitors in one Trainer apart.
         progress: Show a progress bar where calibration takes a pass of its own.
         strict: Whether a model or a strategy that cannot be monitored is an error; if not, it is
@@ -139,7 +147,9 @@ class OODMonitor(Callback):
         training: TrainingStream | None = None,
         sinks: Sequence[Sink] = (),
         scores_dir: str | Path | None = None,
-        log_to_mlflow: bool = True,
+        log_alerts: bool = True,
+        console: bool = True,
+        with_scores: bool = False,
         name: str = _NAME,
         progress: bool = True,
         strict: bool = True,
@@ -147,7 +157,7 @@ class OODMonitor(Callback):
         self._stages = _checked_stages(watch)
         check_method(method, detector)
         self._name, self._strict = text("name", name), flag("strict", strict)
-        words = () if name == _NAME else (word_of(name),)
+        self._words = words = () if name == _NAME else (word_of(name),)
         self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
@@ -179,11 +189,14 @@ class OODMonitor(Callback):
             every=whole("every_n_batches", every_n_batches, 1),
             sinks=[LeftOpen(function("a sink", sink)) for sink in items("sinks", sinks)],
             scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
-            log_to_mlflow=flag("log_to_mlflow", log_to_mlflow),
+            log_alerts=flag("log_alerts", log_alerts),
+            console=flag("console", console),
             name=name,
             words=words,
         )
         self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
+        self._with_scores = _checked_with_scores(with_scores, self._stages)
+        self._predictions = Predictions(prefix_of(*words), self._failures)
         self._batch_idx, self._is_off, self._is_broken, self._is_rehearsed = 0, False, False, False
 
     @property
@@ -298,9 +311,22 @@ class OODMonitor(Callback):
             self._checkpoints.save(trainer, pl_module, checkpoint, calibrate=may)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Nothing is calibrated yet."""
+        """Refuse what would wait for a metric in vain; nothing is calibrated yet.
+
+        Raises:
+            ValueError: A callback or a scheduler monitors a metric that will not be logged.
+        """
         self._is_rehearsed = False
         self._checkpoints.begin(trainer)
+        refuse_unfed_monitors(
+            trainer,
+            self._words,
+            self._failures,
+            stages=self._stages,
+            has_detector=self._detectors.is_given,
+            recalibrates=self._every_n_epochs is not None,
+            strict=self._strict,
+        )
         self._training.begin()
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -396,8 +422,11 @@ class OODMonitor(Callback):
         """Begin to watch."""
         if not self._is_off:
             self._trainer_monitor.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
+        if self._with_scores:
+            with self._failures.contained("could not put scores beside predictions"):
+                self._predictions.begin(pl_module)
 
-    def on_predict_batch_start(
+    def on_test_batch_start(
         self,
         trainer: "Trainer",
         pl_module: "LightningModule",
@@ -408,17 +437,36 @@ class OODMonitor(Callback):
         """Score the batch, before the step writes to it."""
         self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
 
-    on_test_batch_start = on_predict_batch_start
+    def on_predict_batch_start(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch, of which the step's output then tells."""
+        scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
+        self._predictions.scored(scores)
 
     def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide; `self.log` is not allowed here, the loggers are."""
         self._trainer_monitor.finish(trainer, "predict")
+
+    def on_predict_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Leave the module its own step."""
+        self._predictions.end()
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """As there, however the stage has ended."""
+        self._predictions.end()
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         """Deliver what was raised before the loop broke."""
         self._is_broken = True  # no process may wait for another from here on
+        self._predictions.end()
         self._trainer_monitor.abandon()
 
     @property
@@ -466,6 +514,13 @@ def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
     if unknown := [stage for stage in stages if stage not in _STAGES]:
         raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
     return frozenset(stages)
+
+
+def _checked_with_scores(with_scores: bool, stages: frozenset[str]) -> bool:
+    wanted = flag("with_scores", with_scores)
+    if wanted and "predict" not in stages:
+        raise ValueError(f"Expected 'predict' in watch for with_scores, got {sorted(stages)}.")
+    return wanted
 
 
 def checked_loader(source: Any, *, again: bool = False) -> Any:

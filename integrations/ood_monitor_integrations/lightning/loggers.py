@@ -68,14 +68,18 @@ def write(
                 logger.log_metrics(dict(metrics), step=step)
 
 
-def mlflow_sinks(loggers: Iterable[Any], stage: str, *, metrics: bool) -> Iterator[Sink]:
+def mlflow_sinks(
+    loggers: Iterable[Any], stage: str, *, metrics: bool, first_step: int
+) -> Iterator[Sink]:
     """A sink for each MLflow run that the Trainer logs to, where it tells of one stage."""
     for logger in loggers:
         if is_mlflow(logger):
             # Here, so that Lightning without MLflow works: this logger has MLflow imported already.
             from ood_monitor_integrations.mlflow import MLflowSink
 
-            yield MLflowSink.from_logger(logger, stage=stage, metrics=metrics)
+            yield MLflowSink.from_logger(
+                logger, stage=stage, metrics=metrics, first_step=first_step
+            )
 
 
 def is_mlflow(logger: Any) -> bool:

@@ -1,6 +1,6 @@
 """The monitor of one stage: scores where batches come, decisions in the order of the dataset."""
 
-from ood_monitor import Alert, Monitor
+from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
@@ -28,6 +28,7 @@ class StageMonitor:
 
     Attributes:
         log_e_value: The strongest evidence of a drift so far, at least 0.
+        latest: Scores of the latest batch.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class StageMonitor:
         explains_at_once: bool = False,
     ) -> None:
         self.monitor, self.log_e_value = monitor, 0.0
+        self.latest: Scores | None = None
         self._positions, self._world, self._distinct = positions, world, distinct
         self._lockstep, self._explains_at_once = lockstep, explains_at_once
         self._parts: list[StageScores] = []
@@ -56,6 +58,7 @@ class StageMonitor:
         scores = self.monitor.score(batch)
         dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
+        self.latest = scores
         self._parts.append(part.without_layers() if self.is_online else part)
         alerts = self._observe(part, batch) if self.is_online else []
         after = self.monitor.explain() if self._explains_at_once else []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ood_monitor import Alert, Detector, Monitor
+from ood_monitor import Alert, Detector, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
 from ood_monitor.modules import Lockstep, is_sharded
@@ -25,6 +25,7 @@ from ood_monitor_integrations.lightning.loggers import (
 )
 from ood_monitor_integrations.lightning.stage_monitor import StageMonitor
 from ood_monitor_integrations.lightning.stage_scores import StageScores
+from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks, step_of
 from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Settings:
         every: Score every n-th batch.
         sinks: Told of alerts, and left open.
         scores_dir: Where to write scores, if anywhere.
-        log_to_mlflow: Whether the run of an `MLFlowLogger` is told too.
+        log_alerts: Whether the Trainer's loggers are told too.
+        console: Whether a line is printed of each.
         name: Of the streams.
         words: Of the names of its metrics, before that of the stage.
     """
@@ -61,7 +63,8 @@ class Settings:
     every: int
     sinks: Sequence[LeftOpen]
     scores_dir: Path | None
-    log_to_mlflow: bool
+    log_alerts: bool
+    console: bool
     name: str
     words: tuple[str, ...]
 
@@ -99,6 +102,7 @@ class TrainerMonitor:
         self._failures, self._log = failures, log
         self._stale: set[str] = set()
         self._stage, self._written = "", 0
+        self._predicted = 0  # samples, by the stages before: a logger's steps only grow
 
     def abandon(self) -> None:
         """Deliver what was raised so far; the stage ends here."""
@@ -111,6 +115,8 @@ class TrainerMonitor:
         self, trainer: "Trainer", pl_module: "LightningModule", stage: str, loaders: object
     ) -> None:
         """A stage begins; it is watched if it should be and there is a detector everywhere."""
+        if self._stage == "predict" and self.monitor is not None:
+            self._predicted += self.monitor.samples_seen
         self.current, self._stage, self._written = None, stage, 0
         self.positions = Positions(loaders, World.of(trainer))
         if stage not in self._settings.stages:
@@ -161,17 +167,27 @@ class TrainerMonitor:
         return None
 
     def _sinks_of(self, trainer: "Trainer", stage: str) -> list[Sink]:
-        sinks: list[Sink] = []
-        if trainer.is_global_zero:
-            sinks += self._settings.sinks
-            with self._failures.contained("could not reach MLflow"):
-                sinks += self._mlflow_sinks(trainer, stage) if self._settings.log_to_mlflow else ()
+        if not trainer.is_global_zero:
+            return []
+        sinks: list[Sink] = [*self._settings.sinks]
+        sinks += [ConsoleSink()] if self._settings.console else []
+        if self._settings.log_alerts:
+            with self._failures.contained("could not reach a logger"):
+                sinks += self._mlflow_sinks(trainer, stage)
+            at = self._steps(trainer, stage)
+            sinks += logger_sinks(trainer.loggers, self._prefix, at, self._failures)
         return sinks
 
     def _mlflow_sinks(self, trainer: "Trainer", stage: str) -> Iterator[Sink]:
         # The loggers have the metrics of other stages from Lightning itself.
         words = "/".join([*self._settings.words, stage])
-        return mlflow_sinks(trainer.loggers, words, metrics=stage == "predict")
+        is_predict, first = stage == "predict", self._predicted
+        return mlflow_sinks(trainer.loggers, words, metrics=is_predict, first_step=first)
+
+    def _steps(self, trainer: "Trainer", stage: str) -> Callable[[Alert], int]:
+        """Those of alerts, which are those of the stage's metrics."""
+        step, predicted = step_of(trainer), self._predicted
+        return lambda alert: predicted + alert.samples_seen if stage == "predict" else step
 
     def _check_age(self, detector: Detector, *, is_told: bool) -> None:
         """Warn once of each detector that is of other weights than the model has."""
@@ -182,18 +198,25 @@ class TrainerMonitor:
         if not is_told:
             self._failures.tell("watches with a stale calibration", self._detectors.changed())
 
-    def take(self, trainer: "Trainer", batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
-        """Score a batch of the stage; while predicting, the loggers get figures now and then."""
-        watch = self.current
+    def take(
+        self, trainer: "Trainer", batch: Batch, batch_idx: int, dataloader_idx: int
+    ) -> Scores | None:
+        """The scores of a batch of the stage; None if it is not scored, or could not be.
+
+        While predicting, the loggers get figures now and then.
+        """
+        watch, scores = self.current, None
         if watch is None:
-            return
+            return None
         if batch_idx % self._settings.every == 0:
             invalid = watch.monitor.invalid
             with self._failures.contained(FAILED):
                 self.alerts += watch.take(batch, batch_idx, dataloader_idx)
+                scores = watch.latest
             self._tell_invalid(watch.monitor.invalid - invalid)
         if self._stage == "predict":
             self._write_now_and_then(trainer, watch, batch_idx)
+        return scores
 
     def finish(self, trainer: "Trainer", stage: str) -> None:
         """The stage is over: decide on what is left, log and write."""
@@ -215,6 +238,7 @@ class TrainerMonitor:
             self._tell_invalid(watch.monitor.invalid)
         if stage == "predict":
             self._write(trainer, watch)
+            self._write_loaders(trainer, watch)
         elif watch.monitor.samples_seen and not trainer.barebones:
             self._log_stage(self._figures(watch), several=not watch.is_online)
 
@@ -231,17 +255,23 @@ class TrainerMonitor:
             self._write(trainer, watch)
 
     def _write(self, trainer: "Trainer", watch: StageMonitor) -> None:
-        step = watch.monitor.samples_seen
-        if step != self._written:
-            self._written = step
+        seen = watch.monitor.samples_seen
+        if seen != self._written:
+            self._written, step = seen, self._predicted + seen
             # An MLflow run has the figures from its sink.
             loggers = [logger for logger in trainer.loggers if not self._has_sink(logger)]
             write(loggers, metrics_of(watch.monitor.figures, self._prefix), step, self._failures)
 
+    def _write_loaders(self, trainer: "Trainer", watch: StageMonitor) -> None:
+        """Of each dataloader at the end of a prediction, if there are several."""
+        found = figures(watch.recorded, self._settings.fpr)
+        own = {f"{self._prefix}/{name}": value for name, value in found.items() if "/" in name}
+        write(trainer.loggers, own, self._predicted + watch.monitor.samples_seen, self._failures)
+
     def _has_sink(self, logger: Any) -> bool:
         found = True  # one that cannot even be asked takes no figures
         with self._failures.contained("could not write its figures"):
-            found = self._settings.log_to_mlflow and is_mlflow(logger)
+            found = self._settings.log_alerts and is_mlflow(logger)
         return found
 
     @property

@@ -17,8 +17,9 @@ from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from ood_monitor.alerts import Alert, Status, Summary
-from ood_monitor.checks import flag, text
+from ood_monitor.checks import flag, text, whole
 from ood_monitor.plots import alert_figure
+from ood_monitor_integrations.alert_files import place_of
 from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
 from ood_monitor_integrations.mlflow.clients import (
     Logger,
@@ -75,6 +76,8 @@ class MLflowSink:
             ``.test``. The tag `ood_monitor.status` is then that of the worst of them, and the note
             tells of one that stands as bad.
         metrics: Whether running figures become metrics; if not, they set the status alone.
+        first_step: What the steps count on from, where streams of one stage follow each other in a
+            run: the samples of those before.
 
     Attributes:
         run_id: The run.
@@ -98,6 +101,7 @@ class MLflowSink:
         client: MlflowClient | None = None,
         stage: str | None = None,
         metrics: bool = True,
+        first_step: int = 0,
     ) -> None:
         for name, value in (("run_id", run_id), ("tracking_uri", tracking_uri), ("stage", stage)):
             if value is not None:
@@ -105,6 +109,7 @@ class MLflowSink:
         self._version = None if model_version is None else ShownVersion.of(model_version)
         self._stage = None if stage is None else checked_stage(stage)
         self._has_metrics = flag("metrics", metrics)
+        self._first_step = whole("first_step", first_step)
         if sum(given is not None for given in (logger, tracking_uri, client)) > 1:
             raise ValueError("Expected one of logger, tracking_uri and client, got more.")
         if logger is not None:
@@ -118,14 +123,21 @@ class MLflowSink:
         self._step: tuple[int, Status] | None = None
 
     @classmethod
-    def from_logger(cls, logger: Logger, *, stage: str | None = None, metrics: bool = True) -> Self:
+    def from_logger(
+        cls,
+        logger: Logger,
+        *,
+        stage: str | None = None,
+        metrics: bool = True,
+        first_step: int = 0,
+    ) -> Self:
         """A sink for the run that a Lightning `MLFlowLogger` writes to.
 
         Raises:
             TypeError: If it is another kind of logger.
             ValueError: If it has no run, as on every rank but 0.
         """
-        return cls(logger=logger, stage=stage, metrics=metrics)
+        return cls(logger=logger, stage=stage, metrics=metrics, first_step=first_step)
 
     @refusals()
     def __call__(self, alert: Alert, /) -> None:
@@ -134,7 +146,7 @@ class MLflowSink:
         is_news = shown.said.is_news(alert)
         if is_news:
             self._log_batch({}, shown.tags_of(alert), alert)
-        place = f"ood/alerts/{_name_of(alert)}"
+        place = place_of(alert)
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{place}.json")
         self._client.log_figure(self.run_id, alert_figure(alert), f"{place}.png")
         status = self._overall(alert.status if is_news else shown.status, alert.time)
@@ -194,7 +206,7 @@ class MLflowSink:
     def _log_batch(
         self, metrics: Mapping[str, float], tags: Mapping[str, str], said: Alert | Summary
     ) -> None:
-        milliseconds, step = int(said.time.timestamp() * 1000), said.samples_seen
+        milliseconds, step = int(said.time.timestamp() * 1000), self._first_step + said.samples_seen
         entries = [Metric(key, value, milliseconds, step) for key, value in metrics.items()]
         marks = [RunTag(key, value) for key, value in tags.items()]
         # Synchronous whatever the environment says: only then does a failure show, to be repeated.
@@ -231,10 +243,3 @@ class MLflowSink:
             return False
         self._log_batch({}, {MLFLOW_RUN_NOTE: changed} | self._shown().tags_of_note(alert), alert)
         return True
-
-
-def _name_of(alert: Alert) -> str:
-    """Of its artifacts; an explanation's stand beside those of the alert that it is of."""
-    if alert.kind == "explanation" and alert.explains is not None:
-        return f"{alert.explains}-explanation"
-    return alert.id
