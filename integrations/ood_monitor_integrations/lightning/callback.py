@@ -129,7 +129,7 @@ class OODMonitor(Callback):
         self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
-        self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
+        self._detectors = Detectors(adapter, detector, method, layers, name)
         self._needs_detector = bool(self._stages - {"train"})
         source = _checked_source(calibrate_on) if self._needs_detector else None
         self._calibrator = Calibrator(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector, LogLikelihood
@@ -14,7 +13,7 @@ from ood_monitor.checks import function, path_of
 from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
-from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor.saving.checkpoints import State, check_there, of_weights, states_of
 from ood_monitor_integrations.lightning.sharding import (
     refuse_gradients_of_shards,
     refuse_shards_of_others,
@@ -37,7 +36,7 @@ class Detectors:
         given: A detector, the folder of a saved one, or a checkpoint that has one.
         method: Of a detector to be made.
         layers: Likewise.
-        key: Of the callback's state in a checkpoint.
+        name: Of the callback, whose detector a checkpoint is to have.
 
     Attributes:
         current: The fitted detector in use; None before there is one.
@@ -49,15 +48,15 @@ class Detectors:
         given: str | Path | Detector | None,
         method: Method | None,
         layers: Layers,
-        key: str,
+        name: str,
     ) -> None:
         if adapter is not None and not isinstance(adapter, Adapter):
             function("adapter", adapter)
-        self._adapter, self._method, self._layers, self._key = adapter, method, layers, key
+        self._adapter, self._method, self._layers, self._name = adapter, method, layers, name
         self._template = given if isinstance(given, Detector) else None
         is_saved = given is not None and self._template is None
         self._saved = path_of("detector", given) if is_saved else None
-        self._state: Mapping[str, Any] | None = None
+        self._states: tuple[State, ...] = ()
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None
 
@@ -69,11 +68,8 @@ class Detectors:
             FileNotFoundError: No detector was saved there.
         """
         self.adapter(pl_module)
-        saved = self._saved
-        if saved is not None and not (saved.is_file() or (saved / CONFIG).is_file()):
-            raise FileNotFoundError(
-                f"Expected a saved detector in {saved}, or a checkpoint, got no {CONFIG}."
-            )
+        if self._saved is not None:
+            check_there(self._saved)
 
     def adapter(self, pl_module: "LightningModule") -> Adapter:
         """The module as an adapter: the given one, `pl_module.adapter()`, or its `log_prob`."""
@@ -99,44 +95,37 @@ class Detectors:
         """
         groups = None if self._template is None else self._template.groups
         self._look_up()
-        if self._state is not None:
-            state, self._state = self._state, None
+        if self._states:
+            states, self._states = self._states, ()
             adapter = self.adapter(pl_module)
+            state = of_weights(states, adapter.module)
             self.current = Detector.from_state_dict(state, adapter, groups=groups)
         return None if self.current is None else _checked(self.current)
 
     def mark(self) -> bytes:
         """What tells apart what this process would watch with; empty if it has nothing."""
         self._look_up()
-        if self._state is not None:
-            told = hashlib.sha256(str(self._state.get("config")).encode())
-            told.update(bytes(self._state.get("tensors", b"")))
+        if self._states:
+            told = hashlib.sha256()
+            for state in self._states:
+                told.update(str(state.get("config")).encode())
+                told.update(bytes(state.get("tensors", b"")))
             return told.digest()
         return b"" if self.current is None else self.current.fitted.fingerprint.encode()
 
     def _look_up(self) -> None:
-        if self._state is None and self.current is None and self._saved is not None:
-            self._state = self._read(self._saved)
-
-    def _read(self, path: Path) -> Mapping[str, Any]:
-        if not path.is_file():
-            config, tensors = path / CONFIG, path / TENSORS
-            return {"config": config.read_text(), "tensors": tensors.read_bytes()}
-        states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-        if self._key not in states:
-            raise ValueError(f"Expected a state of {self._key} in {path}, got {sorted(states)}.")
-        state: Mapping[str, Any] = states[self._key]
-        return state
+        if not self._states and self.current is None and self._saved is not None:
+            self._states = states_of(self._saved, self._name)
 
     def state_dict(self) -> dict[str, Any]:
         """Of the detector in use, as primitives: the checkpoint still loads as weights only."""
         if self.current is None:
-            return dict(self._state or {})
+            return dict(self._states[0]) if self._states else {}
         return dict(self.current.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep a state until the model has its weights."""
-        self._state = state
+        self._states = (state,)
 
 
 def _checked(detector: Detector) -> Detector:
