@@ -72,8 +72,9 @@ class OODMonitor(Callback):
             giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
             ``log_prob_terms`` or ``log_prob``.
         detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
-            this ``name``, to go with `load_from_checkpoint`. One that is not fitted yet has the
-            settings for the one to fit.
+            this ``name``, or has its folder beside it, as
+            :meth:`~ood_monitor.Detector.from_checkpoint` reads it, to go with
+            `load_from_checkpoint`. One that is not fitted yet has the settings for the one to fit.
         calibrate_on: Held-out batches that the model is not trained on, to go through once or
             twice; ``"val"`` takes the validation data; None keeps what ``detector`` or a checkpoint
             brings. Nothing is fitted if only ``"train"`` is watched.

@@ -78,7 +78,9 @@ def sharded(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", [lambda folder: folder / "all.ckpt", sharded], ids=["one", "sh"])
+@pytest.mark.parametrize(
+    "form", [lambda folder: folder / "all.ckpt", sharded], ids=["file", "sharded"]
+)
 def test_the_detector_of_the_callback_is_read(form: Callable[[Path], Path], folder: Path) -> None:
     found = read(form(folder), adapter(folder))  # a warning of other weights would be an error
     assert found.fitted.fingerprint == of_callback(folder)
