@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.calibration.diagnostics import Diagnosis
-from ood_monitor.checks import path_of
+from ood_monitor.checks import path_of, text
 from ood_monitor.saving import hub
 from ood_monitor.saving.card import save_card
+from ood_monitor.saving.checkpoints import of_weights, states_of
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["Groups", "Pretrained"]
@@ -151,6 +152,45 @@ class Pretrained(abc.ABC):
             repository = hub.Repository(str(name_or_path), revision, token)
             directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)
         return cls._restored(*Fitted.load(directory), adapter, groups)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | PathLike[str],
+        adapter: Adapter,
+        *,
+        name: str = "OODMonitor",
+        groups: Groups | None = None,
+    ) -> Self:
+        """Read what the Lightning callback left in a checkpoint; Lightning is not needed.
+
+        A checkpoint of weights alone has no callbacks: the detector is then in the folder
+        ``<path>.detector``, as :meth:`save_pretrained` writes it. If both are there, it is the one
+        that was fitted on these weights. The file is loaded as weights only, without pickle.
+
+        Args:
+            path: The checkpoint, sharded or not.
+            adapter: The model that the detector was fitted on: of a LightningModule without an
+                adapter of its own, `LogLikelihood(module)` of the whole module.
+            name: Of the callback.
+            groups: As :meth:`from_pretrained`.
+
+        Raises:
+            FileNotFoundError: There is neither a checkpoint nor a folder.
+            ValueError: No detector of this name is there, the file does not load as weights only,
+                or as :meth:`from_pretrained`.
+
+        Warns:
+            UserWarning: As :meth:`from_pretrained`.
+        """
+        place = path_of("path", path)
+        states = states_of(place, text("name", name))
+        try:
+            state = of_weights(states, adapter.module)
+            fitted, options = Fitted.parse(state["config"], state["tensors"])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        return cls._restored(fitted, options, adapter, groups)
 
     def state_dict(self) -> dict[str, str | bytes]:
         """What :meth:`save_pretrained` writes, as primitives for a checkpoint.

@@ -83,8 +83,9 @@ class OODMonitor(Callback):
             giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
             ``log_prob_terms`` or ``log_prob``.
         detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
-            this ``name``, to go with `load_from_checkpoint`. One that is not fitted yet has the
-            settings for the one to fit.
+            this ``name``, or has its folder beside it, as
+            :meth:`~ood_monitor.Detector.from_checkpoint` reads it, to go with
+            `load_from_checkpoint`. One that is not fitted yet has the settings for the one to fit.
         held_out: Held-out batches that the model is not trained on, nor its checkpoints chosen by,
             to go through once for each calibration. None takes the validation data.
         calibrate: Which checkpoints get a detector of their weights, while they are saved:
@@ -161,7 +162,7 @@ class OODMonitor(Callback):
         self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
-        self._detectors = Detectors(adapter, detector, method, layers, self.state_key)
+        self._detectors = Detectors(adapter, detector, method, layers, name)
         self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
         self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)

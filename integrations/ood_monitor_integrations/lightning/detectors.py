@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,9 +17,15 @@ from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
 from ood_monitor.modules import stored_weights
-from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor.saving.checkpoints import (
+    State,
+    check_there,
+    folder_beside,
+    of_weights,
+    states_of,
+)
 from ood_monitor.saving.fingerprints import digest, digest_of_tensors
-from ood_monitor.saving.fitted import Fitted
+from ood_monitor.saving.fitted import CONFIG, Fitted
 from ood_monitor_integrations.lightning.sharding import (
     refuse_gradients_of_shards,
     refuse_shards_of_others,
@@ -28,13 +34,10 @@ from ood_monitor_integrations.lightning.sharding import (
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-__all__ = ["AdapterLike", "Detectors", "beside", "check_method"]
+__all__ = ["AdapterLike", "Detectors", "check_method"]
 
 #: An adapter, or a function `(module, x) -> (B,)` that gives log-likelihoods in nats.
 AdapterLike: TypeAlias = Adapter | Callable[[nn.Module, Any], Tensor]
-
-#: What a detector is as primitives.
-State: TypeAlias = Mapping[str, Any]
 
 #: Detectors that stay at hand; those of older checkpoints are read from their files.
 _KEPT = 8
@@ -48,7 +51,7 @@ class Detectors:
         given: A detector, the folder of a saved one, or a checkpoint that has one.
         method: Of a detector to be made.
         layers: Likewise.
-        key: Of the callback's state in a checkpoint.
+        name: Of the callback, whose detector a checkpoint is to have.
 
     Attributes:
         current: The detector that was in use last; None before there is one.
@@ -60,11 +63,11 @@ class Detectors:
         given: str | Path | Detector | None,
         method: Method | None,
         layers: Layers,
-        key: str,
+        name: str,
     ) -> None:
         if adapter is not None and not isinstance(adapter, Adapter):
             function("adapter", adapter)
-        self._adapter, self._method, self._layers, self._key = adapter, method, layers, key
+        self._adapter, self._method, self._layers, self._name = adapter, method, layers, name
         self._template = given if isinstance(given, Detector) else None
         is_saved = given is not None and self._template is None
         self._saved = path_of("detector", given) if is_saved else None
@@ -89,11 +92,8 @@ class Detectors:
             FileNotFoundError: No detector was saved there.
         """
         self.adapter(pl_module)
-        saved = self._saved
-        if saved is not None and not (saved.is_file() or (saved / CONFIG).is_file()):
-            raise FileNotFoundError(
-                f"Expected a saved detector in {saved}, or a checkpoint, got no {CONFIG}."
-            )
+        if self._saved is not None:
+            check_there(self._saved)
 
     def adapter(self, pl_module: "LightningModule") -> Adapter:
         """The module as an adapter: the given one, `pl_module.adapter()`, or its `log_prob`."""
@@ -148,8 +148,9 @@ class Detectors:
 
     def look_beside(self, checkpoint: str | Path | None) -> None:
         """Keep what stands beside a checkpoint."""
-        if checkpoint is not None and (beside(checkpoint) / CONFIG).is_file():
-            self.load_state_dict(_in_folder(beside(checkpoint)))
+        for path in {Path(checkpoint), Path(checkpoint).resolve()} if checkpoint else ():
+            if (folder_beside(path) / CONFIG).is_file():
+                self.load_state_dict(states_of(folder_beside(path), self._name)[0])
 
     def ready(self, pl_module: "LightningModule") -> tuple[Detector | None, bool]:
         """The detector to watch a module with, or None, and whether it was read now.
@@ -194,7 +195,7 @@ class Detectors:
         if self._template is not None and self._template.is_fitted:
             known.append(self._template.fitted.fingerprint)
         if self._saved is not None:
-            known += [str(state.get("config")) for state in self._read(self._saved)]
+            known += [str(state.get("config")) for state in states_of(self._saved, self._name)]
         return hashlib.sha256("\n".join(known).encode()).digest() if known else b""
 
     @property
@@ -207,43 +208,13 @@ class Detectors:
         if self._saved is None:
             return None
         if self._loaded is None or self._loaded.adapter.module is not adapter.module:
-            states = {_model_of(state): state for state in self._read(self._saved)}
-            state = states.get(digest(adapter.module)) or next(iter(states.values()))
+            state = of_weights(states_of(self._saved, self._name), adapter.module)
             self._loaded = Detector.from_state_dict(state, adapter, groups=self._groups)
         return self._loaded
 
     def _latest_state(self) -> State | None:
         is_newer = self.current is None and self._states
         return next(reversed(self._states.values())) if is_newer else None
-
-    def _read(self, path: Path) -> Iterator[State]:
-        """What a folder has, or a checkpoint, or the folder beside that."""
-        if not path.is_file():
-            yield _in_folder(path)
-            return
-        states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
-        if "config" in states.get(self._key, {}):
-            yield states[self._key]
-        elif not (beside(path) / CONFIG).is_file():
-            raise ValueError(f"Expected a state of {self._key} in {path}, got {sorted(states)}.")
-        if (beside(path) / CONFIG).is_file():
-            yield _in_folder(beside(path))
-
-
-def beside(checkpoint: str | Path) -> Path:
-    """The folder of the detector of a checkpoint that holds none."""
-    return Path(f"{checkpoint}.detector")
-
-
-def _in_folder(folder: Path) -> State:
-    return {
-        "config": (folder / CONFIG).read_text(),
-        "tensors": (folder / TENSORS).read_bytes(),
-    }
-
-
-def _model_of(state: State) -> str:
-    return Fitted.parse(state["config"], state["tensors"])[0].model
 
 
 def _put(held: OrderedDict[str, Any], key: str, value: Any) -> None:

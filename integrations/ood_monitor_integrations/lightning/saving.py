@@ -5,14 +5,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from ood_monitor.saving import CONFIG, TENSORS
+from ood_monitor.saving.checkpoints import State, folder_beside
 from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.detectors import Detectors, State, beside
+from ood_monitor_integrations.lightning.detectors import Detectors
 from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.swapping import holding, places
 from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
@@ -268,11 +270,11 @@ class Checkpoints:
                     self._files[path] = _File(stamp, model, has)
         for path in [path for path in self._files if _stamp(path) is None]:
             del self._files[path]
-            shutil.rmtree(beside(path), ignore_errors=True)
+            shutil.rmtree(folder_beside(Path(path)), ignore_errors=True)
 
     def _write_beside(self, path: str, model: str) -> bool:
         """Whether there is a detector of these weights, which stands beside them now."""
-        folder = beside(path)
+        folder = folder_beside(Path(path))
         if folder.exists():  # of weights that the file had before
             shutil.rmtree(folder)
         state = self._state_of(model)

@@ -236,7 +236,9 @@ def test_a_detector_is_read_from_a_checkpoint_without_its_trainer(
     trainer(found).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
     assert torch.equal(found.scores("predict").p_value, expected.scores("predict").p_value)
     other = watcher(name="other", detector=fitted[1], calibrate="never")
-    with pytest.warns(UserWarning, match=r"will not watch: Expected a state of .*other.*, got"):
+    with pytest.warns(
+        UserWarning, match=r"will not watch: Expected a detector of the name 'other'"
+    ):
         trainer(other).predict(Flow.load_from_checkpoint(fitted[1]), loader(drifting()))
 
 

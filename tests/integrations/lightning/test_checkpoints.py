@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
 from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.detectors import beside
 from ood_monitor_integrations.lightning.loading import own_data
 from ood_monitor_integrations.lightning.swapping import holding
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
@@ -19,6 +18,7 @@ from support.lightning_cases import QUIET, Flow, images, loader, trained, traine
 from torch import Tensor, nn
 
 import ood_monitor as om
+from ood_monitor.saving.checkpoints import folder_beside
 from ood_monitor.saving.fitted import digest
 
 pytestmark = QUIET
@@ -73,7 +73,7 @@ def test_of_weights_alone_it_lies_beside_and_goes_with_them(tmp_path: Path) -> N
     callback = watcher()
     trained(callback, keeper, max_epochs=4)
     (kept,) = tmp_path.glob("*.ckpt")
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [beside(kept)]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder_beside(kept)]
     restored, module = watcher(), Flow()
     trainer(restored).predict(module, loader(images(32)), ckpt_path=kept)
     assert restored.detector is not None

@@ -59,7 +59,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], told: st
 
 
 def test_a_folder_without_a_detector_is_refused_at_setup(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"Expected a saved detector in .* got no config"):
+    with pytest.raises(FileNotFoundError, match=r"a saved detector there or in .*, got no"):
         trainer(watcher(detector=tmp_path)).predict(Flow(), loader(images(8)))
 
 
