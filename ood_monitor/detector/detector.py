@@ -18,6 +18,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     usable_by,
 )
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
 from ood_monitor.checks import function, number, seed_of, text, whole
@@ -193,10 +194,11 @@ class Detector(Pretrained):
         Raises:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
+        given, batch = batch, without_ignored(self.adapter, batch)
         count = min(explain, batch_size(batch))  # which refuses what is no batch
         sample = self.adapter.sample_of(batch)
         plan = self._plan(sample, lambda plan: is_measurable(plan, self.adapter, batch))
-        measured = self._measured(plan, batch, None)
+        measured = self._measured(plan, batch, None, given)
         measured = replace(measured, conditions=self._conditions(batch), names=names_of(batch))
         if count == 0:
             return measured
@@ -275,7 +277,9 @@ class Detector(Pretrained):
 
     def _seen_by(self, fitted: Fitted, batch: Batch) -> Measurements:
         self.check(batch)
-        return replace(self._measured(Plan.of(fitted), batch, fitted), names=names_of(batch))
+        given, batch = batch, without_ignored(self.adapter, batch)
+        measured = self._measured(Plan.of(fitted), batch, fitted, given)
+        return replace(measured, names=names_of(batch))
 
     def verify(self, held_out: Iterable[Batch], *, fpr: float = 0.01) -> Verification:
         """Score some of the calibration samples again: on this device, in these versions.
@@ -298,7 +302,8 @@ class Detector(Pretrained):
         if fitted.probe is None:
             raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
         found: dict[str, tuple[float, int]] = {}
-        for names, batch in remembered_in(fitted.probe, _checked_batches(held_out)):
+        batches = (without_ignored(self.adapter, it) for it in _checked_batches(held_out))
+        for names, batch in remembered_in(fitted.probe, batches):
             scores = self.score(batch)
             groups = [0] * len(names) if scores.group is None else scores.group.tolist()
             found |= zip(names, zip(scores.score.tolist(), groups, strict=True), strict=True)
@@ -321,7 +326,8 @@ class Detector(Pretrained):
         """
         fitted = self.fitted
         self.check(batch)
-        measured = self._measured(Plan.of(fitted), batch, fitted)
+        given, batch = batch, without_ignored(self.adapter, batch)
+        measured = self._measured(Plan.of(fitted), batch, fitted, given)
         features = fitted.joined.features(measured)
         parts = fitted.joined.contributions(features)
         score = parts.sum(1)
@@ -363,6 +369,7 @@ class Detector(Pretrained):
         """
         fitted = self.fitted
         self.check(batch)
+        batch = without_ignored(self.adapter, batch)
         return explained_by(
             fitted.usual or Usual(0),
             self.adapter,
@@ -380,6 +387,7 @@ class Detector(Pretrained):
             RuntimeError: The detector is not fitted.
             ValueError: An empty batch, or other shapes or types than the held-out data.
         """
+        batch = without_ignored(self.adapter, batch)
         if batch_size(batch) == 0:
             raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
         check_samples(self.adapter, batch, self.fitted.samples)
@@ -412,7 +420,10 @@ class Detector(Pretrained):
         detector._fitted = fitted
         return detector
 
-    def _measured(self, plan: Plan, batch: Batch, fitted: Fitted | None) -> Measurements:
+    def _measured(
+        self, plan: Plan, batch: Batch, fitted: Fitted | None, given: Batch
+    ) -> Measurements:
+        """Of a batch, and of all that was given with it, of which groups may be told."""
         measured = measured_by(
             plan,
             self.adapter,
@@ -423,7 +434,7 @@ class Detector(Pretrained):
             chunk_size=self.chunk_size,
             fitted=fitted,
         )
-        groups = () if self.groups is None else _named(self.groups(batch), len(measured))
+        groups = () if self.groups is None else _named(self.groups(given), len(measured))
         return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)
 
     @property
