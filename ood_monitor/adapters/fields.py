@@ -155,7 +155,7 @@ def _has_items(value: Batch, size: int) -> bool:
     if type(value) is LeftOut:
         return False
     if isinstance(value, np.ndarray):
-        return value.shape[:1] == (size,)
+        return bool(value.shape[:1] == (size,))
     if isinstance(value, list | tuple) and len(value) == size and not tensors_in(value):
         return True
     return any(_has_items(part, size) for _, part in parts_of(value))
