@@ -1,5 +1,6 @@
 """The detector: adapter, gradient norms, density and calibration, composed."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -156,6 +157,27 @@ class Detector(Pretrained):
         if self._fitted is not None:
             plan = Plan.of(self._fitted)
         return any(part.needs_gradients for part in plan.parts)
+
+    def on(self, adapter: Adapter) -> Self:
+        """The same detector, with what it has learned, on another model object.
+
+        For a model that was loaded again, or a copy of it with averaged weights. Whether these are
+        the weights that it was fitted on is asked by :attr:`is_stale`.
+
+        Args:
+            adapter: The other model, as the detector's own adapter has its model.
+
+        Returns:
+            A copy; the detector itself is left as it was.
+
+        Raises:
+            ValueError: It is fitted, and the model has other layers.
+        """
+        if self._fitted is not None:
+            check_layers(self._fitted.parameters, parameters_of(adapter, self.layers))
+        other = copy.copy(self)
+        other.adapter, other._summed = adapter, None
+        return other
 
     def fit(self, held_out: Iterable[Batch], *, progress: bool = True) -> Self:
         """Fit the density on a part of held-out data, and calibrate on the rest.
