@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import flag, function, items, number, path_of, text, whole
+from ood_monitor.checks import batches, flag, function, items, number, path_of, text, whole
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
@@ -217,9 +217,11 @@ class OODMonitor(Callback):
         Raises:
             ValueError: The model has no log-likelihood, or what
                 :meth:`~ood_monitor.Detector.fit` refuses.
+            TypeError: One batch in the place of a loader.
             RuntimeError: Another process failed.
         """
-        self._calibrator.now(trainer, pl_module, loader)
+        source = None if loader is None else batches("loader", loader)
+        self._calibrator.now(trainer, pl_module, source)
         assert self.detector is not None
         return self.detector
 
@@ -400,7 +402,7 @@ def _checked_source(
     is_loader = hasattr(source, "__iter__") or hasattr(source, "__getitem__")
     if not is_known and (isinstance(source, (str, bytes)) or not is_loader):
         raise ValueError(f"Expected calibrate_on 'val', held-out batches or None, got {source!r}.")
-    return source
+    return source if is_known else batches("calibrate_on", source)
 
 
 def _checked_stream(training: TrainingStream) -> TrainingStream:
