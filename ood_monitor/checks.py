@@ -2,14 +2,16 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 __all__ = [
+    "batches",
     "flag",
     "function",
     "having",
@@ -192,8 +194,32 @@ def items(name: str, value: Any) -> list[Any]:
         TypeError: It has no items.
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise TypeError(f"Expected {name} as several items, got {value!r}.")
+        remedy = f" For one alone give [{value!r}]." if isinstance(value, str) else ""
+        raise TypeError(f"Expected {name} as several items, got {value!r}.{remedy}")
     return list(value)
+
+
+def batches(name: str, value: _T) -> _T:
+    """Returns an option that gives batches, one after the other, as a loader does.
+
+    A tensor can be gone through too, but by its samples, and text by its letters.
+
+    Args:
+        name: What the option is called.
+        value: What was given.
+
+    Raises:
+        TypeError: It is a tensor, an array, a mapping, text, or cannot be gone through.
+    """
+    gives = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    if isinstance(value, (str, bytes, type)) or not gives:
+        raise TypeError(f"Expected {name} as an iterable of batches, got {value!r}.")
+    if isinstance(value, (Mapping, Tensor, np.ndarray)):
+        raise TypeError(
+            f"Expected {name} as an iterable of batches, got a {type(value).__name__}, which is "
+            "one batch: give [batch], or a loader."
+        )
+    return value
 
 
 def having(name: str, value: _T, *methods: str) -> _T:

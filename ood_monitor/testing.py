@@ -37,6 +37,7 @@ from ood_monitor.adapters.base import (
     term_values,
 )
 from ood_monitor.adapters.elements import Elements, resolved, total_of
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.calibration.promise import FlaggedShare, flagged_interval, flagged_share
 from ood_monitor.gradients import gradient_norms
 from ood_monitor.gradients.check import disagreeing
@@ -99,6 +100,7 @@ def check_adapter(
         >>> flow = om.models.Glow(channels=1, size=4, steps=1, hidden=4)
         >>> check_adapter(om.LogLikelihood(flow), torch.rand(3, 1, 4, 4))
     """
+    batch = without_ignored(adapter, batch)
     if batch_size(batch) < 2:
         raise ValueError(f"Expected at least 2 samples, got {batch_size(batch)}.")
     with scoring_in_place(adapter.module, adapter):
@@ -109,6 +111,7 @@ def check_adapter(
     _check_same("by the copy that scoring makes", terms, term_values(adapter, batch))
     _check_gradients(adapter, batch)
     if samples is not None:
+        samples = without_ignored(adapter, samples)
         with scoring_in_place(adapter.module, adapter):
             _check_nats(adapter, samples, progress=progress)
             _check_expectations(adapter, samples, progress=progress)

@@ -41,3 +41,29 @@ def test_an_interval_has_the_ends_that_its_brackets_say(ends: str, value: float,
     with pytest.raises(ValueError, match="Expected it") as caught:
         checks.number("it", value, 0, 1, ends=ends)
     assert str(caught.value) == f"Expected it in {ends[0]}0, 1{ends[1]}, got {value}."
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.zeros(3), r"got a Tensor, which is one batch: give \[batch\], or a loader"),
+        (np.zeros(3), "got a ndarray, which is one batch"),
+        ({"x": torch.zeros(3)}, "got a dict, which is one batch"),
+        ("val", "as an iterable of batches, got 'val'"),
+        (None, "got None"),
+        (list, "got <class 'list'>"),
+    ],
+)
+def test_one_batch_is_no_loader(value: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=f"Expected held_out as .*{told}"):
+        checks.batches("held_out", value)
+
+
+@pytest.mark.parametrize("value", [[1], (1,), iter([1]), range(3)], ids=str)
+def test_what_gives_batches_is_a_loader(value: Any) -> None:
+    assert checks.batches("held_out", value) is value
+
+
+def test_a_word_in_the_place_of_several_is_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"as several items, got 'val'. For one alone give \['val'"):
+        checks.items("watch", "val")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
+from ood_monitor.adapters.nested import map_tensors, tensors_in
 from ood_monitor.checks import word
 from ood_monitor.modules import Passes, device_of, gradless, scored
 
@@ -53,7 +53,8 @@ __all__ = [
     "usable_by",
 ]
 
-#: A tensor of shape (B, ...), or a nested list, tuple or mapping of such tensors with one B.
+#: A tensor of shape (B, ...), or a nested list, tuple, mapping or dataclass of such tensors, with
+#: one B.
 Batch: TypeAlias = Any
 
 #: Gives, from a batch, the keywords that a model takes beside the samples. They are made of the
@@ -198,44 +199,9 @@ class Adapter(abc.ABC):
         return None
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """Apply ``function`` to every tensor of a nested batch; anything else stays as it is."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        values = [map_tensors(function, value) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
-
-
-def tensors_in(batch: Batch) -> list[Tensor]:
-    """All tensors of a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        return [tensor for value in batch.values() for tensor in tensors_in(value)]
-    if isinstance(batch, list | tuple):
-        return [tensor for value in batch for tensor in tensors_in(value)]
-    return []
-
-
 def pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive pieces of ``size`` samples; the last may be smaller.
-
-    Raises:
-        ValueError: There are several, and beside its tensors the batch has a list or an array of as
-            many items, which would not be cut with them.
-    """
-    total = batch_size(batch)
-    if total > size and (uncut := _uncut(batch, total)) is not None:
-        raise ValueError(
-            f"Expected tensors alone to be cut into pieces of {size} samples, got {uncut} of "
-            f"{total} items beside them: make it a tensor, or leave `chunk_size` out and give "
-            "smaller batches."
-        )
-    for start in range(0, total, size):
+    """Consecutive pieces of ``size`` samples; the last may be smaller."""
+    for start in range(0, batch_size(batch), size):
         yield map_tensors(lambda t, start=start: t[start : start + size], batch)  # type: ignore[misc]
 
 
@@ -248,19 +214,6 @@ def usable_by(module: nn.Module, batch: Batch) -> Batch:
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     return map_tensors(usable, batch)
-
-
-def _uncut(batch: Batch, size: int) -> str | None:
-    """The type of what has an item for each sample and is no tensor, or None."""
-    if isinstance(batch, Mapping):
-        return next((found for v in batch.values() if (found := _uncut(v, size))), None)
-    if isinstance(batch, np.ndarray) and batch.shape[:1] == (size,):
-        return "an array"
-    if not isinstance(batch, list | tuple):
-        return None
-    if len(batch) == size and not tensors_in(batch):
-        return f"a {type(batch).__name__}"
-    return next((found for value in batch if (found := _uncut(value, size))), None)
 
 
 def checked_elements(adapter: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor | Elements]]:

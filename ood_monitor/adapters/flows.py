@@ -51,7 +51,7 @@ def density_of(module: nn.Module) -> Density:
         return _zuko
     raise ValueError(
         "Expected a module with `log_prob` or `log_prob_terms`, or a flow of normflows or zuko, "
-        f"got {type(module).__name__}; pass `function=lambda module, x: ...` that returns the "
+        f"got {type(module).__name__}; give a function, `lambda module, x: ...`, that returns the "
         "log-likelihood, shape (B,)."
     )
 
@@ -97,8 +97,8 @@ def _per_sample(log_det: Any, x: Tensor) -> Tensor:
         return log_det.reshape(len(x))
     raise ValueError(
         f"Expected a log-determinant of shape ({len(x)},), one a sample, got {describe(log_det)}. "
-        "Its parts may have been added up across samples: sum each over a sample's dimensions, in "
-        "the module or in a `function=lambda module, x: ...` that gives the log-likelihood, (B,)."
+        "Its parts may have been added up across samples: sum each over a sample's dimensions in "
+        "the module, or give a function, `lambda module, x: ...`, of the log-likelihood, (B,)."
     )
 
 
@@ -108,8 +108,8 @@ def _check_elements(latents: list[Any], x: Tensor) -> None:
     if not hold or sum(z.numel() for z in latents) != x.numel():
         raise ValueError(
             f"Expected latents of {x[:1].numel()} elements a sample, as x of shape "
-            f"{tuple(x.shape)} has, got {', '.join(map(describe, latents))}: pass "
-            "`function=lambda module, x: ...` for a model of another kind."
+            f"{tuple(x.shape)} has, got {', '.join(map(describe, latents))}: give "
+            "a function, `lambda module, x: ...`, for a model of another kind."
         )
 
 

@@ -23,6 +23,7 @@ from ood_monitor.adapters.base import (
     uniform_draw,
 )
 from ood_monitor.adapters.elements import Elements, shifted
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.adapters.flows import Density, density_of
 from ood_monitor.adapters.laws import of_distribution
 from ood_monitor.checks import function as checked_function
@@ -118,6 +119,7 @@ class LogLikelihood(Adapter):
 
         As scores, of the model in eval mode; it and the batch are left as they were.
         """
+        batch = without_ignored(self, batch)
         dimensions = self._inputs(batch)[0].numel()
         total = torch.stack(list(term_values(self, batch).values())).sum(0)
         return -total / (dimensions * math.log(2))

@@ -30,6 +30,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     reseeded,
 )
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import having
 from ood_monitor.densities import Array, Density, ShrunkGaussian
 from ood_monitor.densities.autologging import without_autologging
@@ -121,7 +122,7 @@ def diagnose(
     layers = checked_layers(layers)
     if density is not None:
         having("density", density, "fit", "score")
-    batches = list(held_out)
+    batches = [without_ignored(adapter, batch) for batch in held_out]
     if len(batches) < 2:
         raise ValueError(f"Expected at least two held-out batches, got {len(batches)}.")
     shared = _shared_gradient(adapter, batches, layers)

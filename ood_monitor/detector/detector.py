@@ -19,6 +19,7 @@ from ood_monitor.adapters.base import (
     map_tensors,
     usable_by,
 )
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.calibration.conformal import samples_for
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
@@ -158,6 +159,27 @@ class Detector(Pretrained):
             plan = Plan.of(self._fitted)
         return any(part.needs_gradients for part in plan.parts)
 
+    def on(self, adapter: Adapter) -> Self:
+        """The same detector, with what it has learned, on another model object.
+
+        For a model that was loaded again, or a copy of it with averaged weights. Whether these are
+        the weights that it was fitted on is asked by :attr:`is_stale`.
+
+        Args:
+            adapter: The other model, as the detector's own adapter has its model.
+
+        Returns:
+            A copy; the detector itself is left as it was.
+
+        Raises:
+            ValueError: It is fitted, and the model has other layers.
+        """
+        if self._fitted is not None:
+            check_layers(self._fitted.parameters, parameters_of(adapter, self.layers))
+        other = copy.copy(self)
+        other.adapter, other._summed = adapter, None
+        return other
+
     def fit(self, held_out: Iterable[Batch], *, progress: bool = True) -> Self:
         """Fit the density on a part of held-out data, and calibrate on the rest.
 
@@ -195,10 +217,11 @@ class Detector(Pretrained):
         Raises:
             ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` refuses.
         """
+        given, batch = batch, without_ignored(self.adapter, batch)
         count = min(explain, batch_size(batch))  # which refuses what is no batch
         sample = self.adapter.sample_of(batch)
         plan = self._plan(sample, lambda plan: is_measurable(plan, self.adapter, batch))
-        measured = self._measured(plan, batch, None)
+        measured = self._measured(plan, batch, None, given)
         measured = replace(measured, conditions=self._conditions(batch), names=names_of(batch))
         if count == 0:
             return measured
@@ -241,12 +264,6 @@ class Detector(Pretrained):
         """
         self._fitted = self._fitting(measured)(self.adapter, measured)
         return self
-
-    def on(self, adapter: Adapter) -> Self:
-        check_layers(self.fitted.parameters, parameters_of(adapter, self.layers))
-        detector = copy.copy(self)
-        detector.adapter = adapter
-        return detector
 
     def check_held_out(self, measured: Measurements, count: int | None, fpr: float) -> None:
         """Refuse what :meth:`fit_measured`, or a monitor after it, would refuse of more samples.
@@ -303,7 +320,9 @@ class Detector(Pretrained):
 
     def _seen_by(self, fitted: Fitted, batch: Batch) -> Measurements:
         self.check(batch)
-        return replace(self._measured(Plan.of(fitted), batch, fitted), names=names_of(batch))
+        given, batch = batch, without_ignored(self.adapter, batch)
+        measured = self._measured(Plan.of(fitted), batch, fitted, given)
+        return replace(measured, names=names_of(batch))
 
     def verify(self, held_out: Iterable[Batch], *, fpr: float = 0.01) -> Verification:
         """Score some of the calibration samples again: on this device, in these versions.
@@ -326,7 +345,8 @@ class Detector(Pretrained):
         if fitted.probe is None:
             raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
         found: dict[str, tuple[float, int]] = {}
-        for names, batch in remembered_in(fitted.probe, _checked_batches(held_out)):
+        batches = (without_ignored(self.adapter, it) for it in _checked_batches(held_out))
+        for names, batch in remembered_in(fitted.probe, batches):
             scores = self.score(batch)
             groups = [0] * len(names) if scores.group is None else scores.group.tolist()
             found |= zip(names, zip(scores.score.tolist(), groups, strict=True), strict=True)
@@ -349,7 +369,8 @@ class Detector(Pretrained):
         """
         fitted = self.fitted
         self.check(batch)
-        measured = self._measured(Plan.of(fitted), batch, fitted)
+        given, batch = batch, without_ignored(self.adapter, batch)
+        measured = self._measured(Plan.of(fitted), batch, fitted, given)
         features = fitted.joined.features(measured)
         parts = fitted.joined.contributions(features)
         score = parts.sum(1)
@@ -391,6 +412,7 @@ class Detector(Pretrained):
         """
         fitted = self.fitted
         self.check(batch)
+        batch = without_ignored(self.adapter, batch)
         return explained_by(
             fitted.usual or Usual(0),
             self.adapter,
@@ -408,6 +430,7 @@ class Detector(Pretrained):
             RuntimeError: The detector is not fitted.
             ValueError: An empty batch, or other shapes or types than the held-out data.
         """
+        batch = without_ignored(self.adapter, batch)
         if batch_size(batch) == 0:
             raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
         check_samples(self.adapter, batch, self.fitted.samples)
@@ -440,7 +463,10 @@ class Detector(Pretrained):
         detector._fitted = fitted
         return detector
 
-    def _measured(self, plan: Plan, batch: Batch, fitted: Fitted | None) -> Measurements:
+    def _measured(
+        self, plan: Plan, batch: Batch, fitted: Fitted | None, given: Batch
+    ) -> Measurements:
+        """Of a batch, and of all that was given with it, of which groups may be told."""
         measured = measured_by(
             plan,
             self.adapter,
@@ -451,7 +477,7 @@ class Detector(Pretrained):
             chunk_size=self.chunk_size,
             fitted=fitted,
         )
-        groups = () if self.groups is None else _named(self.groups(batch), len(measured))
+        groups = () if self.groups is None else _named(self.groups(given), len(measured))
         return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)
 
     @property

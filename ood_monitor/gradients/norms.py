@@ -26,6 +26,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
     usable_by,
 )
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import whole, word
 from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
 from ood_monitor.gradients.factors import Granularity
@@ -124,6 +125,7 @@ def terms_and_norms(
         TypeError: As there.
     """
     by = _granularity_of(granularity, adapter.module)
+    batch = without_ignored(adapter, batch)
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
 
@@ -168,6 +170,7 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
     """
     k, selected = whole("k", k, 1), selection(adapter.module, None)
     by = _granularity_of("tensor", adapter.module)
+    batch = without_ignored(adapter, batch)
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
         view = passes.fresh()

@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any, Literal, Self
 
 from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.alerts.alert import Alert, Status
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.figures import Reading, Summary
@@ -238,7 +239,7 @@ class Monitor:
         try:
             scores = scored(self.detector, batch, self._good)
             if self._good is None:
-                self._good = first_sound(batch, scores)
+                self._good = first_sound(self._cuttable(batch), scores)
         except Exception:  # of any kind: it is counted, and raised on
             self._measure(failed=1)
             raise
@@ -273,7 +274,7 @@ class Monitor:
             alerts = self._step(lambda decisions: self._take(decisions, scores, ids))
             self.last = scores
             if batch is not None:
-                self._explanations.take(batch, scores, ids, before, alerts)
+                self._explanations.take(self._cuttable(batch), scores, ids, before, alerts)
             if not was_told:
                 self._warn_of_neighbours()
         self._measure(scores)
@@ -354,10 +355,13 @@ class Monitor:
         with self._lock:
             self._step(lambda decisions: [decisions.summary()])
 
+    def _cuttable(self, batch: Batch) -> Batch:
+        return without_ignored(self.detector.adapter, batch)
+
     def identify(self, batch: Batch, scores: Scores) -> list[str | None] | None:
         """Hashes of those of B samples that an alert could name, if the monitor was asked to."""
         return (
-            hashes_where((scores.p_value <= self.fpr) | ~scores.valid, batch)
+            hashes_where((scores.p_value <= self.fpr) | ~scores.valid, self._cuttable(batch))
             if self._identify
             else None
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.detector.detector import Detector
 from ood_monitor.gradients.norms import finite_samples
@@ -47,13 +48,14 @@ def scored(detector: Detector, batch: Batch, good: Batch | None = None) -> Score
     """
     with Lockstep(detector.adapter.module).passes():  # which others may need more or fewer of
         detector.check(batch)
+        given, batch = batch, without_ignored(detector.adapter, batch)
         finite = finite_samples(batch)
         if finite.all():
-            return _Halving(detector, batch, good).scores()
+            return _Halving(detector, batch, good, given).scores()
         if not finite.any():
             return Scores.none().among(len(finite), [])
         kept = map_tensors(lambda t: t[finite.to(t.device)], batch)
-        return _Halving(detector, kept, good).scores().among(len(finite), finite)
+        return _Halving(detector, kept, good, kept).scores().among(len(finite), finite)
 
 
 def first_sound(batch: Batch, scores: Scores) -> Batch | None:
@@ -67,8 +69,9 @@ def first_sound(batch: Batch, scores: Scores) -> Batch | None:
 class _Halving:
     """Scores a batch in parts where it cannot be scored as a whole."""
 
-    def __init__(self, detector: Detector, batch: Batch, good: Batch | None) -> None:
+    def __init__(self, detector: Detector, batch: Batch, good: Batch | None, whole: Batch) -> None:
         self._detector, self._batch, self._good = detector, batch, good
+        self._whole = whole  # with fields that are not cut, of which groups may be told
         self._size = batch_size(batch)
         self._found: list[tuple[_Rows, Scores]] = []
         self._at_fault: dict[int, Exception] = {}
@@ -91,7 +94,7 @@ class _Halving:
 
     def _tried(self, rows: _Rows) -> Exception | None:
         """Score some of the samples; what they raised, but for an error of the device."""
-        own = self._batch if len(rows) == self._size else self._some(rows)
+        own = self._whole if len(rows) == self._size else self._some(rows)
         try:
             self._found.append((rows, self._detector.score(own)))
         except Exception as error:  # of any kind: a model is anybody's code

@@ -24,6 +24,7 @@ from ood_monitor.adapters.base import (
     tensors_in,
     usable_by,
 )
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import whole
 from ood_monitor.gradients.factors import full_precision
 from ood_monitor.gradients.layers import Layers, selection
@@ -120,6 +121,7 @@ def denoiser_statistics(
         >>> {name: tuple(values.shape) for name, values in found.energies.items()}
         {'t=0/input.': (3,), 't=0/band': (3, 6), 't=929/input.': (3,), 't=929/band': (3, 6)}
     """
+    batch = without_ignored(adapter, batch)
     size = batch_size(batch)
     if size == 0:
         raise ValueError(f"Expected samples, got {describe(batch)}.")

@@ -19,6 +19,7 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.adapters.elements import Elements
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import whole
 from ood_monitor.modules import Passes, scored
 from ood_monitor.statistics.expected_norms import (
@@ -105,6 +106,7 @@ def forward_statistics(
         >>> found.expected_norms["levels.0.step_0.coupling.network.2"].shape
         torch.Size([3, 4])
     """
+    batch = without_ignored(adapter, batch)
     size = batch_size(batch)
     if size == 0:
         raise ValueError(f"Expected samples, got {describe(batch)}.")
@@ -138,6 +140,7 @@ def expected_layers(adapter: Adapter, batch: Batch) -> dict[str, int]:
     Raises:
         ValueError: There is none.
     """
+    batch = without_ignored(adapter, batch)
 
     def found(passes: Passes[Adapter]) -> dict[str, int]:
         usable = usable_by(adapter.module, batch)
@@ -161,6 +164,7 @@ def input_dimensions(adapter: Adapter, batch: Batch) -> dict[str, int]:
     Raises:
         ValueError: There is no such layer.
     """
+    batch = without_ignored(adapter, batch)
 
     def found(passes: Passes[Adapter]) -> dict[str, int]:
         usable = usable_by(adapter.module, batch)

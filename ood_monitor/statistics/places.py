@@ -12,6 +12,7 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.adapters.elements import Elements, counted_of, resolved
+from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.modules import Passes, gradless, scored
 
 __all__ = ["surprise_by_place"]
@@ -37,6 +38,7 @@ def surprise_by_place(
     Raises:
         ValueError: A term or its elements are of the wrong form.
     """
+    batch = without_ignored(adapter, batch)
     size = chunk_size or max(1, batch_size(batch))
 
     def found(passes: Passes[Adapter]) -> dict[str, Tensor]:

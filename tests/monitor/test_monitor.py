@@ -563,11 +563,11 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
         (usual(3).float(), r"got \(6,\) torch.float32"),
         (invalid(3)[:, :5], r"got \(5,\) torch.float64"),
         (usual(0), r"got 0|empty"),
-        ([usual(3), torch.ones(2)], "one batch size"),
+        (torch.tensor(1.0), r"tensors of shape \(B, ...\), got a tensor of shape \(\)"),
         ("text", "batch of tensors"),
         (None, "batch of tensors"),
     ],
-    ids=["shape", "precision", "shape, invalid", "empty", "sizes", "text", "nothing"],
+    ids=["shape", "precision", "shape, invalid", "empty", "scalar", "text", "nothing"],
 )
 def test_monitor_is_unchanged_after_an_error(batch: Any, message: str) -> None:
     watch = monitor(sinks=[sink := Recorder()])

@@ -208,6 +208,8 @@ class Calibrator:
                     batches = held_out.batches(trainer, pl_module, self._most)
                     batch = next(batches, (None,))[0]
             if batch is not None:
+                batch = self._detectors.model.prepared(batch)
+                self._detectors.model.check_batch(pl_module, batch)
                 most = self._count(trainer, held_out, batch)
                 collection.rehearse(map_tensors(lambda tensor: tensor[:2], batch), most, fpr)
         except Exception as error:  # all processes must come to the collective that follows
@@ -246,6 +248,7 @@ class Calibrator:
                 batches = held_out.batches(trainer, pl_module, -(-self._most // world.size))
                 hidden = not self._progress or world.rank > 0
                 for batch, index, at in tqdm(batches, desc="calibration", disable=hidden):
-                    collection.add(batch, index, at, held_out.positions)
+                    own = self._detectors.model.prepared(batch)
+                    collection.add(own, index, at, held_out.positions)
         except Exception as error:  # all processes must come to the collective that follows
             collection.fail(error)

@@ -1,6 +1,6 @@
 """The callback: Lightning's hooks, and what each of them asks for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
-from ood_monitor.adapters.base import Batch, describe
+from ood_monitor.adapters.base import Batch, Condition
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import flag, function, items, number, path_of, text, whole, word
+from ood_monitor.checks import (
+    batches,
+    flag,
+    function,
+    items,
+    number,
+    path_of,
+    text,
+    whole,
+    word,
+)
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
+from ood_monitor_integrations.lightning.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors, check_method
+from ood_monitor_integrations.lightning.detectors import Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
@@ -82,6 +93,10 @@ class OODMonitor(Callback):
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(module, x) -> (B,)``
             giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
             ``log_prob_terms`` or ``log_prob``.
+        inputs: Takes the sample x, shape (B, ...), from a batch; by default the batch itself, or
+            the first item of a list or tuple. It is for a function or the module's own method.
+        condition: Likewise gives the further keywords, such as ``lambda batch: {"y": batch[1]}``.
+        batch: Makes a batch of what a loader yields, before anything else sees it.
         detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
             this ``name``, or has its folder beside it, as
             :meth:`~ood_monitor.Detector.from_checkpoint` reads it, to go with
@@ -134,6 +149,9 @@ class OODMonitor(Callback):
         self,
         adapter: AdapterLike | None = None,
         *,
+        inputs: Callable[[Any], Tensor] | None = None,
+        condition: Condition | None = None,
+        batch: Callable[[Any], Batch] | None = None,
         detector: str | Path | Detector | None = None,
         held_out: Iterable[Any] | None = None,
         calibrate: Policy | None = None,
@@ -162,12 +180,19 @@ class OODMonitor(Callback):
         self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
-        self._detectors = Detectors(adapter, detector, method, layers, name)
+        self._model = WatchedModel(
+            adapter,
+            inputs=inputs,
+            condition=condition,
+            batch=batch,
+            detector=detector if isinstance(detector, Detector) else None,
+        )
+        self._detectors = Detectors(self._model, detector, method, layers, name)
         self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
         self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)
         self._calibrator = Calibrator(
-            checked_loader(held_out, again=True),
+            _checked_held_out(held_out),
             self._detectors,
             whole("calibrate_samples", calibrate_samples, 1),
             progress=flag("progress", progress),
@@ -266,9 +291,11 @@ class OODMonitor(Callback):
         Raises:
             ValueError: The model has no log-likelihood, or what
                 :meth:`~ood_monitor.Detector.fit` refuses.
+            TypeError: One batch in the place of a loader.
             RuntimeError: Another process failed.
         """
-        return self._calibrator.fit(trainer, pl_module, checked_loader(loader))
+        source = None if loader is None else batches("loader", loader)
+        return self._calibrator.fit(trainer, pl_module, source)
 
     @property
     def state_key(self) -> str:
@@ -524,29 +551,16 @@ def _checked_with_scores(with_scores: bool, stages: frozenset[str]) -> bool:
     return wanted
 
 
-def checked_loader(source: Any, *, again: bool = False) -> Any:
-    """Held-out batches, or None.
-
-    Args:
-        source: The batches.
-        again: Whether they are to be gone through more than once.
-
-    Raises:
-        TypeError: They are none, or come once only.
-    """
-    # A loader may be one by `__getitem__` alone.
-    is_loader = hasattr(source, "__iter__") or hasattr(source, "__getitem__")
-    if source is not None and (isinstance(source, str | bytes | Tensor) or not is_loader):
+def _checked_held_out(held_out: Any) -> Any:
+    """Batches that each calibration can go through anew, or None."""
+    if held_out is None:
+        return None
+    if isinstance(held_out, Iterator):
         raise TypeError(
-            "Expected held-out data as a loader, an iterable of batches, or None for the "
-            f"validation data, got {describe(source)}."
+            "Expected held_out as batches that can be gone through again, as a loader or a list, "
+            f"got an iterator, {type(held_out).__name__}."
         )
-    if again and isinstance(source, Iterator):
-        raise TypeError(
-            "Expected held-out batches that each calibration can go through anew, as a loader or a "
-            f"list, got an iterator, {type(source).__name__}."
-        )
-    return source
+    return batches("held_out", held_out)
 
 
 def _checked_every(every: int | None, held_out: Any) -> int | None:

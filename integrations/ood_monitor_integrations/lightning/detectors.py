@@ -1,18 +1,17 @@
 """The detectors of a LightningModule, by the weights that each is of."""
 
-import copy
 import hashlib
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ood_monitor import Adapter, Detector, LogLikelihood
-from ood_monitor.checks import function, path_of
+from ood_monitor import Adapter, Detector
+from ood_monitor.checks import path_of
 from ood_monitor.densities.parts import Method
 from ood_monitor.detector.plan import checked_method
 from ood_monitor.gradients.layers import Layers
@@ -26,6 +25,8 @@ from ood_monitor.saving.checkpoints import (
 )
 from ood_monitor.saving.fingerprints import digest, digest_of_tensors
 from ood_monitor.saving.fitted import CONFIG, Fitted
+from ood_monitor_integrations.lightning.adapters import WatchedModel
+from ood_monitor_integrations.lightning.rebinding import bound_to
 from ood_monitor_integrations.lightning.sharding import (
     refuse_gradients_of_shards,
     refuse_shards_of_others,
@@ -34,10 +35,7 @@ from ood_monitor_integrations.lightning.sharding import (
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-__all__ = ["AdapterLike", "Detectors", "check_method"]
-
-#: An adapter, or a function `(module, x) -> (B,)` that gives log-likelihoods in nats.
-AdapterLike: TypeAlias = Adapter | Callable[[nn.Module, Any], Tensor]
+__all__ = ["Detectors", "check_method"]
 
 #: Detectors that stay at hand; those of older checkpoints are read from their files.
 _KEPT = 8
@@ -47,27 +45,28 @@ class Detectors:
     """Where a detector comes from, and which goes with the weights of a module.
 
     Args:
-        adapter: The model; None for the LightningModule's own.
+        model: Says what is watched.
         given: A detector, the folder of a saved one, or a checkpoint that has one.
         method: Of a detector to be made.
         layers: Likewise.
         name: Of the callback, whose detector a checkpoint is to have.
 
     Attributes:
+        model: Says what is watched.
         current: The detector that was in use last; None before there is one.
     """
 
     def __init__(
         self,
-        adapter: AdapterLike | None,
+        model: WatchedModel,
         given: str | Path | Detector | None,
         method: Method | None,
         layers: Layers,
         name: str,
     ) -> None:
-        if adapter is not None and not isinstance(adapter, Adapter):
-            function("adapter", adapter)
-        self._adapter, self._method, self._layers, self._name = adapter, method, layers, name
+        self.model, self._method, self._layers, self._name = model, method, layers, name
+        self._adapter: Adapter | None = None
+        self._of: weakref.ref[LightningModule] | None = None
         self._template = given if isinstance(given, Detector) else None
         is_saved = given is not None and self._template is None
         self._saved = path_of("detector", given) if is_saved else None
@@ -91,27 +90,26 @@ class Detectors:
             ValueError: The module has no log-likelihood and none was given.
             FileNotFoundError: No detector was saved there.
         """
-        self.adapter(pl_module)
+        self.model.adapter_for(pl_module)  # not for good: parts may be made after this
         if self._saved is not None:
             check_there(self._saved)
 
     def adapter(self, pl_module: "LightningModule") -> Adapter:
-        """The module as an adapter: the given one, `pl_module.adapter()`, or its `log_prob`."""
-        if self._template is not None:
-            return self._template.adapter
-        if isinstance(self._adapter, Adapter):
-            return self._adapter
-        if self._adapter is None and callable(own := getattr(pl_module, "adapter", None)):
-            return own()  # type: ignore[no-any-return]
-        return LogLikelihood(pl_module, self._adapter)
+        """The module's model, the same object each time, with the module's own part in it.
+
+        Raises:
+            ValueError: The module has none, or it cannot be told which part of it is meant.
+        """
+        if self._of is None or self._of() is not pl_module or self._adapter is None:
+            self._adapter = bound_to(self.model.adapter_for(pl_module), pl_module)
+            self._of = weakref.ref(pl_module)
+        return self._adapter
 
     def new(self, pl_module: "LightningModule") -> Detector:
         """A detector to be fitted."""
         adapter = self.adapter(pl_module)
         if self._template is not None:
-            detector = copy.copy(self._template)
-            detector.adapter = adapter
-            return _checked(detector)
+            return _checked(self._template.on(adapter))
         return _checked(Detector(adapter, method=self._method, layers=self._layers))
 
     def put(self, detector: Detector) -> None:

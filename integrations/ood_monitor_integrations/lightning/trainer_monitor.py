@@ -211,7 +211,8 @@ class TrainerMonitor:
         if batch_idx % self._settings.every == 0:
             invalid = watch.monitor.invalid
             with self._failures.contained(FAILED):
-                self.alerts += watch.take(batch, batch_idx, dataloader_idx)
+                own = self._detectors.model.prepared(batch)
+                self.alerts += watch.take(own, batch_idx, dataloader_idx)
                 scores = watch.latest
             self._tell_invalid(watch.monitor.invalid - invalid)
         if self._stage == "predict":

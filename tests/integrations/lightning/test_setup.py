@@ -58,6 +58,17 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], told: st
         OODMonitor(**options)
 
 
+def test_one_batch_in_the_place_of_a_loader_is_refused() -> None:
+    told = (
+        r"Expected {} as an iterable of batches, got a Tensor, which is one batch: give \[batch\]"
+    )
+    with pytest.raises(TypeError, match=told.format("calibrate_on")):
+        OODMonitor(calibrate_on=images(64))
+    callback = watcher()
+    with pytest.raises(TypeError, match=told.format("loader")):
+        callback.calibrate(trainer(callback), Flow(), images(64))
+
+
 def test_a_folder_without_a_detector_is_refused_at_setup(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a saved detector there or in .*, got no"):
         trainer(watcher(detector=tmp_path)).predict(Flow(), loader(images(8)))
