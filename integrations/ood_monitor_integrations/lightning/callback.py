@@ -1,5 +1,6 @@
 """The callback: Lightning's hooks, and what each of them asks for."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,10 @@ from ood_monitor.checks import flag, function, items, number, path_of, text, who
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.lightning.calibration import Calibrator
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import AdapterLike, Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     write,
@@ -41,6 +44,12 @@ Stage = Literal["train", "val", "validate", "test", "predict"]
 _STAGES = ("train", "val", "test", "predict")
 
 _NAME = "OODMonitor"
+
+_HANDED_OVER = (
+    "was fitted in a process that the Trainer's strategy has launched, and has its state from "
+    "there: the next stage watches with it, and checkpoints hold it. Here it becomes an object by "
+    "`Detector.from_state_dict(callback.state_dict(), adapter)`."
+)
 
 
 class OODMonitor(Callback):
@@ -150,6 +159,7 @@ class OODMonitor(Callback):
         )
         self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
         self._batch_idx, self._is_off, self._is_broken = 0, False, False
+        self._handover = Handover()
 
     @property
     def monitor(self) -> Monitor | None:
@@ -164,6 +174,9 @@ class OODMonitor(Callback):
     @property
     def detector(self) -> Detector | None:
         """The detector; None before calibration."""
+        self._take_over()
+        if self._detectors.current is None and self._handover.has_taken:
+            warnings.warn(f"{self._name}: {_HANDED_OVER}", stacklevel=2)
         return self._detectors.current
 
     @property
@@ -219,6 +232,9 @@ class OODMonitor(Callback):
                 :meth:`~ood_monitor.Detector.fit` refuses.
             RuntimeError: Another process failed.
         """
+        self._take_over()  # what is older than this
+        trainer.strategy.barrier("OODMonitor.calibrate")  # raises where a process has ended
+        World.begin(trainer)
         self._calibrator.now(trainer, pl_module, loader)
         assert self.detector is not None
         return self.detector
@@ -230,6 +246,7 @@ class OODMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Detector and training stream as primitives: the checkpoint loads as weights only."""
+        self._take_over()
         state: dict[str, Any] = {}
         with self._failures.contained("has a detector that no checkpoint can hold"):
             state |= self._detectors.state_dict()
@@ -253,6 +270,8 @@ class OODMonitor(Callback):
             FileNotFoundError: No saved detector in the folder named.
         """
         self._is_broken = False
+        self._take_over()
+        World.begin(trainer)
         try:
             refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
             if self._needs_detector:
@@ -374,7 +393,20 @@ class OODMonitor(Callback):
     ) -> None:
         """Deliver what was raised before the loop broke."""
         self._is_broken = True  # no process may wait for another from here on
+        World.leave()
         self._trainer_monitor.abandon()
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Hand over what was fitted in a process that ends with the run."""
+        if stage == "fit":
+            with self._failures.contained("could not hand over its detector"):
+                self._handover.give(trainer, self.state_dict())
+
+    def _take_over(self) -> None:
+        """What a launched process has handed over, if anything since the last time."""
+        with self._failures.contained("could not take over its detector"):
+            if (state := self._handover.take()) is not None:
+                self.load_state_dict(state)
 
     def _may_calibrate(self, trainer: "Trainer") -> bool:
         is_fit = trainer.state.fn == "fit"
