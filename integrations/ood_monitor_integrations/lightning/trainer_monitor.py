@@ -122,20 +122,21 @@ class TrainerMonitor:
 
     def _is_same(self, world: World) -> bool:
         """Whether all processes have the same detector, or none: they read weights together."""
+        is_same = False
         with self._failures.contained(REFUSED):
             with world.agreed():
                 mark = self._detectors.mark()
             is_same = len(set(world.gathered(mark))) == 1
             if not is_same:
                 self._failures.tell(REFUSED, "the processes have not the same detector.")
-            return is_same
-        return False
+        return is_same
 
     def _is_everywhere(self, monitor: Monitor | None, world: World) -> bool:
         """Whether no process is without a monitor: they meet again at the end of the stage."""
+        is_everywhere = False
         with self._failures.contained(REFUSED):
-            return b"" not in world.gathered(b"" if monitor is None else b"1")
-        return False
+            is_everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
+        return is_everywhere
 
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):
