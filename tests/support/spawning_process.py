@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def main(folder: Path, strategy: str) -> None:
     run.fit(module, loader(images(64)), loader(images(128, seed=1)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = {"object": callback.detector is not None}
+        report: dict[str, Any] = {"object": callback.detector is not None}
         # Of the weights that Lightning brought back, or "stale" is told.
         detector = Detector.from_state_dict(callback.state_dict(), LogLikelihood(module))
     report["told"] = [str(warning.message) for warning in caught]

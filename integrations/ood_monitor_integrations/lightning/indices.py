@@ -51,7 +51,8 @@ class Positions:
             if batch is not None and len(batch) == count:
                 return batch
         turn = batch_idx * self._world.size + self._world.rank
-        return _UNKNOWN + (turn << _ROWS) + np.arange(count, dtype=np.int64)
+        first = _UNKNOWN + (turn << _ROWS)
+        return np.arange(first, first + count, dtype=np.int64)
 
     def counted(self, batch_idx: int, dataloader_idx: int, count: int) -> Indices:
         """Rows (B',) of that batch without those that only pad a `DistributedSampler`."""
@@ -59,7 +60,8 @@ class Positions:
         rows = np.arange(count, dtype=np.int64)
         if load is None or len(load.batch(batch_idx)) != count:
             return rows
-        return rows[load.starts[batch_idx] + rows < load.unpadded]
+        counted: Indices = rows[load.starts[batch_idx] + rows < load.unpadded]
+        return counted
 
     def batch_size(self, dataloader_idx: int) -> int | None:
         """B of a dataloader, None if it has none or batches of several sizes."""
