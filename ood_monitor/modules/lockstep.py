@@ -6,7 +6,7 @@ since its batches have ended, its batch took fewer passes, or it failed on its w
 the same, and throws the weights away.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,15 +26,22 @@ _DONE, _ENDED = -1, -2
 class Lockstep:
     """The gatherings of one model; of one that is not sharded nothing is done or told.
 
+    A wait lasts as long as the `timeout` of the processes' group, or as `numbers` waits.
+
     Args:
         module: The model.
+        numbers: Gives one number of every process for that of this one, which they agree by; by
+            default a collective of the processes that have the shards.
 
     Raises:
         ValueError: Its parts are sharded among different processes, or one in several ways.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, numbers: Callable[[int], list[int]] | None = None
+    ) -> None:
         self._module, self._device = module, device_of(module)
+        self._tell = numbers or self._numbers
         self._parts = [part for part in fully_sharded(module) if _groups(part)]
         self._processes = _processes(self._parts)
         self._depths = _depths(self._parts)
@@ -96,7 +103,7 @@ class Lockstep:
             elif status == _DONE or set(told) == {_ENDED}:
                 return
 
-    def _tell(self, own: int) -> list[int]:
+    def _numbers(self, own: int) -> list[int]:
         """What each process says, by rank."""
         assert self._processes is not None
         told = torch.tensor([own], device=self._device)

@@ -17,7 +17,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from ood_monitor import Alert
 from support.lightning_cases import Flow, images, loader, trainer, watcher
 
-__all__ = ["STREAM", "described", "fingerprint", "found", "state", "stream"]
+__all__ = [
+    "SIZES",
+    "STREAM",
+    "TURNS",
+    "calibration",
+    "described",
+    "fingerprint",
+    "found",
+    "state",
+    "stream",
+    "turns",
+]
+
+#: Sizes of the batches that each process has, and of those that they share out.
+SIZES, TURNS = ((9, 1, 16, 20), (4, 20, 7, 13, 3)), [5, 31, 2, 40, 17, 60, 3, 53]
 
 #: Samples of the stream, the latter half of them foreign: no multiple of processes or batches.
 STREAM = 131
@@ -46,6 +60,11 @@ def main(folder: Path) -> None:
     report["heard"] = [described(alert) for alert in heard]
     run.predict(module, DataLoader(Uneven(run.global_rank), batch_size=16))
     report["uneven"] = found(callback, "predict")
+    varying = DataLoader(Varying(SIZES[run.global_rank]), batch_size=None)
+    run.validate(module, varying, verbose=False)
+    report["varying"] = found(callback, "val")
+    callback.calibrate(run, module, turns())
+    report["turns"] = calibration(callback)
     callback.calibrate(run, module, [images(128, seed=1)])
     report["one batch"] = fingerprint(callback)
     report["failure"] = failure(callback, run, module)
@@ -60,6 +79,22 @@ class Uneven(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from images(20 if self._rank == 0 else 0, seed=2)
+
+
+class Varying(IterableDataset[Tensor]):
+    """Batches of several sizes."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self._sizes = sizes
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index, size in enumerate(self._sizes):
+            yield images(size, seed=100 * len(self._sizes) + index)
+
+
+def turns() -> list[Tensor]:
+    """Batches of several sizes, of which the processes take one in turn."""
+    return list(images(sum(TURNS), seed=1).split(TURNS))
 
 
 def ddp(callback: OODMonitor | None, folder: Path) -> pl.Trainer:
@@ -103,6 +138,12 @@ def fingerprint(callback: OODMonitor) -> dict[str, Any]:
     fitted = callback.detector.fitted
     samples = fitted.fit_count + len(fitted.calibration.scores)
     return {"fingerprint": fitted.fingerprint, "samples": samples}
+
+
+def calibration(callback: OODMonitor) -> list[float]:
+    assert callback.detector is not None
+    scores: list[float] = callback.detector.fitted.calibration.scores.tolist()
+    return scores
 
 
 def found(callback: OODMonitor, stage: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Collection:
         self._failure: Exception | None = None
         self._lockstep = Lockstep(nn.Module())
         try:
-            self._lockstep = Lockstep(module())
+            self._lockstep = world.lockstep(module())
         except Exception as error:  # not here, in a hook: where all can hear of it
             self._failure = error
 
@@ -66,7 +66,9 @@ class Collection:
                     return
                 self._detector = self._detector or self._make()
                 measured = self._detector.measure(batch, explain=self._unexplained(self._detector))
-            dataset = positions.of(batch_idx, dataloader_idx, len(measured))
+            at = batch_idx, dataloader_idx, len(measured)
+            rows = positions.counted(*at)
+            measured, dataset = measured.take(rows), positions.of(*at)[rows]
         except Exception as error:  # the other processes must hear of it, or they wait
             self._failure = error
             return
@@ -85,10 +87,10 @@ class Collection:
     def fitted(self) -> Detector:
         """The detector, fitted on the samples of all processes in the order of the dataset.
 
-        All processes must call it; each sample counts once, also one that pads a sampler.
+        All processes must call it, and all get it or none does; each sample counts once.
 
         Raises:
-            RuntimeError: Another process failed.
+            RuntimeError: Another process failed, or is lost.
             Exception: What made this one fail.
         """
         try:
@@ -100,10 +102,11 @@ class Collection:
         dataset, dataloader = np.concatenate(
             [np.frombuffer(place, dtype=np.int64).reshape(2, -1) for place in places], 1
         )
-        rows = dataset_order(dataset, dataloader, distinct=self._world.size > 1)
-        whole = Measurements.together(Measurements.parse(part) for part in parts if part)
-        detector = self._detector or self._make()
-        return detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
+        with self._world.agreed():
+            whole = Measurements.together(Measurements.parse(part) for part in parts if part)
+            rows = dataset_order(dataset, dataloader)
+            detector = self._detector or self._make()
+            return detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
 
     def rehearse(self, batch: Batch, most: int | None, fpr: float) -> None:
         """Measure a few samples, and see whether `most` like them will be enough.
@@ -130,9 +133,12 @@ class Collection:
             raise self._failure or error from None
 
     def _dump(self) -> bytes | None:
-        if self._failure is not None:
-            return None
-        return Measurements.together(self._parts).dump() if self._parts else b""
+        parts = b""
+        try:
+            parts = Measurements.together(self._parts).dump() if self._parts else b""
+        except Exception as error:  # likewise
+            self.fail(error)
+        return parts if self._failure is None else None
 
 
 _NONE: Indices = np.zeros((2, 0), dtype=np.int64)

@@ -1,5 +1,6 @@
 """The callback: Lightning's hooks, and what each of them asks for."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,10 @@ from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.lightning.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.lightning.calibration import Calibrator
+from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     write,
@@ -62,6 +65,12 @@ _NAME = "OODMonitor"
 _NOT_WATCHED = (
     "a detector comes with the checkpoints, and the validation data may have calibrated it; give "
     "`held_out=` and `calibrate_every_n_epochs=`, or a fitted `detector=`."
+)
+
+_HANDED_OVER = (
+    "was fitted in a process that the Trainer's strategy has launched, and has its state from "
+    "there: the next stage watches with it, and checkpoints hold it. Here it becomes an object by "
+    "`Detector.from_state_dict(callback.state_dict(), adapter)`."
 )
 
 
@@ -224,6 +233,7 @@ class OODMonitor(Callback):
         self._with_scores = _checked_with_scores(with_scores, self._stages)
         self._predictions = Predictions(prefix_of(*words), self._failures)
         self._batch_idx, self._is_off, self._is_broken, self._is_rehearsed = 0, False, False, False
+        self._handover = Handover()
 
     @property
     def monitor(self) -> Monitor | None:
@@ -238,6 +248,9 @@ class OODMonitor(Callback):
     @property
     def detector(self) -> Detector | None:
         """The detector; None before calibration."""
+        self._take_over()
+        if self._detectors.current is None and self._handover.has_taken:
+            warnings.warn(f"{self._name}: {_HANDED_OVER}", stacklevel=2)
         return self._detectors.current
 
     @property
@@ -294,6 +307,9 @@ class OODMonitor(Callback):
             TypeError: One batch in the place of a loader.
             RuntimeError: Another process failed.
         """
+        self._take_over()  # what is older than this
+        trainer.strategy.barrier("OODMonitor.calibrate")  # raises where a process has ended
+        World.begin(trainer)
         source = None if loader is None else batches("loader", loader)
         return self._calibrator.fit(trainer, pl_module, source)
 
@@ -303,9 +319,17 @@ class OODMonitor(Callback):
         return self._generate_state_key(name=self._name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The training stream, as primitives; :meth:`on_save_checkpoint` adds the detector."""
-        streams = self._training.state_dict()
-        return {"training": streams} if streams else {}
+        """Detector and training stream as primitives: the checkpoint loads as weights only.
+
+        In a checkpoint, :meth:`on_save_checkpoint` puts the detector of its weights in the place.
+        """
+        self._take_over()
+        state: dict[str, Any] = {}
+        with self._failures.contained("has a detector that no checkpoint can hold"):
+            state |= self._detectors.state_in_use()
+        if streams := self._training.state_dict():
+            state["training"] = streams
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state; the detector is made when the model has its weights."""
@@ -324,6 +348,8 @@ class OODMonitor(Callback):
             FileNotFoundError: No saved detector in the folder named.
         """
         self._is_broken = False
+        self._take_over()
+        World.begin(trainer)
         _move_behind_others(trainer, self)
         with self._or_off(ValueError, FileNotFoundError):
             refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
@@ -486,16 +512,26 @@ class OODMonitor(Callback):
         self._predictions.end()
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """As there, however the stage has ended."""
+        """As there, however the stage has ended; hand over what ends with this process."""
         self._predictions.end()
+        if stage == "fit":
+            with self._failures.contained("could not hand over its detector"):
+                self._handover.give(trainer, self.state_dict())
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         """Deliver what was raised before the loop broke."""
         self._is_broken = True  # no process may wait for another from here on
+        World.leave()
         self._predictions.end()
         self._trainer_monitor.abandon()
+
+    def _take_over(self) -> None:
+        """What a launched process has handed over, if anything since the last time."""
+        with self._failures.contained("could not take over its detector"):
+            if (state := self._handover.take()) is not None:
+                self.load_state_dict(state)
 
     @property
     def _watches_validation_of_fit(self) -> bool:

@@ -1,10 +1,16 @@
 """Bytes from every process to every process, without pickle, and agreement on failures."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from ood_monitor.modules import Lockstep
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -12,29 +18,62 @@ if TYPE_CHECKING:
 __all__ = ["World"]
 
 _FAILED = -1
-_CPU = torch.device("cpu")
+
+#: How long a process waits for the others where the Trainer's strategy does not say.
+_LIMIT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
     """The processes that a Trainer runs in.
 
+    They meet by connections of their own on CPUs (gloo), so that nothing here can meet a collective
+    of the training. A wait lasts at most the `timeout` of the Trainer's strategy, half an hour by
+    default, and ends at once when another process has failed or ended. After a wait in vain none
+    waits again before the next run.
+
     Attributes:
         rank: This process.
         size: How many there are.
-        device: Where their collectives take tensors from.
     """
 
     rank: int = 0
     size: int = 1
-    device: torch.device = _CPU
 
     @classmethod
     def of(cls, trainer: "Trainer") -> Self:
-        """That of a Trainer; one process unless `torch.distributed` connects them."""
+        """That of a Trainer; one process unless `torch.distributed` connects them.
+
+        All must call it as often where they are not connected yet.
+        """
         if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), trainer.strategy.root_device)
+        if _Line.current is None or _Line.current.parent is not dist.group.WORLD:
+            _Line.current = _Line(_limit(trainer))
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @classmethod
+    def begin(cls, trainer: "Trainer") -> Self:
+        """That of a Trainer at the begin of a run, connected anew; all must call it."""
+        before, _Line.current = _Line.current, None
+        world = cls.of(trainer)
+        if before is not None:  # of which one process may have seen the end and another not
+            before.leave("another run has begun")
+        return world
+
+    @staticmethod
+    def leave() -> None:
+        """This process has failed and meets no other until the next run; those that wait hear."""
+        if _Line.current is not None:
+            _Line.current.leave("this process has failed")
+
+    def lockstep(self, module: nn.Module) -> Lockstep:
+        """Passes over a module, whose processes wait for each other as here.
+
+        Raises:
+            ValueError: As of :class:`~ood_monitor.modules.Lockstep`.
+        """
+        return Lockstep(module, self.numbers if self.size > 1 else None)
 
     def gathered(self, data: bytes | None) -> list[bytes]:
         """What every process gave, by rank; all must call it, also one that has nothing to give.
@@ -43,15 +82,14 @@ class World:
             data: Of this process; None says that it failed.
 
         Raises:
-            RuntimeError: A process failed; raised in all of them.
+            RuntimeError: A process failed; raised in all of them. Or one is lost.
         """
         lengths = self.numbers(_FAILED if data is None else len(data))
-        failed = [rank for rank, length in enumerate(lengths) if length == _FAILED]
-        if failed or data is None:
-            raise RuntimeError(f"Expected all processes to succeed, got a failure in {failed}.")
+        _check(lengths)
+        assert data is not None
         if self.size == 1:
             return [data]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=_CPU)
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
         padded[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
             : len(data)
         ]
@@ -61,14 +99,99 @@ class World:
         ]
 
     def numbers(self, own: int) -> list[int]:
-        """One number of every process, by rank; all must call it."""
+        """One number of every process, by rank; all must call it.
+
+        Raises:
+            RuntimeError: A process is lost.
+        """
         if self.size == 1:
             return [own]
-        return [int(length) for length in self._all_gather(torch.tensor([own], device=_CPU))]
+        return [int(length) for length in self._all_gather(torch.tensor([own], device="cpu"))]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A block that succeeds in all processes or in none; all must enter it.
+
+        Raises:
+            RuntimeError: Another process failed in it, or is lost.
+            Exception: What made this one fail.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(RuntimeError):  # the first failure is the one to hear of
+                self.numbers(_FAILED)
+            raise
+        _check(self.numbers(0))
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
-        own = own.to(self.device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         if own.numel():
-            dist.all_gather(parts, own)
-        return [part.cpu() for part in parts]
+            assert _Line.current is not None  # who has a world of several made it
+            _Line.current.all_gather(parts, own)
+        return parts
+
+
+class _Line:
+    """The connections of this process to the others, of all monitors that it has.
+
+    Args:
+        limit: Of a wait.
+
+    Attributes:
+        current: The one that is in use.
+        parent: The processes that it is among.
+        group: None once a process is lost.
+    """
+
+    current: ClassVar["_Line | None"] = None
+
+    def __init__(self, limit: timedelta) -> None:
+        self.parent: Any = dist.group.WORLD
+        self.group: dist.ProcessGroup | None = None
+        self._limit, self._cause = limit, ""
+        try:
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+        except Exception as error:  # it is heard of where they are needed: there it is contained
+            self._cause = str(error)
+
+    def all_gather(self, parts: list[torch.Tensor], own: torch.Tensor) -> None:
+        """As of `torch.distributed`.
+
+        Raises:
+            RuntimeError: A process is lost.
+        """
+        if self.group is None:
+            raise self._lost()
+        try:
+            dist.all_gather(parts, own, group=self.group)
+        except RuntimeError as error:  # gloo's: a connection was closed, or the limit is over
+            self.leave(str(error))
+            raise self._lost() from error
+
+    def leave(self, cause: str) -> None:
+        """Close the connections, of which those that wait hear."""
+        group, self.group = self.group, None
+        if group is None:
+            return
+        self._cause = cause
+        with suppress(ValueError, AssertionError):  # closed with all others
+            dist.destroy_process_group(group)
+
+    def _lost(self) -> RuntimeError:
+        return RuntimeError(
+            f"Expected all processes to meet within {self._limit}, the `timeout` of the Trainer's "
+            f"strategy, got a process that has failed, ended or come too late ({self._cause}). "
+            "They do not meet again in this run."
+        )
+
+
+def _limit(trainer: "Trainer") -> timedelta:
+    """How long its own processes wait for each other."""
+    found = getattr(trainer.strategy, "_timeout", None)
+    return found if isinstance(found, timedelta) else _LIMIT
+
+
+def _check(told: list[int]) -> None:
+    if failed := [rank for rank, number in enumerate(told) if number == _FAILED]:
+        raise RuntimeError(f"Expected all processes to succeed, got a failure in {failed}.")

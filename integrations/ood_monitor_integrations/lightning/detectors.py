@@ -135,6 +135,16 @@ class Detectors:
             return self._fitted[model].state_dict()
         return self._states.get(model)
 
+    def state_in_use(self) -> State:
+        """Of the detector in use, as primitives; empty if there is none.
+
+        Raises:
+            ValueError: As :meth:`state_of`.
+        """
+        if self.current is not None:
+            return self.current.state_dict()
+        return next(reversed(self._states.values()), {})
+
     def load_state_dict(self, state: State) -> None:
         """Keep what a checkpoint has, until a module has its weights.
 

@@ -123,6 +123,8 @@ class Checkpoints:
     ) -> None:
         """Put a detector of its weights into a checkpoint, if it is to have one; no other one."""
         entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key(), {})
+        for name in ("config", "tensors"):  # of the detector in use, be it of these weights or not
+            entry.pop(name, None)
         is_due = calibrate and self._is_due(trainer)
         with self._failures.contained("has no detector for a checkpoint"):
             with holding(pl_module, weights := checkpoint["state_dict"]):

@@ -23,7 +23,6 @@ class StageMonitor:
         positions: Where the samples stand.
         world: The processes.
         lockstep: Of the passes over a sharded model.
-        distinct: Whether a place that comes twice pads a sampler, and counts once.
         explains_at_once: Whether an alert is explained with its batch, before the weights change.
 
     Attributes:
@@ -38,12 +37,11 @@ class StageMonitor:
         world: World,
         lockstep: Lockstep,
         *,
-        distinct: bool,
         explains_at_once: bool = False,
     ) -> None:
         self.monitor, self.log_e_value = monitor, 0.0
         self.latest: Scores | None = None
-        self._positions, self._world, self._distinct = positions, world, distinct
+        self._positions, self._world = positions, world
         self._lockstep, self._explains_at_once = lockstep, explains_at_once
         self._parts: list[StageScores] = []
 
@@ -54,13 +52,18 @@ class StageMonitor:
 
     def take(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> list[Alert]:
         """Score a batch; the alerts that it raised, after explanations of those before."""
-        explanations = self.monitor.explain()
-        scores = self.monitor.score(batch)
-        dataset = self._positions.of(batch_idx, dataloader_idx, len(scores.score))
+        with self._lockstep.passes():  # also of a process that fails before its first
+            explanations = self.monitor.explain()
+            scores = self.monitor.score(batch)
+        at = batch_idx, dataloader_idx, len(scores.score)
+        dataset = self._positions.of(*at)
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self.latest = scores
-        self._parts.append(part.without_layers() if self.is_online else part)
-        alerts = self._observe(part, batch) if self.is_online else []
+        if not self.is_online:
+            self._parts.append(part.take(self._positions.counted(*at)))
+            return []
+        self._parts.append(part.without_layers())
+        alerts = self._observe(part, batch)
         after = self.monitor.explain() if self._explains_at_once else []
         return [*explanations, *alerts, *after]
 
@@ -68,25 +71,31 @@ class StageMonitor:
         """Decide on what is left; all processes must call it.
 
         Raises:
-            RuntimeError: A process failed.
+            RuntimeError: A process failed, or is lost; all hear of it.
         """
         if self.is_online:
             return self.monitor.explain()
         self._lockstep.end()
-        layers = self.monitor.detector.fitted.layers
-        parts = self._world.gathered(StageScores.together(self._parts).dump())
-        whole = StageScores.together(StageScores.parse(part, layers) for part in parts)
-        places = whole.dataset_index, whole.dataloader_index
-        whole = whole.take(dataset_order(*places, distinct=self._distinct))
-        self._parts = [whole.without_layers()]
-        last = int(whole.dataloader_index.max(initial=0))
-        sizes = [self._positions.batch_size(at) for at in range(last + 1)]
-        return [alert for piece in whole.pieces(sizes) for alert in self._observe(piece)]
+        with self._world.agreed():
+            own = StageScores.together(self._parts).dump()
+        parts = self._world.gathered(own)
+        with self._world.agreed():  # what follows the stage is a collective of the training
+            return self._decide(parts)
 
     @property
     def recorded(self) -> StageScores:
         """What was scored so far, without layers; in several processes only after the end."""
-        return StageScores.together(self._parts)
+        return StageScores.together(self._parts).numbered()
+
+    def _decide(self, parts: list[bytes]) -> list[Alert]:
+        """On the samples of all processes."""
+        layers = self.monitor.detector.fitted.layers
+        whole = StageScores.together(StageScores.parse(part, layers) for part in parts)
+        whole = whole.take(dataset_order(whole.dataset_index, whole.dataloader_index))
+        self._parts = [whole.without_layers()]
+        last = int(whole.dataloader_index.max(initial=0))
+        sizes = [self._positions.batch_size(at) for at in range(last + 1)]
+        return [alert for piece in whole.pieces(sizes) for alert in self._observe(piece)]
 
     def _observe(self, part: StageScores, batch: Batch | None = None) -> list[Alert]:
         alerts = self.monitor.observe(part.scores, batch=batch)

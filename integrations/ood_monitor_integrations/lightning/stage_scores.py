@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ood_monitor import Scores
-from ood_monitor_integrations.lightning.indices import Indices
+from ood_monitor_integrations.lightning.indices import Indices, numbered
 
 __all__ = ["StageScores"]
 
@@ -24,8 +24,8 @@ class StageScores:
 
     Attributes:
         scores: What was said of them, on the CPU.
-        dataset_index: (N,), int64, the index in the dataset of its dataloader; where a sampler does
-            not tell it, the position in the stream.
+        dataset_index: (N,), int64, the index in the dataset of its dataloader; where its sampler
+            does not tell it, the position among the samples of that dataloader that were scored.
         dataloader_index: (N,), int64, among the dataloaders of the stage.
     """
 
@@ -55,6 +55,10 @@ class StageScores:
     def without_layers(self) -> Self:
         """The figures of each sample alone, which a long stage has room for."""
         return replace(self, scores=replace(self.scores, layers={}, z={}))
+
+    def numbered(self) -> Self:
+        """With indices and positions in place of what orders the samples while a stage runs."""
+        return replace(self, dataset_index=numbered(self.dataset_index, self.dataloader_index))
 
     def take(self, rows: Indices) -> Self:
         """Some of the samples, in the order of `rows`."""
@@ -108,12 +112,7 @@ class StageScores:
         np.savez(folder / f"scores-{stage}.npz", allow_pickle=False, **places, **figures)
 
 
-def dataset_order(dataset: Indices, dataloader: Indices, *, distinct: bool) -> Indices:
-    """Rows (M,) in the order of their dataloader and index, each place once if `distinct`."""
-    order = np.lexsort((dataset, dataloader))
-    if not distinct or not len(order):
-        return order
-    places = np.stack([dataloader[order], dataset[order]], 1)
-    is_first = np.append(True, (places[1:] != places[:-1]).any(1))
-    distinct_rows: Indices = order[is_first]
-    return distinct_rows
+def dataset_order(dataset: Indices, dataloader: Indices) -> Indices:
+    """Rows (N,) in the order of their dataloader and place."""
+    order: Indices = np.lexsort((dataset, dataloader))
+    return order

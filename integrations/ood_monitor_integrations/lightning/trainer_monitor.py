@@ -10,7 +10,7 @@ import torch
 from ood_monitor import Alert, Detector, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
-from ood_monitor.modules import Lockstep, is_sharded
+from ood_monitor.modules import is_sharded
 from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors
@@ -124,30 +124,35 @@ class TrainerMonitor:
         world = World.of(trainer)
         same = self._is_same(world) if is_sharded(pl_module) else True
         monitor = self._made(trainer, pl_module, stage) if same else None
-        # None may be without: they meet again at the end of the stage.
-        everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
+        everywhere = self._is_everywhere(monitor, world)
         if monitor is not None and everywhere:
             self.monitor = monitor
-            lockstep = Lockstep(monitor.detector.adapter.module)
             self.current = StageMonitor(
                 monitor,
                 self.positions,
                 world,
-                lockstep,
-                distinct=stage != "predict",
+                world.lockstep(monitor.detector.adapter.module),
                 # A callback that averages weights takes them out again before the stage is over.
                 explains_at_once=trainer.state.fn == "fit",
             )
 
     def _is_same(self, world: World) -> bool:
         """Whether all processes have the same detector, or none: they read weights together."""
-        mark: bytes | None = None
+        is_same = False
         with self._failures.contained(REFUSED):
-            mark = self._detectors.mark()
-        marks = world.gathered(b"failed" if mark is None else mark)
-        if mark is not None and len(set(marks)) > 1:
-            self._failures.tell(REFUSED, "the processes have not the same detector.")
-        return mark is not None and len(set(marks)) == 1
+            with world.agreed():
+                mark = self._detectors.mark()
+            is_same = len(set(world.gathered(mark))) == 1
+            if not is_same:
+                self._failures.tell(REFUSED, "the processes have not the same detector.")
+        return is_same
+
+    def _is_everywhere(self, monitor: Monitor | None, world: World) -> bool:
+        """Whether no process is without a monitor: they meet again at the end of the stage."""
+        is_everywhere = False
+        with self._failures.contained(REFUSED):
+            is_everywhere = b"" not in world.gathered(b"" if monitor is None else b"1")
+        return is_everywhere
 
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):

@@ -6,10 +6,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ood_monitor import TrainingStream
 from ood_monitor.drift import TrainingScore
@@ -143,10 +144,21 @@ def squared_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, f
     named = {name: grad for name, grad in found if grad is not None and not grad.is_sparse}
     if not named:
         return {}
-    norms = torch._foreach_norm(list(named.values()), 2, torch.float32)
-    first = norms[0].device
-    together = torch.stack([norm.to(first) for norm in norms]).double().square()
-    return dict(zip(named, together.tolist(), strict=True))
+    norms = _norms(list(named.values()))
+    first, precision = norms[0].device, reduce(torch.promote_types, (n.dtype for n in norms))
+    together = torch.stack([norm.to(first, precision) for norm in norms]).cpu()
+    # Squared here: not every device has double precision.
+    return dict(zip(named, together.double().square().tolist(), strict=True))
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The norm of each, (); in single precision, or in its own if that holds more."""
+    is_low = [torch.promote_types(g.dtype, torch.float32) is torch.float32 for g in gradients]
+    low = [gradient for gradient, chosen in zip(gradients, is_low, strict=True) if chosen]
+    high = [gradient for gradient, chosen in zip(gradients, is_low, strict=True) if not chosen]
+    lows = iter(torch._foreach_norm(low, 2, torch.float32) if low else ())
+    highs = iter(torch._foreach_norm(high, 2) if high else ())  # double precision, and complex
+    return [next(lows if chosen else highs) for chosen in is_low]
 
 
 def _of(optimizer: Any, module: nn.Module, layers: Layers) -> list[tuple[str, nn.Parameter]]:

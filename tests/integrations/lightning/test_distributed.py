@@ -1,18 +1,22 @@
 """Two real processes under DDP with gloo: they end with one detector, and see what one would."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import lightning_processes
+import torch
+from support import failing_processes, lightning_processes
+from support.failing_processes import BATCHES, LIMIT
 from support.lightning_cases import QUIET, Flow, trainer, watcher
-from support.lightning_processes import STREAM, found, stream
-from support.two_processes import reports
+from support.lightning_processes import SIZES, STREAM, calibration, found, stream, turns
+from support.two_processes import ended, reports
 
 pytestmark = QUIET
 
 PROGRAM = Path(lightning_processes.__file__)
+FAILING = Path(failing_processes.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,51 @@ def test_a_process_without_a_batch_to_predict_waits_for_none(ranks: list[dict[st
 def test_one_file_holds_the_samples_of_both(folder: Path) -> None:
     with np.load(folder / "scores-test.npz", allow_pickle=False) as file:
         assert file["dataset_index"].tolist() == list(range(STREAM))
+
+
+def test_batches_of_several_sizes_are_all_seen(ranks: list[dict[str, Any]]) -> None:
+    count = sum(map(sum, SIZES))
+    for rank in ranks:
+        assert rank["varying"]["dataset_index"] == list(range(count))
+
+
+def test_batches_of_several_sizes_calibrate_as_in_one_process(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    module = Flow()
+    module.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+    run = trainer(callback := watcher())
+    callback.calibrate(run, module, turns())
+    for rank in ranks:
+        assert rank["turns"] == calibration(callback)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "shards"])
+def test_a_process_that_fails_leaves_no_other_waiting(tmp_path: Path, strategy: str) -> None:
+    """It lives on, so that no connection is closed by its end; the next run is one of both."""
+    first, second = reported(tmp_path, strategy, "fails")
+    assert second["heard"] == "OSError: no such disk"
+    assert first["heard"] == "none"
+    # Not by the end of the limit.
+    assert any(f"within 0:00:{LIMIT}" in line and "closed" in line for line in first["told"])
+    assert first["scored"] == 0
+    for rank in (first, second):
+        assert rank["again"]["heard"] == "none"
+        assert rank["again"]["scored"] == 16 * sum(BATCHES)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_is_not_waited_for_beyond_the_limit(tmp_path: Path) -> None:
+    """It goes on when the first one has given it up, and ends."""
+    for rank in reported(tmp_path, "ddp", "is late"):
+        assert rank["heard"] == "none"
+        assert any(f"within 0:00:{LIMIT}, the `timeout`" in line for line in rank["told"])
+        assert rank["scored"] == 0
+
+
+def reported(folder: Path, *what: str) -> list[dict[str, Any]]:
+    """What both processes have found, within a minute."""
+    found = ended(FAILING, folder, *what, timeout=60)
+    assert [code for code, _ in found] == [0, 0], "\n".join(told for _, told in found)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

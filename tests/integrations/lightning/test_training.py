@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
+from ood_monitor_integrations.lightning.training import squared_norms
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from support.lightning_cases import QUIET, Flow, images, loader, trainer
@@ -76,6 +77,7 @@ RUNS: dict[str, tuple[type[Plain], dict[str, Any]]] = {
     "plain": (Plain, {}),
     "clipping": (Plain, {"gradient_clip_val": 1e-3}),
     "bf16-mixed": (Plain, {"precision": "bf16-mixed"}),
+    "64-true": (Plain, {"precision": "64-true"}),
     "two optimisers": (Manual, {}),
     "no likelihood": (Unlikely, {}),
 }
@@ -162,3 +164,23 @@ def test_parameters_that_thaw_begin_a_new_baseline() -> None:
     fed(Thawing, callback := watching())
     assert set(CORRUPT) <= {batch.batch_idx for batch in callback.flagged_batches}
     assert callback.state_dict()["training"]["0"]["batches"] == BATCHES - 40
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        (torch.float64,),
+        (torch.float16, torch.bfloat16),
+        (torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128),
+    ],
+    ids=str,
+)
+def test_one_optimiser_may_have_parameters_of_several_types(types: tuple[torch.dtype, ...]) -> None:
+    """Half precision would overflow: its largest number is the square of 256."""
+    named = [(str(kind), nn.Parameter(torch.zeros(3, dtype=kind))) for kind in types]
+    for index, (_, parameter) in enumerate(named):
+        parameter.grad = torch.full((3,), 1024.0 * (index + 1), dtype=parameter.dtype)
+    norms = squared_norms(named)
+    assert list(norms) == [name for name, _ in named]
+    exact = [3 * (1024.0 * (index + 1)) ** 2 for index in range(len(types))]
+    assert list(norms.values()) == pytest.approx(exact, rel=1e-6)
