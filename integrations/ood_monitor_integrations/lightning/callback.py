@@ -400,9 +400,23 @@ class OODMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Score the batch, of which the step's output then tells."""
-        scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
-        self._predictions.scored(scores)
+        """Score the batch if the step's output is to tell of it."""
+        if self._predictions.is_on:
+            scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
+            self._predictions.scored(scores)
+
+    def on_predict_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch, if that was not done before."""
+        if not self._predictions.is_on:
+            self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide; `self.log` is not allowed here, the loggers are."""
