@@ -80,9 +80,13 @@ def left_open_case(folder: Path) -> Iterator[Case]:
 
 @contextmanager
 def console_case(folder: Path) -> Iterator[Case]:
-    written = io.StringIO()
-    with redirect_stdout(written):
-        yield Case(ConsoleSink(), written.getvalue)
+    written, console = io.StringIO(), ConsoleSink()
+
+    def sink(alert: Alert) -> None:
+        with redirect_stdout(written):  # not around all: pytest captures each phase anew
+            console(alert)
+
+    yield Case(sink, written.getvalue)
 
 
 @contextmanager

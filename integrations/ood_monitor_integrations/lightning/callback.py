@@ -233,6 +233,7 @@ class OODMonitor(Callback):
         self._with_scores = _checked_with_scores(with_scores, self._stages)
         self._predictions = Predictions(prefix_of(*words), self._failures)
         self._batch_idx, self._is_off, self._is_broken, self._is_rehearsed = 0, False, False, False
+        self._is_taken = True
         self._handover = Handover()
 
     @property
@@ -455,9 +456,24 @@ class OODMonitor(Callback):
     ) -> None:
         """Score the batch, before the step writes to it; in the sanity check, see if it can be."""
         if trainer.sanity_checking:
-            self._rehearse(trainer, pl_module, batch)
+            self._rehearse(trainer, pl_module, None if isinstance(batch, Iterator) else batch)
         else:
+            self._take(trainer, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the batch, if the step has fetched it itself."""
+        if not (self._is_taken or trainer.sanity_checking):
             self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide, and log."""
@@ -480,17 +496,6 @@ class OODMonitor(Callback):
             with self._failures.contained("could not put scores beside predictions"):
                 self._predictions.begin(pl_module)
 
-    def on_test_batch_start(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Score the batch, before the step writes to it."""
-        self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
-
     def on_predict_batch_start(
         self,
         trainer: "Trainer",
@@ -499,9 +504,10 @@ class OODMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Score the batch, of which the step's output then tells."""
-        scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
-        self._predictions.scored(scores)
+        """Score the batch, before the step writes to it; the step's output may tell of it."""
+        self._take(trainer, batch, batch_idx, dataloader_idx)
+
+    on_test_batch_start = on_predict_batch_start
 
     def on_predict_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Decide; `self.log` is not allowed here, the loggers are."""
@@ -541,6 +547,13 @@ class OODMonitor(Callback):
     def _may_calibrate(self, trainer: "Trainer") -> bool:
         is_fit = trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False)
         return is_fit and not (self._is_off or self._is_broken or trainer.sanity_checking)
+
+    def _take(self, trainer: "Trainer", batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Score a batch before its step; one that the step is to fetch is not known yet."""
+        self._is_taken = not isinstance(batch, Iterator)
+        if self._is_taken:
+            scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
+            self._predictions.scored(scores)
 
     def _settle(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self._needs_detector and self._may_calibrate(trainer):

@@ -37,6 +37,11 @@ class Predictions:
         self._step: _Step | None = None
         self._scores: Scores | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether a step is wrapped, which is to be told of scores."""
+        return self._step is not None
+
     def begin(self, pl_module: "LightningModule") -> None:
         """Wrap the module's step.
 
@@ -68,11 +73,12 @@ class Predictions:
 
     def _with_scores(self, output: Any, batch: Any) -> Any:
         """A new mapping, of the step's output and the scores."""
-        scores, self._scores, result = self._scores, None, output
+        scores, self._scores = self._scores, None
+        found = output
         with self._failures.contained("could not put scores beside a prediction"):
-            found = dict(output) if isinstance(output, Mapping) else {_OUTPUT: output}
-            result = found | dict(zip(self._keys, _values(scores, batch), strict=True))
-        return result
+            items = dict(output) if isinstance(output, Mapping) else {_OUTPUT: output}
+            found = items | dict(zip(self._keys, _values(scores, batch), strict=True))
+        return found
 
 
 class _Step:
