@@ -24,12 +24,14 @@ from ood_monitor.checks import (
 )
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
+from ood_monitor.modules import is_sharded
 from ood_monitor_integrations.lightning.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.lightning.calibration import Calibrator
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.detectors import Detectors, check_method
 from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.handover import Handover
+from ood_monitor_integrations.lightning.loading import fetches_itself
 from ood_monitor_integrations.lightning.loggers import (
     LeftOpen,
     write,
@@ -234,6 +236,7 @@ class OODMonitor(Callback):
         self._predictions = Predictions(prefix_of(*words), self._failures)
         self._batch_idx, self._is_off, self._is_broken, self._is_rehearsed = 0, False, False, False
         self._is_taken = True
+        self._calibrated_in: int | None = None  # the epoch
         self._handover = Handover()
 
     @property
@@ -362,8 +365,10 @@ class OODMonitor(Callback):
     ) -> None:
         """Put in a detector of the weights that are saved, calibrated now if it is to have one."""
         if self._needs_detector and not self._is_off:
+            is_lost = self._is_broken and is_sharded(pl_module)  # nobody is to read it all now
             may = self._may_calibrate(trainer)
-            self._checkpoints.save(trainer, pl_module, checkpoint, calibrate=may)
+            weights_of = None if is_lost else pl_module
+            self._checkpoints.save(trainer, weights_of, checkpoint, calibrate=may)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Refuse what would wait for a metric in vain; nothing is calibrated yet.
@@ -371,7 +376,7 @@ class OODMonitor(Callback):
         Raises:
             ValueError: A callback or a scheduler monitors a metric that will not be logged.
         """
-        self._is_rehearsed = False
+        self._is_rehearsed, self._calibrated_in = False, None
         self._checkpoints.begin(trainer)
         refuse_unfed_monitors(
             trainer,
@@ -440,8 +445,7 @@ class OODMonitor(Callback):
         if trainer.state.fn == "fit":
             if "val" not in self._stages or not self._watches_validation_of_fit:
                 return
-            every = self._every_n_epochs
-            if every is not None and trainer.current_epoch % every == 0:
+            if self._is_time_to_calibrate(trainer.current_epoch):
                 with self._failures.contained("was not calibrated before a validation"):
                     self._calibrator.fit(trainer, pl_module)
         self._trainer_monitor.begin(trainer, pl_module, "val", trainer.val_dataloaders)
@@ -456,9 +460,10 @@ class OODMonitor(Callback):
     ) -> None:
         """Score the batch, before the step writes to it; in the sanity check, see if it can be."""
         if trainer.sanity_checking:
-            self._rehearse(trainer, pl_module, None if isinstance(batch, Iterator) else batch)
+            fetches = fetches_itself(pl_module, trainer)
+            self._rehearse(trainer, pl_module, None if fetches else batch)
         else:
-            self._take(trainer, batch, batch_idx, dataloader_idx)
+            self._take(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -505,7 +510,7 @@ class OODMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the batch, before the step writes to it; the step's output may tell of it."""
-        self._take(trainer, batch, batch_idx, dataloader_idx)
+        self._take(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start
 
@@ -544,13 +549,28 @@ class OODMonitor(Callback):
         """Whether there is a detector for it that has not learned from the same samples."""
         return self._detectors.is_given or self._every_n_epochs is not None
 
+    def _is_time_to_calibrate(self, epoch: int) -> bool:
+        """Whether the validation of an epoch is to have a detector of its weights."""
+        every, last = self._every_n_epochs, self._calibrated_in
+        if every is None or (last is not None and last < epoch < last + every):
+            return False
+        self._calibrated_in = epoch
+        return True
+
     def _may_calibrate(self, trainer: "Trainer") -> bool:
         is_fit = trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False)
         return is_fit and not (self._is_off or self._is_broken or trainer.sanity_checking)
 
-    def _take(self, trainer: "Trainer", batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _take(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
         """Score a batch before its step; one that the step is to fetch is not known yet."""
-        self._is_taken = not isinstance(batch, Iterator)
+        self._is_taken = not fetches_itself(pl_module, trainer)
         if self._is_taken:
             scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
             self._predictions.scored(scores)

@@ -1,5 +1,6 @@
 """Batches that are loaded beside the Trainer's own loops, as its validation loads them."""
 
+import inspect
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["HeldOut", "as_in_validation", "kept_random_state", "own_data", "validation_data"]
+
+_STEPS = {
+    "sanity_check": "validation_step",
+    "validate": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,13 @@ class _Numbered:
 
     def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
         return ((batch, index, 0) for index, batch in enumerate(iter(self.source)))
+
+
+def fetches_itself(pl_module: "LightningModule", trainer: "Trainer") -> bool:
+    """Whether the step of a stage is given an iterator, so that hooks before it know no batch."""
+    name = _STEPS.get(str(trainer.state.stage and trainer.state.stage.value))
+    step = getattr(pl_module, name or "", None)
+    return step is not None and "dataloader_iter" in inspect.signature(step).parameters
 
 
 @contextmanager

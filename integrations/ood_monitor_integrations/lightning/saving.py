@@ -116,15 +116,20 @@ class Checkpoints:
     def save(
         self,
         trainer: "Trainer",
-        pl_module: "LightningModule",
+        pl_module: "LightningModule | None",
         checkpoint: dict[str, Any],
         *,
         calibrate: bool,
     ) -> None:
-        """Put a detector of its weights into a checkpoint, if it is to have one; no other one."""
+        """Put a detector of its weights into a checkpoint, if it is to have one; no other one.
+
+        Without a module, whose weights nobody can look at now, there is none.
+        """
         entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key(), {})
         for name in ("config", "tensors"):  # of the detector in use, be it of these weights or not
             entry.pop(name, None)
+        if pl_module is None:
+            return
         is_due = calibrate and self._is_due(trainer)
         with self._failures.contained("has no detector for a checkpoint"):
             with holding(pl_module, weights := checkpoint["state_dict"]):

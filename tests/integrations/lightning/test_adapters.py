@@ -102,7 +102,9 @@ class Callable_(om.Adapter):
 
 
 @pytest.mark.parametrize(
-    "part", [nn.Linear(4, 4), nn.Identity(), "name", {"a": 1}, Callable_(nn.Linear(1, 1))], ids=str
+    "part",
+    [nn.Linear(4, 4), nn.Identity(), "name", {"a": 1}, Callable_(nn.Linear(1, 1))],
+    ids=lambda part: type(part).__name__,
 )
 def test_what_is_called_adapter_and_is_no_function_makes_none(part: Any) -> None:
     module = Flow()

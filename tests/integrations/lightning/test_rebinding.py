@@ -80,7 +80,7 @@ def perturbed(module: nn.Module) -> nn.Module:
 WITHOUT_CLOSURE = [case for case in FOREIGN if case.name != "pixelcnn"]
 
 
-@pytest.mark.parametrize("case", WITHOUT_CLOSURE, ids=str)
+@pytest.mark.parametrize("case", WITHOUT_CLOSURE, ids=lambda case: case.name)
 def test_every_adapter_scores_the_module_under_test(case: Model) -> None:
     adapter, batch = case.make()
     other = perturbed(adapter.module)
