@@ -577,7 +577,10 @@ CASES: dict[str, Case] = {
         options={
             "adapter": Kind((3, "x")),
             "detector": Kind((3, "", b"x"), ("folder", Path("folder"), None)),
-            "calibrate_on": Kind((3, "", "train", b"x"), ("val", [X], None)),
+            "held_out": Kind((3, "", "train", b"x", X, iter([X])), ([X], None)),
+            "calibrate": Kind((3, "", "first", b"x"), ("best", "never", None)),
+            "calibrate_samples": POSITIVE_COUNT,
+            "calibrate_every_n_epochs": Kind((0, -1, 1.5, "x")),
             "watch": Kind((None, 3, "val", ["nonsense"], [3]), (["val"], ("train", "validate"))),
             "ert": ERT,
             "fpr": RATE,

@@ -68,6 +68,7 @@ def main(folder: Path) -> None:
     callback.calibrate(run, module, [images(128, seed=1)])
     report["one batch"] = fingerprint(callback)
     report["failure"] = failure(callback, run, module)
+    report["apart"] = apart(callback, run, module)
     (folder / f"rank{run.global_rank}.json").write_text(json.dumps(report))
 
 
@@ -114,8 +115,15 @@ def fitted(callback: OODMonitor | None, folder: Path) -> pl.Trainer:
     run = ddp(callback, folder)
     # The sampler pads 129 samples to 130.
     held_out = loader(images(129, seed=1), batch_size=16)
-    run.fit(Flow(), loader(images(64), batch_size=8, shuffle=True), held_out)
+    run.fit(initialised(), loader(images(64), batch_size=8, shuffle=True), held_out)
     return run
+
+
+def initialised() -> Flow:
+    """A flow that no process sets from its own first batch."""
+    module = Flow()
+    module.flow.log_prob(images(8))
+    return module
 
 
 def state(run: pl.Trainer, weights: list[Any] | None = None) -> dict[str, Any]:
@@ -171,6 +179,17 @@ def failure(callback: OODMonitor, run: pl.Trainer, module: Any) -> str:
         callback.calibrate(run, module, unreadable(run.global_rank))
     except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def apart(callback: OODMonitor, run: pl.Trainer, module: Any) -> str:
+    """What this process hears when the second one has other weights."""
+    with torch.no_grad():
+        next(module.parameters()).add_(run.global_rank)
+    try:
+        callback.calibrate(run, module, [images(64, seed=1), images(64, seed=2)])
+    except ValueError as error:
+        return str(error)
     return "none"
 
 

@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     module, data = Flow(), images(40, seed=2)
     adapter = om.LogLikelihood(module)
     detector = om.Detector(adapter).fit([images(128, seed=1)], progress=False)
-    callback = watcher(detector=detector, calibrate_on=None, watch=["predict"], with_scores=True)
+    callback = watcher(detector=detector, calibrate="never", watch=["predict"], with_scores=True)
     run = trainer(callback, strategy="ddp", devices=2)
     found = run.predict(module, loader(data, batch_size=8))
     assert found is not None

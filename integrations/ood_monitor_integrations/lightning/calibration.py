@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ood_monitor import Detector
-from ood_monitor.adapters.base import Batch, batch_size, map_tensors
+from ood_monitor.adapters.base import Batch
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.lightning.collectives import World
@@ -22,7 +22,9 @@ from ood_monitor_integrations.lightning.indices import Indices, Positions
 from ood_monitor_integrations.lightning.loading import (
     HeldOut,
     as_in_validation,
+    first,
     own_data,
+    samples_in,
     validation_data,
 )
 from ood_monitor_integrations.lightning.stage_scores import dataset_order
@@ -106,7 +108,23 @@ class Collection:
             whole = Measurements.together(Measurements.parse(part) for part in parts if part)
             rows = dataset_order(dataset, dataloader)
             detector = self._detector or self._make()
-            return detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
+            detector.fit_measured(whole.take(rows) if self._world.size > 1 else whole)
+        self._check_weights(detector)
+        return detector
+
+    def _check_weights(self, detector: Detector) -> None:
+        """Refuse a detector of several models.
+
+        Raises:
+            ValueError: The processes have not the same weights.
+        """
+        found = [mark.decode() for mark in self._world.gathered(detector.fitted.model.encode())]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"Expected the same weights in all processes, got {', '.join(found)} by rank: the "
+                "replicas have come apart, as by parameters that each sets from its own first "
+                "batch. Set them before training, or broadcast those of rank 0."
+            )
 
     def rehearse(self, batch: Batch, most: int | None, fpr: float) -> None:
         """Measure a few samples, and see whether `most` like them will be enough.
@@ -208,26 +226,37 @@ class Calibrator:
         """
         collection = self._collection(trainer, pl_module)
         try:
-            held_out = self._held_out(trainer, None)
-            if batch is None or not self.uses_validation:
-                with as_in_validation(trainer, pl_module):
+            with as_in_validation(trainer, pl_module):
+                held_out = self._held_out(trainer, None)
+                if batch is None or not self.uses_validation:
                     batches = held_out.batches(trainer, pl_module, self._most)
                     batch = next(batches, (None,))[0]
-            if batch is not None:
-                batch = self._detectors.model.prepared(batch)
-                self._detectors.model.check_batch(pl_module, batch)
-                most = self._count(trainer, held_out, batch)
-                collection.rehearse(map_tensors(lambda tensor: tensor[:2], batch), most, fpr)
+                if batch is not None:
+                    self._try(collection, trainer, pl_module, held_out, batch, fpr)
         except Exception as error:  # all processes must come to the collective that follows
             collection.fail(error)
         collection.agree()
+
+    def _try(
+        self,
+        collection: Collection,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        held_out: HeldOut,
+        batch: Batch,
+        fpr: float,
+    ) -> None:
+        model = self._detectors.model
+        model.check_batch(pl_module, own := model.prepared(batch))
+        most = self._count(trainer, held_out, own)
+        collection.rehearse(first(own, 2), most, fpr)
 
     def _count(self, trainer: "Trainer", held_out: HeldOut, batch: Batch) -> int | None:
         """Samples that there will be, at least about; None where nobody knows."""
         if held_out.count is None or getattr(trainer, "fast_dev_run", False):
             return None
         shares = 1 if held_out.world.size > 1 else World.of(trainer).size
-        return min(self._most, held_out.count * shares * batch_size(batch))
+        return min(self._most, held_out.count * shares * samples_in(batch))
 
     def _collection(self, trainer: "Trainer", pl_module: "LightningModule") -> Collection:
         return Collection(

@@ -17,7 +17,16 @@ from ood_monitor_integrations.lightning.indices import Positions
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["HeldOut", "as_in_validation", "kept_random_state", "own_data", "validation_data"]
+__all__ = [
+    "HeldOut",
+    "as_in_validation",
+    "fetches_itself",
+    "first",
+    "kept_random_state",
+    "own_data",
+    "samples_in",
+    "validation_data",
+]
 
 _STEPS = {
     "sanity_check": "validation_step",
@@ -74,7 +83,7 @@ class _Evenly:
         return self._left <= 0
 
     def takes(self, number: int, batch: Batch) -> bool:
-        size = _samples(batch)
+        size = samples_in(batch)
         if not self._wanted:
             self._wanted = max(1, self._left // max(size, 1))
         if self._count is None or self._count <= self._wanted:
@@ -84,9 +93,9 @@ class _Evenly:
         return after > before
 
     def cut(self, batch: Batch) -> Batch:
-        left, size = self._left, _samples(batch)
+        left, size = self._left, samples_in(batch)
         self._left -= max(size, 1)
-        return batch if size <= left else map_tensors(lambda tensor: tensor[:left], batch)
+        return batch if size <= left else first(batch, left)
 
 
 def validation_data(trainer: "Trainer", world: World) -> HeldOut:
@@ -150,7 +159,8 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
 
     Everything is as before afterwards, the global random state included.
     """
-    stage, modes = trainer.state.stage, [(m, m.training) for m in pl_module.modules()]
+    wrapped = trainer.strategy.model or pl_module  # which a strategy may have wrapped
+    stage, modes = trainer.state.stage, [(m, m.training) for m in wrapped.modules()]
     trainer.validating = True
     try:
         with kept_random_state(), torch.no_grad():
@@ -186,7 +196,13 @@ def _transferred(
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
-def _samples(batch: Batch) -> int:
+def first(batch: Batch, count: int) -> Batch:
+    """The first samples of a batch."""
+    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, batch)
+
+
+def samples_in(batch: Batch) -> int:
+    """B, of which fields that all samples share tell nothing."""
     return max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
 
 

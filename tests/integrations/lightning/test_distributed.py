@@ -51,6 +51,11 @@ def test_a_failure_in_one_process_is_heard_in_both(ranks: list[dict[str, Any]]) 
     assert ranks[1]["failure"] == "OSError: no such disk"
 
 
+def test_replicas_that_have_come_apart_get_no_detector(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["apart"].startswith("Expected the same weights in all processes, got")
+
+
 @pytest.mark.parametrize("stage", ["test", "predict"])
 def test_two_processes_see_what_one_sees(
     ranks: list[dict[str, Any]], folder: Path, stage: str

@@ -23,7 +23,7 @@ def predicted(logger: Any) -> OODMonitor:
     module = Flow()
     held_out = [images(128, seed=1)]
     detector = om.Detector(om.LogLikelihood(module)).fit(held_out, progress=False)
-    callback = watcher(detector=detector, calibrate_on=None)
+    callback = watcher(detector=detector, calibrate="never")
     stream = loader(cat([images(64, seed=2), images(64, seed=3) / 4]))
     trainer(callback, logger=logger).predict(module, stream)
     assert callback.failures == 0

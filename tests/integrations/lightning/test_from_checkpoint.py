@@ -124,7 +124,7 @@ def test_of_two_the_one_of_these_weights_is_taken(of: str, folder: Path) -> None
     else:
         model = adapter(folder) if of == "callback" else of_other_weights(0.1)
         found = read(folder / "all.ckpt", model)
-        watched = watcher(name=NAME, detector=folder / "all.ckpt", calibrate_on=None)
+        watched = watcher(name=NAME, detector=folder / "all.ckpt", calibrate="never")
         trainer(watched).predict(model.module, loader(images(8)))
         assert watched.detector is not None
         assert watched.detector.fitted.fingerprint == found.fitted.fingerprint

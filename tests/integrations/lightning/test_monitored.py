@@ -87,7 +87,7 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("metric", "options"), TAKEN)
 def test_what_will_be_there_is_waited_for(metric: str, options: dict[str, Any]) -> None:
     if "detector" in options:
-        options = options | {"detector": detector(), "calibrate_on": None}
+        options = options | {"detector": detector(), "calibrate": "never"}
     stop = EarlyStopping(metric, check_on_train_epoch_end=True)
     assert fit(Flow(), watcher(**options), stop).current_epoch == 2
 

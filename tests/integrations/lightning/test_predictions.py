@@ -34,7 +34,7 @@ def detector() -> om.Detector:
 
 def watching(detector: om.Detector, **options: Any) -> OODMonitor:
     settings = {"watch": ["predict"], "with_scores": True, "console": False}
-    return watcher(detector=detector, calibrate_on=None, **(settings | options))
+    return watcher(detector=detector, calibrate="never", **(settings | options))
 
 
 def module_of(detector: om.Detector) -> Flow:

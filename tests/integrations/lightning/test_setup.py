@@ -62,8 +62,8 @@ def test_one_batch_in_the_place_of_a_loader_is_refused() -> None:
     told = (
         r"Expected {} as an iterable of batches, got a Tensor, which is one batch: give \[batch\]"
     )
-    with pytest.raises(TypeError, match=told.format("calibrate_on")):
-        OODMonitor(calibrate_on=images(64))
+    with pytest.raises(TypeError, match=told.format("held_out")):
+        OODMonitor(held_out=images(64))
     callback = watcher()
     with pytest.raises(TypeError, match=told.format("loader")):
         callback.calibrate(trainer(callback), Flow(), images(64))

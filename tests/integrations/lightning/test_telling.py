@@ -46,7 +46,7 @@ def fitted_on(module: Flow) -> om.Detector:
 
 
 def watching(detector: om.Detector, **options: Any) -> OODMonitor:
-    return watcher(detector=detector, calibrate_on=None, **options)
+    return watcher(detector=detector, calibrate="never", **options)
 
 
 def drifting() -> Tensor:

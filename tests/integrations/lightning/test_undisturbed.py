@@ -66,6 +66,7 @@ RUNS: dict[str, tuple[Callable[[], Flow], list[Callable[[], Any]], dict[str, Any
     "augmentation": (Augmented, [], {}),
     "early stopping": (Flow, [], {"max_steps": 3, "max_epochs": -1}),
     "sanity check": (Flow, [], {"num_sanity_val_steps": 2}),
+    "no sanity check": (Flow, [], {"num_sanity_val_steps": 0}),
 }
 
 
