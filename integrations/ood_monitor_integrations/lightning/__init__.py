@@ -4,9 +4,9 @@
 
     trainer = Trainer(callbacks=[OODMonitor()])
 
-The detector is fitted on held-out data at the end of training, in time for the last checkpoint, and
-travels in it; validation, `test`, `predict` and the training batches can then be watched. It works
-with both names of Lightning, `pytorch_lightning` and `lightning.pytorch`.
+A detector is fitted on held-out data while a checkpoint is saved, of the weights that it holds,
+and travels in it or beside it; validation, `test`, `predict` and the training batches can then be
+watched. It works with both names of Lightning, `pytorch_lightning` and `lightning.pytorch`.
 """
 
 from ood_monitor_integrations.lightning.callback import OODMonitor

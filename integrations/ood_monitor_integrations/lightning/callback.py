@@ -77,7 +77,7 @@ _HANDED_OVER = (
 
 
 class OODMonitor(Callback):
-    """Fits a detector at the end of training, and watches what the model is fed.
+    """Fits a detector for the weights of checkpoints, and watches what the model is fed.
 
     The training is not changed: weights, optimiser, random state and logged metrics are those of a
     run without it. Whatever fails while watching is counted, warned of once, and never raised into

@@ -28,22 +28,21 @@ def refuse_unfed_monitors(
 ) -> None:
     """Refuse a callback or scheduler that waits for a metric which this training will not log.
 
-    One that is told to go on without it (its own ``strict=False``) is warned of only. To be called
-    when `fit` starts, where the checkpoint that it resumes from has been read.
+    One that is told to go on without it (its own ``strict=False``) is warned of only.
 
     Args:
         trainer: It has the callbacks.
         words: Of the monitor's metrics, before that of the stage.
         failures: Told of what is not refused.
         stages: Those watched.
-        has_detector: Whether there is one before training ends.
+        has_detector: Whether one was given, which watches the validation of `fit`.
         recalibrates: Whether one is fitted while training.
         strict: Whether anything is refused.
 
     Raises:
         ValueError: There is one; the text says which, and what to give.
     """
-    is_fed = has_detector or recalibrates or _restores_later(trainer)
+    is_fed = has_detector or recalibrates
     prefix = f"{prefix_of(*words)}/"
     for who, name, is_needed in _monitors(trainer):
         if not name.startswith(prefix):
@@ -85,8 +84,3 @@ def _monitors(trainer: "Trainer") -> Iterator[tuple[str, str, bool]]:
         name = getattr(settings, "monitor", None)
         if isinstance(name, str):
             yield type(owner).__name__, name, bool(getattr(settings, "strict", True))
-
-
-def _restores_later(trainer: "Trainer") -> bool:
-    """Whether a checkpoint, maybe with a detector, is read after `on_fit_start` only."""
-    return trainer.ckpt_path is not None and trainer.strategy.restore_checkpoint_after_setup

@@ -11,9 +11,13 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ood_monitor import Scores
+from ood_monitor.densities import Array
 from ood_monitor_integrations.lightning.indices import Indices, numbered
 
-__all__ = ["StageScores"]
+__all__ = ["StageScores", "are_those_of"]
+
+#: Scores among which calibration scores are looked for, their relative rounding, and their share.
+_MOST, _ROUNDING, _NEARLY_ALL = 100_000, 1e-6, 0.95
 
 _FIELDS = ("score", "p_value", "log_likelihood", "valid")
 
@@ -110,6 +114,20 @@ class StageScores:
             "dataloader_index": self.dataloader_index,
         }
         np.savez(folder / f"scores-{stage}.npz", allow_pickle=False, **places, **figures)
+
+
+def are_those_of(calibration: Array, scores: Array) -> bool:
+    """Whether the scores (N,) hold nearly all calibration scores (n,), ascending, to a rounding.
+
+    Then the same samples have calibrated the detector. Of very many scores it is not asked: some
+    are as near to any other by chance.
+    """
+    if not 0 < len(scores) <= _MOST:
+        return False
+    found = np.sort(scores)
+    after = np.searchsorted(found, calibration).clip(0, len(found) - 1)
+    nearest = np.minimum(np.abs(found[after] - calibration), np.abs(found[after - 1] - calibration))
+    return bool((nearest <= _ROUNDING * np.maximum(1, np.abs(calibration))).mean() > _NEARLY_ALL)
 
 
 def dataset_order(dataset: Indices, dataloader: Indices) -> Indices:

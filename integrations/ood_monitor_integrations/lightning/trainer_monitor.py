@@ -24,7 +24,7 @@ from ood_monitor_integrations.lightning.loggers import (
     write,
 )
 from ood_monitor_integrations.lightning.stage_monitor import StageMonitor
-from ood_monitor_integrations.lightning.stage_scores import StageScores
+from ood_monitor_integrations.lightning.stage_scores import StageScores, are_those_of
 from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks, step_of
 from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
 
@@ -232,12 +232,23 @@ class TrainerMonitor:
         with self._failures.contained("could not finish a stage"), torch.inference_mode(False):
             self.alerts += watch.finish()
             self.recorded[stage] = watch.recorded
+            self._tell_of_calibration(watch)
             self._report(trainer, watch, stage)
             if watch.monitor.samples_seen:  # where the stream stands at the end of the stage
                 watch.monitor.summarise()
             if self._settings.scores_dir is not None and trainer.is_global_zero:
                 watch.recorded.write(self._settings.scores_dir, stage)
         watch.monitor.close()
+
+    def _tell_of_calibration(self, watch: StageMonitor) -> None:
+        """Warn of samples that are no news, since they have calibrated the detector."""
+        scores = watch.recorded.scores
+        calibration = watch.monitor.detector.fitted.calibration.scores
+        if are_those_of(calibration, scores.score[scores.valid].double().numpy()):
+            self._failures.tell(
+                "has scored the samples that calibrated its detector",
+                "their p-values say nothing of new data. Give others, or `held_out=` in `fit`.",
+            )
 
     def _report(self, trainer: "Trainer", watch: StageMonitor, stage: str) -> None:
         if not watch.is_online:

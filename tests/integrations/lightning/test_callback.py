@@ -161,6 +161,7 @@ def test_several_loaders_have_figures_of_their_own(fitted: tuple[OODMonitor, str
     assert {name for name in found if name.endswith(("status", "log_e_value"))} == of_stream
 
 
+@pytest.mark.filterwarnings("ignore:.*stale calibration:UserWarning")
 def test_a_metric_can_stop_training(fitted: tuple[OODMonitor, str]) -> None:
     assert fitted[0].detector is not None
     callback = watcher(watch=["val"], detector=fitted[0].detector, calibrate="never")
@@ -272,6 +273,7 @@ def test_alerts_stand_on_the_run_of_the_mlflow_logger(
     assert data.metrics["ood/predict/status"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*stale calibration:UserWarning")
 def test_a_stage_writes_each_metric_once_a_step(
     fitted: tuple[OODMonitor, str], logger: MLFlowLogger
 ) -> None:

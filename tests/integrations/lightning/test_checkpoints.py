@@ -192,3 +192,14 @@ def test_other_weights_are_lent_and_come_back_whatever_happens() -> None:
     with pytest.raises(ValueError, match=r"Expected 'weight' of shape \(2, 3\)"):
         holding(module, nn.Linear(3, 3).state_dict()).__enter__()
     assert digest(module) == own
+
+
+@pytest.mark.parametrize("method", ["forward", "gradient_norms"])
+def test_samples_that_have_calibrated_are_no_news(method: Any) -> None:
+    callback = watcher(watch=["val"], method=method)
+    held_out = loader(images(128, seed=1))
+    module = Flow()
+    callback.calibrate(run := trainer(callback), module, held_out)
+    run.validate(module, loader(images(128, seed=2)), verbose=False)  # which tells nothing
+    with pytest.warns(UserWarning, match="has scored the samples that calibrated its detector"):
+        run.validate(module, held_out, verbose=False)

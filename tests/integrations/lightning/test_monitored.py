@@ -7,11 +7,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
+from support.lightning_cases import QUIET, Flow, images, loader, trainer, watcher
 
 import ood_monitor as om
 
-pytestmark = QUIET
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:.*does not watch the validation of `fit`:UserWarning"),
+]
 
 
 def detector() -> om.Detector:
@@ -101,13 +104,3 @@ def test_one_that_goes_on_without_its_metric_is_warned_of() -> None:
 def test_metrics_of_another_monitor_are_its_own() -> None:
     stop = EarlyStopping("ood/another/val/flagged_rate", strict=False)
     assert fit(Flow(), watcher(watch=["val"]), stop).current_epoch == 2
-
-
-@pytest.mark.filterwarnings("ignore:.*[sS]tale calibration:UserWarning")
-def test_a_detector_of_the_checkpoint_or_of_the_fit_before_feeds_it(tmp_path: Path) -> None:
-    callback, data = watcher(watch=["val"]), (loader(images(64)), loader(images(128, seed=1)))
-    trained(callback, ModelCheckpoint(tmp_path, save_last=True))
-    for again in (callback, watcher(watch=["val"])):
-        run = trainer(again, EarlyStopping("ood/val/flagged_rate"), max_epochs=4)
-        run.fit(Flow(), *data, ckpt_path=tmp_path / "last.ckpt")
-        assert "ood/val/flagged_rate" in run.callback_metrics
