@@ -28,22 +28,29 @@ State: TypeAlias = Mapping[str, Any]
 #: Lightning's key of a callback that goes by a name, of any class.
 _NAMED = re.compile(r"[^{]*\{'name': (.*)\}", re.DOTALL)
 
+#: The name of a callback that was given none, and what a folder's name should not hold.
+_USUAL, _FOREIGN = "OODMonitor", re.compile(r"[^A-Za-z0-9_-]")
+
 #: What a sharded checkpoint, which is a folder, has beside its shards.
 _UNSHARDED = "meta.pt"
 
 
-def folder_beside(path: Path) -> Path:
-    """The folder of the detector that belongs to a checkpoint without callbacks."""
-    return path.parent / f"{path.name}.detector"
+def folder_beside(path: Path, name: str = _USUAL) -> Path:
+    """The folder of the detector that belongs to a checkpoint without callbacks.
+
+    Of callbacks with names of their own, each has a folder of its own.
+    """
+    own = "" if name == _USUAL else f".{_FOREIGN.sub('_', name)}"
+    return path.parent / f"{path.name}{own}.detector"
 
 
-def check_there(path: Path) -> None:
+def check_there(path: Path, name: str = _USUAL) -> None:
     """Refuse a path where nothing is that could hold a detector.
 
     Raises:
         FileNotFoundError: It is one.
     """
-    beside = folder_beside(path)
+    beside = _saved_beside(path, name)
     folders = [folder for folder in (path, beside) if (folder / CONFIG).is_file()]
     if not folders and _file_of(path) is None:
         raise FileNotFoundError(
@@ -68,10 +75,10 @@ def states_of(path: Path, name: str) -> tuple[State, ...]:
         ValueError: No detector is there, or the file is no checkpoint of Lightning, or one that
             does not load as weights only.
     """
-    check_there(path)
+    check_there(path, name)
     if (path / CONFIG).is_file():
         return (_of_folder(path),)
-    file, beside = _file_of(path), folder_beside(path)
+    file, beside = _file_of(path), _saved_beside(path, name)
     callbacks = {} if file is None else _callbacks(file)
     found = [state for own, state in _detectors(callbacks) if own == repr(name)]
     if (beside / CONFIG).is_file():
@@ -94,6 +101,12 @@ def of_weights(states: Sequence[State], module: nn.Module) -> State:
     weights = digest(module)
     own = (s for s in states if Fitted.parse(s["config"], s["tensors"])[0].model == weights)
     return next(own, states[0])
+
+
+def _saved_beside(path: Path, name: str) -> Path:
+    """The folder of a name, else the usual one, which people save into themselves."""
+    own = folder_beside(path, name)
+    return own if (own / CONFIG).is_file() else folder_beside(path)
 
 
 def _file_of(path: Path) -> Path | None:
@@ -147,7 +160,7 @@ def _detectors(callbacks: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
 
 
 def _absence(path: Path, name: str, callbacks: Mapping[str, Any]) -> str:
-    beside = folder_beside(path)
+    beside = _saved_beside(path, name)
     names = [own for own, _ in _detectors(callbacks)]
     told = f"detectors of the names {', '.join(names)}" if names else "no detector"
     save = f"save it by `detector.save_pretrained({str(beside)!r})`, or a checkpoint once it is"

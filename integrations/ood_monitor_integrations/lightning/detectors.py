@@ -92,7 +92,7 @@ class Detectors:
         """
         self.model.adapter_for(pl_module)  # not for good: parts may be made after this
         if self._saved is not None:
-            check_there(self._saved)
+            check_there(self._saved, self._name)
 
     def adapter(self, pl_module: "LightningModule") -> Adapter:
         """The module's model, the same object each time, with the module's own part in it.
@@ -157,8 +157,8 @@ class Detectors:
     def look_beside(self, checkpoint: str | Path | None) -> None:
         """Keep what stands beside a checkpoint."""
         for path in {Path(checkpoint), Path(checkpoint).resolve()} if checkpoint else ():
-            if (folder_beside(path) / CONFIG).is_file():
-                self.load_state_dict(states_of(folder_beside(path), self._name)[0])
+            if ((folder := folder_beside(path, self._name)) / CONFIG).is_file():
+                self.load_state_dict(states_of(folder, self._name)[0])
 
     def ready(self, pl_module: "LightningModule") -> tuple[Detector | None, bool]:
         """The detector to watch a module with, or None, and whether it was read now.

@@ -277,11 +277,14 @@ class Checkpoints:
                     self._files[path] = _File(stamp, model, has)
         for path in [path for path in self._files if _stamp(path) is None]:
             del self._files[path]
-            shutil.rmtree(folder_beside(Path(path)), ignore_errors=True)
+            shutil.rmtree(self._folder(path), ignore_errors=True)
+
+    def _folder(self, path: str) -> Path:
+        return folder_beside(Path(path), self._failures.name)
 
     def _write_beside(self, path: str, model: str) -> bool:
         """Whether there is a detector of these weights, which stands beside them now."""
-        folder = folder_beside(Path(path))
+        folder = self._folder(path)
         if folder.exists():  # of weights that the file had before
             shutil.rmtree(folder)
         state = self._state_of(model)

@@ -203,3 +203,14 @@ def test_samples_that_have_calibrated_are_no_news(method: Any) -> None:
     run.validate(module, loader(images(128, seed=2)), verbose=False)  # which tells nothing
     with pytest.warns(UserWarning, match="has scored the samples that calibrated its detector"):
         run.validate(module, held_out, verbose=False)
+
+
+def test_each_of_two_monitors_has_a_folder_beside_weights_alone(tmp_path: Path) -> None:
+    names = ("first", "a/b")
+    keeper = ModelCheckpoint(tmp_path, save_weights_only=True)
+    trained(*(watcher(name=name) for name in names), keeper)
+    for name in names:
+        again = watcher(name=name)
+        trainer(again).predict(Flow(), loader(images(32)), ckpt_path=keeper.best_model_path)
+        assert len(again.scores("predict").score) == 32
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
