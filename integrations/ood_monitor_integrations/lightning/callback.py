@@ -204,7 +204,7 @@ class OODMonitor(Hooks):
             self._calibrator,
             self._detectors,
             self._failures,
-            lambda: self.state_key,
+            self.state_key,
         )
         stream = TrainingStream() if training is None else _checked_stream(training)
         self._training = TrainingWatch(stream, layers, name)

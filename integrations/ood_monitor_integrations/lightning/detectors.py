@@ -77,6 +77,10 @@ class Detectors:
         is_fitted = self._template is not None and self._template.is_fitted
         self.current = self._template if is_fitted else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is spawned, which has a module of its own."""
+        return {**self.__dict__, "_adapter": None, "_of": None}
+
     @property
     def is_given(self) -> bool:
         """Whether there is a fitted one from outside, which goes before those of checkpoints."""

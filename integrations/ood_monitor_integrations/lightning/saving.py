@@ -3,7 +3,7 @@
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -87,7 +87,7 @@ class Checkpoints:
         calibrator: Calibrator,
         detectors: Detectors,
         failures: Failures,
-        key: Callable[[], str],
+        key: str,
     ) -> None:
         self._policy, self._key = policy, key
         self._calibrator, self._detectors, self._failures = calibrator, detectors, failures
@@ -125,7 +125,7 @@ class Checkpoints:
 
         Without a module, whose weights nobody can look at now, there is none.
         """
-        entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key(), {})
+        entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key, {})
         for name in ("config", "tensors"):  # of the detector in use, be it of these weights or not
             entry.pop(name, None)
         if pl_module is None:
@@ -237,7 +237,7 @@ class Checkpoints:
                 with holding(pl_module, weights):
                     due = calibrate and saved.is_due
                     model = self._of_now(trainer, pl_module, is_due=due)
-            entry = saved.checkpoint.get("callbacks", {}).get(self._key(), {})
+            entry = saved.checkpoint.get("callbacks", {}).get(self._key, {})
             is_inside = model == saved.model and "config" in entry
         return model, is_inside
 
