@@ -22,7 +22,7 @@ SNIPPETS: dict[str, int] = {
     "docs/index.md": 1,
     "docs/recipes/diffusers-service.md": 3,
     "docs/recipes/fabric.md": 2,
-    "docs/recipes/lightning.md": 2,
+    "docs/recipes/lightning.md": 4,
     "docs/recipes/mlflow.md": 5,
     "docs/recipes/replicas.md": 1,
     "docs/recipes/spark.md": 1,

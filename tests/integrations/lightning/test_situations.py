@@ -7,7 +7,7 @@ weights, new data of the usual kind are flagged as often as was promised, and no
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import pytorch_lightning as pl
@@ -198,6 +198,16 @@ SITUATIONS = {
 }
 
 
+#: Those that are tried with each change; the others take minutes together.
+QUICK = {
+    (name, "forward")
+    for name in (
+        *("best", "best, weights only", "averages, steps", "averages of its own"),
+        *("a step in place", "hook before", "hook of training"),
+    )
+}
+
+
 def watched(situation: Situation, folder: Path, **options: Any) -> tuple[OODMonitor, pl.Trainer]:
     pl.seed_everything(3, verbose=False)
     callback = OODMonitor(progress=False, watch=["test"], fpr=FPR, **situation.monitor, **options)
@@ -226,9 +236,14 @@ def watched(situation: Situation, folder: Path, **options: Any) -> tuple[OODMoni
 @pytest.mark.filterwarnings("ignore:.*using the WeightAveraging callback:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler:UserWarning")
 @pytest.mark.parametrize(
-    "method", ["forward", pytest.param("gradient_norms", marks=pytest.mark.slow)]
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if (name, method) in QUICK else pytest.mark.slow)
+        for name in SITUATIONS
+        for method in get_args(Method)
+        if method != "both"
+    ],
 )
-@pytest.mark.parametrize("name", SITUATIONS)
 def test_the_detector_is_of_the_weights_that_are_tested(
     name: str, method: Method, tmp_path: Path
 ) -> None:
