@@ -6,6 +6,7 @@ Validation passes with and without scoring alternate. Networks have random weigh
 """
 
 import statistics
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import ood_monitor as om
 from benchmarks.detection.trained import SCHEDULE
-from benchmarks.harness.measurement import claim, conclude, machine, ratios
+from benchmarks.harness.measurement import Run, claim, conclude, machine, ratios
 from benchmarks.harness.models import Case, made, small_unet
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities.parts import Method
@@ -34,6 +35,13 @@ VALIDATION: dict[tuple[Method, int], float | None] = {
     ("forward", 10): None,
     ("gradient_norms", 1): None,
     ("gradient_norms", 10): 1.6,
+}
+
+#: The same of a small net, and of a validation that is not watched.
+SMALL = {
+    "test, forward": 3.2,
+    "test, gradient_norms": 6.0,
+    "validation that is not watched": 1.05,
 }
 
 #: Steps before those that count: the first allocate, and the stream warms up.
@@ -128,6 +136,76 @@ def validation_times(module: Module, batch: Tensor, batches: int, rounds: int) -
     return {name: round(ratio, 3) for name, ratio in found.items()}
 
 
+class Rows(pl.LightningModule):
+    """A small net: half of twelve columns from the other half, by an affine coupling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12)
+        )
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        kept, moved = x.chunk(2, -1)
+        scale, shift = self.net(kept).chunk(2, -1)
+        scale = scale.tanh()
+        z = torch.cat([kept, moved * scale.exp() + shift], -1)
+        return -0.5 * z.square().sum(-1) + scale.sum(-1)
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        return -self.log_prob(x).mean()
+
+    def validation_step(self, x: Tensor, index: int) -> None:
+        self.log("loss", -self.log_prob(x).mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def small_net(batches: int, rounds: int) -> dict[str, Any]:
+    """Passes of a net that takes a fraction of a millisecond, where overhead is all there is."""
+    module, data = Rows(), rows(32 * batches)
+    adapter, held_out = om.LogLikelihood(module), torch.randn(600, 12).split(50)
+    runs: dict[str, Run] = {}
+    for method in ("forward", "gradient_norms"):
+        detector = om.Detector(adapter, method=method).fit(held_out, progress=False)
+        watch = partial(OODMonitor, watch=["test"], detector=detector, console=False)
+        runs[f"test, {method}"] = partial(run_test, module, data, watch)
+    found = ratios(partial(run_test, module, data), runs, rounds)
+    idle = {"validation that is not watched": partial(validated_in_fit, data, OODMonitor)}
+    found |= ratios(partial(validated_in_fit, data), idle, rounds)
+    return {name: round(ratio, 3) for name, ratio in found.items()} | growth(data)
+
+
+def rows(count: int) -> DataLoader[Tensor]:
+    return DataLoader(torch.randn(count, 12), batch_size=32)  # type: ignore[arg-type]
+
+
+def run_test(module: Rows, data: DataLoader[Tensor], watch: Any = None) -> None:
+    trainer(*([] if watch is None else [watch()])).test(module, data, verbose=False)
+
+
+def validated_in_fit(data: DataLoader[Tensor], watch: Any = None) -> None:
+    """In several epochs, of which the last has a calibration, of few samples."""
+    options = {"progress": False, "calibrate_samples": 300, "fpr": 0.05}
+    callbacks = [] if watch is None else [watch(**options)]
+    trainer(*callbacks, max_epochs=5).fit(Rows(), rows(32), data)
+
+
+def growth(data: DataLoader[Tensor]) -> dict[str, int]:
+    """Bytes that a detector adds to a checkpoint."""
+    sizes = []
+    for callbacks in ((), (OODMonitor(progress=False),)):
+        with tempfile.TemporaryDirectory() as folder:
+            run, path = trainer(*callbacks, max_epochs=1), Path(folder) / "it.ckpt"
+            run.fit(Rows(), data, data)
+            run.save_checkpoint(path)
+            sizes.append(path.stat().st_size)
+    return {"checkpoint, bytes": sizes[0], "the detector's, bytes": sizes[1] - sizes[0]}
+
+
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     quiet |= {"enable_checkpointing": False}
@@ -144,6 +222,10 @@ def loader(batch: Tensor, batches: int) -> DataLoader[Tensor]:
 
 def told(method: Method, every: int) -> str:
     return f"validation, {method}, {'every batch' if every == 1 else 'one batch in ten'} scored"
+
+
+def claims_of_small_net(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [claim(f"small net: {what}", row[what], most) for what, most in SMALL.items()]
 
 
 def claims(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -164,11 +246,10 @@ def main(
         cases |= {"small UNet, B = 32": small_unet}
         pairs, batches, rounds = 60, 20, 2
     rows = {name: measured(made(make), pairs, batches, rounds) for name, make in cases.items()}
-    report = {
-        "machine": machine(),
-        "rows": rows,
-        "claims": [c for name, row in rows.items() for c in claims(name, row)],
-    }
+    found = [c for name, row in rows.items() for c in claims(name, row)]
+    small = small_net(*((20, 1) if quick else (200, 3)))
+    rows["small net, B = 32"] = small
+    report = {"machine": machine(), "rows": rows, "claims": found + claims_of_small_net(small)}
     for name, row in rows.items():
         typer.echo(f"{name}: {row}")
     conclude(report, output)
