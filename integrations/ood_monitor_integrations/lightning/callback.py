@@ -112,8 +112,8 @@ class OODMonitor(Hooks):
         calibrate_samples: Held-out samples of one calibration, at most; of more data, batches are
             left out evenly.
         calibrate_every_n_epochs: Calibrate before validation, too, in every n-th epoch, so that the
-            validation is watched by a detector of the weights that it runs with. It needs
-            ``held_out``, since what has calibrated is no news.
+            validation of that epoch is watched by a detector of the weights that it runs with. It
+            needs ``held_out``, since what has calibrated is no news.
         watch: Which of ``"train"``, ``"val"``, ``"test"``, ``"predict"``. Validation within `fit`
             is watched only with ``detector`` or ``calibrate_every_n_epochs``.
         ert: Expected run time to a false drift alarm, in samples.

@@ -1,7 +1,5 @@
 """Lightning's hooks, and what the callback does in each of them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ood_monitor.modules import is_sharded
@@ -61,6 +59,7 @@ class Hooks(Callback):
     _is_off = False
     _is_broken = False
     _is_rehearsed = False
+    _cannot_calibrate = False
     _is_taken = True
     _calibrated_in: int | None = None  # the epoch
 
@@ -76,10 +75,15 @@ class Hooks(Callback):
         self._take_over()
         World.begin(trainer)
         _move_behind_others(trainer)
-        with self._or_off(ValueError, FileNotFoundError):
+        try:
             refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
             if self._needs_detector:
                 self._detectors.check(pl_module)
+        except Exception as error:  # whatever a foreign model raises
+            if self._strict:
+                raise
+            self._is_off = True
+            self._failures.tell(REFUSED, error)
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
@@ -97,7 +101,7 @@ class Hooks(Callback):
         Raises:
             ValueError: A callback or a scheduler monitors a metric that will not be logged.
         """
-        self._is_rehearsed, self._calibrated_in = False, None
+        self._is_rehearsed, self._cannot_calibrate, self._calibrated_in = False, False, None
         self._checkpoints.begin(trainer)
         refuse_unfed_monitors(
             trainer,
@@ -163,12 +167,9 @@ class Hooks(Callback):
         """Begin to watch; the weights are those that are validated, averaged ones included."""
         if trainer.sanity_checking or self._is_off:
             return
-        if trainer.state.fn == "fit":
-            if "val" not in self._stages or not self._watches_validation_of_fit:
-                return
-            if self._is_time_to_calibrate(trainer.current_epoch):
-                with self._failures.contained("was not calibrated before a validation"):
-                    self._calibrator.fit(trainer, pl_module)
+        is_fit = trainer.state.fn == "fit" and "val" in self._stages
+        if is_fit and not self._is_ready_for_validation(trainer, pl_module):
+            return
         self._trainer_monitor.begin(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_validation_batch_start(
@@ -270,17 +271,22 @@ class Hooks(Callback):
         """Whether there is a detector for it that has not learned from the same samples."""
         return self._detectors.is_given or self._every_n_epochs is not None
 
-    def _is_time_to_calibrate(self, epoch: int) -> bool:
-        """Whether the validation of an epoch is to have a detector of its weights."""
-        every, last = self._every_n_epochs, self._calibrated_in
-        if every is None or (last is not None and last < epoch < last + every):
+    def _is_ready_for_validation(self, trainer: "Trainer", pl_module: "LightningModule") -> bool:
+        """Whether the validation of this epoch is watched, with a detector of its weights."""
+        every, last, epoch = self._every_n_epochs, self._calibrated_in, trainer.current_epoch
+        if every is None or self._cannot_calibrate:
+            return self._detectors.is_given
+        if last is not None and last < epoch < last + every:
             return False
         self._calibrated_in = epoch
+        with self._failures.contained("was not calibrated before a validation"):
+            self._calibrator.fit(trainer, pl_module)
         return True
 
     def _may_calibrate(self, trainer: "Trainer") -> bool:
         is_fit = trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False)
-        return is_fit and not (self._is_off or self._is_broken or trainer.sanity_checking)
+        is_out = self._is_off or self._is_broken or self._cannot_calibrate
+        return is_fit and not (is_out or trainer.sanity_checking)
 
     def _take(
         self,
@@ -305,22 +311,14 @@ class Hooks(Callback):
         if self._is_rehearsed or self._is_off or not self._checkpoints.calibrates:
             return
         self._is_rehearsed = True
-        with self._or_off():
-            self._calibrator.rehearse(trainer, pl_module, batch, self._fpr)
-
-    @contextmanager
-    def _or_off(self, *kinds: type[Exception]) -> Iterator[None]:
-        """Raise what was refused where that is strict, else warn, and leave the model alone."""
         try:
-            yield
+            self._calibrator.rehearse(trainer, pl_module, batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
+            told = f"could not calibrate on two held-out samples: {type(error).__name__}"
             if self._strict:
-                if isinstance(error, kinds):
-                    raise
-                told = f"{self._name} could not calibrate on two held-out samples"
-                raise ValueError(f"{told}: {type(error).__name__}: {error}") from error
-            self._is_off = True
-            self._failures.tell(REFUSED, error)
+                raise ValueError(f"{self._name} {told}: {error}") from error
+            self._cannot_calibrate = True
+            self._failures.tell(told, error)
 
     def _log(self, metrics: dict[str, float], **options: Any) -> None:
         # The Trainer attaches `log_dict` to callbacks.
