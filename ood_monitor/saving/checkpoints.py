@@ -105,8 +105,8 @@ def of_weights(states: Sequence[State], module: nn.Module) -> State:
 
 def _saved_beside(path: Path, name: str) -> Path:
     """The folder of a name, else the usual one, which people save into themselves."""
-    own = folder_beside(path, name)
-    return own if (own / CONFIG).is_file() else folder_beside(path)
+    places = [folder_beside(at, of) for at in (path, path.resolve()) for of in (name, _USUAL)]
+    return next((place for place in places if (place / CONFIG).is_file()), folder_beside(path))
 
 
 def _file_of(path: Path) -> Path | None:

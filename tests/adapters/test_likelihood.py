@@ -210,7 +210,7 @@ def test_values_outside_the_unit_interval_are_refused_with_bins(x: float) -> Non
 
 def test_a_module_without_a_density_needs_a_function() -> None:
     with pytest.raises(
-        ValueError, match=r"`log_prob` or `log_prob_terms`, .*, got Linear; pass `function"
+        ValueError, match=r"`log_prob` or `log_prob_terms`, .*, got Linear; give a function"
     ):
         om.LogLikelihood(nn.Linear(3, 3))
 

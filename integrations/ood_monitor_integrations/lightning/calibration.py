@@ -6,6 +6,7 @@ Every calibration is a pass of its own over held-out data, of the weights that t
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -229,8 +230,8 @@ class Calibrator:
             with as_in_validation(trainer, pl_module):
                 held_out = self._held_out(trainer, None)
                 if batch is None or not self.uses_validation:
-                    batches = held_out.batches(trainer, pl_module, self._most)
-                    batch = next(batches, (None,))[0]
+                    with closing(held_out.batches(trainer, pl_module, self._most)) as batches:
+                        batch = next(batches, (None,))[0]
                 if batch is not None:
                     self._try(collection, trainer, pl_module, held_out, batch, fpr)
         except Exception as error:  # all processes must come to the collective that follows

@@ -284,7 +284,8 @@ class OODMonitor(Hooks):
         """Fit on a finished model, without training; in several processes all must call it.
 
         Args:
-            trainer: The Trainer, of which `trainer.save_checkpoint` then saves the detector too.
+            trainer: The Trainer, of which `trainer.save_checkpoint` then saves the detector too,
+                unless it saves weights alone.
             pl_module: The model.
             loader: Held-out batches; by default those that were chosen for the callback.
 

@@ -198,7 +198,8 @@ class Detectors:
                 return f"buffers were written to after the detector was fitted: {', '.join(other)}."
         return (
             "the model has other weights than the detector was fitted on, and no detector of them "
-            "is at hand, in a checkpoint or beside it: `OODMonitor.calibrate` makes one."
+            "is at hand. Give the checkpoint that they are from as `ckpt_path=` or `detector=`, or "
+            "make one by `OODMonitor.calibrate`."
         )
 
     def mark(self) -> bytes:

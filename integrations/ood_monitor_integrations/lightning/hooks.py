@@ -314,7 +314,7 @@ class Hooks(Callback):
         try:
             self._calibrator.rehearse(trainer, pl_module, batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
-            told = f"could not calibrate on two held-out samples: {type(error).__name__}"
+            told = f"could not be calibrated: {type(error).__name__}"
             if self._strict:
                 raise ValueError(f"{self._name} {told}: {error}") from error
             self._cannot_calibrate = True

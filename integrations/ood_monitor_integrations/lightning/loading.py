@@ -1,17 +1,21 @@
 """Batches that are loaded beside the Trainer's own loops, as its validation loads them."""
 
+import copy
 import inspect
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from ood_monitor.adapters.base import Batch, map_tensors, tensors_in
 from ood_monitor_integrations.lightning.collectives import World
+from ood_monitor_integrations.lightning.generators import kept_generators
 from ood_monitor_integrations.lightning.indices import Positions
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HeldOut",
     "as_in_validation",
+    "beside",
     "fetches_itself",
     "first",
     "kept_random_state",
@@ -45,16 +50,18 @@ class HeldOut:
         count: Batches that it gives; None where that is not known.
         world: The processes that take turns, batch by batch; one if the loader shares out already.
         positions: Where the samples stand.
+        sources: The loaders, whose generators are to stay where they are.
     """
 
     loader: Iterable[tuple[Batch, int, int]]
     count: int | None
     world: World
     positions: Positions
+    sources: Sequence[Any]
 
     def batches(
         self, trainer: "Trainer", pl_module: "LightningModule", most: int
-    ) -> Iterator[tuple[Batch, int, int]]:
+    ) -> Generator[tuple[Batch, int, int], None, None]:
         """This process's batches on its device, each with its index and its dataloader's.
 
         Args:
@@ -63,6 +70,12 @@ class HeldOut:
             most: Samples, of all batches together; of more, batches are left out evenly, since
                 neighbours in a dataset are often alike.
         """
+        with kept_generators(self.sources):
+            yield from self._batches(trainer, pl_module, most)
+
+    def _batches(
+        self, trainer: "Trainer", pl_module: "LightningModule", most: int
+    ) -> Iterator[tuple[Batch, int, int]]:
         size, rank = self.world.size, self.world.rank
         chosen = _Evenly(None if self.count is None else -(-self.count // size), most)
         for number, (batch, index, at) in enumerate(self.loader):
@@ -113,10 +126,16 @@ def validation_data(trainer: "Trainer", world: World) -> HeldOut:
     if loop is None:
         raise ValueError("Expected validation dataloaders or `held_out=` a loader, got neither.")
     combined: Any = loop._combined_loader
-    # Another of its kind: the Trainer's own may stand in the middle of a validation.
-    again = type(combined)(combined.iterables, combined._mode)
-    again.limits = [_limit(n) for n in loop._max_batches]
-    return HeldOut(again, _length(iter(again)), World(), Positions(combined.flattened, world))
+    if any(isinstance(loader, Iterator) for loader in combined.flattened):
+        raise ValueError(
+            "Expected validation data that can be gone through again, got an iterator, of which "
+            "each calibration would take batches: give others, `held_out=`."
+        )
+    again = _combined_again(combined)
+    again.limits = limits = [_limit(n) for n in loop._max_batches]
+    count = _count(combined, limits)
+    flat = combined.flattened
+    return HeldOut(again, count, World(), Positions(flat, world), flat)
 
 
 def _loaded(loop: Any) -> bool:
@@ -126,14 +145,45 @@ def _loaded(loop: Any) -> bool:
 def own_data(source: Any, world: World) -> HeldOut:
     """Batches of one's own, of which each process takes its share."""
     if hasattr(source, "flattened"):  # Lightning's CombinedLoader
-        again = type(source)(source.iterables, source._mode)
-        return HeldOut(again, _length(iter(again)), world, Positions(source.flattened, World()))
-    batches = _Numbered(source)
+        again, positions = _combined_again(source), Positions(source.flattened, World())
+        return HeldOut(again, _count(source, None), world, positions, source.flattened)
+    batches = _Numbered(beside(source))
     # A sampler made for several processes has shared them out.
     is_shared = getattr(getattr(source, "sampler", None), "num_replicas", 1) > 1
     if is_shared:
-        return HeldOut(batches, _length(source), World(), Positions(source, world))
-    return HeldOut(batches, _length(source), world, Positions(source, World()))
+        return HeldOut(batches, _length(source), World(), Positions(source, world), [source])
+    return HeldOut(batches, _length(source), world, Positions(source, World()), [source])
+
+
+def beside(loader: Any) -> Any:
+    """A loader of the same batches, whose workers and draws are its own.
+
+    The Trainer may stand in the middle of the other, and be about to go on.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    other = copy.copy(loader)
+    # Past the check of `DataLoader`, which takes no such change of one that is in use.
+    other.__dict__.update(_iterator=None, persistent_workers=False)
+    if loader.generator is not None:
+        other.__dict__["generator"] = loader.generator.clone_state()
+    return other
+
+
+def _combined_again(combined: Any) -> Any:
+    again = type(combined)(combined.iterables, combined._mode)
+    again.flattened = [beside(loader) for loader in combined.flattened]
+    return again
+
+
+def _count(combined: Any, limits: list[float] | None) -> int | None:
+    """Batches of a combined loader, which is not asked since it tells only while it is iterated."""
+    lengths = [_length(loader) for loader in combined.flattened]
+    known = [math.inf if length is None else length for length in lengths]
+    counts = known if limits is None else list(map(min, known, limits))
+    of_all: dict[str, Callable[[list[float]], float]] = {"sequential": sum, "min_size": min}
+    found = of_all.get(combined._mode, max)(counts)
+    return None if math.isinf(found) else int(found)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A detector for each checkpoint: in it, or in a folder beside it, and of the weights it holds."""
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -131,11 +131,10 @@ class Checkpoints:
         if pl_module is None:
             return
         is_due = calibrate and self._is_due(trainer)
-        with self._failures.contained("has no detector for a checkpoint"):
-            with holding(pl_module, weights := checkpoint["state_dict"]):
-                model = self._of_now(trainer, pl_module, is_due=is_due)
-            entry |= self._state_of(model)
-            self._pending.append(_Saved(checkpoint, places(weights), model, is_due))
+        weights = checkpoint["state_dict"]
+        model = self._of_weights(trainer, pl_module, weights, is_due=is_due)
+        entry |= self._state_of(model)
+        self._pending.append(_Saved(checkpoint, places(weights), model, is_due))
 
     def settle(self, trainer: "Trainer", pl_module: "LightningModule", *, calibrate: bool) -> None:
         """See what became of checkpoints that were saved since, before weights move on."""
@@ -143,12 +142,13 @@ class Checkpoints:
         if not (self._pending or light):
             return
         pending, self._pending = self._pending, []
-        with self._failures.contained("has no detector for a checkpoint"):
-            full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
-            is_due = bool(light) and calibrate and self._is_due(trainer)
-            alone = [self._of_file(trainer, pl_module, path, is_due=is_due) for path in light]
-            if trainer.is_global_zero:
-                self._look_at_files(trainer, full, "".join(alone[-1:]))
+        full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
+        alone: dict[str, str] = {}
+        is_due = bool(light) and calibrate and self._is_due(trainer)
+        for paths in light:
+            alone |= self._of_files(trainer, pl_module, paths, is_due=is_due)
+        if trainer.is_global_zero:
+            self._look_at_files(trainer, full, alone)
 
     def finish(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Training has ended: its weights have a detector, too, unless none was asked for."""
@@ -234,50 +234,81 @@ class Checkpoints:
         for saved in pending:
             model, weights = saved.model, saved.checkpoint["state_dict"]
             if places(weights) != saved.seen:  # a hook of the module has put in others
-                with holding(pl_module, weights):
-                    due = calibrate and saved.is_due
-                    model = self._of_now(trainer, pl_module, is_due=due)
+                due = calibrate and saved.is_due
+                model = self._of_weights(trainer, pl_module, weights, is_due=due)
             entry = saved.checkpoint.get("callbacks", {}).get(self._key, {})
             is_inside = model == saved.model and "config" in entry
         return model, is_inside
 
-    def _saved_weights_only(self, trainer: "Trainer") -> list[str]:
-        """Files that callbacks have written since with weights alone, of which no hook tells."""
+    def _of_weights(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        weights: Mapping[str, Any],
+        *,
+        is_due: bool,
+    ) -> str:
+        """:meth:`_of_now`, of weights that the module may have no longer, or not have at all."""
+        try:
+            with holding(pl_module, weights):
+                return self._of_now(trainer, pl_module, is_due=is_due)
+        except Exception as error:  # the training must not end on a monitor's account
+            unknown = f"unknown {len(self._tried)}"
+            self._tried[unknown] = str(error)
+            return unknown
+
+    def _saved_weights_only(self, trainer: "Trainer") -> list[list[str]]:
+        """By callback, the files that it has written since with weights alone, untold by a hook."""
         found = []
         for number, callback in enumerate(trainer.checkpoint_callbacks):
             step = getattr(callback, "_last_global_step_saved", 0)
             if getattr(callback, "save_weights_only", False) and step != self._light.get(number, 0):
                 self._light[number] = step
-                found.append(getattr(callback, "_last_checkpoint_saved", ""))
+                found.append([path for path in _paths(callback) if self._is_new(path)])
         return found
 
-    def _of_file(
-        self, trainer: "Trainer", pl_module: "LightningModule", path: str, *, is_due: bool
-    ) -> str:
-        """:meth:`_of_now`, of the weights in a file, which the module may have no longer."""
-        if trainer.world_size > 1:  # others may not see the file, and all are to do the same
-            model = self._of_now(trainer, pl_module, is_due=is_due)
-            is_same = not trainer.is_global_zero or _is(pl_module, _weights_in(path))
-            return model if is_same else _MOVED_ON
-        weights = _weights_in(path)
-        if _is(pl_module, weights):
-            return self._of_now(trainer, pl_module, is_due=is_due)
-        with holding(pl_module, weights):
-            return self._of_now(trainer, pl_module, is_due=is_due)
+    def _is_new(self, path: str) -> bool:
+        stamp, known = _stamp(path), self._files.get(path)
+        return stamp is not None and (known is None or known.stamp != stamp)
 
-    def _look_at_files(self, trainer: "Trainer", full: tuple[str, bool], alone: str) -> None:
+    def _of_files(
+        self, trainer: "Trainer", pl_module: "LightningModule", paths: list[str], *, is_due: bool
+    ) -> dict[str, str]:
+        """By file, the digest of its weights, which get a detector if it is due."""
+        if trainer.world_size > 1:  # others may not see the files, and all are to do the same
+            model = self._of_now(trainer, pl_module, is_due=is_due)
+            paths = paths if trainer.is_global_zero else []
+            same = {path: _is(pl_module, _weights_in(path)) for path in paths}
+            return {path: model if same[path] else _MOVED_ON for path in paths}
+        found = {}
+        for path in paths:
+            try:
+                weights = _weights_in(path)
+            except Exception as error:  # a file of another form, or gone
+                found[path] = f"unknown {len(self._tried)}"
+                self._tried[found[path]] = str(error)
+                continue
+            if _is(pl_module, weights):
+                found[path] = self._of_now(trainer, pl_module, is_due=is_due)
+            else:
+                found[path] = self._of_weights(trainer, pl_module, weights, is_due=is_due)
+        return found
+
+    def _look_at_files(
+        self, trainer: "Trainer", full: tuple[str, bool], alone: Mapping[str, str]
+    ) -> None:
         """Note what was written, and put detectors beside what has none inside."""
         for callback in trainer.checkpoint_callbacks:
             is_light = getattr(callback, "save_weights_only", False)
-            for path in _paths(callback):
-                stamp, known = _stamp(path), self._files.get(path)
-                if stamp is not None and (known is None or known.stamp != stamp):
-                    model, has = (alone, False) if is_light else full
-                    has = has or self._write_beside(path, model)
-                    self._files[path] = _File(stamp, model, has)
+            for path in filter(self._is_new, _paths(callback)):
+                stamp = _stamp(path)
+                assert stamp is not None
+                model, has = (alone.get(path, _MOVED_ON), False) if is_light else full
+                has = has or self._write_beside(path, model)
+                self._files[path] = _File(stamp, model, has)
         for path in [path for path in self._files if _stamp(path) is None]:
             del self._files[path]
-            shutil.rmtree(self._folder(path), ignore_errors=True)
+            _clear(self._folder(path))
 
     def _folder(self, path: str) -> Path:
         return folder_beside(Path(path), self._failures.name)
@@ -285,14 +316,25 @@ class Checkpoints:
     def _write_beside(self, path: str, model: str) -> bool:
         """Whether there is a detector of these weights, which stands beside them now."""
         folder = self._folder(path)
-        if folder.exists():  # of weights that the file had before
-            shutil.rmtree(folder)
+        _clear(folder)  # of weights that the file had before
         state = self._state_of(model)
-        if state:
-            folder.mkdir()
-            (folder / TENSORS).write_bytes(state["tensors"])
-            (folder / CONFIG).write_text(state["config"])
+        try:
+            if state:
+                folder.mkdir(exist_ok=True)
+                (folder / TENSORS).write_bytes(state["tensors"])
+                (folder / CONFIG).write_text(state["config"])
+        except OSError as error:
+            self._tried[model] = f"its detector could not be written: {error}"
+            return False
         return bool(state)
+
+
+def _clear(folder: Path) -> None:
+    """Take a detector away; what else is in its folder is somebody's."""
+    for name in (CONFIG, TENSORS):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _kept(trainer: "Trainer") -> Iterator[str]:

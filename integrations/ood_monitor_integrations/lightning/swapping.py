@@ -18,16 +18,23 @@ def holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
     Both exchange their contents in place, one tensor after the other, as Lightning's weight
     averaging does: there is never a copy of more than two tensors. A tensor that both share, as in
-    an ordinary checkpoint, is left alone. Of a module in shards the state is taken to be its own.
+    an ordinary checkpoint, is left alone, and so is one that the state lacks, such as of frozen
+    parts that are not saved. Tensors of another type are taken over as loading would, for which
+    those of the module are copied. Of a module in shards the state is taken to be its own.
 
     Raises:
-        ValueError: A tensor of the module is missing in the state, or of another shape or type.
+        ValueError: The state has tensors that the module has not, as of pruned weights, or one of
+            another shape.
     """
     pairs = [] if is_sharded(module) else list(_pairs(module, state))
     with torch.no_grad(), ExitStack() as stack:
         for own, other in pairs:
-            _exchange(own, other)
-            stack.callback(_exchange, own, other)
+            if own.dtype == other.dtype:
+                _exchange(own, other)
+                stack.callback(_exchange, own, other)
+            else:
+                stack.callback(own.copy_, own.clone())
+                own.copy_(other)
         with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
             yield
 
@@ -39,15 +46,20 @@ def places(state: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def _pairs(module: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for name, own in module.state_dict().items():
-        other = state.get(name)
-        if not isinstance(own, Tensor) or other is own:
+    held = module.state_dict()
+    if foreign := sorted(state.keys() - held.keys()):
+        raise ValueError(
+            f"Expected weights that the module has, got {', '.join(foreign[:3])} among those of a "
+            "checkpoint, which it has not: they are of a model of another form, as a pruned one."
+        )
+    for name, other in state.items():
+        own = held[name]
+        if not (isinstance(own, Tensor) and isinstance(other, Tensor)) or other is own:
             continue
-        if not isinstance(other, Tensor) or (other.shape, other.dtype) != (own.shape, own.dtype):
-            told = f"{tuple(other.shape)} {other.dtype}" if isinstance(other, Tensor) else "none"
+        if other.shape != own.shape:
             raise ValueError(
-                f"Expected {name!r} of shape {tuple(own.shape)} {own.dtype} among the weights of a "
-                f"checkpoint, as the module has it, got {told}."
+                f"Expected {name!r} of shape {tuple(own.shape)} among the weights of a checkpoint, "
+                f"as the module has it, got {tuple(other.shape)}."
             )
         if other.data_ptr() != own.data_ptr() or other.device != own.device:
             yield own, other

@@ -39,6 +39,11 @@ FAILED, REFUSED = "could not score a batch", "will not watch"
 #: Samples between two looks at whether the weights are still the detector's.
 _WEIGHTS_EVERY = 10_000
 
+_NOT_AVERAGED = (
+    " After `fit`, Lightning's weight averaging loads a checkpoint's weights of the last step, not "
+    "the averaged ones: test these by a Trainer without that callback."
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -118,6 +123,7 @@ class TrainerMonitor:
         if self._stage == "predict" and self.monitor is not None:
             self._predicted += self.monitor.samples_seen
         self.current, self._stage, self._written = None, stage, 0
+        self.recorded.pop(stage, None)  # those of the run before
         self.positions = Positions(loaders, World.of(trainer))
         if stage not in self._settings.stages:
             return
@@ -160,7 +166,7 @@ class TrainerMonitor:
             detector, is_read = self._detectors.ready(pl_module)
             if detector is not None:
                 # Who loads a stale one is told by the detector itself.
-                self._check_age(detector, is_told=is_read)
+                self._check_age(trainer, detector, is_told=is_read)
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer, stage)
                 ert, fpr = self._settings.ert, self._settings.fpr
                 every = 0 if trainer.state.fn == "fit" or is_sharded(pl_module) else _WEIGHTS_EVERY
@@ -194,14 +200,17 @@ class TrainerMonitor:
         step, predicted = step_of(trainer), self._predicted
         return lambda alert: predicted + alert.samples_seen if stage == "predict" else step
 
-    def _check_age(self, detector: Detector, *, is_told: bool) -> None:
+    def _check_age(self, trainer: "Trainer", detector: Detector, *, is_told: bool) -> None:
         """Warn once of each detector that is of other weights than the model has."""
         mark = detector.fitted.fingerprint
         if mark in self._stale or digest(detector.adapter.module) == detector.fitted.model:
             return
         self._stale.add(mark)
         if not is_told:
-            self._failures.tell("watches with a stale calibration", self._detectors.changed())
+            why = self._detectors.changed()
+            if trainer.ckpt_path and any(_averages(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                why += _NOT_AVERAGED
+            self._failures.tell("watches with a stale calibration", why)
 
     def take(
         self, trainer: "Trainer", batch: Batch, batch_idx: int, dataloader_idx: int
@@ -304,3 +313,8 @@ class TrainerMonitor:
     def _tell_invalid(self, count: int) -> None:
         if count:
             self._failures.tell("could not score samples", "values that are not finite.")
+
+
+def _averages(callback: object) -> bool:
+    """Whether it is a callback that holds averaged weights."""
+    return getattr(callback, "_average_model", None) is not None

@@ -12,7 +12,7 @@ from ood_monitor_integrations.lightning import OODMonitor
 from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.loading import own_data
 from ood_monitor_integrations.lightning.swapping import holding
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from pytorch_lightning.utilities import CombinedLoader
 from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from torch import Tensor, nn
@@ -214,3 +214,88 @@ def test_each_of_two_monitors_has_a_folder_beside_weights_alone(tmp_path: Path) 
         trainer(again).predict(Flow(), loader(images(32)), ckpt_path=keeper.best_model_path)
         assert len(again.scores("predict").score) == 32
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+class FrozenLeftOut(Flow):
+    """Saves no part that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        kept = {k: v for k, v in state.items() if not k.startswith("frozen")}
+        checkpoint["state_dict"] = kept
+
+
+class Half(Flow):
+    """Saves in half precision."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        checkpoint["state_dict"] = halves
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("make", [FrozenLeftOut, Half])
+def test_what_is_saved_of_a_model_is_what_its_detector_is_of(
+    make: Any, light: bool, tmp_path: Path
+) -> None:
+    pl.seed_everything(1)
+    keeper = ModelCheckpoint(tmp_path, save_weights_only=light)
+    trained(watcher(), keeper, module=(module := make()), max_epochs=1)
+    again, loaded = watcher(), make()
+    if isinstance(loaded, FrozenLeftOut):
+        loaded.frozen = module.frozen
+        loaded.strict_loading = False
+    # A stale calibration would be warned of.
+    trainer(again).predict(loaded, loader(images(32)), ckpt_path=keeper.best_model_path)
+    assert len(again.scores("predict").score) == 32
+
+
+def test_checkpoints_of_a_pruned_model_are_named(tmp_path: Path) -> None:
+    pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"])
+    with pytest.warns(UserWarning, match=r"no detector of their weights.*\.ckpt .*as a pruned one"):
+        trained(watcher(), pruning, ModelCheckpoint(tmp_path))
+
+
+def test_what_else_is_in_a_folder_stays(tmp_path: Path) -> None:
+    for epoch in range(2):
+        own = tmp_path / f"epoch={epoch}-step={2 * epoch + 2}.ckpt.detector"
+        own.mkdir()
+        (own / "mine.txt").write_text("precious")
+    trained(watcher(), ModelCheckpoint(tmp_path, save_weights_only=True))
+    assert len(list(tmp_path.glob("*/mine.txt"))) == 2
+
+
+def test_a_stage_that_is_not_watched_has_no_scores_of_the_run_before() -> None:
+    class Breaking(Flow):
+        breaks = False
+
+        def test_step(self, x: Tensor, index: int, dataloader_idx: int = 0) -> None:
+            if self.breaks:
+                raise KeyError("a user's own mistake")
+
+    callback, module = watcher(), Breaking()
+    callback.calibrate(run := trainer(callback), module, loader(images(64, seed=1)))
+    run.test(module, loader(images(32)), verbose=False)
+    module.breaks = True
+    with pytest.raises(KeyError):
+        run.test(module, loader(images(32)), verbose=False)
+    with pytest.raises(ValueError, match="Expected a stage of"):
+        callback.scores("test")
+
+
+def test_a_link_leads_to_the_detector_beside_what_it_links_to(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, save_last="link", save_weights_only=True)
+    module = trained(watcher(), keeper)
+    detector = om.Detector.from_checkpoint(tmp_path / "last.ckpt", om.LogLikelihood(module))
+    assert detector.fitted.model == digest(module)
+
+
+def test_validation_data_that_come_once_are_refused() -> None:
+    once = iter([images(64, seed=1)])
+    with pytest.raises(ValueError, match="can be gone through again, got an iterator"):
+        trainer(watcher()).fit(Flow(), loader(images(64)), once)

@@ -2,14 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 pytestmark = QUIET
 
@@ -103,6 +107,79 @@ def test_training_is_bit_identical_with_and_without_the_callback(name: str) -> N
     for what, values in plain.items():
         for with_it, without in zip(watched[what], values, strict=True):
             assert same(with_it, without), what
+
+
+class Drawing(Dataset[Tensor]):
+    """Noise of a generator of its own on each sample."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.images, self.noise = images(count, seed), np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index] + 1e-3 * float(self.noise.random())
+
+
+def of_one_generator(*, shuffle: bool = False) -> tuple[Any, Any]:
+    own = torch.Generator().manual_seed(1)
+    validation = loader(images(96, seed=1), shuffle=shuffle, generator=own)
+    return loader(images(64), shuffle=True, generator=own), validation
+
+
+def of_drawing_data() -> tuple[Any, Any]:
+    return loader(images(64)), DataLoader(Drawing(96, 1), batch_size=32)
+
+
+def of_lasting_workers() -> tuple[Any, Any]:
+    lasting = {"num_workers": 1, "persistent_workers": True}
+    return loader(images(64), shuffle=True, **lasting), loader(images(96, seed=1), **lasting)
+
+
+#: Loaders that remember, and the Trainer's options.
+LOADERS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
+    "one generator": (of_one_generator, {}),
+    "one generator, validation shuffled": (
+        partial(of_one_generator, shuffle=True),
+        {"limit_val_batches": 2},
+    ),
+    "data that draw": (of_drawing_data, {}),
+    "lasting workers": (of_lasting_workers, {"num_sanity_val_steps": 0}),
+    "lasting workers, sanity check": (of_lasting_workers, {"num_sanity_val_steps": -1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffling enabled, it is strongly:UserWarning")
+@pytest.mark.parametrize("name", LOADERS)
+def test_loaders_go_on_as_without_the_callback(name: str, tmp_path: Path) -> None:
+    """Weights alone are saved in mid-epoch, so that calibrations come wherever they can."""
+    make, options = LOADERS[name]
+    found = []
+    for callbacks in ((), (watcher(calibrate="every checkpoint"),)):
+        pl.seed_everything(0, verbose=False)
+        folder = tmp_path / str(len(found))
+        keeper = ModelCheckpoint(folder, every_n_train_steps=1, save_weights_only=True)
+        module, run = Seeing(), trainer(*callbacks, keeper, **options)
+        run.fit(module, *make())
+        found.append([module.seen, *module.state_dict().values(), torch.get_rng_state()])
+    for with_it, without in zip(*found, strict=True):
+        assert same(with_it, without)
+
+
+class Seeing(Flow):
+    """Notes what it is fed, training, validation and sanity check."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, x: Tensor, index: int) -> Any:
+        self.seen.append(float(x.sum()))
+        return super().training_step(x, index)
+
+    def validation_step(self, x: Tensor, index: int, dataloader_idx: int = 0) -> None:
+        self.seen.append(float(x.sum()))
 
 
 def same(a: Any, b: Any) -> bool:
