@@ -145,6 +145,8 @@ class Situation:
         monitor: Options of the monitor.
         module: What is trained.
         data: A DataModule; loaders by default.
+        resumed: Of another Trainer and monitor, which go on from the last checkpoint; None for no
+            other.
     """
 
     callbacks: tuple[Callable[[Path], Any], ...] = ()
@@ -154,6 +156,7 @@ class Situation:
     monitor: dict[str, Any] = field(default_factory=dict)
     module: Callable[[], Flow] = Learning
     data: Callable[[], Data] | None = None
+    resumed: dict[str, Any] | None = None
 
 
 STEPS = {"max_steps": 5, "max_epochs": -1}
@@ -172,6 +175,8 @@ SITUATIONS = {
     "last, linked": Situation(
         (lambda folder: ModelCheckpoint(folder, save_last="link"),), tested={"ckpt_path": "last"}
     ),
+    "resumed": Situation((every(),), tested={"ckpt_path": "last"}, resumed={"max_epochs": 5}),
+    "resumed, the end": Situation((every(),), resumed={"max_epochs": 5}),
     "in mid epoch": Situation(
         (every(every_n_train_steps=3),), trained={"max_steps": 7}, tested={"ckpt_path": "last"}
     ),
@@ -208,29 +213,46 @@ QUICK = {
 }
 
 
-def watched(situation: Situation, folder: Path, **options: Any) -> tuple[OODMonitor, pl.Trainer]:
+def watched(situation: Situation, folder: Path, method: Method) -> tuple[OODMonitor, pl.Trainer]:
     pl.seed_everything(3, verbose=False)
-    callback = OODMonitor(progress=False, watch=["test"], fpr=FPR, **situation.monitor, **options)
-    before, after = (
-        [make(folder) for make in them] for them in (situation.callbacks, situation.after)
-    )
-    run = trainer(*before, callback, *after, default_root_dir=folder, **situation.trained)
-    module = situation.module()
-    if situation.data is not None:
-        data = situation.data()
-        run.fit(module, datamodule=data)
-        given: dict[str, Any] = {"verbose": False, "datamodule": data}
-    else:
-        run.fit(module, loader(images(100)), loader(images(HELD_OUT, seed=1), batch_size=50))
-        given = {"verbose": False, "dataloaders": loader(images(NEW, seed=2), batch_size=50)}
+    callback, run = fitting(situation, folder, method, **situation.trained)
+    module, fit, test = situation.module(), *given(situation)
+    run.fit(module, **fit)
+    if situation.resumed is not None:
+        module, path = situation.module(), run.checkpoint_callback.last_model_path  # type: ignore[union-attr]
+        callback, run = fitting(situation, folder, method, **situation.resumed)
+        run.fit(module, ckpt_path=path, **fit)
     if situation.tested is None:
         path = run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
         callback = OODMonitor(progress=False, watch=["test"], fpr=FPR)
-        run = trainer(callback)
-        run.test(situation.module(), ckpt_path=path, **given)
+        module, run = situation.module(), trainer(callback)
+        run.test(module, ckpt_path=path, **test)
     else:
-        run.test(module, **given, **situation.tested)
+        run.test(module, **test, **situation.tested)
     return callback, run
+
+
+def fitting(
+    situation: Situation, folder: Path, method: Method, **options: Any
+) -> tuple[OODMonitor, pl.Trainer]:
+    own = situation.monitor | {"method": method, "fpr": FPR}
+    callback = OODMonitor(progress=False, watch=["test"], **own)
+    before = [make(folder) for make in situation.callbacks]
+    after = [make(folder) for make in situation.after]
+    return callback, trainer(*before, callback, *after, default_root_dir=folder, **options)
+
+
+def given(situation: Situation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data of `fit`, and of `test`."""
+    if situation.data is not None:
+        data = {"datamodule": situation.data()}
+        return data, data | {"verbose": False}
+    held_out, new = images(HELD_OUT, seed=1), images(NEW, seed=2)
+    fit = {
+        "train_dataloaders": loader(images(100)),
+        "val_dataloaders": loader(held_out, batch_size=50),
+    }
+    return fit, {"dataloaders": loader(new, batch_size=50), "verbose": False}
 
 
 @pytest.mark.filterwarnings("ignore:.*using the WeightAveraging callback:UserWarning")
