@@ -103,6 +103,7 @@ class Checkpoints:
         """Training begins; files that are there are none of its own."""
         self._clear()
         self._best = self._bests(trainer)
+        self._saved_weights_only(trainer)  # those of an earlier training
         for path in _kept(trainer):
             if (stamp := _stamp(path)) is not None:
                 self._files[path] = _File(stamp, None, False)
@@ -142,13 +143,14 @@ class Checkpoints:
         if not (self._pending or light):
             return
         pending, self._pending = self._pending, []
-        full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
-        alone: dict[str, str] = {}
-        is_due = bool(light) and calibrate and self._is_due(trainer)
-        for paths in light:
-            alone |= self._of_files(trainer, pl_module, paths, is_due=is_due)
-        if trainer.is_global_zero:
-            self._look_at_files(trainer, full, alone)
+        with self._failures.contained("could not look at a checkpoint"):
+            full = self._settled(trainer, pl_module, pending, calibrate=calibrate)
+            alone: dict[str, str] = {}
+            is_due = bool(light) and calibrate and self._is_due(trainer)
+            for paths in light:
+                alone |= self._of_files(trainer, pl_module, paths, is_due=is_due)
+            if trainer.is_global_zero:
+                self._look_at_files(trainer, full, alone)
 
     def finish(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Training has ended: its weights have a detector, too, unless none was asked for."""
