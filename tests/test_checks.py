@@ -59,7 +59,9 @@ def test_one_batch_is_no_loader(value: Any, told: str) -> None:
         checks.batches("held_out", value)
 
 
-@pytest.mark.parametrize("value", [[1], (1,), iter([1]), range(3)], ids=str)
+@pytest.mark.parametrize(
+    "value", [[1], (1,), iter([1]), range(3)], ids=lambda value: type(value).__name__
+)
 def test_what_gives_batches_is_a_loader(value: Any) -> None:
     assert checks.batches("held_out", value) is value
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ood_monitor.models import Glow
 
-__all__ = ["QUIET", "Flow", "images", "loader", "trained", "trainer", "watcher"]
+__all__ = ["QUIET", "Flow", "images", "loader", "trained", "trainer", "watcher", "whole"]
 
 #: Lightning's advice, and its own and MLflow's use of what others have deprecated.
 QUIET = [
@@ -58,6 +58,11 @@ class Flow(pl.LightningModule):
 
 def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(batch: Any) -> Any:
+    """What a YAML may name as `inputs=`."""
+    return batch
 
 
 def loader(data: Tensor, *, shuffle: bool = False, **options: Any) -> DataLoader[Tensor]:

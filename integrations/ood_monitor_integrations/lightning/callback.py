@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import Tensor
-
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
-from ood_monitor.adapters.base import Batch, Condition
+from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
 from ood_monitor.checks import (
     batches,
@@ -149,9 +147,10 @@ class OODMonitor(Hooks):
         self,
         adapter: AdapterLike | None = None,
         *,
-        inputs: Callable[[Any], Tensor] | None = None,
-        condition: Condition | None = None,
-        batch: Callable[[Any], Batch] | None = None,
+        # Of any functions, since YAML's reader takes those alone that are annotated as is asked.
+        inputs: Callable[[Any], Any] | None = None,
+        condition: Callable[[Any], Any] | None = None,
+        batch: Callable[[Any], Any] | None = None,
         detector: str | Path | Detector | None = None,
         held_out: Iterable[Any] | None = None,
         calibrate: Policy | None = None,

@@ -173,6 +173,7 @@ CONFIG: dict[str, Any] = {
     "class_path": "ood_monitor_integrations.lightning.OODMonitor",
     "init_args": {
         "watch": ["train", "test"],
+        "inputs": "support.lightning_cases.whole",
         "layers": ["*coupling*"],
         "ert": 500.0,
         "fpr": 0.05,
