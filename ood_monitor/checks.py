@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 __all__ = [
     "batches",
@@ -214,7 +213,8 @@ def batches(name: str, value: _T) -> _T:
     gives = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     if isinstance(value, (str, bytes, type)) or not gives:
         raise TypeError(f"Expected {name} as an iterable of batches, got {value!r}.")
-    if isinstance(value, (Mapping, Tensor, np.ndarray)):
+    # A tensor is an array; alerts, which check their options here, do without torch.
+    if isinstance(value, Mapping) or hasattr(value, "__array__"):
         raise TypeError(
             f"Expected {name} as an iterable of batches, got a {type(value).__name__}, which is "
             "one batch: give [batch], or a loader."

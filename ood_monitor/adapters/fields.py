@@ -74,13 +74,25 @@ def _used(adapter: Adapter, batch: Batch) -> tuple[int, set[str]]:
         asked = set[str]()
         try:
             size = _called(adapter, _without(batch, known - used, asked))
-        except Exception:  # of any kind: of what was left out, or the model's own
+        except Exception as error:  # of any kind: of what was left out, or the model's own
             if not asked and used == known:
+                _refuse_sizes(batch, error)
                 raise
             asked = asked or known - used  # it may have failed of what is not seen to be used
         if not asked:
             return size, used
         used |= asked
+
+
+def _refuse_sizes(batch: Batch, error: Exception) -> None:
+    """Say that a batch has several sizes, and that the model could not be asked what it uses."""
+    sizes = {tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim}
+    if isinstance(batch, list | tuple) and len(sizes) > 1:
+        raise ValueError(
+            f"Expected one batch size in all tensors, got shapes "
+            f"{[tuple(tensor.shape) for tensor in tensors_in(batch)]}; which of them the model "
+            f"uses could not be seen: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _called(adapter: Adapter, batch: Batch) -> int:

@@ -65,7 +65,7 @@ def test_the_sink_of_a_logger_with_a_run_goes_to_no_server(stage: str) -> None:
     with listening() as (server, address):
         logger = loggers.MLFlowLogger(run_id="0" * 32, tracking_uri=f"http://{address}")
         logger._initialized = True
-        (sink,) = mlflow_sinks([logger], stage, metrics=True)
+        (sink,) = mlflow_sinks([logger], stage, metrics=True, first_step=0)
         assert sink.run_id == "0" * 32
         assert not was_called(server)
 
