@@ -31,8 +31,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Whose detectors are all given a method: `make test` has run them as they would run again.
-SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py'
+# Whose detectors are all given a method, or that have nothing to do with one: `make test` has run
+# them as they would run again.
+SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py' '*/test_situations.py' \
+	'*/test_adapters.py' '*/test_rebinding.py' '*/test_indices.py' '*/test_handover.py' \
+	'*/test_telling.py' '*/test_predictions.py' '*/test_monitored.py'
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
