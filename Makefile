@@ -43,25 +43,17 @@ test-slow: $(INSTALLED)
 		$(addprefix --ignore-glob=,$(SAYS_ITS_METHOD))
 
 # In an environment of its own: with Spark beside it MLflow and other packages behave differently.
-SPARK := .venv-spark
-test-spark: $(SPARK)/.installed
-	OMP_NUM_THREADS=1 $(SPARK)/bin/pytest -m slow tests/integrations/mlflow/test_spark.py
-
-$(SPARK)/.installed: pyproject.toml requirements.lock requirements-spark.txt
-	$(PYTHON) -m venv $(SPARK)
-	$(SPARK)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[all,dev]' --requirement requirements-spark.txt
-	touch $@
+test-spark: .venv-spark/.installed
+	OMP_NUM_THREADS=1 .venv-spark/bin/pytest -m slow tests/integrations/mlflow/test_spark.py
 
 # Likewise: Lightning takes TensorBoard for its logger where it is installed.
-LOGGERS := .venv-loggers
-test-loggers: $(LOGGERS)/.installed
-	OMP_NUM_THREADS=1 $(LOGGERS)/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py
+test-loggers: .venv-loggers/.installed
+	OMP_NUM_THREADS=1 .venv-loggers/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py
 
-$(LOGGERS)/.installed: pyproject.toml requirements.lock requirements-loggers.txt
-	$(PYTHON) -m venv $(LOGGERS)
-	$(LOGGERS)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[all,dev]' --requirement requirements-loggers.txt
+.venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[all,dev]' --requirement requirements-$*.txt
 	touch $@
 
 check: $(INSTALLED)
@@ -124,4 +116,4 @@ benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) $(SPARK) $(LOGGERS) build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-spark .venv-loggers build dist runs .mypy_cache .pytest_cache .ruff_cache

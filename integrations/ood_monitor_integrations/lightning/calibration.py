@@ -96,12 +96,8 @@ class Collection:
             RuntimeError: Another process failed, or is lost.
             Exception: What made this one fail.
         """
-        try:
-            self._lockstep.end()
-            parts = self._world.gathered(self._dump())
-            places = self._world.gathered(np.concatenate(self._places or [_NONE], 1).tobytes())
-        except RuntimeError as error:
-            raise self._failure or error from None
+        parts = self._together(self._dump())
+        places = self._world.gathered(np.concatenate(self._places or [_NONE], 1).tobytes())
         dataset, dataloader = np.concatenate(
             [np.frombuffer(place, dtype=np.int64).reshape(2, -1) for place in places], 1
         )
@@ -145,9 +141,13 @@ class Collection:
             RuntimeError: Another has.
             Exception: What made this one fail.
         """
+        self._together(b"" if self._failure is None else None)
+
+    def _together(self, data: bytes | None) -> list[bytes]:
+        """What each process gave, by rank, once none makes a pass any more."""
         try:
             self._lockstep.end()
-            self._world.gathered(None if self._failure is not None else b"")
+            return self._world.gathered(data)
         except RuntimeError as error:
             raise self._failure or error from None
 
@@ -164,28 +164,20 @@ _NONE: Indices = np.zeros((2, 0), dtype=np.int64)
 
 
 class Calibrator:
-    """Fits detectors of the weights that a module has, on held-out data, and keeps count.
+    """Fits detectors of the weights that a module has, on held-out data.
 
     Args:
         source: Batches of one's own; None for the Trainer's validation data.
         detectors: Takes what is fitted.
         most: Samples of one calibration, of all processes.
         progress: Whether each shows a bar.
-
-    Attributes:
-        seconds: That all calibrations so far have taken.
     """
 
     def __init__(
         self, source: Iterable[Batch] | None, detectors: Detectors, most: int, *, progress: bool
     ) -> None:
         self._source, self._detectors, self._most = source, detectors, most
-        self._progress, self.seconds = progress, 0.0
-
-    @property
-    def uses_validation(self) -> bool:
-        """Whether validation data calibrate."""
-        return self._source is None
+        self._progress = progress
 
     def fit(
         self,
@@ -205,7 +197,6 @@ class Calibrator:
         detector = collection.fitted()
         self._detectors.put(detector)
         spent = time.perf_counter() - start
-        self.seconds += spent
         samples = detector.fitted.fit_count + len(detector.fitted.calibration.scores)
         _log.info("Calibrated on %d held-out samples in %.1f s.", samples, spent)
         return detector
@@ -229,7 +220,7 @@ class Calibrator:
         try:
             with as_in_validation(trainer, pl_module):
                 held_out = self._held_out(trainer, None)
-                if batch is None or not self.uses_validation:
+                if batch is None or self._source is not None:
                     with closing(held_out.batches(trainer, pl_module, self._most)) as batches:
                         batch = next(batches, (None,))[0]
                 if batch is not None:

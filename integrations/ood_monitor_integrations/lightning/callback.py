@@ -179,14 +179,14 @@ class OODMonitor(Hooks):
         self._of_training = prefix_of(*words, "train")
         self._failures = Failures(name)
         layers = checked_layers(layers)
-        self._model = WatchedModel(
+        model = WatchedModel(
             adapter,
             inputs=inputs,
             condition=condition,
             batch=batch,
             detector=detector if isinstance(detector, Detector) else None,
         )
-        self._detectors = Detectors(self._model, detector, method, layers, name)
+        self._detectors = Detectors(model, detector, method, layers, name)
         self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
         self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)

@@ -3,6 +3,7 @@
 import hashlib
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,25 @@ from ood_monitor_integrations.lightning.sharding import (
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-__all__ = ["Detectors", "check_method"]
+__all__ = ["Detectors", "Ready", "check_method"]
 
 #: Detectors that stay at hand; those of older checkpoints are read from their files.
 _KEPT = 8
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A detector to watch with.
+
+    Attributes:
+        detector: On the module that is watched.
+        is_stale: Whether the module has other weights than the detector was fitted on.
+        is_read: Whether it was read from a file or a state now, which has told of that.
+    """
+
+    detector: Detector
+    is_stale: bool
+    is_read: bool
 
 
 class Detectors:
@@ -125,6 +141,11 @@ class Detectors:
         _put(self._buffers, model, {k: v for k, v in buffers.items() if k in saved})
         self.current = detector
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a detector of some weights, which may be those that are saved."""
+        return bool(self._states) or self.current is not None
+
     def knows(self, model: str) -> bool:
         """Whether there is a detector of weights, by their digest."""
         return model in self._fitted or model in self._states
@@ -135,8 +156,9 @@ class Detectors:
         Raises:
             ValueError: It is one that no file can hold.
         """
-        if model in self._fitted:
-            return self._fitted[model].state_dict()
+        for detector in (self._fitted.get(model), self.current):
+            if detector is not None and detector.fitted.model == model:
+                return detector.state_dict()
         return self._states.get(model)
 
     def state_in_use(self) -> State:
@@ -164,8 +186,8 @@ class Detectors:
             if ((folder := folder_beside(path, self._name)) / CONFIG).is_file():
                 self.load_state_dict(states_of(folder, self._name)[0])
 
-    def ready(self, pl_module: "LightningModule") -> tuple[Detector | None, bool]:
-        """The detector to watch a module with, or None, and whether it was read now.
+    def ready(self, pl_module: "LightningModule") -> "Ready | None":
+        """The detector to watch a module with, None if there is none.
 
         It is that of the module's weights that was fitted here; else the one that was given; else
         one from a checkpoint, of these weights if there is any. One that is read warns of others.
@@ -183,7 +205,9 @@ class Detectors:
         if found is not None and found.adapter.module is not adapter.module:
             found = found.on(adapter)
         self.current = found
-        return None if found is None else _checked(found), is_read
+        if found is None:
+            return None
+        return Ready(_checked(found), is_stale=found.fitted.model != model, is_read=is_read)
 
     def changed(self) -> str:
         """In words, what the model has that the detector in use was not fitted on."""

@@ -38,7 +38,7 @@ def _found(sources: Iterable[Any]) -> list[Any]:
             continue
         seen.add(id(value))
         if isinstance(value, _KINDS):
-            found.append(value)
+            found += [] if isinstance(value, random.SystemRandom) else [value]  # it has no state
         else:
             queue += _parts(value)
     return found

@@ -60,7 +60,7 @@ class Hooks(Callback):
     _is_broken = False
     _is_rehearsed = False
     _cannot_calibrate = False
-    _is_taken = True
+    _fetches = False  # whether the step of the stage fetches its batches itself
     _calibrated_in: int | None = None  # the epoch
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -161,6 +161,7 @@ class Hooks(Callback):
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Checkpoints of the step before are written by now."""
+        self._fetches = fetches_itself(pl_module, trainer)
         self._settle(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -182,10 +183,9 @@ class Hooks(Callback):
     ) -> None:
         """Score the batch, before the step writes to it; in the sanity check, see if it can be."""
         if trainer.sanity_checking:
-            fetches = fetches_itself(pl_module, trainer)
-            self._rehearse(trainer, pl_module, None if fetches else batch)
+            self._rehearse(trainer, pl_module, None if self._fetches else batch)
         else:
-            self._take(trainer, pl_module, batch, batch_idx, dataloader_idx)
+            self._take(trainer, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -197,7 +197,7 @@ class Hooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the batch, if the step has fetched it itself."""
-        if not (self._is_taken or trainer.sanity_checking):
+        if self._fetches and not trainer.sanity_checking:
             self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -208,6 +208,7 @@ class Hooks(Callback):
 
     def on_test_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to watch."""
+        self._fetches = fetches_itself(pl_module, trainer)
         if not self._is_off:
             self._trainer_monitor.begin(trainer, pl_module, "test", trainer.test_dataloaders)
 
@@ -217,6 +218,7 @@ class Hooks(Callback):
 
     def on_predict_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to watch."""
+        self._fetches = fetches_itself(pl_module, trainer)
         if not self._is_off:
             self._trainer_monitor.begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
         if self._with_scores:
@@ -232,7 +234,7 @@ class Hooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the batch, before the step writes to it; the step's output may tell of it."""
-        self._take(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._take(trainer, batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start
 
@@ -288,17 +290,9 @@ class Hooks(Callback):
         is_out = self._is_off or self._is_broken or self._cannot_calibrate
         return is_fit and not (is_out or trainer.sanity_checking)
 
-    def _take(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def _take(self, trainer: "Trainer", batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Score a batch before its step; one that the step is to fetch is not known yet."""
-        self._is_taken = not fetches_itself(pl_module, trainer)
-        if self._is_taken:
+        if not self._fetches:
             scores = self._trainer_monitor.take(trainer, batch, batch_idx, dataloader_idx)
             self._predictions.scored(scores)
 

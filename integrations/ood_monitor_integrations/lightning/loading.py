@@ -27,7 +27,6 @@ __all__ = [
     "beside",
     "fetches_itself",
     "first",
-    "kept_random_state",
     "own_data",
     "samples_in",
     "validation_data",
@@ -132,10 +131,9 @@ def validation_data(trainer: "Trainer", world: World) -> HeldOut:
             "each calibration would take batches: give others, `held_out=`."
         )
     again = _combined_again(combined)
-    again.limits = limits = [_limit(n) for n in loop._max_batches]
-    count = _count(combined, limits)
+    again.limits = limits = list(loop._max_batches)
     flat = combined.flattened
-    return HeldOut(again, count, World(), Positions(flat, world), flat)
+    return HeldOut(again, _count(combined, limits), World(), Positions(flat, world), flat)
 
 
 def _loaded(loop: Any) -> bool:
@@ -213,7 +211,7 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
     stage, modes = trainer.state.stage, [(m, m.training) for m in wrapped.modules()]
     trainer.validating = True
     try:
-        with kept_random_state(), torch.no_grad():
+        with _kept_random_state(), torch.no_grad():
             if getattr(pl_module, "_trainer", None) is None:  # no Trainer has run it yet
                 pl_module.eval()
             else:
@@ -226,7 +224,7 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
+def _kept_random_state() -> Iterator[None]:
     """Python's, numpy's and torch's as before afterwards: making an iterator of a loader draws."""
     states = random.getstate(), np.random.get_state()
     try:
@@ -254,10 +252,6 @@ def first(batch: Batch, count: int) -> Batch:
 def samples_in(batch: Batch) -> int:
     """B, of which fields that all samples share tell nothing."""
     return max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
-
-
-def _limit(count: float) -> float:
-    return count if count == float("inf") else int(count)
 
 
 def _length(loader: Any) -> int | None:

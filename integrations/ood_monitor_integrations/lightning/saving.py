@@ -129,7 +129,7 @@ class Checkpoints:
         entry: dict[str, Any] = checkpoint.setdefault("callbacks", {}).setdefault(self._key, {})
         for name in ("config", "tensors"):  # of the detector in use, be it of these weights or not
             entry.pop(name, None)
-        if pl_module is None:
+        if pl_module is None or not (self.calibrates or self._detectors.has_any):
             return
         is_due = calibrate and self._is_due(trainer)
         weights = checkpoint["state_dict"]

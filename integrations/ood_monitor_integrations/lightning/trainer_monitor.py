@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ood_monitor import Alert, Detector, Monitor, Scores
+from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
 from ood_monitor.modules import is_sharded
-from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.detectors import Detectors
+from ood_monitor_integrations.lightning.detectors import Detectors, Ready
 from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.indices import Positions
 from ood_monitor_integrations.lightning.loggers import (
@@ -163,16 +162,14 @@ class TrainerMonitor:
     def _made(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> Monitor | None:
         with self._failures.contained(REFUSED):
             self._detectors.look_beside(trainer.ckpt_path)
-            detector, is_read = self._detectors.ready(pl_module)
-            if detector is not None:
-                # Who loads a stale one is told by the detector itself.
-                self._check_age(trainer, detector, is_told=is_read)
+            ready = self._detectors.ready(pl_module)
+            if ready is not None:
+                self._check_age(trainer, ready)
                 name, sinks = f"{self._settings.name}/{stage}", self._sinks_of(trainer, stage)
                 ert, fpr = self._settings.ert, self._settings.fpr
                 every = 0 if trainer.state.fn == "fit" or is_sharded(pl_module) else _WEIGHTS_EVERY
-                return Monitor(
-                    detector, ert=ert, fpr=fpr, name=name, sinks=sinks, weights_every=every
-                )
+                options: dict[str, Any] = {"name": name, "sinks": sinks, "weights_every": every}
+                return Monitor(ready.detector, ert=ert, fpr=fpr, **options)
         if trainer.state.fn != "fit" and not self._failures.counts[REFUSED]:
             self._failures.tell(REFUSED, "it is not calibrated.")
         return None
@@ -200,13 +197,13 @@ class TrainerMonitor:
         step, predicted = step_of(trainer), self._predicted
         return lambda alert: predicted + alert.samples_seen if stage == "predict" else step
 
-    def _check_age(self, trainer: "Trainer", detector: Detector, *, is_told: bool) -> None:
+    def _check_age(self, trainer: "Trainer", ready: Ready) -> None:
         """Warn once of each detector that is of other weights than the model has."""
-        mark = detector.fitted.fingerprint
-        if mark in self._stale or digest(detector.adapter.module) == detector.fitted.model:
+        mark = ready.detector.fitted.fingerprint
+        if mark in self._stale or not ready.is_stale:
             return
         self._stale.add(mark)
-        if not is_told:
+        if not ready.is_read:  # else the detector has told of it itself
             why = self._detectors.changed()
             if trainer.ckpt_path and any(_averages(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
                 why += _NOT_AVERAGED

@@ -96,9 +96,6 @@ def test_a_buffer_that_was_written_to_is_named() -> None:
             super().__init__()
             self.register_buffer("seen", torch.zeros(1))
 
-        def on_test_start(self) -> None:
-            pass
-
     callback = watcher()
     module = trained(callback, module=Counting())
     module.seen += 1  # type: ignore[operator]
@@ -299,3 +296,16 @@ def test_validation_data_that_come_once_are_refused() -> None:
     once = iter([images(64, seed=1)])
     with pytest.raises(ValueError, match="can be gone through again, got an iterator"):
         trainer(watcher()).fit(Flow(), loader(images(64)), once)
+
+
+def test_a_given_detector_stands_in_a_checkpoint_of_its_weights(tmp_path: Path) -> None:
+    module = Flow()
+    given = om.Detector(om.LogLikelihood(module)).fit([images(64, seed=1)], progress=False)
+    run = trainer(callback := watcher(detector=given))
+    run.predict(module, loader(images(32)))
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    assert inside(tmp_path / "own.ckpt", callback)
+    assert not inside(tmp_path / "other.ckpt", callback)
