@@ -50,6 +50,7 @@ class PipelineCase:
         size: Channels, height and width of an image.
         one: Arguments of a call for one sample, if they are not those.
         inputs: Whether the user gives an image.
+        latents: Shape of a sample as the denoiser takes it, where images are not encoded.
     """
 
     name: str
@@ -59,6 +60,7 @@ class PipelineCase:
     size: tuple[int, int, int] = (3, 16, 16)
     one: Callable[[], Arguments] | None = None
     inputs: bool = False
+    latents: tuple[int, ...] | None = None
 
     def __call__(self) -> Any:
         with torch.random.fork_rng():
@@ -71,7 +73,10 @@ class PipelineCase:
         return pipe
 
     def images(self, n: int, seed: int = 5) -> Tensor:
-        return torch.rand(n, *self.size, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        if self.latents is not None:
+            return torch.randn(n, *self.latents, generator=generator)
+        return torch.rand(n, *self.size, generator=generator)
 
     def call_of_one(self) -> Arguments:
         return (self.one or self.arguments)()
@@ -88,10 +93,10 @@ class PipelineCase:
         """-1/2 of the summed squared error of each sample (B, ...) at a noise level, (B,)."""
         generator = torch.Generator().manual_seed(1000 * seed + level)
         noise = amount * torch.randn(x.shape[1:], generator=generator).expand_as(x)
-        config = pipe.scheduler.config
-        if isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        config, shift = pipe.scheduler.config, flow_shift(pipe.scheduler)
+        if shift is not None:
             sigma = (level + 1) / 1000
-            sigma = config.shift * sigma / (1 + (config.shift - 1) * sigma)
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
             x_t, t, target = (1 - sigma) * x + sigma * noise, torch.tensor(1000 * sigma), noise - x
         else:
             scheduler = diffusers.DDPMScheduler.from_config(config)
@@ -99,9 +104,20 @@ class PipelineCase:
             x_t = scheduler.add_noise(x, noise, t)
             velocity = scheduler.get_velocity(x, noise, t)
             target = {"epsilon": noise, "v_prediction": velocity}[config.prediction_type]
+            if config.get("timestep_type") == "continuous":
+                product = scheduler.alphas_cumprod[level]
+                t = 0.25 * ((1 - product) / product).sqrt().log()
         with torch.no_grad():
             error = self.predict(pipe, x_t, t.expand(len(x)), arguments) - target
         return -0.5 * error.square().flatten(1).sum(1)
+
+
+def flow_shift(scheduler: Any) -> float | None:
+    """The shift of a scheduler of flow matching; None of any other."""
+    config = scheduler.config
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return float(config.shift)
+    return float(config.flow_shift) if config.get("use_flow_sigmas") else None
 
 
 def known(
@@ -138,6 +154,7 @@ def _fitted(
         method=method,
         explain=FEW,
         progress=False,
+        watches="both",
     )
     return detector.state_dict()
 
@@ -161,11 +178,11 @@ def vae(**options: Any) -> Any:
     )
 
 
-def shifted_vae(channels: int) -> Any:
+def shifted_vae(channels: int, blocks: int = 2) -> Any:
     return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=channels,
         norm_num_groups=1,
         use_quant_conv=False,
@@ -237,8 +254,8 @@ def sized(**more: Any) -> Arguments:
     return text(height=16, width=16, **more)
 
 
-def predict_text(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
-    return pipe.unet(x, t, a["prompt_embeds"]).sample  # type: ignore[no-any-return]
+def predict_text(pipe: Any, x: Tensor, t: Tensor, a: Arguments, **more: Any) -> Tensor:
+    return pipe.unet(x, t, a["prompt_embeds"], **more).sample  # type: ignore[no-any-return]
 
 
 def sdxl() -> Any:
@@ -276,10 +293,10 @@ def sdxl_arguments() -> Arguments:
     return sized(**pooled)
 
 
-def predict_sdxl(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+def predict_sdxl(pipe: Any, x: Tensor, t: Tensor, a: Arguments, **more: Any) -> Tensor:
     sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]]).expand(len(x), 6)
     added = {"text_embeds": a["pooled_prompt_embeds"], "time_ids": sizes}
-    return pipe.unet(x, t, a["prompt_embeds"], added_cond_kwargs=added).sample  # type: ignore[no-any-return]
+    return pipe.unet(x, t, a["prompt_embeds"], added_cond_kwargs=added, **more).sample  # type: ignore[no-any-return]
 
 
 def sd3_network(kind: Any = diffusers.SD3Transformer2DModel, **options: Any) -> Any:
@@ -453,13 +470,16 @@ def user_image(count: int, size: int = 16) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def predict_inpaint(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
-    """The mask, and the latents of what it leaves of the image, are further channels."""
+def masked(pipe: Any, a: Arguments) -> Tensor:
+    """The mask, and the latents of what it leaves of the image, which are further channels."""
     mask = torch.nn.functional.interpolate(a["mask_image"], size=(8, 8))
-    masked = (2 * a["image"] - 1) * (a["mask_image"] < 0.5)
-    latents = pipe.vae.encode(masked).latent_dist.mean * pipe.vae.config.scaling_factor
-    given = torch.cat([x, mask, latents], 1)
-    return pipe.unet(given, t, a["prompt_embeds"]).sample  # type: ignore[no-any-return]
+    left = (2 * a["image"] - 1) * (a["mask_image"] < 0.5)
+    latents = pipe.vae.encode(left).latent_dist.mean * pipe.vae.config.scaling_factor
+    return torch.cat([mask, latents], 1)
+
+
+def predict_inpaint(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    return predict_text(pipe, torch.cat([x, masked(pipe, a)], 1), t, a)
 
 
 def predict_controlled(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
