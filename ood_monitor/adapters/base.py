@@ -168,6 +168,13 @@ class Adapter(abc.ABC):
         """What the model is told of each sample beside it, by name, (B, ...); empty of most."""
         return {}
 
+    def compared(self, batch: Batch) -> Batch:
+        """What of a batch must have the shapes and types of the held-out data; all by default.
+
+        It begins with the batch's first tensors.
+        """
+        return batch
+
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """The K names and the values of :meth:`residuals` by a single pass, or None if not so.
 

@@ -1,6 +1,5 @@
 """diffusers pipelines by their folder. Imported when one is asked for."""
 
-import inspect
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -9,8 +8,13 @@ from typing import Any
 from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
-from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
-from ood_monitor_integrations.diffusers.recorded_call import RecordedCall, record_call
+from ood_monitor_integrations.diffusers.pipeline_monitor import size_of
+from ood_monitor_integrations.diffusers.recorded_call import (
+    RecordedCall,
+    arguments_of,
+    needs_image,
+    record_call,
+)
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 from torch import Tensor
 
@@ -36,6 +40,7 @@ class Pipeline:
         self._layers = None if recipe.layers is None else list(recipe.layers)
         self._bound: ReplayedBound | None = None
         self._recorded: RecordedCall | None = None
+        self._needs: bool | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -67,10 +72,12 @@ class Pipeline:
 
     def _arguments(self, images: Tensor) -> dict[str, Any]:
         """Of a call, with the images where the pipeline asks for the user's."""
-        parameters = inspect.signature(original_class(self._pipe).__call__).parameters
-        if "image" not in parameters or getattr(self._pipe, "controlnet", None) is not None:
-            return self._recipe.arguments
-        return {image_argument(parameters): images} | self._recipe.arguments
+        arguments = dict(self._recipe.arguments)
+        if self._needs is None:
+            self._needs = needs_image(self._pipe, arguments, self._seed)
+        if not self._needs:
+            return arguments
+        return {image_argument(arguments_of(self._pipe)): images} | arguments
 
 
 def _loaded(folder: str) -> Any:

@@ -1,5 +1,6 @@
 """What passes over samples give, before anything is fitted: to keep, gather and put in order."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -171,7 +172,7 @@ class Measurements:
             first.terms,
             np.concatenate([part.log_likelihood for part in parts]),
             {name: Table.together([p.tables[name] for p in parts]) for name in first.tables},
-            kinds.pop() if len(kinds) == 1 else (),
+            _alike(kinds),
             tuple(group for part in parts for group in part.groups),
             first.sample,
             Explaining.together([it for part in parts if (it := part.explaining) is not None]),
@@ -227,6 +228,12 @@ class Measurements:
 
     def _columns(self) -> tuple[object, ...]:
         return self.terms, {name: table.names for name, table in self.tables.items()}, self.sample
+
+
+def _alike(kinds: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """What shapes and types of samples begin with alike."""
+    alike = itertools.takewhile(lambda each: len(set(each)) == 1, zip(*kinds, strict=False))
+    return tuple(each[0] for each in alike)
 
 
 def _different(parts: Sequence[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:

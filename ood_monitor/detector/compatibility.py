@@ -23,12 +23,13 @@ def samples_of(batch: Batch) -> tuple[str, ...]:
 def check_samples(adapter: Adapter, batch: Batch, expected: tuple[str, ...]) -> None:
     """Refuse a batch of other shapes or types than :func:`samples_of` gave.
 
-    The length of token sequences is not compared where the adapter tells padding from text.
+    The length of token sequences is not compared where the adapter tells padding from text, nor
+    what the adapter takes in any shape.
 
     Raises:
         ValueError: It is one.
     """
-    found = samples_of(batch)
+    found = samples_of(adapter.compared(batch))
     # What only one of them has, such as labels, is for the adapter to take or to miss.
     other = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
     if other and not _differ_by_padding(adapter, batch, other):

@@ -58,7 +58,7 @@ class Provenance:
         """Of an adapter in this environment.
 
         Args:
-            adapter: The model.
+            adapter: The model. One that knows where its samples come from says so as ``origin``.
             terms: Names of its terms, in order.
             conditions: How many different values samples had of what the model was told beside
                 them, by name.
@@ -67,6 +67,8 @@ class Provenance:
         said = recipe(adapter) | {"terms": list(terms)}
         if conditions:
             said["conditions"] = dict(conditions)
+        if origin := getattr(adapter, "origin", None):
+            said["origin"] = dict(origin)
         return cls(said, name, revision, _libraries(adapter))
 
     @classmethod
