@@ -152,7 +152,8 @@ def given(pipe: Any, arguments: dict[str, Any], dtype: Any = None) -> dict[str, 
 
 def fitted(pipe: Any, case: PipelineCase) -> om.Detector:
     one = given(pipe, case.call_of_one())
-    return fit_pipeline(pipe, [case.images(44)], call=one, levels=(500,), progress=False)
+    options: dict[str, Any] = {"levels": (500,), "progress": False, "watches": "both"}
+    return fit_pipeline(pipe, [case.images(44)], call=one, **options)
 
 
 def watch(pipe: Any, case: PipelineCase, detector: Any = None, **options: Any) -> Any:

@@ -157,7 +157,8 @@ def pipe() -> Any:
 def pipe_detector() -> om.Detector:
     data = [case_of("ddpm").images(220)]
     call = case_of("ddpm").call_of_one()
-    return watched.fit_pipeline(pipe(), data, call=call, levels=[5], explain=0, progress=False)
+    options: dict[str, Any] = {"levels": [5], "explain": 0, "progress": False}
+    return watched.fit_pipeline(pipe(), data, call=call, watches="outputs", **options)
 
 
 def monitoring(**options: Any) -> None:

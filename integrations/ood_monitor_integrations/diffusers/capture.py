@@ -19,11 +19,50 @@ from torch import Tensor, nn
 
 from ood_monitor.processes import Lock
 
-__all__ = ["Capture", "DenoiserCall", "capturing", "hooked", "sample_argument", "stepping"]
+__all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
 
 _active: ContextVar["Capture | None"] = ContextVar("ood_monitor_capture", default=None)
 #: Taken again where the interpreter collects, within it, a block that was never left.
 _lock = Lock()
+
+
+@dataclass
+class Called:
+    """One call of a module.
+
+    Attributes:
+        arguments: By name. Containers are copies: a network may take from what it is given.
+        output: What it gave; None while it runs.
+    """
+
+    arguments: Mapping[str, Any]
+    output: Any = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those of the arguments that are a number, or one for each row."""
+        return {k: v for k, v in self.arguments.items() if _is_number(v)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the scheduler, and what was called for it.
+
+    Attributes:
+        calls: Of the denoiser, in their order.
+        control: The first of a ControlNet; None without one.
+        prediction: What the scheduler was told, shape (S, ...).
+        time: The scheduler's.
+        stepped: The sample that the scheduler was given, shape (S, ...).
+        sample: What it made of it.
+    """
+
+    calls: tuple[Called, ...]
+    control: Called | None
+    prediction: Tensor
+    time: Any
+    stepped: Tensor
+    sample: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,69 +70,120 @@ class DenoiserCall:
     """What is needed of a pipeline's call to replay its denoiser elsewhere.
 
     Attributes:
-        sample: What the scheduler's last step gave, shape (S, ...), in the denoiser's own layout.
-        stepped: What that step was given, of the same shape.
-        noisy: The denoiser's input at that step, shape (N, ...).
-        arguments: The denoiser's further arguments, by name.
-        control: The arguments of a ControlNet's call, by name; None without one.
-        times: The denoiser's time and the scheduler's, at the first step.
+        sample: What the call ended with, shape (S, ...), in the scheduler's layout: its last
+            step's, or what a callback or the pipeline itself made of that.
+        steps: The scheduler's, all or the last alone.
+        times: Of each step the scheduler's time, and the arguments that may be the denoiser's.
+        grid: The scheduler's times and sigmas of this call, each with its own; None where it has
+            no sigmas.
     """
 
     sample: Tensor
-    stepped: Tensor
-    noisy: Tensor
-    arguments: Mapping[str, Any]
-    control: Mapping[str, Any] | None
-    times: tuple[float, float]
+    steps: tuple[Step, ...]
+    times: tuple[tuple[Any, Mapping[str, Any]], ...]
+    grid: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def last(self) -> Step:
+        """The last step."""
+        return self.steps[-1]
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of the denoiser's first call for the last step, by name."""
+        return self.last.calls[0].arguments
 
 
 @dataclass
 class Capture:
-    """Records one call as it runs; of all its steps the last is kept.
+    """Records one call as it runs.
 
-    Of several denoiser calls within a step the first counts: guidance in two calls begins with the
-    conditional one, and guidance by skipped layers comes after it.
+    Args:
+        denoiser: What is called for each step.
+        controlnet: The pipeline's, if it has one.
+        whole: Whether all steps are kept, or the last.
     """
 
     denoiser: nn.Module
     controlnet: nn.Module | None = None
-    _pending: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _kept: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _step: tuple[Tensor, Tensor] | None = None
-    _times: tuple[float, float] | None = None
+    whole: bool = False
+    _pending: dict[int, list[Called]] = field(default_factory=dict)
+    _called: dict[int, list[Called]] = field(default_factory=dict)
+    _steps: list[Step] = field(default_factory=list)
+    _times: list[tuple[Any, Mapping[str, Any]]] = field(default_factory=list)
+    _grid: tuple[Tensor, Tensor] | None = None
+    _before: Tensor | None = None
+    _final: Tensor | None = None
+    _failure: Exception | None = None
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take a call of a watched module."""
-        if id(module) not in self._pending:
-            self._pending[id(module)] = _bound(module, args, kwargs)
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what is raised while recording for :meth:`call`: it is not the pipeline's."""
+        try:
+            yield
+        except Exception as error:  # whatever a foreign module or scheduler gives
+            self._failure = error
 
-    def step(self, time: Any, sample: Tensor, previous: Tensor) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the arguments of a watched module's call."""
+        arguments = {k: _copied(v) for k, v in _bound(module, args, kwargs).items()}
+        self._pending.setdefault(id(module), []).append(Called(arguments))
+
+    def end(self, module: nn.Module, output: Any) -> None:
+        """Take what it gave."""
+        if calls := self._pending.get(id(module)):
+            calls[-1].output = output
+
+    def step(
+        self, scheduler: Any, time: Any, prediction: Tensor, given: Tensor, previous: Tensor
+    ) -> None:
         """Take a step of the scheduler."""
+        times, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+        if isinstance(times, Tensor) and isinstance(sigmas, Tensor) and len(sigmas) >= len(times):
+            self._grid = times, sigmas
         if self._pending:
-            self._kept, self._pending = self._pending, {}
+            self._called, self._pending = self._pending, {}
+        calls = tuple(self._called.get(id(self.denoiser), ()))
+        control = next(iter(self._called.get(id(self.controlnet), ())), None)
+        self._before = self._steps[-1].sample if self._steps else None
         # A copy, since what follows may write into it.
-        self._step = sample.detach(), previous.detach().clone()
-        called = self._kept.get(id(self.denoiser))
-        if self._times is None and called is not None:
-            self._times = _number(called["timestep"]), _number(time)
+        sample = previous.detach().clone()
+        step = Step(calls, control, prediction.detach(), time, given.detach(), sample)
+        self._steps = [*self._steps, step] if self.whole else [step]
+        self._times.append((time, calls[0].numbers if calls else {}))
+
+    def after(self, sample: Tensor) -> None:
+        """Take what is left of a step when the pipeline, and the user's callback, are done."""
+        self._final = sample.detach().clone()
 
     def call(self) -> DenoiserCall:
         """What was recorded.
 
         Raises:
             RuntimeError: The call did not use its denoiser, or did not step its scheduler.
+            ValueError: What it ended with is not known: the pipeline changes its samples between
+                steps, and takes no callback that sees them.
         """
-        called = self._kept.get(id(self.denoiser))
-        if called is None or self._step is None or self._times is None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._steps or not self._steps[-1].calls:
             raise RuntimeError(
-                f"Expected a call that runs {type(self.denoiser).__name__} and steps its "
-                "scheduler, got none."
+                f"Expected a call that runs {type(_original(self.denoiser)).__name__} and steps "
+                "its scheduler, got none."
             )
-        arguments = dict(called)
-        noisy = arguments.pop(sample_argument(self.denoiser))
-        stepped, sample = self._step
-        control = None if self.controlnet is None else self._kept.get(id(self.controlnet))
-        return DenoiserCall(sample, stepped, noisy, arguments, control, self._times)
+        last, before = self._steps[-1], self._before
+        if self._final is None and before is not None and not _begins_with(last.stepped, before):
+            raise ValueError(
+                "Expected samples that only the scheduler changes, or a pipeline that takes "
+                "`callback_on_step_end`, got one that changes them after a step."
+            )
+        sample = last.sample if self._final is None else self._final
+        if sample.shape != last.sample.shape:
+            raise ValueError(
+                "Expected the callback's latents in the scheduler's layout, "
+                f"{tuple(last.sample.shape)}, got {tuple(sample.shape)}."
+            )
+        return DenoiserCall(sample, tuple(self._steps), tuple(self._times), self._grid)
 
 
 @contextmanager
@@ -143,13 +233,17 @@ def hooked(module: nn.Module) -> Iterator[None]:
     with _lock:
         shared = _Shared.joined(_hooks, id(module))
         if shared.put is None:
-            shared.put = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+            shared.put = (
+                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                module.register_forward_hook(_after_forward),
+            )
     try:
         yield
     finally:
         with _lock:
             if shared.left(_hooks, id(module)):
-                shared.put.remove()
+                for handle in shared.put:
+                    handle.remove()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a module that is compiled in place, whose hooks would be too
@@ -157,7 +251,16 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any] | None 
     # Without keywords when the hook is removed while another thread is about to call it.
     capture = _active.get()
     if capture is not None and kwargs is not None:
-        capture.forward(module, args, kwargs)
+        with capture.recording():
+            capture.begin(module, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
+def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    capture = _active.get()
+    if capture is not None:
+        with capture.recording():
+            capture.end(module, output)
 
 
 _stepped: dict[int, _Shared] = {}
@@ -194,27 +297,12 @@ def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., A
         output = step(model_output, timestep, sample, *a, **k)
         capture = _active.get()
         if capture is not None:
-            previous = output[0] if isinstance(output, tuple) else output.prev_sample
-            capture.step(timestep, sample, previous)
+            with capture.recording():
+                previous = output[0] if isinstance(output, tuple) else output.prev_sample
+                capture.step(self, timestep, model_output, sample, previous)
         return output
 
     return step
-
-
-def sample_argument(module: nn.Module) -> str:
-    """The name by which a denoiser takes what it denoises.
-
-    Raises:
-        TypeError: It takes no sample with a time.
-    """
-    names = _signature_of(module).parameters
-    found = [name for name in ("sample", "hidden_states") if name in names]
-    if not found or "timestep" not in names:
-        raise TypeError(
-            "Expected a denoiser that takes `sample` or `hidden_states`, and `timestep`, got "
-            f"{type(_original(module)).__name__}, which takes {list(names)[1:]}."
-        )
-    return found[0]
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -238,5 +326,22 @@ def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def _number(time: Any) -> float:
-    return float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim < 2 and value.numel() > 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _copied(value: Any) -> Any:
+    """With containers of its own, of the same tensors."""
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+def _begins_with(given: Tensor, before: Tensor) -> bool:
+    """Whether a step goes on with what the last one gave; its rows may have been copied."""
+    rows = min(len(given), len(before))
+    return given.shape[1:] == before.shape[1:] and bool(
+        torch.equal(given[:rows], before[:rows].to(given))
+    )

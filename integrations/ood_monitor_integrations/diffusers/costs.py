@@ -16,8 +16,9 @@ from ood_monitor.checks import items, whole
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor.statistics import denoiser_statistics
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.deployment import scorable
-from ood_monitor_integrations.diffusers.families import denoiser_of
+from ood_monitor_integrations.diffusers.fitting import replayed_bound
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, ReplayedBound
 
@@ -72,14 +73,8 @@ def plan_costs(
     """
     rounds = whole("rounds", rounds, 1)
     plans = [checked_layers(each) for each in items("layers", layers)]
-    recorded = record_call(pipe, dict(call or {}), 0)
-    bound = ReplayedBound(
-        denoiser_of(pipe),
-        pipe.scheduler,
-        recorded.call,
-        recorded.count,
-        controlnet=getattr(pipe, "controlnet", None),
-    )
+    arguments = dict(call or {})
+    recorded, bound = record_call(pipe, arguments, 0), replayed_bound(pipe, call=arguments)
     bounds = [bound.with_levels(each) for each in items("levels", levels)]
     batch = next(iter(pieces(bound.batch(recorded.call, recorded.count), 1)))
     time_of = partial(_times, partial(_forward, bound, batch), rounds)

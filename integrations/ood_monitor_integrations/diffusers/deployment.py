@@ -14,7 +14,7 @@ from ood_monitor import Detector
 from ood_monitor.modules import stored_weights
 from ood_monitor.processes import Lock
 from ood_monitor.saving.fingerprints import digest, marks
-from ood_monitor_integrations.diffusers.families import original_of
+from ood_monitor_integrations.diffusers.denoisers import original_of
 
 __all__ = ["Mode", "check_deployment", "scorable", "settings_of", "weights_digest"]
 

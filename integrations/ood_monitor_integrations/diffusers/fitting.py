@@ -1,23 +1,32 @@
 """Fitting a detector for a pipeline: on held-out images, or on what the pipeline itself makes."""
 
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ood_monitor import Detector
+from ood_monitor import Detector, NoiseSchedule
 from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.checks import flag, seed_of, whole
+from ood_monitor.checks import flag, seed_of, whole, word
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
-from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
 from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
+from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
 from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
-from ood_monitor_integrations.diffusers.recorded_call import RecordedCall, record_call
+from ood_monitor_integrations.diffusers.reading import read
+from ood_monitor_integrations.diffusers.recorded_call import (
+    RecordedCall,
+    arguments_of,
+    needs_image,
+    record_call,
+    unguided_steps,
+)
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 
 __all__ = ["fit_pipeline", "replayed_bound"]
@@ -44,6 +53,7 @@ def fit_pipeline(
     samples: int = 500,
     seed: int = SEED,
     progress: bool = True,
+    watches: What | None = None,
     **options: Any,
 ) -> Detector:
     """Fit a detector on held-out images, with the conditioning that the pipeline itself makes.
@@ -72,6 +82,9 @@ def fit_pipeline(
         samples: The most samples to use.
         seed: Of the bound's noise, and of the pipeline's own samples.
         progress: Show a progress bar.
+        watches: What the detector is for. By default what it is fitted on: ``"inputs"`` of images,
+            ``"outputs"`` of own samples. A model's normal samples are unlike its training data, so
+            that one for the other finds drift at once; to compare them all the same, say so.
         **options: Further ones of :class:`~ood_monitor.Detector`.
 
     Returns:
@@ -79,9 +92,9 @@ def fit_pipeline(
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
-        ValueError: A pipeline that cannot be replayed, a call with conditions for other than one or
-            all of its images, or too little data; images of whole numbers, as bytes are, or
-            outside [0, 1].
+        ValueError: A pipeline that cannot be replayed, or not by what its calls show; a call with
+            conditions for other than one or all of its images, or too little data; images of whole
+            numbers, as bytes are, or outside [0, 1].
     """
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)
@@ -93,20 +106,36 @@ def fit_pipeline(
     first = next(recordings, None)
     if first is None:
         raise ValueError("Expected held-out batches, got an empty iterable.")
-    adapter = _bound(
-        pipe, first[0], levels=levels, seed=seed, ratios=ratios, condition_check=condition_check
+    adapter = replayed_bound(
+        pipe,
+        call=first[2],
+        levels=levels,
+        ratios=ratios,
+        condition_check=condition_check,
+        seed=seed,
     )
+    origin = _origin(pipe, data, watches, first[2])
+    adapter.origin = asdict(origin)
     recordings = itertools.chain([first], recordings)
     batches = (_batch(pipe, adapter, *recording) for recording in recordings)
-    source = "the pipeline's own samples" if data is None else "held-out images"
+    source = "held-out images" if origin.samples == "images" else "the pipeline's own samples"
     detector = Detector(adapter, layers=layers, **{"source": source, **options})
     check_deployment(pipe, denoiser_of(pipe), "sync", detector)
     with scorable(pipe, denoiser_of(pipe)):
         return detector.fit(_first(batches, samples), progress=progress)
 
 
+def _origin(pipe: Any, data: Any, watches: What | None, arguments: Call) -> Origin:
+    if watches is not None:
+        word("watches", watches, get_args(What))
+    if data is not None:
+        return Origin(watches or "inputs", "images")
+    settings = settings_in(original_class(pipe), arguments)
+    return Origin(watches or "outputs", "own samples", settings)
+
+
 def replayed_bound(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     *,
     call: Call | None = None,
     levels: Sequence[int] = LEVELS,
@@ -118,7 +147,7 @@ def replayed_bound(
 
     Args:
         pipe: The pipeline.
-        call: Arguments of a call, for two steps of which the pipeline is run.
+        call: Arguments of a call, for a few steps of which the pipeline is run.
         levels: Those that the detector was fitted at.
         ratios: As of the fit.
         condition_check: As of the fit.
@@ -128,22 +157,23 @@ def replayed_bound(
         TypeError: As there.
         ValueError: As there.
     """
-    seed = seed_of("seed", seed)
-    found = record_call(pipe, dict(call or {}), seed)
-    return _bound(
-        pipe, found, levels=levels, seed=seed, ratios=ratios, condition_check=condition_check
-    )
-
-
-def _bound(pipe: Any, found: RecordedCall, **options: Any) -> ReplayedBound:
-    return ReplayedBound(
-        denoiser_of(pipe),
-        pipe.scheduler,
-        found.call,
-        found.count,
-        controlnet=getattr(pipe, "controlnet", None),
-        **options,
-    )
+    seed, arguments = seed_of("seed", seed), dict(call or {})
+    found = record_call(pipe, arguments, seed, "reading")
+    unguided = partial(unguided_steps, pipe, arguments, seed)
+    reading = read(found.call, found.count, NoiseSchedule.of(pipe.scheduler), unguided)
+    with scorable(pipe, denoiser_of(pipe)):
+        return ReplayedBound(
+            denoiser_of(pipe),
+            pipe.scheduler,
+            reading,
+            found.call,
+            found.count,
+            controlnet=getattr(pipe, "controlnet", None),
+            levels=levels,
+            seed=seed,
+            ratios=ratios,
+            condition_check=condition_check,
+        )
 
 
 def _held_out(
@@ -151,10 +181,14 @@ def _held_out(
 ) -> Iterator[_Recording]:
     check_pipeline(pipe)
     common: RecordedCall | None = None
+    needs: bool | None = None
     for item in data:
         images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
         check_images(pipe, images)  # before the pipeline is called with them
-        arguments = _with_images(pipe, call | dict(own or {}), images)
+        arguments = call | dict(own or {})
+        needs = needs_image(pipe, arguments, seed) if needs is None else needs
+        if needs:
+            arguments = {image_argument(arguments_of(pipe)): images} | arguments
         # What does not depend on the batch is recorded once.
         if common is None or own is not None or arguments.keys() != call.keys():
             common = record_call(pipe, arguments, seed)
@@ -165,21 +199,12 @@ def _is_pair(item: Sequence[Any]) -> bool:
     return len(item) == 2 and isinstance(item[1], Mapping)
 
 
-def _with_images(pipe: Any, arguments: dict[str, Any], images: Any) -> dict[str, Any]:
-    """The arguments, with the images where the pipeline asks for the user's."""
-    parameters = inspect.signature(original_class(pipe).__call__).parameters
-    if "image" not in parameters or getattr(pipe, "controlnet", None) is not None:
-        return arguments
-    return {image_argument(parameters): images} | arguments
-
-
 def _own_samples(pipe: Any, call: dict[str, Any], seed: int) -> Iterator[_Recording]:
     check_pipeline(pipe)
-    parameters = inspect.signature(original_class(pipe).__call__).parameters
-    if "batch_size" in parameters:
+    if "batch_size" in arguments_of(pipe):
         call = {"batch_size": _AT_ONCE} | call
     for number in itertools.count():
-        yield record_call(pipe, call, seed + number, whole=True), None, call
+        yield record_call(pipe, call, seed + number, "whole"), None, call
 
 
 def _batch(

@@ -4,16 +4,17 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 from diffusers import DiffusionPipeline
 
 from ood_monitor import Detector, Monitor
 from ood_monitor.checks import flag, function, whole, word
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
+from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of, original_of
 from ood_monitor_integrations.diffusers.deployment import Mode, check_deployment
-from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of, original_of
 from ood_monitor_integrations.diffusers.inputs import image_argument
+from ood_monitor_integrations.diffusers.origin import Origin, What
 from ood_monitor_integrations.diffusers.pipeline_monitor import (
     BatchOf,
     PipelineMonitor,
@@ -22,9 +23,6 @@ from ood_monitor_integrations.diffusers.pipeline_monitor import (
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = ["What", "monitor_pipeline", "watcher_of", "wrap"]
-
-#: What of a call is scored: what it generated, the image that it was given, or both.
-What: TypeAlias = Literal["outputs", "inputs", "both"]
 
 #: Arguments of a denoiser's forward that an unconditional bound gives itself.
 _GIVEN = frozenset({"self", "sample", "hidden_states", "timestep"})
@@ -82,12 +80,9 @@ def monitor_pipeline(
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: A pipeline that is watched already, is not the detector's, or cannot be scored
-            as it is; or an option out of its range.
+            as it is; a detector that was fitted to watch something else; or an option out of its
+            range.
     """
-    if "ood_monitor" in pipe.__dict__:
-        raise ValueError(
-            f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}."
-        )
     watcher = watcher_of(
         pipe,
         monitor,
@@ -165,13 +160,20 @@ def watcher_of(
     """What watches a pipeline, which itself is not changed yet; see :func:`monitor_pipeline`."""
     for name, value, kind in (("what", what, What), ("mode", mode, Mode)):
         word(name, value, get_args(kind))
+    if "ood_monitor" in pipe.__dict__:
+        raise ValueError(
+            f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}: "
+            "its calls are scored already; `pipe.ood_monitor.detach()` ends that."
+        )
     queue_size = whole("queue_size", queue_size, 1)
     raise_on_error = flag("raise_on_error", raise_on_error)
     if batch is not None:
         function("batch", batch)
     monitors = _monitors(monitor, what)
-    for each in monitors.values():
+    for name, each in monitors.items():
         _check(pipe, each.detector, mode, has_batch=batch is not None)
+        if origin := Origin.of(each.detector):
+            origin.check(name)
     if "inputs" in monitors:
         _check_inputs(pipe, monitors["inputs"].detector)
     return PipelineMonitor(
@@ -251,7 +253,20 @@ def _watched_class(original: type[DiffusionPipeline]) -> type[DiffusionPipeline]
     def leave(self: Any, *error: object) -> None:
         self.ood_monitor.detach()
 
+    def copied(self: Any) -> Any:
+        """Of the same components, and so watched by the same monitor."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        """What has components of its own, deep-copied or unpickled, is not watched."""
+        plain: Any = object.__new__(original)
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != "ood_monitor"})
+        return plain.__reduce_ex__(protocol)
+
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     methods = {"__call__": call, "__enter__": lambda self: self, "__exit__": leave}
+    methods |= {"__copy__": copied, "__reduce_ex__": reduced}
     kept = {"_ood_monitor_original": original}
     return type(original.__name__, (original,), names | methods | kept)

@@ -1,5 +1,6 @@
 """The user's images as the denoiser sees them, by the pipeline's own processor and encoder."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from ood_monitor import latent_mean
 from ood_monitor.adapters.base import checked_floating, checked_range, describe
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 
 __all__ = ["check_images", "copied", "count_of", "encoded", "image_argument"]
 
 #: Arguments of pipelines that hold the user's image, the first that a pipeline has.
 _IMAGES = ("image", "control_image")
+
+#: Names in configurations of autoencoders that take frames, of which an image is one.
+_OF_VIDEOS = ("temporal", "temperal")
 
 #: PIL's modes of 8 bits a channel that are brightnesses; those of fewer, more or real numbers.
 _BRIGHTNESS, _OF_OTHER_BITS = ("L", "LA", "RGB", "RGBA"), ("F", "I")
@@ -101,16 +106,19 @@ def _is_latent(image: Tensor, autoencoder: Any) -> bool:
     """Pipelines take latents for images too, told by their channels."""
     if autoencoder is None or image.ndim < 3:
         return False
-    return bool(image.shape[-3] != autoencoder.config.in_channels)
+    config = autoencoder.config
+    channels = config.get("in_channels") or config.get("input_channels")  # Qwen-Image's
+    return channels is not None and bool(image.shape[-3] != channels)
 
 
 def _autoencoder(pipe: Any) -> Any:
-    return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    found = (getattr(pipe, name, None) for name in ("vae", "vqvae", "movq"))
+    return next((each for each in found if each is not None), None)
 
 
 def _processor(pipe: Any) -> Any:
     known = getattr(pipe, "image_processor", None)
-    if known is not None:
+    if isinstance(known, VaeImageProcessor):  # others prepare a condition, not a sample
         return known
     autoencoder = _autoencoder(pipe)
     # Without an autoencoder there are no latents, which images of four channels would count as.
@@ -124,7 +132,7 @@ def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None =
     Args:
         pipe: The pipeline.
         images: As the pipeline takes them: tensors (B, C, H, W) or arrays (B, H, W, C) in [0, 1],
-            PIL images, or a list of either; or latents.
+            PIL images, or a list of either; or latents, also in the denoiser's own layout.
         like: A sample that the pipeline denoises, (1, ...), for its layout, size and type.
         size: Height and width in pixels, for denoisers of tokens, which do not show them.
 
@@ -134,6 +142,8 @@ def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None =
     Raises:
         ValueError: As :func:`check_images`, or it comes out in another shape.
     """
+    if isinstance(images, Tensor) and like.ndim == 3 and images.shape[1:] == like.shape[1:]:
+        return images.to(like.device, torch.promote_types(like.dtype, torch.float32))
     check_images(pipe, images)
     autoencoder = _autoencoder(pipe)
     factor = _factor(pipe, autoencoder)
@@ -142,15 +152,47 @@ def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None =
     pixels = _processor(pipe).preprocess(images, *(size or (None, None)))
     found: Tensor = pixels.to(like.device, torch.promote_types(like.dtype, torch.float32))
     if autoencoder is not None and not _is_latent(found, autoencoder):
-        found = latent_mean(autoencoder)(found)
+        found = _latents(autoencoder, found)
     if like.ndim == 3 and found.ndim == 4:
-        found = pipe._pack_latents(found, *found.shape)
+        found = _packed(pipe, found)
     if found.shape[1:] != like.shape[1:]:
         raise ValueError(
             f"Expected images that are encoded to shape {tuple(like.shape[1:])} a sample, got "
             f"{describe(found)}."
         )
     return found
+
+
+def _latents(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """Of images, also by an autoencoder of videos."""
+    is_of_videos = any(name.startswith(_OF_VIDEOS) for name in autoencoder.config)
+    found = latent_mean(autoencoder)(pixels.unsqueeze(2) if is_of_videos else pixels)
+    return found.squeeze(2) if is_of_videos else found
+
+
+def _packed(pipe: Any, latents: Tensor) -> Tensor:
+    """As tokens, by the pipeline's own packing.
+
+    Raises:
+        ValueError: It packs what it makes of latents before.
+    """
+    pack = getattr(pipe, "_pack_latents", None)
+    names = [] if pack is None else list(inspect.signature(pack).parameters)
+    patch = (
+        {"patch_size": _config(denoiser_of(pipe))["patch_size"]} if "patch_size" in names else {}
+    )
+    if pack is None or len(names) != 1 + latents.ndim + len(patch):
+        raise ValueError(
+            f"Expected a pipeline that packs latents as Flux does, got {type(pipe).__name__}: "
+            "give latents in the denoiser's own layout in place of images, or fit on the "
+            "pipeline's own samples, without images."
+        )
+    packed: Tensor = pack(latents, *latents.shape, **patch)
+    return packed
+
+
+def _config(module: Any) -> Any:
+    return module.config
 
 
 def _factor(pipe: Any, autoencoder: Any) -> int:

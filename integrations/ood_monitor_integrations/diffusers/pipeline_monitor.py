@@ -2,8 +2,9 @@
 
 import inspect
 import logging
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
+from ood_monitor_integrations.diffusers.callbacks import with_callback
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -25,6 +27,7 @@ from ood_monitor_integrations.diffusers.capture import (
     hooked,
     stepping,
 )
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of, original_of
 from ood_monitor_integrations.diffusers.deployment import (
     Mode,
     check_deployment,
@@ -32,8 +35,8 @@ from ood_monitor_integrations.diffusers.deployment import (
     settings_of,
     weights_digest,
 )
-from ood_monitor_integrations.diffusers.families import denoiser_of, original_of
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
+from ood_monitor_integrations.diffusers.origin import Origin, settings_in
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = ["BatchOf", "Counts", "PipelineMonitor", "original_class", "samples_of", "size_of"]
@@ -45,6 +48,12 @@ BatchOf: TypeAlias = Callable[[DenoiserCall, int], Batch]
 
 #: Alerts that are remembered.
 _ALERTS = 1000
+
+#: Kinds of failures, and of calls unlike the fit's, that are told apart.
+_KINDS = 100
+
+#: What differs between failures of one kind.
+_NUMBERS = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 #: Where a call's output carries the scores of what.
 _ATTRIBUTES = {"outputs": "ood", "inputs": "ood_inputs"}
@@ -58,12 +67,14 @@ class Counts:
         scored: Scored samples.
         skipped: Samples not chosen, by ``sample_rate`` or for ``max_latency_ms``.
         dropped: Samples chosen that found the queue full, or closed.
+        interrupted: Samples of calls that were interrupted, and are no images.
         failures: Calls that could not be scored; their images were returned all the same.
     """
 
     scored: int = 0
     skipped: int = 0
     dropped: int = 0
+    interrupted: int = 0
     failures: int = 0
 
 
@@ -112,6 +123,8 @@ class PipelineMonitor:
         self._counts, self._lock = Counts(), Lock()
         self._settings = settings_of(original_of(denoiser_of(pipe)))
         self._told_of_changes = False
+        self._origin, self._told_settings = Origin.of(self.monitor.detector), set[str]()
+        self._failures = Counter[str]()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
         self._tell_of_changes(pipe)
@@ -126,6 +139,15 @@ class PipelineMonitor:
         """What has become of the samples so far."""
         with self._lock:
             return self._counts
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many calls could not be scored, by kind: the error without its numbers.
+
+        Each kind is warned of once.
+        """
+        with self._lock:
+            return dict(self._failures)
 
     @property
     def stale(self) -> bool:
@@ -144,20 +166,28 @@ class PipelineMonitor:
         """A watched call of the pipeline, or of a copy of it that shares its denoiser."""
         output, scores = self.run(
             pipe,
-            lambda: self._original.__call__(pipe, *args, **kwargs),
+            partial(self._call, pipe, args, kwargs),
             samples_of,
             lambda: _arguments(self._original, pipe, args, kwargs),
         )
-        if scores and not isinstance(output, tuple):
+        if scores and hasattr(output, "__dict__"):
             # Attributes, not items: `to_tuple()` stays as long as it was.
             output.__dict__["ood"] = next(iter(scores.values()))
             output.__dict__ |= {_ATTRIBUTES[what]: found for what, found in scores.items()}
         return output
 
+    def _call(
+        self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capture: Capture | None
+    ) -> Any:
+        args = (pipe, *args)
+        if capture is not None:
+            args, kwargs = with_callback(self._original, args, kwargs, capture)
+        return self._original.__call__(*args, **kwargs)
+
     def run(
         self,
         pipe: Any,
-        run: Callable[[], Any],
+        run: Callable[[Capture | None], Any],
         count: Callable[[Any, int], int],
         arguments: Callable[[], Mapping[str, Any]] = dict,
     ) -> tuple[Any, dict[str, Scores]]:
@@ -165,21 +195,29 @@ class PipelineMonitor:
 
         Args:
             pipe: What has both.
-            run: What to watch.
+            run: What to watch; it is given what records it, if anything can.
             count: The number of samples, of what ``run`` gave and of the scheduler's last sample.
             arguments: The user's, by name, where images are looked for.
 
         Returns:
             What ``run`` gave, and scores by what they are of; none if they failed or come later.
         """
-        self._follow(pipe)
-        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None))
-        with stepping(pipe.scheduler), capturing(capture):
-            output = run()
         scores: dict[str, Scores] = {}
+        with ExitStack() as stack:
+            captures: list[Capture] = []
+            with self._never_failing():
+                captures.append(self._recording(pipe, stack))
+            output = run(next(iter(captures), None))
+        if not captures:
+            return output, scores
+        [capture] = captures
         with capturing(None), self._never_failing():
             call = capture.call()
             samples = count(output, len(call.sample))
+            self._tell_of_settings(arguments())
+            if getattr(pipe, "_interrupt", False):  # what is half denoised is no image
+                self._count(interrupted=samples)
+                return output, scores
             tasks = [self._task(pipe, what, call, samples, arguments) for what in self.monitors]
             if any(task.rows for task in tasks):
                 self._check(pipe, capture.denoiser)
@@ -187,6 +225,14 @@ class PipelineMonitor:
                 found = self._scored(task)
                 scores |= {} if found is None else {task.what: found}
         return output, scores
+
+    def _recording(self, pipe: Any, stack: ExitStack) -> Capture:
+        """What records a call within the stack's block."""
+        self._follow(pipe)
+        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None))
+        stack.enter_context(stepping(pipe.scheduler))
+        stack.enter_context(capturing(capture))
+        return capture
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that is queued is scored, and told; False if the time is up first."""
@@ -258,12 +304,20 @@ class PipelineMonitor:
             return _Task(pipe, what, dict, rows, count)
         # Of several samples that a call makes of an image, the condition of the first.
         every = max(1, samples // count)
-        batch = map_tensors(lambda tensor: tensor[::every][rows], self._batch(call, samples))
+        batch = map_tensors(lambda tensor: tensor[::every][rows], self._taken(pipe, call, samples))
         if images is None:
             return _Task(pipe, what, lambda: batch, rows, count)
         images = images if self._worker is None else copied(images)
         encode = partial(_with_encoded, pipe, batch, images, size_of(pipe, given), rows)
         return _Task(pipe, what, encode, rows, count)
+
+    def _taken(self, pipe: Any, call: DenoiserCall, samples: int) -> Batch:
+        """The detector's batch of a call, whose last step is replayed where none like it was."""
+        adapter = self.monitor.detector.adapter
+        with ExitStack() as stack:
+            if isinstance(adapter, ReplayedBound) and not adapter.is_known(call, samples):
+                stack.enter_context(scorable(pipe, denoiser_of(pipe)))
+            return self._batch(call, samples)
 
     def _scored(self, task: _Task) -> Scores | None:
         """The scores of a call's samples, nan for those not chosen; None if they come later."""
@@ -303,18 +357,40 @@ class PipelineMonitor:
                 type(original_of(denoiser_of(pipe))).__name__,
             )
 
+    def _tell_of_settings(self, arguments: Mapping[str, Any]) -> None:
+        """Of a call whose samples are made otherwise than those that the detector was fitted on."""
+        if self._origin is None or not arguments:
+            return
+        others = self._origin.others(settings_in(self._original, arguments))
+        told = "; ".join(f"{name}={b!r}, not {a!r}" for name, (a, b) in others.items())
+        with self._lock:
+            is_new = bool(told) and told not in self._told_settings
+            if is_new and len(self._told_settings) < _KINDS:
+                self._told_settings.add(told)
+        if is_new:
+            _log.warning("A call unlike those of the fit, whose samples may differ: %s.", told)
+
     @contextmanager
     def _never_failing(self, may_raise: bool = True) -> Iterator[None]:
         """Count and log what is raised: a call's images are returned whatever happens."""
         try:
             yield
-        except Exception:  # whatever a foreign pipeline or model raises
-            first = not self.counts.failures
-            self._count(failures=1)
+        except Exception as error:  # whatever a foreign pipeline or model raises
+            is_new = self._count_failure(error)
             if self._raise_on_error and may_raise:
                 raise
-            level = logging.WARNING if first else logging.DEBUG
-            _log.log(level, "A pipeline's call was not scored.", exc_info=True)
+            level = logging.WARNING if is_new else logging.DEBUG
+            _log.log(level, "A pipeline's call was not scored: %s", error, exc_info=not is_new)
+
+    def _count_failure(self, error: Exception) -> bool:
+        """Count it by its kind; whether the kind is new."""
+        kind = f"{type(error).__name__}: {_NUMBERS.sub('N', str(error))}"
+        self._count(failures=1)
+        with self._lock:
+            if kind not in self._failures and len(self._failures) >= _KINDS:
+                kind = "others"
+            self._failures[kind] += 1
+            return self._failures[kind] == 1
 
     def _count(self, **more: int) -> None:
         with self._lock:

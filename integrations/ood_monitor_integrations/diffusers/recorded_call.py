@@ -3,29 +3,44 @@
 import copy
 import inspect
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from ood_monitor.adapters.base import cpu_generator
 from ood_monitor.modules import device_of
+from ood_monitor_integrations.diffusers.callbacks import with_callback
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
+    Step,
     capturing,
     hooked,
     stepping,
 )
-from ood_monitor_integrations.diffusers.families import check_pipeline, denoiser_of
+from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
 from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, samples_of
 
-__all__ = ["RecordedCall", "record_call"]
+__all__ = ["RecordedCall", "arguments_of", "needs_image", "record_call", "unguided_steps"]
 
 #: Of which the first shows how the denoiser is told the time, and the last need not.
 _STEPS = 2
+
+#: Of a call that is read: enough to tell one map of the time from another.
+_STEPS_TO_READ = 4
+
+#: Arguments that name the steps themselves.
+_OF_STEPS = ("timesteps", "sigmas")
+
+#: Arguments by which guidance is switched off, and how.
+_GUIDANCE, _OFF = ("guidance_scale", "true_cfg_scale", "pag_scale"), (1.0, 0.0)
+
+#: How much of a call's steps is made: a few, and only the last kept; a few, all kept; or all.
+Extent: TypeAlias = Literal["conditions", "reading", "whole"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class RecordedCall:
 
 
 def record_call(
-    pipe: Any, arguments: dict[str, Any], seed: int, *, whole: bool = False
+    pipe: Any, arguments: dict[str, Any], seed: int, extent: Extent = "conditions"
 ) -> RecordedCall:
     """Call a pipeline and record what it does.
 
@@ -45,21 +60,21 @@ def record_call(
         pipe: The pipeline, watched or not.
         arguments: Of the call.
         seed: Of the call's noise.
-        whole: Whether all steps are made, or two.
+        extent: How much of its steps is made.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: One that cannot be replayed.
     """
     check_pipeline(pipe)
-    kind, twin = original_class(pipe), _twin(pipe)
-    parameters = inspect.signature(kind.__call__).parameters
+    kind, twin, parameters = original_class(pipe), _twin(pipe), arguments_of(pipe)
     if "generator" in parameters:
         arguments = {"generator": cpu_generator(seed)} | arguments
-    if not whole:
-        arguments = _steps(parameters, arguments) | arguments
+    if extent != "whole" and not any(arguments.get(name) is not None for name in _OF_STEPS):
+        arguments = arguments | _steps(parameters, arguments, extent)
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)
-    capture, device = Capture(denoiser, controlnet), device_of(denoiser)
+    capture = Capture(denoiser, controlnet, whole=extent == "reading")
+    device = device_of(denoiser)
     with ExitStack() as stack:
         for module in (denoiser, controlnet):
             if isinstance(module, nn.Module):
@@ -67,9 +82,41 @@ def record_call(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(stepping(twin.scheduler))
         stack.enter_context(capturing(capture))
-        output = kind.__call__(twin, **arguments)
+        args, kwargs = with_callback(kind, (twin,), arguments, capture)
+        output = kind.__call__(*args, **kwargs)
     call = capture.call()
     return RecordedCall(call, samples_of(output, len(call.sample)))
+
+
+def arguments_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What the pipeline's call takes."""
+    return inspect.signature(original_class(pipe).__call__).parameters
+
+
+def needs_image(pipe: Any, arguments: dict[str, Any], seed: int) -> bool:
+    """Whether a call fails without the user's image, which is then the sample's own.
+
+    A pipeline that can do without, as models for editing can, takes an image as context.
+    """
+    parameter = arguments_of(pipe).get("image")
+    if parameter is None or "image" in arguments or getattr(pipe, "controlnet", None) is not None:
+        return False
+    if parameter.default is inspect.Parameter.empty:
+        return True
+    try:
+        record_call(pipe, arguments, seed)
+    except Exception:  # of any kind, as pipelines check their arguments
+        return True
+    return False
+
+
+def unguided_steps(pipe: Any, arguments: dict[str, Any], seed: int) -> Iterator[Step]:
+    """Last steps of the call with its guidance switched off, by each value that may do so."""
+    parameters = arguments_of(pipe)
+    names = [name for name in _GUIDANCE if name in parameters]
+    for off in _OFF if names else ():
+        found = record_call(pipe, arguments | dict.fromkeys(names, off), seed)
+        yield found.call.last
 
 
 def _twin(pipe: Any) -> Any:
@@ -82,11 +129,12 @@ def _twin(pipe: Any) -> Any:
     return twin
 
 
-def _steps(parameters: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """As many steps as make two, of which img2img leaves out a share."""
+def _steps(parameters: Any, arguments: dict[str, Any], extent: Extent) -> dict[str, Any]:
+    """As many steps as make a few, of which img2img leaves out a share."""
     if "num_inference_steps" not in parameters:
         return {}
     strength = 1.0
     if "strength" in parameters:
         strength = float(arguments.get("strength", parameters["strength"].default))
-    return {"num_inference_steps": math.ceil(_STEPS / strength)}
+    steps = _STEPS_TO_READ if extent == "reading" else _STEPS
+    return {"num_inference_steps": math.ceil(steps / strength)}

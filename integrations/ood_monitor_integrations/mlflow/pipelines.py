@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from ood_monitor import DenoisingBound
 from ood_monitor.checks import path_of, text
 from ood_monitor_integrations.diffusers import replayed_bound
-from ood_monitor_integrations.diffusers.families import denoiser_of
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 
 __all__ = ["denoising_bound", "replayed"]

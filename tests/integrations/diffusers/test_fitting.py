@@ -31,7 +31,8 @@ TEXT, PIXELS, DIT = case_of("stable-diffusion"), case_of("ddim"), case_of("dit")
 
 
 def fitted(pipe: Any, data: Any, case: Any = TEXT, **options: Any) -> om.Detector:
-    settings = {"levels": (500,), "explain": FEW, "progress": False} | options
+    settings: dict[str, Any] = {"levels": (500,), "explain": FEW, "progress": False}
+    settings |= {"watches": "both"} | options
     return fit_pipeline(pipe, data, call=case.call_of_one(), **settings)
 
 
@@ -72,6 +73,7 @@ def test_each_batch_has_conditions_of_its_own() -> None:
     batches = [DIT.images(11, seed=k) for k in range(4)]
     pairs = [(b, {"class_labels": own}) for b, own in zip(batches, labels, strict=True)]
     options: dict[str, Any] = {"levels": (500,), "explain": FEW, "progress": False}
+    options["watches"] = "outputs"
     detector = fit_pipeline(pipe, pairs, call=common, **options)
     all_the_same = [(b, {"class_labels": [3]}) for b in batches]
     other = fit_pipeline(pipe, all_the_same, call=common, **options)
@@ -290,7 +292,8 @@ torch.set_num_threads(1)
 case, state = case_of("stable-diffusion"), PartialState(cpu=True)
 pipe = case()
 call = case.call_of_one()
-detector = fit_pipeline(pipe, [case.images(44)], call=call, levels=(500,), progress=False)
+options = {"levels": (500,), "progress": False, "watches": "outputs"}
+detector = fit_pipeline(pipe, [case.images(44)], call=call, **options)
 monitor = om.Monitor(detector, fpr=0.05)
 found = []
 with state.split_between_processes(list(range(7))) as seeds:

@@ -92,6 +92,7 @@ def fitted_of(case: Any, pipe: Any) -> om.Detector:
     # Enough calibration samples for the default fpr of a monitor that is made from a detector.
     call = case.call_of_one()
     options: dict[str, Any] = {"levels": (500,), "explain": FEW, "progress": False}
+    options["watches"] = "both"
     return fit_pipeline(pipe, [case.images(220)], call=call, **options)
 
 

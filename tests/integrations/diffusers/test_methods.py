@@ -22,6 +22,7 @@ def test_a_pipeline_is_watched_by_its_method(method: Method, name: str) -> None:
     pipe, plain, call = case(), case(), case.call_of_one()
     levels = (100, 500)
     options: dict[str, Any] = {"levels": levels, "explain": FEW, "progress": False}
+    options["watches"] = "outputs"
     detector = fit_pipeline(pipe, [case.images(44)], call=call, method=method, **options)
     assert detector.fitted.method == method
     watched = monitor_pipeline(pipe, om.Monitor(detector, fpr=0.05), raise_on_error=True)

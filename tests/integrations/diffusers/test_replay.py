@@ -1,5 +1,6 @@
 """Every family of pipelines: watched, the same to the bit, and scored as it was trained."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.recorded_call import record_call
+from support.further_pipeline_cases import FURTHER
 from support.given_pipeline_cases import GIVEN
 from support.pipeline_cases import FEW, PIPELINES, PipelineCase, seeded_call
+from support.read_pipeline_cases import READ
 from torch import Tensor
 
 import ood_monitor as om
@@ -17,17 +20,20 @@ import ood_monitor as om
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning"),
 ]
 
 LEVEL = 500
-every_pipeline = pytest.mark.parametrize("case", PIPELINES + GIVEN, ids=lambda case: case.name)
+CASES = PIPELINES + GIVEN + READ + FURTHER
+every_pipeline = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_inputs = pytest.mark.parametrize(
-    "case", [case for case in PIPELINES + GIVEN if case.inputs], ids=lambda case: case.name
+    "case", [case for case in CASES if case.inputs], ids=lambda case: case.name
 )
 
 
 def fitted(pipe: Any, case: PipelineCase, **options: Any) -> om.Detector:
-    settings = {"levels": (LEVEL,), "seed": 0, "explain": FEW, "progress": False}
+    settings: dict[str, Any] = {"levels": (LEVEL,), "seed": 0, "explain": FEW, "progress": False}
+    settings |= {"watches": "both"}
     call = case.call_of_one() | ({"batch_size": 1} if "batch_size" in case.arguments() else {})
     return fit_pipeline(pipe, [case.images(44)], call=call, **(settings | options))
 
@@ -40,6 +46,7 @@ def plain_call(pipe: Any, arguments: dict[str, Any]) -> tuple[np.ndarray, Tensor
     """Images, and what the scheduler's last step gives; of DiT's two copies, the first."""
     step, samples = pipe.scheduler.step, []
 
+    @functools.wraps(step)  # pipelines look at what it takes
     def recorded(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         samples.append(output[0] if isinstance(output, tuple) else output.prev_sample)
@@ -114,7 +121,7 @@ def test_residuals_are_those_of_the_training_target_without_noise(case: Pipeline
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "dit", "pixart", "controlnet"])
 def test_a_check_of_the_condition_takes_the_null_one_of_the_same_call(name: str) -> None:
-    case = next(case for case in PIPELINES + GIVEN if case.name == name)
+    case = next(case for case in CASES if case.name == name)
     pipe, arguments = case(), case.arguments()
     found = record_call(pipe, seeded_call(arguments), 0)
     bound = replayed_bound(pipe, call=arguments, condition_check=True)

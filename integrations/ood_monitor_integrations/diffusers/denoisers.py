@@ -1,42 +1,12 @@
-"""How families of denoisers are called, and which pipelines there is no replaying for."""
+"""A pipeline's denoiser, and which pipelines there is no replaying for."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ood_monitor import NoiseSchedule
-from ood_monitor_integrations.diffusers.capture import sample_argument
 
-__all__ = ["Family", "check_pipeline", "denoiser_of", "family_of", "original_of"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How denoisers of one kind are called, where it cannot be seen from a call.
-
-    Attributes:
-        conditional: Which copy of a batch that is doubled for guidance has the condition.
-        constants: Arguments without a batch, which one of so many rows may seem to have.
-        control: The arguments that are a ControlNet's outputs, in their order.
-    """
-
-    conditional: int = -1
-    constants: frozenset[str] = frozenset()
-    control: tuple[str, ...] = ()
-
-
-_FAMILIES = {
-    "UNet2DConditionModel": Family(
-        control=("down_block_additional_residuals", "mid_block_additional_residual")
-    ),
-    "DiTTransformer2DModel": Family(conditional=0),
-    "SD3Transformer2DModel": Family(control=("block_controlnet_hidden_states",)),
-    "FluxTransformer2DModel": Family(
-        constants=frozenset({"img_ids", "txt_ids"}),
-        control=("controlnet_block_samples", "controlnet_single_block_samples"),
-    ),
-}
+__all__ = ["check_pipeline", "denoiser_of", "original_of"]
 
 #: Components beside which one denoiser is not the whole model.
 _FURTHER_DENOISERS = (
@@ -48,16 +18,8 @@ _FURTHER_DENOISERS = (
     "super_res_first",
 )
 
-#: Parts of the names of denoisers of videos.
-_VIDEO = ("3D", "Video", "Motion", "SpatioTemporal")
-
 #: Parts of the names of schedulers of tokens, which have no Gaussian noise.
 _DISCRETE = ("VQDiffusion", "Amused", "BlockRefinement", "DiscreteState")
-
-
-def family_of(denoiser: nn.Module) -> Family:
-    """What is known of a denoiser's kind; the default of most for one that is not known."""
-    return _FAMILIES.get(type(original_of(denoiser)).__name__, Family())
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -85,10 +47,12 @@ def original_of(module: nn.Module) -> nn.Module:
 def check_pipeline(pipe: Any) -> None:
     """Refuse, by name, a pipeline whose denoiser cannot be replayed as a denoising bound.
 
+    How it is called is read off a call, and not asked here.
+
     Raises:
         TypeError: No denoiser or no scheduler.
-        ValueError: Several denoisers, a video, or a schedule that is neither variance-preserving
-            nor a straight line.
+        ValueError: Several denoisers, or a schedule that is neither variance-preserving nor a
+            straight line.
     """
     name = type(pipe).__name__
     further = [k for k in _FURTHER_DENOISERS if isinstance(getattr(pipe, k, None), nn.Module)]
@@ -97,13 +61,9 @@ def check_pipeline(pipe: Any) -> None:
             f"Expected a pipeline with one denoiser, got {name} with {', '.join(further)}: watch "
             "its stages as pipelines of their own."
         )
-    denoiser = original_of(denoiser_of(pipe))
+    denoiser_of(pipe)
     if not hasattr(pipe, "scheduler"):
         raise TypeError(f"Expected a pipeline with a scheduler, got {name} without one.")
-    kind = type(denoiser).__name__
-    if any(part in kind for part in _VIDEO):
-        raise ValueError(f"Expected a denoiser of images, got {kind}, one of videos.")
-    sample_argument(denoiser)
     _check_scheduler(pipe.scheduler)
 
 

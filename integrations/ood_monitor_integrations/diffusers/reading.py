@@ -1,0 +1,283 @@
+"""How a pipeline calls its denoiser, read off one of its calls.
+
+Families differ in the argument that holds the sample, in what they tell of the time, in the order
+of guidance's rows and in the sign of what they predict. All of it shows in a call of a few steps,
+beside what its scheduler was given: no list of families is kept.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ood_monitor import NoiseSchedule
+from ood_monitor.adapters.base import describe
+from ood_monitor_integrations.diffusers.capture import Called, DenoiserCall, Step
+from ood_monitor_integrations.diffusers.clocks import Clock, clock_of, number_in
+from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of
+from ood_monitor_integrations.diffusers.rows import (
+    Guidance,
+    Pattern,
+    guidance_of,
+    matching,
+    pattern_of,
+    rows_at,
+)
+from ood_monitor_integrations.diffusers.templates import Rows
+
+__all__ = ["Place", "Reading", "read", "sample_in", "told_time"]
+
+#: How far a denoiser's input may be from a multiple of the scheduler's sample, and its time from
+#: the scheduler's: rounding in 16 bits.
+_TOLERANCE = 2e-2
+
+#: What denoisers are told of a scheduler's time t, as slope and offset: it, or a thousandth, or how
+#: much is left of a thousand.
+_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1e3))
+
+#: Steps of a call at different times that tell one map from another.
+_LEAST_TIMES = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network takes a sample and its time.
+
+    Attributes:
+        sample: The name of the argument with the sample.
+        layout: Where the sample stands in it.
+        time: The name of the argument with the time.
+    """
+
+    sample: str
+    layout: Layout
+    time: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a pipeline calls its denoiser.
+
+    Attributes:
+        place: Of the sample and the time.
+        slope: The denoiser is told this times the scheduler's time,
+        offset: and this more.
+        clock: What the scheduler's time is of a level.
+        output: Where the prediction stands in what it gives.
+        sign: 1, or -1 where the pipeline turns the prediction.
+        levels: The scheduler's, with its own times where they are levels.
+    """
+
+    place: Place
+    slope: float
+    offset: float
+    clock: Clock
+    output: Layout
+    sign: int
+    levels: NoiseSchedule = field(compare=False)
+    _blocks: dict[Pattern, tuple[int, int]] = field(default_factory=dict, compare=False)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The levels with the time that the denoiser is told of each."""
+        schedule = self.levels
+        if self.clock == Clock() and (self.slope, self.offset) == (1.0, 0.0):
+            return schedule  # in whole numbers, where it is
+        told = self.slope * self.clock.times(schedule) + self.offset
+        return NoiseSchedule(schedule.alpha, schedule.sigma, told, schedule.prediction_type)
+
+    def rows(self, step: Step, count: int) -> Rows:
+        """The rows with the condition, within their call.
+
+        Raises:
+            ValueError: They cannot be told.
+        """
+        return rows_at(pattern_of(step, count), self.block(step, count), count)
+
+    def block(self, step: Step, count: int) -> tuple[int, int]:
+        """The call with the condition, and which of its copies of the samples.
+
+        Raises:
+            ValueError: It cannot be told.
+        """
+        pattern = pattern_of(step, count)
+        if pattern not in self._blocks:
+            found = guidance_of([step], count)
+            if found is None or (found.output, found.sign) != (self.output, self.sign):
+                raise ValueError(
+                    f"Expected guidance as the detector was fitted with, got denoiser calls of "
+                    f"{pattern} times the samples, of which the one with the condition is not "
+                    "told: fit with `call=` as it is called."
+                )
+            self._blocks[pattern] = found.block
+        return self._blocks[pattern]
+
+    def check(self, call: DenoiserCall) -> None:
+        """Refuse a call in which the denoiser is given another sample, or another time.
+
+        Raises:
+            ValueError: It is.
+        """
+        last, (slope, offset) = call.last, (self.slope, self.offset)
+        self.clock.check(call, self.levels)
+        for called in last.calls:
+            _factor(self.place.layout, called.arguments.get(self.place.sample), last.stepped)
+        for time, numbers in call.times:
+            told, t = number_in(numbers.get(self.place.time)), number_in(time)
+            if told is None or t is None or not _close(slope * t + offset, told, slope):
+                raise ValueError(
+                    f"Expected {self.place.time!r} to be {slope:g} times the scheduler's time plus "
+                    f"{offset:g}, got {told} for {t}."
+                )
+
+
+def read(
+    call: DenoiserCall,
+    count: int,
+    schedule: NoiseSchedule,
+    unguided: Callable[[], Iterable[Step]],
+) -> Reading:
+    """Read a call.
+
+    Args:
+        call: The call, with all its steps.
+        count: B, the samples that it gave.
+        schedule: Of its scheduler.
+        unguided: Gives last steps of the same call without guidance, should its own rows not tell
+            which of them have the condition.
+
+    Raises:
+        ValueError: Something of it cannot be read.
+    """
+    steps = [step for step in call.steps if step.calls]
+    name, layout, factors = sample_in([(step, step.calls[0]) for step in steps])
+    time, slope, offset = _time_map(call.times)
+    place = Place(name, layout, time)
+    clock = clock_of(call, factors, schedule)
+    guidance = guidance_of(steps, count) or _by_comparison(steps[-1], count, unguided)
+    blocks = {pattern_of(steps[-1], count): guidance.block}
+    return Reading(place, slope, offset, clock, guidance.output, guidance.sign, schedule, blocks)
+
+
+def sample_in(called: Sequence[tuple[Step, Called]]) -> tuple[str, Layout, list[float]]:
+    """The argument with the sample, where it stands there, and the factors that it has.
+
+    Raises:
+        ValueError: None has it in all of these calls.
+    """
+    (first, of_first), *_ = called
+    shape = first.stepped.shape[1:]
+    for name, value in of_first.arguments.items():
+        for layout in layouts_of(value, shape):
+            try:
+                factors = [_factor(layout, c.arguments.get(name), s.stepped) for s, c in called]
+            except ValueError:
+                continue
+            return name, layout, factors
+    arguments = {k: v for k, v in of_first.arguments.items() if isinstance(v, Tensor | list)}
+    raise ValueError(
+        "Expected one of the denoiser's arguments to be the scheduler's sample, up to a factor, "
+        f"alone or with context before or behind it, got {describe(arguments)} for "
+        f"{describe(first.stepped)}."
+    )
+
+
+def told_time(called: Called, time: Any, name: str) -> str:
+    """The argument by which a network beside the denoiser is told the same time.
+
+    Raises:
+        ValueError: None is.
+    """
+    told = number_in(time)
+    found = [k for k, v in called.numbers.items() if told is not None and number_in(v) == told]
+    if not found:
+        raise ValueError(f"Expected a ControlNet to be told the time {told}, got {called.numbers}.")
+    return name if name in found else found[0]
+
+
+def _time_map(times: Sequence[tuple[Any, Mapping[str, Any]]]) -> tuple[str, float, float]:
+    """The argument that follows the scheduler's time, and the slope and offset by which it does.
+
+    Raises:
+        ValueError: None does.
+    """
+    for name in times[0][1]:
+        pairs = [(number_in(numbers.get(name)), number_in(time)) for time, numbers in times]
+        known = [(told, t) for told, t in pairs if told is not None and t is not None]
+        found = _map_of(known) if len(known) == len(pairs) else None
+        if found is not None:
+            return name, *found
+    raise ValueError(
+        "Expected one of the denoiser's arguments to be the scheduler's time, or an affine map of "
+        f"it, at two steps at least, got {[numbers for _, numbers in times]} for "
+        f"{[time for time, _ in times]}."
+    )
+
+
+def _map_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Slope and offset from the scheduler's time to what the denoiser is told."""
+    if len({t for _, t in pairs}) < _LEAST_TIMES:
+        return None
+    for slope, offset in _MAPS:
+        if all(_close(slope * t + offset, told, slope) for told, t in pairs):
+            return slope, offset
+    (x0, t0), (x1, t1) = min(pairs, key=lambda p: p[1]), max(pairs, key=lambda p: p[1])
+    slope = (x1 - x0) / (t1 - t0)
+    offset = x0 - slope * t0
+    exact = all(math.isclose(slope * t + offset, x, rel_tol=1e-4, abs_tol=1e-6) for x, t in pairs)
+    is_read = exact and len({t for _, t in pairs}) > _LEAST_TIMES and slope != 0
+    return (slope, offset) if is_read else None
+
+
+def _close(expected: float, told: float, slope: float) -> bool:
+    """Up to rounding in 16 bits, of the time itself or of what it is taken from."""
+    taken_from = 1000 * abs(slope) if slope < 0 else 0.0
+    slack = max(1e-9, 4e-3 * taken_from)
+    return math.isclose(expected, told, rel_tol=_TOLERANCE, abs_tol=slack)
+
+
+def _factor(layout: Layout, value: Any, stepped: Tensor) -> float:
+    """What the scheduler's sample was multiplied by for the denoiser.
+
+    Raises:
+        ValueError: It is not what the denoiser was given.
+    """
+    shape = stepped.shape[1:]
+    if layout not in layouts_of(value, shape):
+        raise ValueError(
+            f"Expected the denoiser's input to have the scheduler's sample, {describe(stepped)}, "
+            f"as in the call that was read, got {describe(value)}."
+        )
+    taken = layout.taken(value, shape)
+    copies, rest = divmod(len(taken), len(stepped))
+    repeated = stepped.repeat(copies, *[1] * len(shape)) if not rest else stepped[: len(taken)]
+    finite = taken.isfinite() & repeated.isfinite()  # the rest is for the monitor to count
+    a, b = (each[finite].detach().to("cpu", torch.float64) for each in (taken, repeated))
+    if not a.numel() or not b.any():
+        return 1.0
+    factor = float((a @ b) / (b @ b))
+    if not factor or (a - factor * b).norm() > _TOLERANCE * a.norm():
+        raise ValueError(
+            "Expected the denoiser's input to be the scheduler's sample up to a factor, alone or "
+            f"beside context, got {describe(value)} for {describe(stepped)}."
+        )
+    return factor
+
+
+def _by_comparison(step: Step, count: int, unguided: Callable[[], Iterable[Step]]) -> Guidance:
+    """The rows that have the conditions of a call without guidance, whose sign shows."""
+    for other in unguided():
+        if not other.calls or pattern_of(other, count) != (1,):
+            continue
+        alone = guidance_of([other], count)
+        block = matching(step, other, count)
+        if alone is not None and block is not None:
+            return Guidance(alone.output, alone.sign, block)
+    raise ValueError(
+        "Expected guidance by a weighted sum of predictions, or a call that can do without it "
+        f"(`guidance_scale=1`), got denoiser calls of {pattern_of(step, count)} times the samples "
+        "of which the one with the condition is not told."
+    )

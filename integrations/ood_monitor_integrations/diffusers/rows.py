@@ -1,0 +1,164 @@
+"""Which rows of a denoiser's batch have the condition, read off what the scheduler was told.
+
+Guidance makes of several predictions one, most often by a weighted sum: of weights that add up to
+1, or to -1 where a pipeline turns the sign. The condition has the largest of them.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ood_monitor.adapters.base import tensors_in
+from ood_monitor_integrations.diffusers.capture import Step
+from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of, prediction_in
+from ood_monitor_integrations.diffusers.templates import Rows, template
+
+__all__ = ["Guidance", "guidance_of", "matching", "pattern_of", "rows_at"]
+
+#: Above it, rows hardly differ, and their weights are not told apart.
+_LARGEST_CONDITION = 1e4
+
+#: What a sum may leave of the prediction, and how far its weights may be from 1 together: by
+#: single precision, and by 16 bits.
+_LEFT = {4: 1e-3, 2: 2e-2}
+
+#: By how much the largest weight must be above the next.
+_MARGIN = 0.1
+
+#: Calls of the denoiser for a step, each by how many times it has the rows of the samples.
+Pattern = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a step's prediction comes from what the denoiser gave.
+
+    Attributes:
+        output: Where the prediction stands in that.
+        sign: 1, or -1 where the pipeline turns it.
+        block: The call, and which of its copies of the samples, with the condition.
+    """
+
+    output: Layout
+    sign: int
+    block: tuple[int, int]
+
+
+def pattern_of(step: Step, count: int) -> Pattern:
+    """How often each call for a step has the rows of so many samples.
+
+    Raises:
+        ValueError: A call has other rows.
+    """
+    found = tuple(divmod(len(prediction_in(call.output)), count) for call in step.calls)
+    if any(rest or not copies for copies, rest in found):
+        rows = [len(prediction_in(call.output)) for call in step.calls]
+        raise ValueError(f"Expected a multiple of the call's {count} samples, got {rows} rows.")
+    return tuple(copies for copies, _ in found)
+
+
+def rows_at(pattern: Pattern, block: tuple[int, int], count: int) -> Rows:
+    """The rows of one copy of the samples within its call."""
+    call, copy = block
+    return Rows(pattern[call] * count, copy * count, count)
+
+
+def guidance_of(steps: Sequence[Step], count: int) -> Guidance | None:
+    """The guidance of steps with the last one's calls, all of them by the same weights.
+
+    None if their predictions are no such sum, or do not tell which of the rows have the condition.
+
+    Raises:
+        ValueError: The denoiser's rows are not those of the samples.
+    """
+    pattern = pattern_of(steps[-1], count)
+    alike = [s for s in steps if s.calls and pattern_of(s, count) == pattern]
+    shape, sizes = steps[-1].stepped.shape[1:], _sizes(steps[-1])
+    alike = [s for s in alike if _sizes(s) == sizes]  # a cache may shorten what comes later
+    found = []
+    for layout in layouts_of(prediction_in(steps[-1].calls[0].output), shape):
+        weights, left = _weights(alike, count, layout)
+        if weights is not None:
+            found.append((left, layout, weights))
+    if not found:
+        return None
+    left, layout, weights = min(found, key=lambda each: each[0])
+    sign = 1 if weights.sum() > 0 else -1
+    best = int((sign * weights).argmax())
+    others = (sign * weights).sort(descending=True).values
+    if len(weights) > 1 and others[0] - others[1] < _MARGIN:
+        return None
+    blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
+    return Guidance(layout, sign, blocks[best])
+
+
+def _sizes(step: Step) -> list[int]:
+    return [sum(t.numel() for t in tensors_in(prediction_in(c.output))) for c in step.calls]
+
+
+def _weights(steps: Sequence[Step], count: int, layout: Layout) -> tuple[Tensor | None, float]:
+    """Of each copy of the samples, and what their sum leaves as a share; None if it is no sum."""
+    shape = steps[-1].stepped.shape[1:]
+    rows, told = [], []
+    for step in steps:
+        outputs = [prediction_in(call.output) for call in step.calls]
+        given = [layout.taken(output, shape) for output in outputs]
+        rows.append(torch.stack([_flat(b) for each in given for b in torch.split(each, count)], 1))
+        # Of a learned variance's channels the first half.
+        told.append(_flat(step.prediction[:count, : shape[0]]))
+    a, y = torch.cat(rows), torch.cat(told)
+    if not (a.isfinite().all() and y.isfinite().all()) or not y.any():
+        return None, 0.0
+    spread = torch.linalg.svdvals(a / a.norm(dim=0).clamp_min(1e-300))
+    if spread[0] > _LARGEST_CONDITION * spread[-1]:
+        return None, 0.0
+    weights = torch.linalg.lstsq(a, y.unsqueeze(1)).solution.squeeze(1)
+    left = float((a @ weights - y).norm() / y.norm())
+    limit = _LEFT[min(4, max(2, steps[-1].prediction.element_size()))]
+    is_sum = left <= limit and abs(abs(float(weights.sum())) - 1) <= 10 * limit
+    return (weights if is_sum else None), left
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64).flatten()
+
+
+def matching(step: Step, unguided: Step, count: int) -> tuple[int, int] | None:
+    """Which rows of a guided step have the conditions that an unguided one has.
+
+    None if its calls have other arguments, or no rows alone have these.
+    """
+    pattern = pattern_of(step, count)
+    [alone] = _conditions(unguided, pattern_of(unguided, count), count)
+    blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
+    found = _conditions(step, pattern, count)
+    names = [n for n in alone if all(n in each for each in found)]
+    # What all rows have says nothing.
+    telling = [
+        n for n in names if not all(_equal(a[n], b[n]) for a, b in itertools.pairwise(found))
+    ]
+    hits = [b for b, own in zip(blocks, found, strict=True) if _agree(own, alone, telling)]
+    return hits[0] if telling and len(hits) == 1 else None
+
+
+def _agree(own: dict[str, Tensor], alone: dict[str, Tensor], names: Sequence[str]) -> bool:
+    return all(_equal(own[name], alone[name]) for name in names)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6)
+
+
+def _conditions(step: Step, pattern: Pattern, count: int) -> list[dict[str, Tensor]]:
+    """Of each copy of the samples, the tensors with its rows but for numbers and the sample."""
+    found = []
+    for c, copies in enumerate(pattern):
+        for k in range(copies):
+            own: dict[str, Tensor] = {}
+            for name, value in step.calls[c].arguments.items():
+                template(value, rows_at(pattern, (c, k), count), name, own)
+            found.append(own)
+    return found
