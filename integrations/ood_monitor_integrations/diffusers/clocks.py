@@ -32,12 +32,19 @@ class Clock:
     """What a scheduler's time is of a level.
 
     Attributes:
+        is_scaled: Whether a sample is multiplied by alpha for the denoiser.
         is_quarter_log: Whether it is a fourth of the logarithm of sigma / alpha.
         shift: Of straight lines, by which the odds of sigma are more than those of the time.
     """
 
+    is_scaled: bool = False
     is_quarter_log: bool = False
     shift: float = 1.0
+
+    @property
+    def tells_levels(self) -> bool:
+        """Whether the time is a level's own."""
+        return not self.is_quarter_log and self.shift == 1
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
         """The time of each level, shape (T,), float64."""
@@ -49,19 +56,19 @@ class Clock:
         before = len(schedule) * odds / (1 + odds)
         return torch.where(schedule.alpha > 0, before, float(len(schedule)))
 
-    def check(self, call: DenoiserCall, schedule: NoiseSchedule) -> None:
-        """Refuse a call whose scheduler's times are those of other levels.
+    def check(self, call: DenoiserCall, factor: float, schedule: NoiseSchedule) -> None:
+        """Refuse a call whose last time is that of another level.
 
         Raises:
-            ValueError: They are; a scheduler without sigmas does not show it.
+            ValueError: It is; a scheduler that has no sigmas and scales no sample does not show it.
         """
-        for time in (number_in(time) for time, _ in call.times if call.grid is not None):
-            ratio = None if time is None else _ratio(call, time, 1.0, schedule)
-            if time is None or not _fits(self, time, ratio, schedule):
-                raise ValueError(
-                    f"Expected a scheduler whose times have the sigmas of the fit's, got time "
-                    f"{time} at sigma / alpha {ratio}: fit with `call=` as it is called."
-                )
+        time = number_in(call.last.time)
+        ratio = None if time is None else _ratio(call, time, factor, schedule, self.is_scaled)
+        if time is None or not _fits(self, time, ratio, schedule):
+            raise ValueError(
+                f"Expected a scheduler whose times have the sigmas of the fit's, got time {time} "
+                f"at sigma / alpha {ratio}: fit with `call=` as it is called."
+            )
 
 
 def clock_of(call: DenoiserCall, factors: Sequence[float], schedule: NoiseSchedule) -> Clock:
@@ -79,8 +86,10 @@ def clock_of(call: DenoiserCall, factors: Sequence[float], schedule: NoiseSchedu
     known = [time for time in times if time is not None]
     if len(known) < len(times):
         raise ValueError(f"Expected a scheduler's times as one number each, got {times}.")
-    ratios = [_ratio(call, time, f, schedule) for time, f in zip(known, factors, strict=True)]
-    for clock in _clocks(known, ratios, schedule):
+    scaled = any(factor < 1 - _TOLERANCE for factor in factors)
+    pairs = zip(known, factors, strict=True)
+    ratios = [_ratio(call, time, factor, schedule, scaled) for time, factor in pairs]
+    for clock in _clocks(known, ratios, schedule, scaled):
         fits = (_fits(clock, *each, schedule) for each in zip(known, ratios, strict=True))
         if all(fits) and all(_is_scale(f, r) for f, r in zip(factors, ratios, strict=True)):
             return clock
@@ -96,37 +105,41 @@ def clock_of(call: DenoiserCall, factors: Sequence[float], schedule: NoiseSchedu
 
 
 def _clocks(
-    times: Sequence[float], ratios: Sequence[float | None], schedule: NoiseSchedule
+    times: Sequence[float], ratios: Sequence[float | None], schedule: NoiseSchedule, scaled: bool
 ) -> list[Clock]:
     """What may fit: levels, a fourth of a logarithm, and the shift of the middle step."""
-    found = [Clock(), Clock(is_quarter_log=True)]
+    found = [Clock(scaled)]
+    if any(ratio is not None for ratio in ratios):
+        found.append(Clock(scaled, is_quarter_log=True))
     shifts = sorted(
         ratio * (len(schedule) - time) / time
         for time, ratio in zip(times, ratios, strict=True)
         if ratio and math.isfinite(ratio) and 0 < time < len(schedule)
     )
     if shifts and schedule.prediction_type != "epsilon":
-        found.append(Clock(shift=shifts[len(shifts) // 2]))
+        found.append(Clock(scaled, shift=shifts[len(shifts) // 2]))
     return found
 
 
-def _ratio(call: DenoiserCall, time: float, factor: float, schedule: NoiseSchedule) -> float | None:
-    """Sigma / alpha at a step, by the scheduler's sigma or its scale; None if neither says it."""
-    if call.grid is not None:
-        times, sigmas = (each.detach().to("cpu", torch.float64) for each in call.grid)
-        at = int((times - time).abs().argmin())
-        sigma = float(sigmas[at])
-        is_flow = schedule.prediction_type != "epsilon"
-        if is_flow:
-            return sigma / (1 - sigma) if sigma < 1 else math.inf
+def _ratio(
+    call: DenoiserCall, time: float, factor: float, schedule: NoiseSchedule, is_scaled: bool
+) -> float | None:
+    """Sigma / alpha at a step, by the scheduler's scale or its sigma; None if neither says it."""
+    if is_scaled:  # whose sigmas may stand between its times
+        return math.sqrt(factor**-2 - 1) if 0 < factor < 1 - _TOLERANCE else None
+    if call.grid is None:
+        return None
+    times, sigmas = (each.detach().to("cpu", torch.float64) for each in call.grid)
+    sigma = float(sigmas[int((times - time).abs().argmin())])
+    if schedule.prediction_type == "epsilon":  # of a variance-preserving one: already a ratio
         return sigma
-    return math.sqrt(factor**-2 - 1) if 0 < factor < 1 - _TOLERANCE else None
+    return sigma / (1 - sigma) if sigma < 1 else math.inf
 
 
 def _fits(clock: Clock, time: float, ratio: float | None, schedule: NoiseSchedule) -> bool:
     """Whether a time is that of a level with such a ratio."""
-    if ratio is None:  # a table of levels alone, which the time looks up
-        return clock == Clock() and -_TOLERANCE <= time <= len(schedule)
+    if ratio is None:  # of a table of levels alone, or too little noise to show in the scale
+        return not clock.tells_levels or -_TOLERANCE <= time <= len(schedule)
     if ratio in (0.0, math.inf):
         return True
     if clock.is_quarter_log:

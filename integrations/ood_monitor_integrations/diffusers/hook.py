@@ -261,9 +261,8 @@ def _watched_class(original: type[DiffusionPipeline]) -> type[DiffusionPipeline]
 
     def reduced(self: Any, protocol: Any) -> Any:
         """What has components of its own, deep-copied or unpickled, is not watched."""
-        plain: Any = object.__new__(original)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != "ood_monitor"})
-        return plain.__reduce_ex__(protocol)
+        state = {k: v for k, v in self.__dict__.items() if k != "ood_monitor"}
+        return object.__new__, (original,), state
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     methods = {"__call__": call, "__enter__": lambda self: self, "__exit__": leave}

@@ -432,7 +432,7 @@ def _arguments(
 
 def samples_of(output: Any, stepped: int) -> int:
     """B: the samples that a call returned; of two copies for guidance, one is returned."""
-    first = output[0]
+    first = output[0] if isinstance(output, tuple | Mapping) else output
     is_batch = isinstance(first, list) or getattr(first, "ndim", 0) > 2
     return len(first) if is_batch else stepped
 

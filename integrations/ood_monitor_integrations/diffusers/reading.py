@@ -38,6 +38,9 @@ _TOLERANCE = 2e-2
 #: much is left of a thousand.
 _MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1e3))
 
+#: Predictions for a step, of which the condition has the larger weight.
+_PAIR = 2
+
 #: Steps of a call at different times that tell one map from another.
 _LEAST_TIMES = 2
 
@@ -84,7 +87,7 @@ class Reading:
     def schedule(self) -> NoiseSchedule:
         """The levels with the time that the denoiser is told of each."""
         schedule = self.levels
-        if self.clock == Clock() and (self.slope, self.offset) == (1.0, 0.0):
+        if self.clock.tells_levels and (self.slope, self.offset) == (1.0, 0.0):
             return schedule  # in whole numbers, where it is
         told = self.slope * self.clock.times(schedule) + self.offset
         return NoiseSchedule(schedule.alpha, schedule.sigma, told, schedule.prediction_type)
@@ -105,7 +108,7 @@ class Reading:
         """
         pattern = pattern_of(step, count)
         if pattern not in self._blocks:
-            found = guidance_of([step], count)
+            found = guidance_of([step], count) if sum(pattern) <= _PAIR else None
             if found is None or (found.output, found.sign) != (self.output, self.sign):
                 raise ValueError(
                     f"Expected guidance as the detector was fitted with, got denoiser calls of "
@@ -122,9 +125,11 @@ class Reading:
             ValueError: It is.
         """
         last, (slope, offset) = call.last, (self.slope, self.offset)
-        self.clock.check(call, self.levels)
-        for called in last.calls:
-            _factor(self.place.layout, called.arguments.get(self.place.sample), last.stepped)
+        name, layout = self.place.sample, self.place.layout
+        factors = [
+            _factor(layout, called.arguments.get(name), last.stepped) for called in last.calls
+        ]
+        self.clock.check(call, factors[0], self.levels)
         for time, numbers in call.times:
             told, t = number_in(numbers.get(self.place.time)), number_in(time)
             if told is None or t is None or not _close(slope * t + offset, told, slope):
@@ -157,7 +162,7 @@ def read(
     time, slope, offset = _time_map(call.times)
     place = Place(name, layout, time)
     clock = clock_of(call, factors, schedule)
-    guidance = guidance_of(steps, count) or _by_comparison(steps[-1], count, unguided)
+    guidance = _guidance(steps, count, unguided, place)
     blocks = {pattern_of(steps[-1], count): guidance.block}
     return Reading(place, slope, offset, clock, guidance.output, guidance.sign, schedule, blocks)
 
@@ -267,17 +272,36 @@ def _factor(layout: Layout, value: Any, stepped: Tensor) -> float:
     return factor
 
 
-def _by_comparison(step: Step, count: int, unguided: Callable[[], Iterable[Step]]) -> Guidance:
+def _guidance(
+    steps: Sequence[Step], count: int, unguided: Callable[[], Iterable[Step]], place: Place
+) -> Guidance:
+    """By the weights of two; of more, whose largest need not be the condition's, by comparison.
+
+    Raises:
+        ValueError: Neither tells.
+    """
+    by_weights = guidance_of(steps, count)
+    pattern = pattern_of(steps[-1], count)
+    if by_weights is not None and sum(pattern) <= _PAIR:
+        return by_weights
+    found = _by_comparison(steps[-1], count, unguided(), place) or by_weights
+    if found is None:
+        raise ValueError(
+            "Expected guidance by a weighted sum of predictions, or a call that can do without it "
+            f"(`guidance_scale=1`), got denoiser calls of {pattern} times the samples of which "
+            "the one with the condition is not told."
+        )
+    return found
+
+
+def _by_comparison(
+    step: Step, count: int, unguided: Iterable[Step], place: Place
+) -> Guidance | None:
     """The rows that have the conditions of a call without guidance, whose sign shows."""
-    for other in unguided():
-        if not other.calls or pattern_of(other, count) != (1,):
-            continue
-        alone = guidance_of([other], count)
-        block = matching(step, other, count)
-        if alone is not None and block is not None:
-            return Guidance(alone.output, alone.sign, block)
-    raise ValueError(
-        "Expected guidance by a weighted sum of predictions, or a call that can do without it "
-        f"(`guidance_scale=1`), got denoiser calls of {pattern_of(step, count)} times the samples "
-        "of which the one with the condition is not told."
-    )
+    for other in unguided:
+        if other.calls and pattern_of(other, count) == (1,):
+            alone = guidance_of([other], count)
+            block = matching(step, other, count, place.sample, place.layout)
+            if alone is not None and block is not None:
+                return Guidance(alone.output, alone.sign, block)
+    return None

@@ -6,7 +6,7 @@ Guidance makes of several predictions one, most often by a weighted sum: of weig
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,12 +126,22 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64).flatten()
 
 
-def matching(step: Step, unguided: Step, count: int) -> tuple[int, int] | None:
+def matching(
+    step: Step, unguided: Step, count: int, sample: str, layout: Layout
+) -> tuple[int, int] | None:
     """Which rows of a guided step have the conditions that an unguided one has.
 
     None if its calls have other arguments, or no rows alone have these.
+
+    Args:
+        step: With guidance.
+        unguided: Without.
+        count: B.
+        sample: The argument with the sample, which is another in each.
+        layout: Where it stands there; what stands beside it is a condition.
     """
     pattern = pattern_of(step, count)
+    step, unguided = (_without_sample(each, sample, layout) for each in (step, unguided))
     [alone] = _conditions(unguided, pattern_of(unguided, count), count)
     blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
     found = _conditions(step, pattern, count)
@@ -142,6 +152,15 @@ def matching(step: Step, unguided: Step, count: int) -> tuple[int, int] | None:
     ]
     hits = [b for b, own in zip(blocks, found, strict=True) if _agree(own, alone, telling)]
     return hits[0] if telling and len(hits) == 1 else None
+
+
+def _without_sample(step: Step, sample: str, layout: Layout) -> Step:
+    shape = step.stepped.shape[1:]
+    calls = [
+        replace(c, arguments={**c.arguments, sample: layout.beside(c.arguments[sample], shape)})
+        for c in step.calls
+    ]
+    return replace(step, calls=tuple(calls))
 
 
 def _agree(own: dict[str, Tensor], alone: dict[str, Tensor], names: Sequence[str]) -> bool:
