@@ -2,14 +2,15 @@
 
 ::
 
-    detector = fit_pipeline(pipe, held_out)
+    detector = fit_pipeline(pipe, call={"num_inference_steps": 25})
     with monitor_pipeline(pipe, detector) as pipe:
-        output = pipe(...)
+        output = pipe(num_inference_steps=25)
         output.ood.p_value
 
 What each call generates, or is given, is scored with the conditioning that the pipeline itself
 built: the last call of its denoiser is captured, and the denoising bound replayed from it at the
-detector's noise levels. The call itself is not changed: same images, bit for bit.
+detector's noise levels. How a pipeline calls its denoiser is read off a call, and verified by a
+replay of its last step. The call itself is not changed: same images, bit for bit.
 """
 
 from ood_monitor_integrations.diffusers.capture import DenoiserCall

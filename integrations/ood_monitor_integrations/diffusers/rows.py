@@ -117,9 +117,15 @@ def _weights(steps: Sequence[Step], count: int, layout: Layout) -> tuple[Tensor 
         return None, 0.0
     weights = torch.linalg.lstsq(a, y.unsqueeze(1)).solution.squeeze(1)
     left = float((a @ weights - y).norm() / y.norm())
-    limit = _LEFT[min(4, max(2, steps[-1].prediction.element_size()))]
+    limit = _LEFT[max(2, min(4, _precision(steps[-1])))]
     is_sum = left <= limit and abs(abs(float(weights.sum())) - 1) <= 10 * limit
     return (weights if is_sum else None), left
+
+
+def _precision(step: Step) -> int:
+    """Bytes of the numbers that guidance was computed in, at least."""
+    outputs = [prediction_in(call.output) for call in step.calls]
+    return min(tensor.element_size() for tensor in tensors_in([step.prediction, outputs]))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -202,14 +202,23 @@ def test_the_bound_is_an_adapter_as_any_other() -> None:
     assert [term for term, _ in adapter.log_likelihood(batch)] == ["t=50", "t=500"]
 
 
-def test_a_call_with_other_constants_is_refused_by_name() -> None:
+def test_a_call_of_another_size_is_refused_by_name() -> None:
     flux = case_of("flux")
     pipe = flux()
     watched = monitor_pipeline(
         pipe, om.Monitor(fitted(pipe, [flux.images(44)], flux), fpr=0.05), raise_on_error=True
     )
-    with pytest.raises(ValueError, match="Expected a call with the img_ids that the detector"):
+    with pytest.raises(ValueError, match="Expected samples as the detector was fitted on"):
         watched(**seeded_call(flux.arguments() | {"height": 32}))
+
+
+def test_a_call_with_another_scale_is_refused_by_name() -> None:
+    case = case_of("controlnet")
+    pipe = case()
+    monitor = om.Monitor(fitted(pipe, [case.images(44)], case), fpr=0.05)
+    watched = monitor_pipeline(pipe, monitor, raise_on_error=True)
+    with pytest.raises(ValueError, match=r"with the controlnet\.conditioning_scale that the"):
+        watched(**seeded_call(case.arguments() | {"controlnet_conditioning_scale": 0.3}))
 
 
 def test_plans_are_measured_beside_a_forward_pass() -> None:

@@ -25,6 +25,8 @@ pytestmark = [
 
 LEVEL = 500
 CASES = PIPELINES + GIVEN + READ + FURTHER
+#: Of networks that other cases have too: by the method that costs less.
+VARIANTS = ("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided")
 every_pipeline = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_inputs = pytest.mark.parametrize(
     "case", [case for case in CASES if case.inputs], ids=lambda case: case.name
@@ -73,7 +75,8 @@ def test_a_call_is_the_same_to_the_bit_and_scored_by_the_training_loss_of_its_sa
     after = torch.get_rng_state()  # SD3's ControlNet draws from it
     expected = case.loss(pipe, sample, LEVEL, case.arguments())
     torch.set_rng_state(start)
-    detector = fitted(pipe, case, method="both")  # without noise there is no bound
+    # Without noise there is no bound.
+    detector = fitted(pipe, case, method="forward" if case.name in VARIANTS else "both")
     watched = monitor_pipeline(pipe, monitor_of(detector), raise_on_error=True)
     assert torch.equal(torch.get_rng_state(), start)
     assert "output_layer" in {part.kind for part in detector.fitted.joined.parts}
@@ -82,7 +85,9 @@ def test_a_call_is_the_same_to_the_bit_and_scored_by_the_training_loss_of_its_sa
     assert torch.equal(torch.get_rng_state(), after)
     assert output.ood.valid.all()
     assert output.ood.p_value.shape == (2,)
-    torch.testing.assert_close(output.ood.log_likelihood.float(), expected, rtol=1e-4, atol=0)
+    if case.name not in VARIANTS:
+        found = output.ood.log_likelihood.float()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @with_inputs
