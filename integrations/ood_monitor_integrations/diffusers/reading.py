@@ -111,7 +111,7 @@ class Reading:
         known = self._blocks.get(pattern)
         if found is None and known is not None:
             return known  # of guidance that is no weighted sum, or whose rows hardly differ
-        told = (self.output, self.sign, known or found and found.block)
+        told = (self.output, self.sign, known or (found and found.block))
         if found is None or (found.output, found.sign, found.block) != told:
             raise ValueError(
                 f"Expected guidance as the detector was fitted with, got denoiser calls of "
