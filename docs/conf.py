@@ -35,6 +35,7 @@ nitpick_ignore = [
     ("py:class", "Trainer"),
     ("py:class", "ood_monitor.densities.features.Features"),
     ("py:class", "ood_monitor.saving.provenance.Provenance"),
+    ("py:class", "ood_monitor_integrations.diffusers.reading.Reading"),
     ("py:class", "ood_monitor_integrations.mlflow.clients.Logger"),
 ]
 autodoc_member_order = "bysource"

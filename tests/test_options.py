@@ -720,7 +720,7 @@ CASES: dict[str, Case] = {
 WITHOUT = {
     *("Adapter", "Alert", "Diagnosis", "DiagonalGaussian", "Elements", "Explanation", "Scores"),
     *("latents_and_log_det", "models", "observations"),
-    *("Counts", "DenoiserCall", "PipelineMonitor", "PlanCost", "ReplayedBound"),
+    *("Called", "Counts", "DenoiserCall", "Step", "PipelineMonitor", "PlanCost", "ReplayedBound"),
     *("FlaggedBatch", "StageScores", "score_buckets"),
     *("FLAVOR_NAME", "traced_update"),
 }

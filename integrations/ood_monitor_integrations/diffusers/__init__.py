@@ -13,7 +13,7 @@ detector's noise levels. How a pipeline calls its denoiser is read off a call, a
 replay of its last step. The call itself is not changed: same images, bit for bit.
 """
 
-from ood_monitor_integrations.diffusers.capture import DenoiserCall
+from ood_monitor_integrations.diffusers.capture import Called, DenoiserCall, Step
 from ood_monitor_integrations.diffusers.costs import PlanCost, plan_costs
 from ood_monitor_integrations.diffusers.fitting import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.hook import monitor_pipeline, wrap
@@ -22,12 +22,14 @@ from ood_monitor_integrations.diffusers.pipeline_monitor import Counts, Pipeline
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = [
+    "Called",
     "Counts",
     "DenoiserCall",
     "OODBlock",
     "PipelineMonitor",
     "PlanCost",
     "ReplayedBound",
+    "Step",
     "fit_pipeline",
     "monitor_pipeline",
     "plan_costs",

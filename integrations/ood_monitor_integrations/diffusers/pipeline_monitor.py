@@ -142,9 +142,9 @@ class PipelineMonitor:
 
     @property
     def failures(self) -> dict[str, int]:
-        """How many calls could not be scored, by kind: the error without its numbers.
+        """How many calls could not be scored, by their error without its numbers.
 
-        Each kind is warned of once.
+        Each of them is warned of once.
         """
         with self._lock:
             return dict(self._failures)
