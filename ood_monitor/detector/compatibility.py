@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ood_monitor.adapters import SequenceLikelihood
 from ood_monitor.adapters.base import Adapter, Batch, tensors_in
 from ood_monitor.gradients.layers import Layers, selection, supported
-from ood_monitor.modules import dtype_of, stored_weights
+from ood_monitor.modules import Names, dtype_of, stored_weights
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.provenance import differences, recipe
@@ -56,12 +56,18 @@ def _length_and_rest(sample: str) -> tuple[int | None, str]:
 
 def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]]:
     """Shapes of the chosen parameters, in module order; by default of all that have a gradient."""
+    names = Names.of(adapter.module)
     if layers is None:
-        chosen: Callable[[str], bool] = supported(adapter.module).__contains__
+        every = supported(adapter.module)
+        chosen: Callable[[str], bool] = lambda name: name in every and bool(names.weights(name))
     else:
         chosen = selection(adapter.module, layers, shards=True)
-    named = stored_weights(adapter.module)
-    return {name: tuple(p.shape) for name, p in named if chosen(name)}
+    found = {}
+    for name, p in stored_weights(adapter.module):
+        parts = names.weights(name)
+        if chosen(name) and len(parts) < 2:  # what is fused is there under the names of before
+            found[parts[0].name if parts else name] = tuple(p.shape)
+    return found
 
 
 def check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

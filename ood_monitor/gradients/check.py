@@ -84,6 +84,9 @@ _open: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _open_of_one: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+#: Of the names of parameters, by adapter.
+_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 #: Adapters of which a sample of a larger batch was compared with it alone.
 _last_looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -97,6 +100,7 @@ def facts_of(passes: Passes[Adapter], batch: Batch, group: int) -> Facts:
         ValueError: A sample's value depends on its batch, or no parameter gets a gradient.
     """
     adapter, n = passes.holder, min(2, batch_size(batch) // group)
+    _forget_others(adapter)
     for found, unsettled in _stores(n):
         if adapter in found:
             known: Facts = found[adapter]
@@ -180,6 +184,15 @@ def check_last(
 def _stores(n: int) -> list[tuple[WeakIdKeyDictionary, WeakIdKeyDictionary]]:
     two, one = (_known, _open), (_known_of_one, _open_of_one)
     return [two] if n > 1 else [two, one]
+
+
+def _forget_others(adapter: Adapter) -> None:
+    """Compare anew where layers were wrapped, replaced or fused since: facts are of their names."""
+    now = hash(tuple(name for name, _ in adapter.module.named_parameters()))
+    if _names.get(adapter, now) != now:  # type: ignore[no-untyped-call]
+        for store in (_known, _known_of_one, _open, _open_of_one, _last_looked_at):
+            store.pop(adapter, None)  # type: ignore[no-untyped-call]
+    _names[adapter] = now
 
 
 def _is_due(left: _Open, adapter: Adapter) -> bool:

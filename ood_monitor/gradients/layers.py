@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ood_monitor.checks import items, text
-from ood_monitor.modules import fully_sharded, is_shard, local_part, stored_weights
+from ood_monitor.modules import Names, fully_sharded, is_shard, local_part, stored_weights
 
 __all__ = ["Layers", "checked_layers", "selection", "supported"]
 
@@ -38,9 +38,12 @@ def checked_layers(layers: Layers) -> Layers:
 def selection(module: nn.Module, layers: Layers, *, shards: bool = False) -> Callable[[str], bool]:
     """The chosen floating-point or complex parameters of ``module`` as a predicate on names.
 
+    On lasting names and on the module's own, which differ where a tuner (PEFT) has wrapped layers.
+
     Args:
         module: The model.
-        layers: What to choose; a pattern is one of :mod:`fnmatch`, such as ``"up_blocks.*"``.
+        layers: What to choose; a pattern is one of :mod:`fnmatch`, such as ``"up_blocks.*"``. A
+            tuner's own weights are chosen only by a pattern that matches none of the model's.
         shards: Whether shards may be chosen, of which no gradient is then taken.
 
     Raises:
@@ -56,7 +59,7 @@ def selection(module: nn.Module, layers: Layers, *, shards: bool = False) -> Cal
             f"Expected a model with floating-point parameters, got {type(module).__name__} with "
             f"{len(parameters)} parameters, none of them floating-point."
         )
-    chosen = _chosen(layers, names)
+    chosen = _chosen(layers, names, Names.of(module))
     if _is_by_fsdp(module) and not shards:
         raise ValueError(
             "Expected whole parameters, got a model that FSDP has sharded: gradients of a sample "
@@ -101,12 +104,22 @@ def _unsupported(parameter: Tensor) -> str | None:
     return None
 
 
-def _chosen(layers: Layers, names: list[str]) -> frozenset[str]:
-    """Those of the names that are meant; each pattern means one at least."""
+def _chosen(layers: Layers, names: list[str], lasting: Names) -> frozenset[str]:
+    """Those of the names that are meant, and their lasting names."""
+    known = {name: {part.name for part in lasting.weights(name)} for name in names}
+    models = dict.fromkeys(each for found in known.values() for each in found)
+    own = [name for name, found in known.items() if not found]
+    chosen = _meant(layers, list(models), own)
+    return chosen | {name for name, found in known.items() if not chosen.isdisjoint(found)}
+
+
+def _meant(layers: Layers, names: list[str], others: list[str]) -> frozenset[str]:
+    """Those that are meant, of others if a pattern means none of the names; one at least of each."""
     if layers is None:
         return frozenset(names)
     parts = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
-    matches = [frozenset(filter(_predicate(part), names)) for part in parts]
+    predicates = [_predicate(part) for part in parts]
+    matches = [frozenset(filter(it, names)) or frozenset(filter(it, others)) for it in predicates]
     lacking = [part for part, found in zip(parts, matches, strict=True) if not found]
     if lacking or not parts:
         raise ValueError(

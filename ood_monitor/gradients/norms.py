@@ -34,7 +34,7 @@ from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, 
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.modules import Passes, scored
+from ood_monitor.modules import Names, Part, Passes, scored
 
 __all__ = [
     "GradientNorms",
@@ -124,7 +124,8 @@ def terms_and_norms(
         ValueError: As there.
         TypeError: As there.
     """
-    by = _granularity_of(granularity, adapter.module)
+    names = Names.of(adapter.module)
+    by = _granularity_of(granularity, adapter.module, names)
     batch = without_ignored(adapter, batch)
     size = _checked_size(batch, group, chunk_size)
     selected = selection(adapter.module, layers)
@@ -141,7 +142,21 @@ def terms_and_norms(
         settled = facts_after(passes, usable, group, facts, found.norms)
         return found if settled is facts else of_facts(passes, usable, settled)
 
-    return scored(measured, adapter, adapter.module)
+    found = scored(measured, adapter, adapter.module)
+    return found if names.are_plain else _renamed(found, names, selected)
+
+
+def _renamed(found: GradientNorms, names: Names, selected: Callable[[str], bool]) -> GradientNorms:
+    """Norms by lasting names; those of fused weights as the rows of the weights that they are."""
+    norms: dict[str, Tensor] = {}
+    for key, values in found.norms.items():
+        term, _, name = key.partition("/")
+        for part in names.weights(name) or (Part(name),):
+            if part.rows is None:
+                norms[f"{term}/{part.name}"] = values
+            elif selected(part.name):
+                norms[f"{term}/{part.name}"] = values[:, part.rows].sum(1)
+    return GradientNorms(found.log_likelihood, norms)
 
 
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
@@ -169,7 +184,8 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         ['levels.0.step_0.coupling.network.4.weight', 'levels.0.step_0.coupling.network.4.bias']
     """
     k, selected = whole("k", k, 1), selection(adapter.module, None)
-    by = _granularity_of("tensor", adapter.module)
+    names = Names.of(adapter.module)
+    by = _granularity_of("tensor", adapter.module, names)
     batch = without_ignored(adapter, batch)
 
     def used_in(passes: Passes[Adapter]) -> list[str]:
@@ -178,7 +194,8 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
         recorder = Recorder(view.module, selected, tensors_in(probe), batch_size(probe), by)
         for _ in recorded_terms(recorder, checked_terms(view, probe)):
             pass
-        return list(recorder.used)
+        parts = (names.weights(name) or (Part(name),) for name in recorder.used)
+        return [part.name for each in parts for part in each]
 
     used = scored(used_in, adapter, adapter.module)
     if k > len(used):
@@ -187,16 +204,30 @@ def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
 
 
 def _granularity_of(
-    granularity: Granularity | Mapping[str, Granularity], module: nn.Module
+    granularity: Granularity | Mapping[str, Granularity], module: nn.Module, names: Names
 ) -> Callable[[str], Granularity]:
-    """The granularity of each parameter, by name."""
-    names = dict.fromkeys(name for name, _ in module.named_parameters())
-    by = granularity if isinstance(granularity, Mapping) else dict.fromkeys(names, granularity)
+    """The granularity of each parameter, by name; of what is fused by row, to be taken apart."""
+    parts = {name: names.weights(name) or (Part(name),) for name, _ in module.named_parameters()}
+    known = dict.fromkeys(part.name for each in parts.values() for part in each)
+    by = granularity if isinstance(granularity, Mapping) else dict.fromkeys(known, granularity)
     for name, each in by.items():
         word("granularity", each, get_args(Granularity))
-        if name not in names:
+        if name not in known:
             raise ValueError(f"Expected a granularity of parameters, got one of {name!r}.")
-    return lambda name: by.get(name, "tensor")
+    found = {name: by.get(each[0].name, "tensor") for name, each in parts.items()}
+    for name, each in parts.items():
+        if each[0].rows is not None:
+            _check_fused(name, [by.get(part.name, "tensor") for part in each])
+            found[name] = "row"
+    return found.__getitem__
+
+
+def _check_fused(name: str, asked: list[Granularity]) -> None:
+    if other := set(asked) - {"tensor"}:
+        raise ValueError(
+            f"Expected weights that are not fused to take their norms by {other.pop()}, got "
+            f"{name!r}: call `unfuse_qkv_projections()`."
+        )
 
 
 def _checked_size(batch: Batch, group: int, chunk_size: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from ood_monitor.modules.gradless import gradless
 from ood_monitor.modules.lockstep import Lockstep
+from ood_monitor.modules.names import Names, Part, part_of, tuners_in, weights_in_use
 from ood_monitor.modules.shards import (
     fully_sharded,
     is_shard,
@@ -20,6 +21,8 @@ from ood_monitor.modules.weights import (
 
 __all__ = [
     "Lockstep",
+    "Names",
+    "Part",
     "Passes",
     "device_of",
     "dtype_of",
@@ -29,10 +32,13 @@ __all__ = [
     "is_sharded",
     "leaf_parameters",
     "local_part",
+    "part_of",
     "precision_of",
     "scored",
     "scoring_in_place",
     "scoring_view",
     "stored_weights",
+    "tuners_in",
+    "weights_in_use",
     "whole",
 ]

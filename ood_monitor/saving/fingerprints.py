@@ -1,13 +1,13 @@
 """Fingerprints: short names of weights, and of samples that have no name, by SHA-256."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from torch import Tensor, nn, uint8
 
 from ood_monitor.adapters.base import Batch, batch_size, tensors_in
-from ood_monitor.modules import stored_weights, whole
+from ood_monitor.modules import Names, stored_weights, weights_in_use, whole
 
 __all__ = [
     "digest",
@@ -16,6 +16,7 @@ __all__ = [
     "hashes_where",
     "marks",
     "names_of",
+    "read_weights",
     "sample_hashes",
 ]
 
@@ -23,8 +24,9 @@ __all__ = [
 def digest(module: nn.Module) -> str:
     """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
 
-    Persistent buffers are weights too: a batch norm's statistics change what a model says. Shards
-    are gathered one after the other, which all processes must take part in.
+    Persistent buffers are weights too: a batch norm's statistics change what a model says. A tuner's
+    weights (PEFT) are, while they are in use; a layer that it has wrapped keeps its name. Shards are
+    gathered one after the other, which all processes must take part in.
 
     Raises:
         ValueError: Weights in FSDP's wrapper, which have other names and forms there.
@@ -34,9 +36,17 @@ def digest(module: nn.Module) -> str:
             "Expected whole weights, or shards by `fully_shard` (FSDP2), got a model in FSDP's "
             "wrapper, FullyShardedDataParallel: use the other, or the consolidated checkpoint."
         )
+    return digest_of_tensors(read_weights(module))
+
+
+def read_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a digest is of: weights in use, and persistent buffers, under lasting names."""
     saved = module.state_dict().keys()  # before the rest: FSDP then puts shards in place
-    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
-    return digest_of_tensors(chain(stored_weights(module), buffers))
+    names = Names.of(module)
+    yield from weights_in_use(module)
+    for name, buffer in module.named_buffers():
+        if name in saved and (parts := names.weights(name)):
+            yield parts[0].name, buffer
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

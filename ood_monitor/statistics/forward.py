@@ -21,7 +21,7 @@ from ood_monitor.adapters.base import (
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import whole
-from ood_monitor.modules import Passes, scored
+from ood_monitor.modules import Names, Passes, part_of, scored
 from ood_monitor.statistics.expected_norms import (
     LayersOfAPass,
     WithoutLayersError,
@@ -169,13 +169,15 @@ def input_dimensions(adapter: Adapter, batch: Batch) -> dict[str, int]:
     def found(passes: Passes[Adapter]) -> dict[str, int]:
         usable = usable_by(adapter.module, batch)
         known = known_layers(passes, usable, None)
-        parts = dict(passes.module.named_modules())
-        names = {id(p): name for name, p in passes.module.named_parameters()}  # of tied ones, once
+        lasting = Names.of(passes.module)
+        named = ((lasting.weights(name), p) for name, p in passes.module.named_parameters())
+        # Of tied ones, once; of a fused layer each of those that it stands for.
+        names = {id(p): parts[0].name for parts, p in named if len(parts) == 1}
         return {
-            names[id(p)]: of.dimension_in(p.shape)
+            names.get(id(p), f"{layer}.{own}"): of.dimension_in(p.shape)
             for layer, of in known.items()
             if of is not None
-            for p in parts[layer].parameters()
+            for own, p in part_of(passes.module, layer).named_parameters()
             if p.ndim > 1
         }
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ood_monitor.modules import part_of
 from ood_monitor.statistics.layers import GROUPS, Layer, first_tensor_of
 
-__all__ = ["Sums", "Taken", "grouped", "part_of"]
+__all__ = ["Sums", "Taken", "grouped"]
 
 #: Pieces of an input that are looked at one after the other, for the sake of memory, and numbers
 #: that are so few that a piece may have them.
@@ -149,14 +150,6 @@ class Sums:
         if self._size == 1:
             return h.numel() == rows * h.shape[-1]
         return h.shape[:-1] in ((rows,), (self._size, self._length))
-
-
-def part_of(module: nn.Module, name: str) -> Any:
-    """As `get_submodule`, which asks each time whether there is one."""
-    part: Any = module
-    for key in name.split(".") if name else ():
-        part = part._modules[key]
-    return part
 
 
 def _totals(h: Tensor, axis: int) -> Tensor:

@@ -4,7 +4,8 @@ They are found by what they compute, in one pass that is looked at operation by 
 by a list of classes: masked, quantised, low-rank and foreign layers dispatch the same operations.
 A layer is a module that, while it is the innermost one that runs, maps its first tensor linearly:
 by a convolution or a matrix product, the other factor of which comes from none of its arguments.
-So attention's queries with keys are none, and neither are embeddings and norms.
+So attention's queries with keys are none, and neither are embeddings and norms. What a tuner has put
+beside a layer is none either; names are lasting ones, as :mod:`~ood_monitor.modules.names` has them.
 """
 
 import functools
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ood_monitor.modules import Names
 
 __all__ = ["GROUPS", "Discovery", "Layer", "first_tensor_of"]
 
@@ -71,7 +74,7 @@ class _Call:
     Tensors are told apart by their storage, so that a view and what it is a view of are one.
     """
 
-    name: str
+    names: tuple[str, ...]
     module: nn.Module
     is_leaf: bool
     first: Tensor | None
@@ -120,12 +123,14 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Follow the modules' calls, in this thread."""
-        handles = []
+        handles, lasting = [], Names.of(self._module)
         try:
             for name, part in self._module.named_modules():
                 if isinstance(part, torch.jit.ScriptModule):
                     continue
-                enter = functools.partial(self._enter, name, _is_leaf(name, part))
+                names = lasting.layers(name)
+                is_leaf = bool(names) and _is_leaf(name, part)
+                enter = functools.partial(self._enter, names, is_leaf)
                 handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(part.register_forward_hook(self._leave, always_call=True))
             with self:
@@ -135,13 +140,18 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handle.remove()
 
     def _enter(
-        self, name: str, is_leaf: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]
+        self,
+        names: tuple[str, ...],
+        is_leaf: bool,
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         if threading.get_ident() != self._thread:
             return
         self.called = True
         first = first_tensor_of(args, kwargs)
-        call = _Call(name, module, is_leaf, first)
+        call = _Call(names, module, is_leaf, first)
         for tensor in filter(_is_tensor, tree_leaves((args, kwargs))) if is_leaf else ():
             call.mark(tensor, call.of_first if tensor is first else call.of_others)
         self._stack.append(call)
@@ -173,10 +183,10 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         h = call.first
         assert h is not None
         layer = _layer_of(call.module, func, args, given, own, h)
-        if layer is not None:
-            self.found.setdefault(call.name, layer)
-            self.last = call.name
-            shapes = self.shapes.setdefault(call.name, [])
+        for name in call.names if layer is not None else ():
+            self.found.setdefault(name, layer)
+            self.last = name
+            shapes = self.shapes.setdefault(name, [])
             if h.shape not in shapes:
                 shapes.append(h.shape)
 

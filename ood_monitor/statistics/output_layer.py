@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ood_monitor.gradients.factors import Outer, Shifted, full_precision
-from ood_monitor.modules import is_sharded
-from ood_monitor.statistics.hooks import grouped, part_of
+from ood_monitor.modules import is_sharded, part_of
+from ood_monitor.statistics.hooks import grouped
 from ood_monitor.statistics.layers import Layer, first_tensor_of
 
 __all__ = ["OutputLayer"]
