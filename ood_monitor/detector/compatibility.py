@@ -59,15 +59,16 @@ def parameters_of(adapter: Adapter, layers: Layers) -> dict[str, tuple[int, ...]
     names = Names.of(adapter.module)
     if layers is None:
         every = supported(adapter.module)
-        chosen: Callable[[str], bool] = lambda name: name in every and bool(names.weights(name))
+        found = (name for name in every if names.weights(name))
+        chosen: Callable[[str], bool] = frozenset(found).__contains__
     else:
         chosen = selection(adapter.module, layers, shards=True)
-    found = {}
+    shapes = {}
     for name, p in stored_weights(adapter.module):
         parts = names.weights(name)
         if chosen(name) and len(parts) < 2:  # what is fused is there under the names of before
-            found[parts[0].name if parts else name] = tuple(p.shape)
-    return found
+            shapes[parts[0].name if parts else name] = tuple(p.shape)
+    return shapes
 
 
 def check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

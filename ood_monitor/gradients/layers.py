@@ -114,7 +114,7 @@ def _chosen(layers: Layers, names: list[str], lasting: Names) -> frozenset[str]:
 
 
 def _meant(layers: Layers, names: list[str], others: list[str]) -> frozenset[str]:
-    """Those that are meant, of others if a pattern means none of the names; one at least of each."""
+    """Those that are meant, one at least by each pattern: of the others if of no name."""
     if layers is None:
         return frozenset(names)
     parts = [layers] if isinstance(layers, str) or callable(layers) else list(layers)

@@ -325,9 +325,17 @@ class Monitor:
             watched = self._watched
             if detector is not None:
                 weights = Weights(detector.adapter.module, fitted.model)
+                weights.in_background = watched.weights.in_background
                 watched = replace(watched, detector=copy.copy(detector), weights=weights)
             self._explanations.forget()
             return self._step(lambda decisions: self._judge_by(decisions, fitted, reason), watched)
+
+    def read_weights_in_background(self) -> None:
+        """Wait for no reading of changed weights from now on: a thread reads them.
+
+        A *stale_calibration* alert then comes with the first samples after they are read.
+        """
+        self._watched.weights.in_background = True
 
     def mute(self, samples: int) -> None:
         """Deliver nothing of the next samples, and still count: no alert, to no sink.
@@ -465,8 +473,10 @@ class Monitor:
         seen = decisions.memory.samples_seen
         if not self._weights_every or 0 < seen < decisions.next_look:
             return None
-        decisions.next_look = seen + self._weights_every
-        return self._watched.weights.are_stale()
+        found = self._watched.weights.are_stale()
+        if found is not None:
+            decisions.next_look = seen + self._weights_every
+        return found
 
     def _warn_of_neighbours(self) -> None:
         found = self._decisions.neighbours

@@ -24,8 +24,8 @@ __all__ = [
 def digest(module: nn.Module) -> str:
     """Twelve hexadecimal digits of the weights' names, shapes, types and bytes.
 
-    Persistent buffers are weights too: a batch norm's statistics change what a model says. A tuner's
-    weights (PEFT) are, while they are in use; a layer that it has wrapped keeps its name. Shards are
+    Persistent buffers are weights too: a batch norm's statistics change what a model says. So are a
+    tuner's (PEFT), while they are in use; a layer that it has wrapped keeps its name. Shards are
     gathered one after the other, which all processes must take part in.
 
     Raises:

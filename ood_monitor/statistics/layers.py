@@ -4,8 +4,8 @@ They are found by what they compute, in one pass that is looked at operation by 
 by a list of classes: masked, quantised, low-rank and foreign layers dispatch the same operations.
 A layer is a module that, while it is the innermost one that runs, maps its first tensor linearly:
 by a convolution or a matrix product, the other factor of which comes from none of its arguments.
-So attention's queries with keys are none, and neither are embeddings and norms. What a tuner has put
-beside a layer is none either; names are lasting ones, as :mod:`~ood_monitor.modules.names` has them.
+So attention's queries with keys are none, and neither are embeddings and norms, nor what a tuner
+has put beside a layer. Names are the lasting ones of :mod:`~ood_monitor.modules.names`.
 """
 
 import functools

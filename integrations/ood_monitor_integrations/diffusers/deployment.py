@@ -1,83 +1,38 @@
 """The denoiser as it is deployed: what has changed, what is refused, what is put aside."""
 
-import hashlib
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ood_monitor import Detector
-from ood_monitor.modules import stored_weights
-from ood_monitor.processes import Lock
-from ood_monitor.saving.fingerprints import digest, marks
+from ood_monitor.modules import Names, tuners_in
 from ood_monitor_integrations.diffusers.denoisers import original_of
 
-__all__ = ["Mode", "check_deployment", "scorable", "settings_of", "weights_digest"]
+__all__ = ["Mode", "check_deployment", "scorable", "settings_of"]
 
 #: When scores are computed: before a call returns, or in a thread of the monitor's own.
 Mode: TypeAlias = Literal["sync", "background"]
 
-#: Elements of each parameter that are looked at to see a change.
-_ELEMENTS = 16
-
 #: Attributes that `enable_freeu` sets on up blocks.
 _FREEU = ("s1", "s2", "b1", "b2")
 
-
-@dataclass
-class _Known:
-    """What was last seen of a module, and digests of the states that it was seen in."""
-
-    marks: int = 0
-    state: str = ""
-    digests: dict[str, str] = field(default_factory=dict)
-
-
-_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-_lock = Lock()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """The digest of a module's weights, as a detector remembers it; cheap unless they changed.
-
-    All weights are read when a few elements of each say that the state is new, and these when a
-    parameter was written to or moved.
-    """
-    with _lock:
-        known, seen = _known.setdefault(module, _Known()), marks(module)
-        if seen != known.marks:
-            known.marks, known.state = seen, _sampled(module)
-        if known.state not in known.digests:
-            known.digests[known.state] = digest(module)
-        return known.digests[known.state]
+#: What the names of processors begin with that look at an image beside the prompt.
+_IMAGE_PROMPT = "IPAdapter"
 
 
 def settings_of(module: nn.Module) -> str:
-    """What changes a denoiser beside its weights: FreeU, and which adapters are on."""
+    """What changes a denoiser beside its weights.
+
+    FreeU, which adapters are on and how strongly, image prompts' scales, and fused projections.
+    """
     blocks = getattr(module, "up_blocks", ())
     freeu = [[getattr(block, name, None) for name in _FREEU] for block in blocks]
-    adapters = [
-        (str(m.active_adapters), bool(m.disable_adapters), str(m.scaling))
-        for m in module.modules()
-        if hasattr(m, "active_adapters") and hasattr(m, "scaling")
-    ]
-    return repr((freeu, adapters))
-
-
-def _sampled(module: nn.Module) -> str:
-    state, parts = hashlib.sha256(), dict[torch.device, list[Tensor]]()
-    for name, parameter in stored_weights(module):
-        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().flatten()
-        chosen = flat[:: max(1, len(flat) // _ELEMENTS)]
-        parts.setdefault(parameter.device, []).append(chosen.double())
-    for tensors in parts.values():
-        state.update(torch.cat(tensors).cpu().numpy().tobytes())
-    return state.hexdigest()
+    processors = (getattr(m, "processor", None) for m in module.modules())
+    prompted = [repr(p.scale) for p in processors if type(p).__name__.startswith(_IMAGE_PROMPT)]
+    fused = sorted(Names.of(module).fused)
+    return repr((freeu, tuners_in(module), prompted, fused))
 
 
 def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detector) -> None:

@@ -27,13 +27,13 @@ from ood_monitor_integrations.diffusers.capture import (
     hooked,
     stepping,
 )
+from ood_monitor_integrations.diffusers.changes import Changes
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of, original_of
 from ood_monitor_integrations.diffusers.deployment import (
     Mode,
     check_deployment,
     scorable,
     settings_of,
-    weights_digest,
 )
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, settings_in
@@ -121,13 +121,16 @@ class PipelineMonitor:
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
         self._batch = batch or _batch_of(self.monitor)
         self._counts, self._lock = Counts(), Lock()
-        self._settings = settings_of(original_of(denoiser_of(pipe)))
-        self._told_of_changes = False
+        denoiser, adapter = denoiser_of(pipe), self.monitor.detector.adapter
+        settings = getattr(adapter, "settings", settings_of(original_of(denoiser)))
+        self._changes = Changes(denoiser, self.monitor, settings)
+        for monitor in self.monitors.values():
+            monitor.read_weights_in_background()
         self._origin, self._told_settings = Origin.of(self.monitor.detector), set[str]()
         self._failures = Counter[str]()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
-        self._tell_of_changes(pipe)
+        self._changes.tell(denoiser)
 
     @property
     def monitor(self) -> Monitor:
@@ -154,9 +157,10 @@ class PipelineMonitor:
         """Whether the denoiser is not as it was when the detector was fitted.
 
         P-values and promises are then those of another model: weights were swapped, a LoRA was
-        loaded or fused, FreeU switched on. It is logged once, and scoring goes on.
+        switched on or fused, FreeU switched on. It is logged once a state, when it is known, and
+        scoring goes on. Here all weights are read if they may be others.
         """
-        return self._is_stale(self._pipe)
+        return self._changes.are_there(denoiser_of(self._pipe))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's call, watched."""
@@ -282,7 +286,7 @@ class PipelineMonitor:
 
     def _check(self, pipe: Any, denoiser: nn.Module) -> None:
         """The denoiser may have been changed since the last call."""
-        self._tell_of_changes(pipe)
+        self._changes.tell(denoiser)
         mode: Mode = "sync" if self._worker is None else "background"
         for monitor in self.monitors.values():
             check_deployment(pipe, denoiser, mode, monitor.detector)
@@ -341,21 +345,6 @@ class PipelineMonitor:
     def _run_later(self, task: _Task) -> None:
         with self._never_failing(may_raise=False):
             self._run(task)
-
-    def _is_stale(self, pipe: Any) -> bool:
-        denoiser, detector = original_of(denoiser_of(pipe)), self.monitor.detector
-        settings = getattr(detector.adapter, "settings", self._settings)
-        fitted = detector.fitted.model
-        return settings_of(denoiser) != settings or weights_digest(denoiser) != fitted
-
-    def _tell_of_changes(self, pipe: Any) -> None:
-        if not self._told_of_changes and self._is_stale(pipe):
-            self._told_of_changes = True
-            _log.warning(
-                "Stale calibration: %s is not as it was when the detector was fitted. Fit it again "
-                "on held-out data.",
-                type(original_of(denoiser_of(pipe))).__name__,
-            )
 
     def _tell_of_settings(self, arguments: Mapping[str, Any]) -> None:
         """Of a call whose samples are made otherwise than those that the detector was fitted on."""

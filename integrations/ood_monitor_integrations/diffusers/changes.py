@@ -1,0 +1,98 @@
+"""Changes of a denoiser since the fit: found without a wait, and told once a state."""
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ood_monitor import Monitor
+from ood_monitor.processes import Lock
+from ood_monitor.saving.states import KnownWeights, State
+from ood_monitor_integrations.diffusers.denoisers import original_of
+from ood_monitor_integrations.diffusers.deployment import settings_of
+
+__all__ = ["Changes"]
+
+_log = logging.getLogger(__name__)
+
+#: States that are told of, after which no more are.
+_MOST = 100
+
+
+@dataclass
+class _Told:
+    """The states that were told of, each with its settings."""
+
+    states: list[tuple[str, State]] = field(default_factory=list)
+
+    def is_new(self, settings: str, state: State) -> bool:
+        """Whether a state was not told of before; it is now."""
+        if len(self.states) >= _MOST:
+            return False
+        if any(settings == other and state.is_like(its) for other, its in self.states):
+            return False
+        self.states.append((settings, state))
+        return True
+
+
+#: By monitor: several pipelines may share one, as those of single requests do.
+_told: weakref.WeakKeyDictionary[Monitor, _Told] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+class Changes:
+    """Whether a denoiser is as it was when a detector was fitted.
+
+    Args:
+        denoiser: As `torch.compile` may have wrapped it.
+        monitor: What is told of changes once.
+        settings: What was on at the fit beside the weights, as :func:`settings_of` says.
+    """
+
+    def __init__(self, denoiser: nn.Module, monitor: Monitor, settings: str) -> None:
+        self._monitor, self._settings = monitor, settings
+        module = original_of(denoiser)
+        if KnownWeights.of(module).is_empty:  # the costly look, before a request waits for it
+            KnownWeights.of(module).digest(module)
+
+    def are_there(self, denoiser: nn.Module) -> bool:
+        """Whether it is not as it was; all weights are read if they may be others."""
+        module = original_of(denoiser)
+        if settings_of(module) != self._settings:
+            return True
+        known, expected = KnownWeights.of(module), self._monitor.detector.fitted.model
+        found = known.differ(known.state(module), expected)
+        return known.digest(module) != expected if found is None else found
+
+    def tell(self, denoiser: nn.Module) -> None:
+        """Log a state that is not as at the fit, once; later, where weights must be read for it."""
+        module = original_of(denoiser)
+        settings, state = settings_of(module), KnownWeights.of(module).state(module)
+        name = type(module).__name__
+        if settings != self._settings:
+            self._log(name, settings, state)
+            return
+        known, expected = KnownWeights.of(module), self._monitor.detector.fitted.model
+
+        def differs() -> bool | None:
+            return known.differ(state, expected)
+
+        def tell_if_it_does() -> None:
+            if differs():
+                self._log(name, settings, state)
+
+        if differs() is None:
+            known.read_later(module, tell_if_it_does)
+        else:
+            tell_if_it_does()
+
+    def _log(self, name: str, settings: str, state: State) -> None:
+        with _lock:
+            is_new = _told.setdefault(self._monitor, _Told()).is_new(settings, state)
+        if is_new:
+            _log.warning(
+                "Stale calibration: %s is not as it was when the detector was fitted. Fit it again "
+                "on held-out data.",
+                name,
+            )
