@@ -233,6 +233,7 @@ def hooked(module: nn.Module) -> Iterator[None]:
     with _lock:
         shared = _Shared.joined(_hooks, id(module))
         if shared.put is None:
+            _drop_copied_hooks(module)
             shared.put = (
                 module.register_forward_pre_hook(_before_forward, with_kwargs=True),
                 module.register_forward_hook(_after_forward),
@@ -244,6 +245,15 @@ def hooked(module: nn.Module) -> Iterator[None]:
             if shared.left(_hooks, id(module)):
                 for handle in shared.put:
                     handle.remove()
+
+
+def _drop_copied_hooks(module: nn.Module) -> None:
+    """Take off what a copy of a watched module has of its original: each call would count twice."""
+    tables = [module._forward_pre_hooks, module._forward_hooks]
+    for table, hook in zip(tables, (_before_forward, _after_forward), strict=True):
+        for key in [key for key, each in table.items() if each is hook]:
+            del table[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a module that is compiled in place, whose hooks would be too
