@@ -18,7 +18,7 @@ from typing import Literal, Self, TypeAlias
 import numpy as np
 
 from ood_monitor.densities.base import Array
-from ood_monitor.densities.measurements import Measurements, Table, dropped_by
+from ood_monitor.densities.measurements import Measurements, Table, dropped_by, told_difference
 
 __all__ = ["FLOORS", "Columns", "Floor", "clipped"]
 
@@ -98,7 +98,7 @@ class Columns:
         if table.names != self.all_names:
             raise ValueError(
                 f"Expected the {len(self.all_names)} columns that the detector was fitted on, from "
-                f"{self.all_names[0]!r} on, got {len(table.names)}, from {table.names[:1]} on."
+                f"{self.all_names[0]!r} on, got {told_difference(self.all_names, table.names)}"
             )
         values = table.values[:, self._live]
         if self.floor is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ood_monitor.densities.base import Array
-from ood_monitor.densities.measurements import Measurements, dropped_by
+from ood_monitor.densities.measurements import Measurements, dropped_by, told_difference
 
 __all__ = ["Features", "LogNorms", "TermValues", "layer_of", "table"]
 
@@ -157,7 +157,7 @@ class Features:
         if measured.features != names or (self.terms and measured.terms != self.terms.names):
             raise ValueError(
                 f"Expected the terms and layers that the detector was fitted on, from "
-                f"{names[0]!r} on, got {measured.features[0]!r} on."
+                f"{names[0]!r} on, got {told_difference(names, measured.features)}"
             )
         logs = self.log_norms(measured.norms)
         if self.terms is None:

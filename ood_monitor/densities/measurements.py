@@ -14,7 +14,14 @@ from safetensors.numpy import load, save
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.densities.base import Array
 
-__all__ = ["GRADIENT_NORMS", "Explaining", "Measurements", "Table", "dropped_by"]
+__all__ = [
+    "GRADIENT_NORMS",
+    "Explaining",
+    "Measurements",
+    "Table",
+    "dropped_by",
+    "told_difference",
+]
 
 #: The table of squared gradient norms.
 GRADIENT_NORMS = "gradient_norms"
@@ -240,6 +247,17 @@ def _different(parts: Sequence[Mapping[str, tuple[str, ...]]]) -> dict[str, tupl
     """The values of any part, by name."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {n: tuple(sorted({it for part in parts for it in part.get(n, ())})) for n in names}
+
+
+def told_difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Which columns there are in place of others, in words, and what to do about it."""
+    lacking, further = set(expected) - set(found), set(found) - set(expected)
+    first = next((name for name in (*expected, *found) if name in lacking | further), None)
+    which = f"{len(lacking)} of them missing and {len(further)} others, the first {first!r}"
+    return (
+        f"{len(found)}, {which if first else 'in another order'}: the model's layers are others "
+        "now. Take the change back, or fit the detector again."
+    )
 
 
 def dropped_by(

@@ -65,7 +65,7 @@ class Names:
                 if not _uses_fused(part):
                     unused.append(full)
                     continue
-                widths = {each: len(part_of(part, each).weight) for each in single}
+                widths = {each: len(_untuned(part._modules[each]).weight) for each in single}
                 fused[full] = {f"{name}.{k}" if name else k: n for k, n in widths.items()}
         return cls(tuple(tuners), fused, tuple(unused))
 
@@ -116,8 +116,7 @@ def part_of(module: nn.Module, name: str) -> Any:
         if getattr(parent, "fused_projections", False) is True and _uses_fused(parent):
             joint = (j for j, single in _fused_in(parent).items() if key in single)
             part = parent._modules[next(joint, key)]
-        while _is_tuner(part):
-            part = part._modules[_BASE]
+        part = _untuned(part)
     return part
 
 
@@ -148,6 +147,13 @@ def weights_in_use(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield parts[0].name, tensor
         elif parts or (tuner and not effective.get(tuner, {}).keys().isdisjoint(name.split("."))):
             yield name, tensor
+
+
+def _untuned(part: Any) -> Any:
+    """A layer without what tuners have put around it."""
+    while _is_tuner(part):
+        part = part._modules[_BASE]
+    return part
 
 
 def _is_tuner(part: nn.Module) -> bool:

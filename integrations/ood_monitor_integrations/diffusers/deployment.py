@@ -10,7 +10,7 @@ from ood_monitor import Detector
 from ood_monitor.modules import Names, tuners_in
 from ood_monitor_integrations.diffusers.denoisers import original_of
 
-__all__ = ["Mode", "check_deployment", "scorable", "settings_of"]
+__all__ = ["Mode", "check_denoiser", "check_deployment", "scorable", "settings_of"]
 
 #: When scores are computed: before a call returns, or in a thread of the monitor's own.
 Mode: TypeAlias = Literal["sync", "background"]
@@ -33,6 +33,21 @@ def settings_of(module: nn.Module) -> str:
     prompted = [repr(p.scale) for p in processors if type(p).__name__.startswith(_IMAGE_PROMPT)]
     fused = sorted(Names.of(module).fused)
     return repr((freeu, tuners_in(module), prompted, fused))
+
+
+def check_denoiser(module: nn.Module, detector: Detector) -> None:
+    """Refuse a denoiser that was put in the place of the detector's own.
+
+    Raises:
+        ValueError: It is another object.
+    """
+    own = detector.adapter.module
+    if original_of(module) is not own:
+        raise ValueError(
+            f"Expected the {type(own).__name__} that the detector is of, got another "
+            f"{type(original_of(module)).__name__} in its place: detach, and watch the pipeline "
+            "with a detector of that."
+        )
 
 
 def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detector) -> None:

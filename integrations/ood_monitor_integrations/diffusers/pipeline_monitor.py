@@ -31,6 +31,7 @@ from ood_monitor_integrations.diffusers.changes import Changes
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of, original_of
 from ood_monitor_integrations.diffusers.deployment import (
     Mode,
+    check_denoiser,
     check_deployment,
     scorable,
     settings_of,
@@ -289,6 +290,7 @@ class PipelineMonitor:
         self._changes.tell(denoiser)
         mode: Mode = "sync" if self._worker is None else "background"
         for monitor in self.monitors.values():
+            check_denoiser(denoiser, monitor.detector)
             check_deployment(pipe, denoiser, mode, monitor.detector)
 
     def _task(
