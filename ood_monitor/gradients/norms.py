@@ -214,10 +214,12 @@ def _granularity_of(
         word("granularity", each, get_args(Granularity))
         if name not in known:
             raise ValueError(f"Expected a granularity of parameters, got one of {name!r}.")
-    found = {name: by.get(each[0].name, "tensor") for name, each in parts.items()}
-    for name, each in parts.items():
-        if each[0].rows is not None:
-            _check_fused(name, [by.get(part.name, "tensor") for part in each])
+    found: dict[str, Granularity] = {
+        name: by.get(own[0].name, "tensor") for name, own in parts.items()
+    }
+    for name, own in parts.items():
+        if own[0].rows is not None:
+            _check_fused(name, [by.get(part.name, "tensor") for part in own])
             found[name] = "row"
     return found.__getitem__
 

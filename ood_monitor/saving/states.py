@@ -78,7 +78,8 @@ class KnownWeights:
         self._digests: dict[tuple[str, bytes, int], str] = {}
         self._contents: dict[str, tuple[str, bytes]] = {}
         self._lock = Lock()
-        self._forget_thread()
+        self._thread: threading.Thread | None = None
+        self._waiting: list[Callable[[], None]] = []
         after_fork_in_child_of(self, KnownWeights._forget_thread)
 
     @classmethod
@@ -152,8 +153,7 @@ class KnownWeights:
         return thread is None or not thread.is_alive()
 
     def _forget_thread(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._waiting: list[Callable[[], None]] = []
+        self._thread, self._waiting = None, []
 
     def _read(self, reference: "weakref.ref[nn.Module]") -> None:
         is_known = False

@@ -183,7 +183,9 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         h = call.first
         assert h is not None
         layer = _layer_of(call.module, func, args, given, own, h)
-        for name in call.names if layer is not None else ():
+        if layer is None:
+            return
+        for name in call.names:
             self.found.setdefault(name, layer)
             self.last = name
             shapes = self.shapes.setdefault(name, [])

@@ -29,7 +29,7 @@ def settings_of(module: nn.Module) -> str:
     """
     blocks = getattr(module, "up_blocks", ())
     freeu = [[getattr(block, name, None) for name in _FREEU] for block in blocks]
-    processors = (getattr(m, "processor", None) for m in module.modules())
+    processors: Iterator[Any] = (getattr(m, "processor", None) for m in module.modules())
     prompted = [repr(p.scale) for p in processors if type(p).__name__.startswith(_IMAGE_PROMPT)]
     fused = sorted(Names.of(module).fused)
     return repr((freeu, tuners_in(module), prompted, fused))
