@@ -7,7 +7,7 @@ from itertools import chain
 from torch import Tensor, nn, uint8
 
 from ood_monitor.adapters.base import Batch, batch_size, tensors_in
-from ood_monitor.modules import Names, stored_weights, weights_in_use, whole
+from ood_monitor.modules import Names, stored_weights, tuners_in, weights_in_use, whole
 
 __all__ = [
     "digest",
@@ -61,10 +61,13 @@ def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 def marks(module: nn.Module) -> int:
     """What changes when a parameter or buffer is replaced, moved or written to; in milliseconds.
 
+    And when a tuner (PEFT) is switched, or merged into weights, past autograd as that is.
+
     What is written past autograd, through ``tensor.data`` or a NumPy view, is not seen.
     """
     tensors = chain(stored_weights(module), module.named_buffers())
-    return hash(tuple((name, id(t), t.data_ptr(), _version(t)) for name, t in tensors))
+    seen = tuple((name, id(t), t.data_ptr(), _version(t)) for name, t in tensors)
+    return hash((seen, repr(tuners_in(module))))
 
 
 def sample_hashes(batch: Batch, rows: Sequence[int]) -> list[str]:
