@@ -16,6 +16,7 @@ import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, wrap
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of
+from support.further_pipeline_cases import FURTHER
 from support.pipeline_cases import FEW, case_of, known, seeded_call
 from torch import Tensor, nn
 
@@ -484,3 +485,29 @@ def test_eight_threads_give_the_images_and_scores_of_serial_calls() -> None:
                 torch.testing.assert_close(output.ood.z[name], z)
     assert pipe.ood_monitor.counts.scored == 160
     assert pipe.ood_monitor.failures == {}
+
+
+def test_the_scale_of_an_image_prompt_is_a_state(caplog: pytest.LogCaptureFixture) -> None:
+    case = next(each for each in FURTHER if each.name == "ip-adapter")
+    pipe, unwatched = case(), case()
+    detector = fit_pipeline(
+        pipe,
+        [case.images(44)],
+        call=case.call_of_one(),
+        levels=(500,),
+        explain=FEW,
+        progress=False,
+        watches="outputs",
+    )
+    watched = monitor_pipeline(pipe, om.Monitor(detector, fpr=0.05))
+    call(watched, case)
+    assert not watched.ood_monitor.stale
+    for each in (watched, unwatched):
+        each.set_ip_adapter_scale(0.2)
+    for _ in range(2):
+        output = call(watched, case)
+        assert output.ood.valid.all()
+    assert bits(output) == bits(call(unwatched, case))
+    assert (watched.ood_monitor.stale, told(caplog)) == (True, 1)
+    watched.set_ip_adapter_scale(1.0)
+    assert not watched.ood_monitor.stale
