@@ -182,7 +182,7 @@ class Reference:
             step(self._pipe)
         parts = dict(denoiser_of(self._pipe).named_modules())
         for name, part in denoiser_of(pipe).named_modules():
-            if name in parts and hasattr(part, "weight"):
+            if name in parts and isinstance(getattr(part, "weight", None), Tensor):
                 parts[name].weight.data = weight_of(part)
 
     def score(self, batch: Any) -> om.Scores:
