@@ -373,7 +373,11 @@ CASES: dict[str, Case] = {
     "denoiser_statistics": Case(
         denoiser_statistics,
         lambda: {"adapter": bound()} | BATCH,
-        {"chunk_size": POSITIVE_COUNT.or_none(), "layers": LAYERS},
+        {
+            "chunk_size": POSITIVE_COUNT.or_none(),
+            "layers": LAYERS,
+            "any_size": FLAG.but(good=(False, np.bool_(False))),
+        },
     ),
     "diagnose": Case(
         om.diagnose,
@@ -486,6 +490,7 @@ CASES: dict[str, Case] = {
             "seed": SEED,
             "groups": CALLABLE.or_none(),
             "minimum_group": POSITIVE_COUNT,
+            "any_size": FLAG,
             "source": Kind((None, 3, b"x"), ("", "a folder")),
             "explain": COUNT.but(good=(0, np.int64(8))),
         },

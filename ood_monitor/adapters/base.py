@@ -175,6 +175,16 @@ class Adapter(abc.ABC):
         """
         return batch
 
+    def group_of(self, batch: Batch) -> Sequence[str] | None:
+        """The group of each of B samples, by its size and what else is no fault of a sample's.
+
+        A detector for any size, which is given no ``groups``, compares a sample with its own.
+
+        Returns:
+            B labels; None where samples are of one group.
+        """
+        return None
+
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """The K names and the values of :meth:`residuals` by a single pass, or None if not so.
 

@@ -221,6 +221,11 @@ class DenoisingBound(Adapter):
             found |= {f"{name}.{i}" if i else name: each for i, each in enumerate(tensors)}
         return found
 
+    def group_of(self, batch: Batch) -> Sequence[str]:
+        """The samples' shape, as ``"4x64x64"``."""
+        x = self._inputs(batch)
+        return ["x".join(map(str, x.shape[1:]))] * len(x)
+
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch, and the null condition's rows after them."""
         x = self._checked_inputs(batch)

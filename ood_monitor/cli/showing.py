@@ -5,7 +5,13 @@ import typer
 from ood_monitor import __version__
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
-from ood_monitor.saving.card import told_conditions, told_explanation, told_method, told_parts
+from ood_monitor.saving.card import (
+    told_conditions,
+    told_explanation,
+    told_groups,
+    told_method,
+    told_parts,
+)
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["facts_of", "show", "version"]
@@ -39,6 +45,7 @@ def facts_of(fitted: Fitted) -> dict[str, str | int | float]:
         "explains": told_explanation(fitted),
         "samples": ", ".join(fitted.samples) or "of several shapes",
         **({"conditions": conditions} if (conditions := told_conditions(fitted)) else {}),
+        **({"groups of their own": groups} if (groups := told_groups(fitted)) else {}),
         "layers": len(fitted.layers),
         "features": len(fitted.joined.names),
         "dropped features": len(fitted.joined.dropped),

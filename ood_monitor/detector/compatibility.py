@@ -20,11 +20,13 @@ def samples_of(batch: Batch) -> tuple[str, ...]:
     return tuple(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors_in(batch))
 
 
-def check_samples(adapter: Adapter, batch: Batch, expected: tuple[str, ...]) -> None:
+def check_samples(
+    adapter: Adapter, batch: Batch, expected: tuple[str, ...], *, any_size: bool = False
+) -> None:
     """Refuse a batch of other shapes or types than :func:`samples_of` gave.
 
     The length of token sequences is not compared where the adapter tells padding from text, nor
-    what the adapter takes in any shape.
+    what the adapter takes in any shape; of samples of any size only how many dimensions there are.
 
     Raises:
         ValueError: It is one.
@@ -32,6 +34,7 @@ def check_samples(adapter: Adapter, batch: Batch, expected: tuple[str, ...]) -> 
     found = samples_of(adapter.compared(batch))
     # What only one of them has, such as labels, is for the adapter to take or to miss.
     other = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
+    other = [(a, b) for a, b in other if not any_size or _without_sizes(a) != _without_sizes(b)]
     if other and not _differ_by_padding(adapter, batch, other):
         raise ValueError(
             f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
@@ -46,6 +49,12 @@ def _differ_by_padding(adapter: Adapter, batch: Batch, other: list[tuple[str, st
         return False
     lengths, fitted = {a[0] for a, _ in pairs}, {b[0] for _, b in pairs}
     return len(fitted) == 1 and lengths == {adapter.padded_length(batch)}
+
+
+def _without_sizes(sample: str) -> str:
+    """The type of a sample and its number of dimensions: (4, 8, 8) float32 as (, , ) float32."""
+    shape, end, dtype = sample.partition(")")
+    return re.sub(r"\d+", "", shape) + end + dtype
 
 
 def _length_and_rest(sample: str) -> tuple[int | None, str]:

@@ -23,7 +23,7 @@ from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.calibration.conformal import samples_for
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.calibration.usual import Usual
-from ood_monitor.checks import function, number, seed_of, text, whole
+from ood_monitor.checks import flag, function, number, seed_of, text, whole
 from ood_monitor.densities import Array, Density
 from ood_monitor.densities.measurements import Explaining, Measurements
 from ood_monitor.densities.parts import Method
@@ -37,7 +37,14 @@ from ood_monitor.detector.compatibility import (
 from ood_monitor.detector.explaining import Explanation, explained_by
 from ood_monitor.detector.fitting import Fitting, recalibrated
 from ood_monitor.detector.measuring import explaining_of, is_measurable, measured_by
-from ood_monitor.detector.plan import Parts, Plan, checked_method, planned, without_statistics
+from ood_monitor.detector.plan import (
+    Parts,
+    Plan,
+    check_any_size,
+    checked_method,
+    planned,
+    without_statistics,
+)
 from ood_monitor.detector.pretrained import Groups, Pretrained
 from ood_monitor.detector.summed import Summed
 from ood_monitor.detector.verifying import remembered_in, verified
@@ -78,6 +85,12 @@ class Detector(Pretrained):
         minimum_group: The fewest calibration samples that make a group of its own: as many as are
             to be expected by the labels of the samples that fit. Smaller groups, and labels never
             seen, are one group together.
+        any_size: Whether one density serves samples of several sizes: of a denoiser with the method
+            ``"forward"``, whose sums over positions are then means; see
+            :func:`~ood_monitor.statistics.denoiser_statistics`. Without ``groups`` the adapter
+            tells them, by the samples' shape and, of a pipeline, which adapters of its denoiser are
+            on; their mix is not tested for drift, since a size that is asked for says nothing of
+            the data. Samples are not explained by layer.
         source: Where the held-out samples come from, in words; it is saved with the detector.
         explain: How many held-out samples :meth:`explain` goes by; 0 for none. Of these, gradient
             norms are taken, of few at a time if the model is large, also where the method needs
@@ -86,7 +99,7 @@ class Detector(Pretrained):
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or
-            a method, density, parts and granularity that do not go together.
+            a method, density, parts, granularity and ``any_size`` that do not go together.
         TypeError: An option of another type.
 
     Example:
@@ -114,6 +127,7 @@ class Detector(Pretrained):
         seed: int = 0,
         groups: Groups | None = None,
         minimum_group: int = 100,
+        any_size: bool = False,
         source: str = "",
         explain: int = 100,
     ) -> None:
@@ -127,6 +141,9 @@ class Detector(Pretrained):
         self.calibration_fraction, self.seed = fraction, seed_of("seed", seed)
         self.groups = None if groups is None else function("groups", groups)
         self.minimum_group = whole("minimum_group", minimum_group, 1)
+        self.any_size = flag("any_size", any_size)
+        if self.any_size:  # at once what the method says, and of its samples when they are known
+            check_any_size(planned("diffusion", self.method, density, parts))
         self.source = text("source", source, may_be_empty=True)
         self.explained = whole("explain", explain)
         self._fitted: Fitted | None = None
@@ -239,6 +256,9 @@ class Detector(Pretrained):
             left = max(0, left - len(measured))
 
     def _explaining(self, plan: Plan, batch: Batch, count: int) -> Explaining:
+        if self.any_size:
+            reason = "any_size=True, and a gradient's norms depend on the size"
+            return Explaining(None, {}, count, reason)
         # By tensor they are measured of all samples.
         is_measured = plan.has("gradient_norms") and self.granularity == "tensor"
         return explaining_of(
@@ -433,7 +453,7 @@ class Detector(Pretrained):
         batch = without_ignored(self.adapter, batch)
         if batch_size(batch) == 0:
             raise ValueError(f"Expected samples, got 0: {describe(batch)}.")
-        check_samples(self.adapter, batch, self.fitted.samples)
+        check_samples(self.adapter, batch, self.fitted.samples, any_size=self.any_size)
 
     @property
     def is_stale(self) -> bool:
@@ -450,10 +470,9 @@ class Detector(Pretrained):
     def _restored(
         cls, fitted: Fitted, options: dict[str, Any], adapter: Adapter, groups: Groups | None
     ) -> Self:
-        if (fitted.grouped is None) != (groups is None):
-            was, given = (
-                "with" if it is not None else "without" for it in (fitted.grouped, groups)
-            )
+        needs_groups = fitted.grouped is not None and not fitted.groups_of_adapter
+        if needs_groups != (groups is not None):
+            was, given = ("with" if it else "without" for it in (needs_groups, groups is not None))
             raise ValueError(
                 f"Expected `groups` as the detector was fitted, {was} groups, got it {given}."
             )
@@ -475,10 +494,18 @@ class Detector(Pretrained):
             layers=self.layers,
             granularity=self.granularity,
             chunk_size=self.chunk_size,
+            any_size=self.any_size,
             fitted=fitted,
         )
-        groups = () if self.groups is None else _named(self.groups(given), len(measured))
+        groups = self._groups_of(given, batch, len(measured))
         return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)
+
+    def _groups_of(self, given: Batch, batch: Batch, count: int) -> tuple[str, ...]:
+        """Of all that was given, by the user's word; else of what the adapter takes, by its own."""
+        if self.groups is not None:
+            return _named(self.groups(given), count)
+        own = self.adapter.group_of(batch) if self.any_size else None
+        return () if own is None else _named(own, count)
 
     @property
     def _differentiated(self) -> Adapter:
@@ -494,7 +521,10 @@ class Detector(Pretrained):
         has_null = self.adapter.has_null_condition
         plan = planned(sample, self.method, self.density, self.parts, has_null=has_null)
         is_default = self.method is None and self.parts is None
-        return without_statistics(sample) if is_default and not is_measurable(plan) else plan
+        plan = without_statistics(sample) if is_default and not is_measurable(plan) else plan
+        if self.any_size:
+            check_any_size(plan)
+        return plan
 
     def _fitting(self, measured: Measurements) -> Fitting:
         return Fitting(
@@ -503,7 +533,7 @@ class Detector(Pretrained):
             calibration_fraction=self.calibration_fraction,
             trim=self.trim,
             seed=self.seed,
-            grouped=self.groups is not None,
+            groups_of_adapter=self.groups is None,
             minimum_group=self.minimum_group,
         )
 
@@ -514,7 +544,9 @@ class Detector(Pretrained):
             *("layers", "granularity", "chunk_size"),
             *("calibration_fraction", "trim", "seed", "minimum_group", "source"),
         )
-        return {name: getattr(self, name) for name in names} | {"explain": self.explained}
+        options = {name: getattr(self, name) for name in names} | {"explain": self.explained}
+        # Versions before it read what does without, and refuse what they would misread.
+        return options | ({"any_size": True} if self.any_size else {})
 
 
 def _checked_batches(batches: Iterable[Batch]) -> Iterable[Batch]:

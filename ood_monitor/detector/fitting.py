@@ -50,7 +50,7 @@ class Fitting:
         calibration_fraction: Share of the samples that calibrates.
         trim: Share of the fit samples that is left out.
         seed: Of the split.
-        grouped: Whether samples have groups.
+        groups_of_adapter: Whether it is the adapter that told their groups, if they have any.
         minimum_group: The fewest calibration samples to be expected of a group of its own.
     """
 
@@ -59,7 +59,7 @@ class Fitting:
     calibration_fraction: float
     trim: float
     seed: int
-    grouped: bool
+    groups_of_adapter: bool
     minimum_group: int
 
     def __call__(self, adapter: Adapter, measured: Measurements) -> Fitted:
@@ -82,9 +82,9 @@ class Fitting:
         seen, rest = self._trimmed(measured.take(fit), eps), measured.take(calibrate)
         joined = Joined.fit(self.plan.parts, seen, eps)
         scores = joined.score(rest)
-        _warn_of_autocorrelation(scores)
         calibration = ConformalPValue.fit(scores)
         grouped = self._grouped(scores, rest.groups, measured.take(fit).groups)
+        _warn_of_autocorrelation(scores, grouped)
         means = joined.by_layer(joined.features(seen), np.mean)
         return Fitted(
             joined=joined,
@@ -101,6 +101,7 @@ class Fitting:
             dtype=str(dtype),
             fit_count=len(seen),
             grouped=grouped,
+            groups_of_adapter=grouped is not None and self.groups_of_adapter,
             usual=usual,
             probe=Probe.of(rest.names, scores, _indices(grouped, rest)),
             provenance=Provenance.of(adapter, measured.terms, _counts(measured)),
@@ -129,7 +130,7 @@ class Fitting:
         self, scores: Array, calibrate: tuple[str, ...], fit: tuple[str, ...]
     ) -> GroupedPValue | None:
         """Scores by group; labels of samples that calibrate nothing say which groups are large."""
-        if not self.grouped:
+        if not calibrate:
             return None
         odds = self.calibration_fraction / (1 - self.calibration_fraction)
         large = large_groups(fit, self.minimum_group / odds)
@@ -138,6 +139,12 @@ class Fitting:
                 "No group of the %d has %d calibration samples, so that all are one group.",
                 len({*calibrate, *fit}),
                 self.minimum_group,
+            )
+        elif self.groups_of_adapter and (small := sorted({*calibrate, *fit} - {*large})):
+            _log.warning(
+                "Fewer than %d calibration samples, so no group of their own: %s.",
+                self.minimum_group,
+                ", ".join(small),
             )
         return GroupedPValue(scores, calibrate, large)
 
@@ -244,11 +251,11 @@ def recalibrated(fitted: Fitted, measured: Measurements) -> Fitted:
             len(scores) - len(known),
             len(scores),
         )
-    scores, measured = scores[known], measured.take(known)
-    _warn_of_autocorrelation(check_scores(scores))
+    scores, measured = check_scores(scores[known]), measured.take(known)
     calibration, grouped = ConformalPValue.fit(scores), fitted.grouped
     if grouped is not None:
         grouped = GroupedPValue(scores, measured.groups, grouped.large)
+    _warn_of_autocorrelation(scores, grouped)
     return replace(
         fitted,
         calibration=calibration,
@@ -274,7 +281,10 @@ def _tell_of_copies(measured: Measurements) -> None:
         )
 
 
-def _warn_of_autocorrelation(scores: Array) -> None:
+def _warn_of_autocorrelation(scores: Array, grouped: GroupedPValue | None) -> None:
+    """Of scores in their order; of groups by the ranks within each, which is what is promised."""
+    if grouped is not None:
+        scores = -grouped.p_value(scores, grouped.labels)
     found, bound = lag1_autocorrelation(scores), autocorrelation_bound(len(scores))
     if found > bound:
         warnings.warn(

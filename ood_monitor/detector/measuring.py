@@ -53,6 +53,7 @@ def measured_by(
     layers: Layers,
     granularity: Granularity,
     chunk_size: int | None,
+    any_size: bool = False,
     fitted: Fitted | None = None,
 ) -> Measurements:
     """Terms and statistics of a batch of B samples.
@@ -65,6 +66,7 @@ def measured_by(
         layers: Which parameters are features.
         granularity: Of gradient norms.
         chunk_size: Samples a pass.
+        any_size: Whether a denoiser's sums over positions are means.
         fitted: What is to judge them; None of samples to fit on.
 
     Raises:
@@ -77,7 +79,7 @@ def measured_by(
         found = _forward(plan, adapter, batch, layers, chunk_size, fitted)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.of_denoiser:
-        tables |= _without_noise(plan, adapter, batch, layers, chunk_size)
+        tables |= _without_noise(plan, adapter, batch, layers, chunk_size, any_size)
     if plan.has("channel_norms"):
         norms = channel_norms(
             adapter,
@@ -162,10 +164,17 @@ def _explained_at_once(adapter: Adapter, batch: Batch) -> int:
 
 
 def _without_noise(
-    plan: Plan, adapter: Adapter, batch: Batch, layers: Layers, chunk_size: int | None
+    plan: Plan,
+    adapter: Adapter,
+    batch: Batch,
+    layers: Layers,
+    chunk_size: int | None,
+    any_size: bool,
 ) -> dict[str, Table]:
     """Of each part of a denoiser, its columns; energies as logarithms, beside cosines."""
-    found = denoiser_statistics(adapter, batch, layers=layers, chunk_size=chunk_size)
+    found = denoiser_statistics(
+        adapter, batch, layers=layers, chunk_size=chunk_size, any_size=any_size
+    )
     logs = {
         name: energies.double().clamp(min=np.finfo(float).tiny).log()
         for name, energies in found.energies.items()

@@ -11,7 +11,7 @@ from ood_monitor.densities.parts import CHOSEN, OF_DENOISERS, Kind, Method, Part
 from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Parts", "Plan", "checked_method", "planned", "without_statistics"]
+__all__ = ["Parts", "Plan", "check_any_size", "checked_method", "planned", "without_statistics"]
 
 #: Parts that a user chooses, by themselves or by their kind.
 Parts: TypeAlias = Sequence[Part | Kind]
@@ -151,6 +151,20 @@ def checked_method(
         )
     is_of_norms = parts is None and (density is not None or granularity != "tensor")
     return method or ("gradient_norms" if is_of_norms else None)
+
+
+def check_any_size(plan: Plan) -> None:
+    """Refuse a detector for samples of any size whose parts are others at each.
+
+    Raises:
+        ValueError: A part of its plan is not of a denoiser's passes without noise.
+    """
+    if not plan.kinds <= OF_DENOISERS:
+        raise ValueError(
+            "Expected any_size=True with method='forward' of a denoiser alone, whose means over "
+            f"positions are the same at any size, got {plan.method!r} with "
+            f"{sorted(plan.kinds)}, {plan.reason}: fit a detector for each size."
+        )
 
 
 def _check_parts(parts: Parts, method: Method | None) -> None:

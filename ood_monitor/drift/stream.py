@@ -19,8 +19,9 @@ __all__ = ["StreamTest"]
 class StreamTest:
     r"""Tells when the scores of a stream or the mix of its groups have changed.
 
-    Of groups, each score is ranked among its own, and :class:`MixDetector` looks at their shares.
-    The average of the two e-values is an e-detector, so that ``ert`` is promised of both together.
+    Of groups, each score is ranked among its own, and :class:`MixDetector` looks at their shares,
+    unless these are no part of what is watched. The average of the two e-values is an e-detector,
+    so that ``ert`` is promised of both together.
 
     Args:
         scores: Calibration scores, with shape (n,).
@@ -28,6 +29,7 @@ class StreamTest:
         seed: Of the tie-breakers.
         groups: The group of each score, with shape (n,); None for no groups.
         group_count: How many groups there are.
+        mix: Whether a change of their shares is a drift.
 
     Raises:
         ValueError: As of :class:`~ood_monitor.EDetector`.
@@ -42,11 +44,12 @@ class StreamTest:
         seed: int = 0,
         groups: NDArray[Any] | None = None,
         group_count: int = 1,
+        mix: bool = True,
     ) -> None:
         self._log_ert = math.log(checked_ert(ert))
         self._data = EDetector(scores, ert=ert, seed=seed, groups=groups, group_count=group_count)
         self._mix: MixDetector | None = None
-        if groups is not None:
+        if groups is not None and mix:
             counts = [int((groups == group).sum()) for group in range(group_count)]
             self._mix = MixDetector(counts, ert=ert, seed=seed)
 

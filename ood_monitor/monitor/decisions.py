@@ -409,6 +409,7 @@ def _stream_test(fitted: Fitted, *, ert: float, seed: int) -> StreamTest:
         seed=seed,
         groups=grouped.indices(grouped.labels, len(grouped.scores)),
         group_count=len(grouped.large) + 1,
+        mix=not fitted.groups_of_adapter,
     )
 
 

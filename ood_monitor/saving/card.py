@@ -25,7 +25,9 @@ __all__ = [
     "is_own",
     "model_card",
     "save_card",
+    "told_conditions",
     "told_explanation",
+    "told_groups",
     "told_method",
     "told_parts",
 ]
@@ -196,9 +198,19 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
     yield "fit samples", f"{fitted.fit_count:,}"
     yield "calibration samples", f"{len(fitted.calibration.scores):,}"
     if fitted.grouped is not None:
-        yield "groups of their own", f"{len(fitted.grouped.sizes):,}"
+        yield "groups of their own", told_groups(fitted)
     if provenance.libraries:
         yield "fitted with", ", ".join(f"{k} {v}" for k, v in provenance.libraries.items())
+
+
+def told_groups(fitted: Fitted) -> str:
+    """How many groups a detector has, and which if the adapter told them; empty if none."""
+    if fitted.grouped is None:
+        return ""
+    count = f"{len(fitted.grouped.large):,}"
+    if not fitted.groups_of_adapter:
+        return count
+    return f"{count}, by size and adapters: {', '.join(fitted.grouped.large) or 'none'}"
 
 
 def told_conditions(fitted: Fitted) -> str:
@@ -276,7 +288,8 @@ def _loader(fitted: Fitted, name: str) -> str:
     """Python that loads the detector, given what no file can hold."""
     recipe = fitted.provenance.adapter
     kind = _ADAPTERS.get(recipe.get("class", ""))
-    groups = ", groups=groups" if fitted.grouped is not None else ""
+    is_given = fitted.grouped is not None and not fitted.groups_of_adapter
+    groups = ", groups=groups" if is_given else ""
     given = ["groups"] if groups else []
     if kind is None:
         said = recipe.get("class", "").rsplit(".", 1)[-1] or "an adapter"

@@ -63,6 +63,8 @@ class Fitted:
         dtype: Floating-point type of the weights.
         fit_count: Samples that the density was fitted on.
         grouped: Scores of the calibration samples by group, if these were told apart.
+        groups_of_adapter: Whether the adapter told them, by what is no part of the data; their mix
+            is then not watched.
         provenance: How it was made.
         usual: What samples are explained by, if there is anything.
         probe: Some calibration samples and what was said of them; None if they had no names.
@@ -85,6 +87,7 @@ class Fitted:
     provenance: Provenance = field(default_factory=Provenance)
     usual: Usual | None = None
     probe: Probe | None = None
+    groups_of_adapter: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -184,6 +187,8 @@ class Fitted:
         if self.grouped is not None:
             config["groups"] = list(self.grouped.labels)
             config["large_groups"] = list(self.grouped.large)
+        if self.groups_of_adapter:
+            config["groups_of_adapter"] = True
         config |= self.provenance.dump()
         if self.usual is not None:
             config["explanation"] = self.usual.dump()
@@ -266,6 +271,7 @@ class Fitted:
             provenance=Provenance.parse(config),
             usual=_usual(config, arrays),
             probe=None if "probe" not in config else Probe.parse(config["probe"]),
+            groups_of_adapter=config.get("groups_of_adapter", False),
         )
 
 

@@ -132,6 +132,7 @@ _SETTINGS: dict[str, _Rule] = {
     "options": _Rule(lambda v: isinstance(v, dict), "a mapping"),
     "groups": _Rule(lambda v: isinstance(v, list) and all(map(_is_text, v)), "names", False),
     "large_groups": _Rule(_are_names, "names, each once", False),
+    "groups_of_adapter": _Rule(lambda v: isinstance(v, bool), "a flag", False),
     "adapter": _Rule(lambda v: isinstance(v, dict), "a mapping", False),
     "base_model": _Rule(_is_text, "a name", False),
     "base_model_revision": _Rule(_is_text, "a name", False),
@@ -170,6 +171,7 @@ _OPTIONS: dict[str, _Rule] = {
     "trim": _Rule(lambda v: _is_share(v, 0, 0.5), "a share in [0, 0.5)"),
     "seed": _Rule(_is_whole, "a whole number"),
     "minimum_group": _Rule(_is_whole, "a whole number"),
+    "any_size": _Rule(lambda v: isinstance(v, bool), "a flag"),
     "source": _Rule(_is_text, "text"),
     "explain": _Rule(_is_whole, "a whole number"),
 }

@@ -25,7 +25,7 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.adapters.fields import without_ignored
-from ood_monitor.checks import whole
+from ood_monitor.checks import flag, whole
 from ood_monitor.gradients.factors import full_precision
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.modules import Passes, scored
@@ -70,7 +70,7 @@ class DenoiserStatistics:
 
 @dataclass(frozen=True)
 class _Known:
-    """What was found of an adapter's passes.
+    """What was found of an adapter's passes, and how their sums are taken.
 
     Attributes:
         layers: By name.
@@ -79,6 +79,7 @@ class _Known:
         parts: Of what the model was made then.
         levels: How many residuals there are.
         at_once: Whether a pass of all levels gives the same; None where it was not tried.
+        any_size: Whether means over positions are taken in place of sums.
     """
 
     layers: Mapping[str, Layer]
@@ -87,6 +88,7 @@ class _Known:
     parts: int
     levels: int
     at_once: bool | None = None
+    any_size: bool = False
 
 
 #: By adapter; and whether there are such statistics of it.
@@ -95,22 +97,34 @@ _measurable: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def denoiser_statistics(
-    adapter: Adapter, batch: Batch, *, layers: Layers = None, chunk_size: int | None = None
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    layers: Layers = None,
+    chunk_size: int | None = None,
+    any_size: bool = False,
 ) -> DenoiserStatistics:
     """The last layer's gradient and the energies of each sample, without noise.
 
     The model is left as it was. A sample whose pass is not finite has columns that are not, and
     changes none of the others'.
 
+    With ``any_size`` all sums over positions are means, so that samples of several sizes can be
+    compared: each layer's by the number of positions, or rows, that it is given of that sample, a
+    band's by that of its frequencies, and the condition's gain by that of the residual's numbers.
+    The last layer's realised gradient is that of the mean over its positions.
+
     Args:
         adapter: One with :meth:`~ood_monitor.Adapter.residuals`, as of a denoising bound.
         batch: B samples, on any device.
         layers: Whose inputs' energies are taken, by the names of their weights; all by default.
         chunk_size: Samples a pass, to bound memory.
+        any_size: Whether means over positions are taken in place of sums.
 
     Raises:
         ValueError: The batch is empty, the adapter is no denoiser, no layer is called as a module,
-            or the last one is not called once in a pass.
+            or the last one is not called once in a pass; or ``any_size``, and images of fewer than
+            6 by 6 positions.
 
     Example:
         >>> import ood_monitor as om
@@ -121,7 +135,7 @@ def denoiser_statistics(
         >>> {name: tuple(values.shape) for name, values in found.energies.items()}
         {'t=0/input.': (3,), 't=0/band': (3, 6), 't=929/input.': (3,), 't=929/band': (3, 6)}
     """
-    batch = without_ignored(adapter, batch)
+    any_size, batch = flag("any_size", any_size), without_ignored(adapter, batch)
     size = batch_size(batch)
     if size == 0:
         raise ValueError(f"Expected samples, got {describe(batch)}.")
@@ -132,6 +146,7 @@ def denoiser_statistics(
         usable = usable_by(adapter.module, batch)
         chunks = list(pieces(usable, chunk_size or size))
         known = _chosen(_found(passes, chunks[0]), adapter.module, layers)
+        known = replace(known, any_size=any_size)
         return _joined([part for chunk in chunks for part in _parts(passes, chunk, known)])
 
     return scored(measured, adapter, adapter.module)
@@ -163,21 +178,22 @@ def has_statistics_without_noise(adapter: Adapter, batch: Batch) -> bool:
 
 @dataclass(frozen=True)
 class _Level:
-    """What a pass at one level gave of a batch."""
+    """What a pass at one level gave of a batch, whose residuals have so many numbers each."""
 
     name: str
     single: Single
     squares: Mapping[str, Tensor]
+    numbers: int
     bands: Tensor | None
     lags: Tensor | None
 
     def of(self, name: str, rows: slice) -> "_Level":
         """Some of its rows, as those of a level."""
-        taken = {k: Taken(each.sums[rows], each.rows) for k, each in self.single.taken.items()}
+        taken = {k: replace(it, sums=it.sums[rows]) for k, it in self.single.taken.items()}
         terms = {name: self.single.terms[self.name][rows]}
         squares = {k: each[rows] for k, each in self.squares.items()}
         bands, lags = (None if it is None else it[rows] for it in (self.bands, self.lags))
-        return _Level(name, Single(taken, terms), squares, bands, lags)
+        return _Level(name, Single(taken, terms), squares, self.numbers, bands, lags)
 
 
 def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[DenoiserStatistics]:
@@ -199,7 +215,8 @@ def _parts(passes: Passes[Adapter], chunk: Batch, known: _Known) -> list[Denoise
     for level in levels:
         if level.name.endswith(NULL_SUFFIX):
             own = level.name.removesuffix(NULL_SUFFIX)
-            found.condition[own] = (energies[level.name] - energies[own]) / 2
+            gain = (energies[level.name] - energies[own]) / 2
+            found.condition[own] = gain / level.numbers if known.any_size else gain
         else:
             _add(found, level, _inputs(level, layout, known, size))
     return [found]
@@ -216,11 +233,13 @@ def _of_all(levels: Iterable[_Level]) -> Single:
 
 
 def _inputs(level: _Level, layout: Layout, known: _Known, size: int) -> dict[str, Tensor]:
-    """Sums of squares of each layer's input, (B,); zeros of one that was not called."""
+    """Sums or means of squares of each layer's input, (B,); zeros of one that was not called."""
     energy = next(iter(level.single.terms.values()))
     found = {name: torch.zeros_like(energy) for name in known.layers}
     for name, taken in level.single.taken.items():
-        found[name] = layout.sums(f"{level.name}/{name}", taken, size).sum(1)
+        key = f"{level.name}/{name}"
+        sums = layout.sums(key, taken, size).sum(1)
+        found[name] = sums / layout.positions(key, taken) if known.any_size else sums
     return found
 
 
@@ -280,7 +299,7 @@ def _at_once(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_
         if found is None:
             return
         names, residual = found
-        whole = _measured("", residual, sums, last)
+        whole = _measured("", residual, sums, last, known.any_size)
         for i, name in enumerate(names):
             yield whole.of(name, slice(i * size, (i + 1) * size))
 
@@ -302,17 +321,19 @@ def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_L
                 item = next(residuals, None)
             if item is None:
                 return
-            yield _measured(*item, sums, last)
+            yield _measured(*item, sums, last, known.any_size)
             sums.taken = {}
 
 
-def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer) -> _Level:
-    squares = last.squares(residual)
+def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer, any_size: bool) -> _Level:
+    squares = last.squares(residual, any_size=any_size)
     residual = full_precision(residual.detach())
     energy = residual.flatten(1).square().sum(1)
     is_image = residual.ndim == 4 and min(residual.shape[2:]) >= _LEAST_SIDE
-    bands, lags = (band_energies(residual), lag_cosines(residual)) if is_image else (None, None)
-    return _Level(name, Single(dict(sums.taken), {name: energy}), squares, bands, lags)
+    bands = band_energies(residual, any_size=any_size) if is_image else None
+    lags = lag_cosines(residual) if is_image else None
+    numbers = residual[0].numel()
+    return _Level(name, Single(dict(sums.taken), {name: energy}), squares, numbers, bands, lags)
 
 
 def _residuals(view: Adapter, batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,17 +36,21 @@ class Taken:
         sums: (B, G), of each sample's rows if these lie together and are as many for each; or, if
             the rows are no multiple of the samples, (1, G), of all.
         rows: How many rows a sample has, or None if they are no multiple; of each call.
+        positions: How many positions each of the B or 1 sums is over, of all calls.
     """
 
     sums: Tensor
     rows: tuple[int | None, ...]
+    positions: int = 0
 
     def and_then(self, other: "Taken") -> "Taken":
         """With those of a later call of the same layer."""
         rows = self.rows + other.rows
         if len(self.sums) == len(other.sums):
-            return Taken(self.sums + other.sums, rows)
-        return Taken(self.sums.sum(0, keepdim=True) + other.sums.sum(0, keepdim=True), rows)
+            return Taken(self.sums + other.sums, rows, self.positions + other.positions)
+        positions = sum(each.positions * len(each.sums) for each in (self, other))
+        sums = self.sums.sum(0, keepdim=True) + other.sums.sum(0, keepdim=True)
+        return Taken(sums, rows, positions)
 
 
 class Sums:
@@ -119,6 +123,7 @@ class Sums:
                 f"{layer.axis}, as when it was found, got shape {tuple(h.shape)}."
             )
         found = self._of(h.detach() if h.requires_grad else h, layer.axis)
+        found = replace(found, positions=h.numel() // (layer.channels * len(found.sums)))
         known = self.taken.get(name)
         self.taken[name] = found if known is None else known.and_then(found)
 

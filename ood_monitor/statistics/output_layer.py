@@ -71,11 +71,13 @@ class OutputLayer:
         finally:
             handle.remove()
 
-    def squares(self, residual: Tensor) -> dict[str, Tensor]:
+    def squares(self, residual: Tensor, *, any_size: bool = False) -> dict[str, Tensor]:
         """The sums of the pass that gave a residual, by group of channels, (B, G) each.
 
         Args:
             residual: Prediction less target, shape (B, ...), as that pass made it.
+            any_size: Whether means over positions are taken in place of sums: the gradient is then
+                that of the mean over positions, and g by so much squared smaller.
 
         Raises:
             ValueError: The layer was not called once, or the residual does not come from it.
@@ -99,6 +101,10 @@ class OutputLayer:
         expected, apart = (
             _weighted(h, each).view(size, -1, h.shape[1]).sum(1) for each in (None, weights)
         )
+        if any_size:
+            positions = len(h) // size * h.shape[2]
+            expected, apart = expected / positions, apart / positions
+            realised = realised / positions**2
         found = {"expected": expected, "apart": apart, "norm": realised}
         return {name: grouped(sums) for name, sums in found.items()}
 

@@ -51,6 +51,10 @@ class Layout:
             return taken.sums.sum(0, keepdim=True).expand(size, -1)
         return taken.sums
 
+    def positions(self, name: str, taken: Taken) -> int:
+        """Over how many positions the sums of a sample are."""
+        return taken.positions * (len(taken.sums) if name in self.shared else 1)
+
 
 @dataclass(frozen=True)
 class Single:

@@ -20,15 +20,20 @@ _SMALL = 16
 _LAGS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (2, 2))
 
 
-def band_energies(residual: Tensor) -> Tensor:
+def band_energies(residual: Tensor, *, any_size: bool = False) -> Tensor:
     """Energies of the orthonormal discrete cosine transform, in radial bands.
 
     Args:
         residual: Shape (B, C, H, W).
+        any_size: Whether they are to be compared between sizes: 6 bands at any, and means over the
+            frequencies of each in place of sums.
 
     Returns:
         (B, bands): 7, or 6 of images with a side of fewer than 16 pixels; summed over channels.
-        They add up to the residual's squared norm.
+        They add up to the residual's squared norm, unless they are means.
+
+    Raises:
+        ValueError: ``any_size``, and an image so small that a band has no frequency.
 
     Example:
         >>> flat = torch.ones(1, 1, 8, 8)
@@ -38,7 +43,19 @@ def band_energies(residual: Tensor) -> Tensor:
     height, width = residual.shape[2:]
     of_rows, of_columns = (_cosines(n).to(residual) for n in (height, width))
     energies = (of_rows @ residual @ of_columns.mT).square().sum(1)
-    return energies.flatten(1) @ _bands(height, width).to(residual)
+    bands = _bands(height, width, any_size or min(height, width) < _SMALL).to(residual)
+    return energies.flatten(1) @ (_means(bands, height, width) if any_size else bands)
+
+
+def _means(bands: Tensor, height: int, width: int) -> Tensor:
+    """What takes the mean over each band."""
+    counts = bands.sum(0)
+    if not counts.all():
+        raise ValueError(
+            "Expected samples with frequencies in all bands for any_size=True, as of 6 by 6 and "
+            f"larger, got {height} by {width}: fit a detector for each size."
+        )
+    return bands / counts
 
 
 def lag_cosines(residual: Tensor) -> Tensor:
@@ -70,9 +87,9 @@ def _cosines(n: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _bands(height: int, width: int) -> Tensor:
+def _bands(height: int, width: int, few: bool) -> Tensor:
     """Which band each frequency is in, (H W, bands), one or zero."""
-    edges = _FEW_EDGES if min(height, width) < _SMALL else _EDGES
+    edges = _FEW_EDGES if few else _EDGES
     y, x = (torch.arange(n, dtype=torch.float64, device="cpu") / n for n in (height, width))
     radius = torch.hypot(y[:, None], x).flatten()
     inner = torch.tensor(edges[1:-1], dtype=torch.float64, device="cpu")

@@ -266,6 +266,9 @@ FORGED: dict[str, Change] = {
     "an option of another type": option("calibration_fraction", "half"),
     "an option out of range": option("trim", 0.9),
     "a seed below zero": option("seed", -1),
+    "a flag that is a number": option("any_size", 1),
+    "any size of what has another at each": option("any_size", True),
+    "groups of the adapter by a number": setting("groups_of_adapter", 1),
     "patterns that are none": option("layers", [1, 2]),
     "groups of other samples": setting("groups", ["a", "b"]),
     "memories of other scores": setting(
