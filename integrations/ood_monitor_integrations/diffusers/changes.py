@@ -11,6 +11,7 @@ from ood_monitor.processes import Lock
 from ood_monitor.saving.states import KnownWeights, State
 from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.deployment import settings_of
+from ood_monitor_integrations.diffusers.groups import adapters_in
 
 __all__ = ["Changes"]
 
@@ -46,21 +47,32 @@ class Changes:
 
     Args:
         denoiser: As `torch.compile` may have wrapped it.
-        monitor: What is told of changes once.
-        settings: What was on at the fit beside the weights, as :func:`settings_of` says.
+        monitor: What is told of changes once. Where its detector has a group for each state of the
+            adapters (LoRA's), these are no change, and weights are compared in the fit's state.
     """
 
-    def __init__(self, denoiser: nn.Module, monitor: Monitor, settings: str) -> None:
-        self._monitor, self._settings = monitor, settings
-        module = original_of(denoiser)
+    def __init__(self, denoiser: nn.Module, monitor: Monitor) -> None:
+        module, adapter = original_of(denoiser), monitor.detector.adapter
+        self._monitor, self._are_groups = monitor, monitor.detector.fitted.groups_of_adapter
+        name = "own_settings" if self._are_groups else "settings"
+        self._settings = getattr(adapter, name, self._found(module))
+        self._adapters = getattr(adapter, "adapters", adapters_in(module))
         if KnownWeights.of(module).is_empty:  # the costly look, before a request waits for it
             KnownWeights.of(module).digest(module)
+
+    def _found(self, module: nn.Module) -> str:
+        return settings_of(module, with_adapters=not self._are_groups)
+
+    def _is_other_group(self, module: nn.Module) -> bool:
+        return self._are_groups and adapters_in(module) != self._adapters
 
     def are_there(self, denoiser: nn.Module) -> bool:
         """Whether it is not as it was; all weights are read if they may be others."""
         module = original_of(denoiser)
-        if settings_of(module) != self._settings:
+        if self._found(module) != self._settings:
             return True
+        if self._is_other_group(module):
+            return False
         known, expected = KnownWeights.of(module), self._monitor.detector.fitted.model
         found = known.differ(known.state(module), expected)
         return known.digest(module) != expected if found is None else found
@@ -68,10 +80,12 @@ class Changes:
     def tell(self, denoiser: nn.Module) -> None:
         """Log a state that is not as at the fit, once; later, where weights must be read for it."""
         module = original_of(denoiser)
-        settings, state = settings_of(module), KnownWeights.of(module).state(module)
+        settings, state = self._found(module), KnownWeights.of(module).state(module)
         name = type(module).__name__
         if settings != self._settings:
             self._log(name, settings, state)
+            return
+        if self._is_other_group(module):
             return
         known, expected = KnownWeights.of(module), self._monitor.detector.fitted.model
 

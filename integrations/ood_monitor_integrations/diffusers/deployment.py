@@ -22,7 +22,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 _IMAGE_PROMPT = "IPAdapter"
 
 
-def settings_of(module: nn.Module) -> str:
+def settings_of(module: nn.Module, *, with_adapters: bool = True) -> str:
     """What changes a denoiser beside its weights.
 
     FreeU, which adapters are on and how strongly, image prompts' scales, and fused projections.
@@ -32,7 +32,8 @@ def settings_of(module: nn.Module) -> str:
     processors: Iterator[Any] = (getattr(m, "processor", None) for m in module.modules())
     prompted = [repr(p.scale) for p in processors if type(p).__name__.startswith(_IMAGE_PROMPT)]
     fused = sorted(Names.of(module).fused)
-    return repr((freeu, tuners_in(module), prompted, fused))
+    tuners = tuners_in(module) if with_adapters else {}
+    return repr((freeu, tuners, prompted, fused))
 
 
 def check_denoiser(module: nn.Module, detector: Detector) -> None:

@@ -1,6 +1,8 @@
 """Fitting a detector for a pipeline: on held-out images, or on what the pipeline itself makes."""
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,11 +13,16 @@ from torch import Tensor
 
 from ood_monitor import Detector, NoiseSchedule
 from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.checks import flag, seed_of, whole, word
+from ood_monitor.checks import flag, items, seed_of, whole, word
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
-from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
+from ood_monitor_integrations.diffusers.denoisers import (
+    check_pipeline,
+    denoiser_of,
+    original_of,
+)
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
+from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
 from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
@@ -34,6 +41,10 @@ __all__ = ["fit_pipeline", "replayed_bound"]
 #: Arguments of a pipeline's call.
 Call: TypeAlias = Mapping[str, Any]
 
+#: Of a size at least as many calibration samples are expected as make a group of its own, and twice
+#: the square root more, since the split into fit and calibration samples is random.
+_SPREAD = 2
+
 #: A recorded call, the images that take the place of its samples, if any do, and its arguments.
 _Recording: TypeAlias = tuple[RecordedCall, Any, Call]
 
@@ -45,7 +56,7 @@ def fit_pipeline(
     pipe: DiffusionPipeline,
     data: Iterable[Any] | None = None,
     *,
-    call: Call | None = None,
+    call: Call | Sequence[Call] | None = None,
     levels: Sequence[int] = LEVELS,
     ratios: Literal[2, 3] | Sequence[float] = 2,
     condition_check: bool = False,
@@ -66,10 +77,12 @@ def fit_pipeline(
         data: Held-out batches, none of them trained on: images as the pipeline's image processor
             takes them, tensors (B, C, H, W) or arrays (B, H, W, C) in [0, 1], or PIL images; or
             pairs of images and arguments of the call for them: captions by ``prompt``, labels by
-            ``class_labels``, embeddings. Without data the detector is fitted on the pipeline's own
-            samples, from whole calls; it then tells what is unlike them, not what is unlike the
-            training data, and its ``source`` says so.
-        call: Arguments of all calls.
+            ``class_labels``, embeddings, sizes by ``height`` and ``width``. Without data the
+            detector is fitted on the pipeline's own samples, from whole calls; it then tells what
+            is unlike them, not what is unlike the training data, and its ``source`` says so.
+        call: Arguments of all calls; or without data a list of such, which are called in turn, as
+            with several prompts or sizes. If their samples come in several shapes, the detector is
+            for any size.
         levels: Noise levels of the bound, whose gradient norms these are; each costs a pass, see
             :func:`plan_costs`. With fewer, more depends on the seed:
             ``benchmarks/integrations/diffusers.py``.
@@ -85,7 +98,11 @@ def fit_pipeline(
         watches: What the detector is for. By default what it is fitted on: ``"inputs"`` of images,
             ``"outputs"`` of own samples. A model's normal samples are unlike its training data, so
             that one for the other finds drift at once; to compare them all the same, say so.
-        **options: Further ones of :class:`~ood_monitor.Detector`.
+        **options: Further ones of :class:`~ood_monitor.Detector`: with ``any_size=True`` one
+            detector watches several sizes and, if they are switched between batches of data,
+            adapters such as LoRA's. Each that has ``minimum_group`` calibration samples is a group,
+            among which p-values compare a sample and the drift test ranks it; all others are new to
+            it, counted and not scored.
 
     Returns:
         The detector, for :func:`monitor_pipeline`. To load it again, see :func:`replayed_bound`.
@@ -94,44 +111,123 @@ def fit_pipeline(
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: A pipeline that cannot be replayed, or not by what its calls show; a call with
             conditions for other than one or all of its images, or too little data; images of whole
-            numbers, as bytes are, or outside [0, 1].
+            numbers, as bytes are, or outside [0, 1]; samples of several sizes without
+            ``any_size=True``, or too few of one.
     """
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)
+    calls = _calls(call, data)
     recordings: Iterator[_Recording] = (
-        _own_samples(pipe, dict(call or {}), seed)
-        if data is None
-        else _held_out(pipe, data, dict(call or {}), seed)
+        _own_samples(pipe, calls, seed) if data is None else _held_out(pipe, data, calls[0], seed)
     )
-    first = next(recordings, None)
-    if first is None:
+    first = list(itertools.islice(recordings, len(calls)))
+    if not first:
         raise ValueError("Expected held-out batches, got an empty iterable.")
+    several = len({found.call.sample.shape[1:] for found, *_ in first}) > 1
+    options = {"any_size": several} | options
     adapter = replayed_bound(
         pipe,
-        call=first[2],
+        call=first[0][2],
         levels=levels,
         ratios=ratios,
         condition_check=condition_check,
         seed=seed,
     )
-    origin = _origin(pipe, data, watches, first[2])
+    origin = _origin(pipe, data, watches, [arguments for *_, arguments in first])
     adapter.origin = asdict(origin)
-    recordings = itertools.chain([first], recordings)
+    recordings = itertools.chain(first, recordings)
     batches = (_batch(pipe, adapter, *recording) for recording in recordings)
     source = "held-out images" if origin.samples == "images" else "the pipeline's own samples"
     detector = Detector(adapter, layers=layers, **{"source": source, **options})
+    if detector.any_size and len(first) > 1:
+        _check_sizes(detector, first, samples)
     check_deployment(pipe, denoiser_of(pipe), "sync", detector)
     with scorable(pipe, denoiser_of(pipe)):
-        return detector.fit(_first(batches, samples), progress=progress)
+        chosen = _first(batches, samples)
+        detector.fit(chosen if detector.any_size else _of_one_size(chosen), progress=progress)
+    _check_groups(detector)
+    return detector
 
 
-def _origin(pipe: Any, data: Any, watches: What | None, arguments: Call) -> Origin:
+def _calls(call: Call | Sequence[Call] | None, data: Any) -> list[dict[str, Any]]:
+    """The arguments of calls that are made in turn.
+
+    Raises:
+        ValueError: None, or several with images, each batch of which has a call of its own.
+        TypeError: Something else.
+    """
+    if call is None or isinstance(call, Mapping):
+        return [dict(call or {})]
+    found = items("call", call)
+    if not all(isinstance(each, Mapping) for each in found):
+        raise TypeError(f"Expected arguments of a call, or a list of such, got {call!r}.")
+    if not found or (data is not None and len(found) > 1):
+        raise ValueError(
+            f"Expected several calls without images, got {len(found)}: give each batch of images "
+            "with arguments of its own, `(images, {'height': ...})`."
+        )
+    return [dict(each) for each in found]
+
+
+def _check_sizes(detector: Detector, first: Sequence[_Recording], samples: int) -> None:
+    """Refuse too few samples for groups of their own before they are made.
+
+    Raises:
+        ValueError: They are.
+    """
+    counts = Counter[Any]()
+    for found, *_ in first:
+        counts[found.call.sample.shape[1:]] += found.count
+    needed = detector.minimum_group + _SPREAD * math.sqrt(detector.minimum_group)
+    share = min(counts.values()) / counts.total() * detector.calibration_fraction
+    if samples * share < needed:
+        raise ValueError(
+            f"Expected at least {math.ceil(needed / share)} samples, so that each of {len(counts)} "
+            f"sizes has minimum_group={detector.minimum_group} calibration samples, got samples="
+            f"{samples}: make more, or expect fewer of each."
+        )
+
+
+def _check_groups(detector: Detector) -> None:
+    """Refuse a detector that would score nothing.
+
+    Raises:
+        ValueError: It has no group of its own.
+    """
+    fitted = detector.fitted
+    if fitted.groups_of_adapter and fitted.grouped is not None and not fitted.grouped.large:
+        raise ValueError(
+            f"Expected a size with minimum_group={detector.minimum_group} calibration samples, got "
+            f"{dict(Counter(fitted.grouped.labels))}: give more samples, or a smaller minimum."
+        )
+
+
+def _of_one_size(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, unless their samples come in several shapes.
+
+    Raises:
+        ValueError: They do.
+    """
+    shape = None
+    for batch in batches:
+        found = batch[SAMPLE].shape[1:]
+        shape = found if shape is None else shape
+        if found != shape:
+            raise ValueError(
+                f"Expected samples of one size, got {tuple(shape)} and {tuple(found)}: fit with "
+                "any_size=True."
+            )
+        yield batch
+
+
+def _origin(pipe: Any, data: Any, watches: What | None, calls: Sequence[Call]) -> Origin:
     if watches is not None:
         word("watches", watches, get_args(What))
     if data is not None:
         return Origin(watches or "inputs", "images")
-    settings = settings_in(original_class(pipe), arguments)
-    return Origin(watches or "outputs", "own samples", settings)
+    settings, *others = (settings_in(original_class(pipe), each) for each in calls)
+    alike = {k: v for k, v in settings.items() if all(other.get(k) == v for other in others)}
+    return Origin(watches or "outputs", "own samples", alike)
 
 
 def replayed_bound(
@@ -182,6 +278,7 @@ def _held_out(
     check_pipeline(pipe)
     common: RecordedCall | None = None
     needs: bool | None = None
+    adapters = ""
     for item in data:
         images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
         check_images(pipe, images)  # before the pipeline is called with them
@@ -189,8 +286,10 @@ def _held_out(
         needs = needs_image(pipe, arguments, seed) if needs is None else needs
         if needs:
             arguments = {image_argument(arguments_of(pipe)): images} | arguments
-        # What does not depend on the batch is recorded once.
-        if common is None or own is not None or arguments.keys() != call.keys():
+        # What does not depend on the batch is recorded once for the adapters that are on.
+        before, adapters = adapters, adapters_in(original_of(denoiser_of(pipe)))
+        is_same = own is None and arguments.keys() == call.keys() and adapters == before
+        if common is None or not is_same:
             common = record_call(pipe, arguments, seed)
         yield common, images, arguments
 
@@ -199,11 +298,11 @@ def _is_pair(item: Sequence[Any]) -> bool:
     return len(item) == 2 and isinstance(item[1], Mapping)
 
 
-def _own_samples(pipe: Any, call: dict[str, Any], seed: int) -> Iterator[_Recording]:
+def _own_samples(pipe: Any, calls: list[dict[str, Any]], seed: int) -> Iterator[_Recording]:
     check_pipeline(pipe)
     if "batch_size" in arguments_of(pipe):
-        call = {"batch_size": _AT_ONCE} | call
-    for number in itertools.count():
+        calls = [{"batch_size": _AT_ONCE} | call for call in calls]
+    for number, call in enumerate(itertools.cycle(calls)):
         yield record_call(pipe, call, seed + number, "whole"), None, call
 
 

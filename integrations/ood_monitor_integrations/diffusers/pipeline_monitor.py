@@ -28,14 +28,14 @@ from ood_monitor_integrations.diffusers.capture import (
     stepping,
 )
 from ood_monitor_integrations.diffusers.changes import Changes
-from ood_monitor_integrations.diffusers.denoisers import denoiser_of, original_of
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.deployment import (
     Mode,
     check_denoiser,
     check_deployment,
     scorable,
-    settings_of,
 )
+from ood_monitor_integrations.diffusers.groups import group_in, is_fitted_on
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, settings_in
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
@@ -69,6 +69,9 @@ class Counts:
         skipped: Samples not chosen, by ``sample_rate`` or for ``max_latency_ms``.
         dropped: Samples chosen that found the queue full, or closed.
         interrupted: Samples of calls that were interrupted, and are no images.
+        new: Samples of a group that the detector for any size was not fitted on: of a size, or with
+            adapters such as LoRA's, of which there were no or too few samples. They are neither
+            flagged nor tested; each such group is warned of once.
         failures: Calls that could not be scored; their images were returned all the same.
     """
 
@@ -76,6 +79,7 @@ class Counts:
     skipped: int = 0
     dropped: int = 0
     interrupted: int = 0
+    new: int = 0
     failures: int = 0
 
 
@@ -89,6 +93,8 @@ class _Task:
         batch: Gives the chosen samples as the detector takes them.
         rows: Which of the call's samples they are.
         count: The samples of the call.
+        group: Theirs, of a detector with groups of its adapter's.
+        is_new: Whether it was not fitted on that group.
     """
 
     pipe: Any
@@ -96,6 +102,8 @@ class _Task:
     batch: Callable[[], Batch]
     rows: list[int]
     count: int
+    group: str = ""
+    is_new: bool = False
 
 
 class PipelineMonitor:
@@ -122,13 +130,12 @@ class PipelineMonitor:
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
         self._batch = batch or _batch_of(self.monitor)
         self._counts, self._lock = Counts(), Lock()
-        denoiser, adapter = denoiser_of(pipe), self.monitor.detector.adapter
-        settings = getattr(adapter, "settings", settings_of(original_of(denoiser)))
-        self._changes = Changes(denoiser, self.monitor, settings)
+        denoiser = denoiser_of(pipe)
+        self._changes = Changes(denoiser, self.monitor)
         for monitor in self.monitors.values():
             monitor.read_weights_in_background()
         self._origin, self._told_settings = Origin.of(self.monitor.detector), set[str]()
-        self._failures = Counter[str]()
+        self._failures, self._told_groups = Counter[str](), set[str]()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
         self._changes.tell(denoiser)
@@ -159,7 +166,8 @@ class PipelineMonitor:
 
         P-values and promises are then those of another model: weights were swapped, a LoRA was
         switched on or fused, FreeU switched on. It is logged once a state, when it is known, and
-        scoring goes on. Here all weights are read if they may be others.
+        scoring goes on. Here all weights are read if they may be others. To a detector for any
+        size, which adapters are on is a group and no change.
         """
         return self._changes.are_there(denoiser_of(self._pipe))
 
@@ -305,17 +313,42 @@ class PipelineMonitor:
         given = {} if what == "outputs" else arguments()
         images = given[image_argument(given)] if given else None
         count = samples if images is None else count_of(images)
+        group = self._group(what, call, samples)
+        if not is_fitted_on(self.monitors[what].detector, group):
+            self._tell_of_group(group)
+            return _Task(pipe, what, dict, [], count, group, is_new=True)
         rows = self._choice.rows(count)
         if not rows:
-            return _Task(pipe, what, dict, rows, count)
+            return _Task(pipe, what, dict, rows, count, group)
         # Of several samples that a call makes of an image, the condition of the first.
         every = max(1, samples // count)
         batch = map_tensors(lambda tensor: tensor[::every][rows], self._taken(pipe, call, samples))
         if images is None:
-            return _Task(pipe, what, lambda: batch, rows, count)
+            return _Task(pipe, what, lambda: batch, rows, count, group)
         images = images if self._worker is None else copied(images)
         encode = partial(_with_encoded, pipe, batch, images, size_of(pipe, given), rows)
-        return _Task(pipe, what, encode, rows, count)
+        return _Task(pipe, what, encode, rows, count, group)
+
+    def _group(self, what: str, call: DenoiserCall, samples: int) -> str:
+        """That of a call's samples, as the detector's adapter tells it; empty if it does not."""
+        detector = self.monitors[what].detector
+        if not detector.fitted.groups_of_adapter:
+            return ""
+        if isinstance(detector.adapter, ReplayedBound):  # nothing is replayed for a shape
+            return group_in(detector, {SAMPLE: call.sample[:1]})
+        return group_in(detector, self._batch(call, samples))
+
+    def _tell_of_group(self, group: str) -> None:
+        """Of one that the detector was not fitted on, once."""
+        with self._lock:
+            is_told = group in self._told_groups or len(self._told_groups) >= _KINDS
+            self._told_groups.update(() if is_told else (group,))
+        if not is_told:
+            _log.warning(
+                "A size, or adapters, that the detector was not fitted on: %s. Such samples are "
+                "counted and not scored; to watch them, fit with enough of them.",
+                group,
+            )
 
     def _taken(self, pipe: Any, call: DenoiserCall, samples: int) -> Batch:
         """The detector's batch of a call, whose last step is replayed where none like it was."""
@@ -327,7 +360,7 @@ class PipelineMonitor:
 
     def _scored(self, task: _Task) -> Scores | None:
         """The scores of a call's samples, nan for those not chosen; None if they come later."""
-        self._count(skipped=task.count - len(task.rows))
+        self._count(**{"new" if task.is_new else "skipped": task.count - len(task.rows)})
         if self._worker is None:
             return self._run(task) if task.rows else Scores.none().among(task.count, [])
         if task.rows and not self._worker.submit(partial(self._run_later, task)):
@@ -337,12 +370,23 @@ class PipelineMonitor:
     def _run(self, task: _Task) -> Scores:
         start, monitor = time.perf_counter(), self.monitors[task.what]
         with scorable(task.pipe, denoiser_of(task.pipe)):
-            scores = monitor.score(task.batch())
+            batch = task.batch()
+            self._check_group(task, batch)
+            scores = monitor.score(batch)
         self._choice.measured(len(task.rows), 1000 * (time.perf_counter() - start))
         alerts = monitor.observe(scores)
         self.alerts.extend(alerts)
         self._count(scored=len(task.rows))
         return scores.among(task.count, task.rows)
+
+    def _check_group(self, task: _Task, batch: Batch) -> None:
+        """Refuse to score samples by a denoiser whose adapters have been changed since the call."""
+        found = group_in(self.monitors[task.what].detector, batch)
+        if found != task.group:
+            raise ValueError(
+                f"Expected the size and adapters of the samples' call, {task.group}, got {found}: "
+                "adapters were changed before they were scored in the background."
+            )
 
     def _run_later(self, task: _Task) -> None:
         with self._never_failing(may_raise=False):

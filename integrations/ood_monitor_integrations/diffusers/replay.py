@@ -23,6 +23,7 @@ from ood_monitor_integrations.diffusers.arguments import (
 from ood_monitor_integrations.diffusers.capture import DenoiserCall, capturing
 from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.deployment import settings_of
+from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.layouts import (
     Layout,
     layouts_of,
@@ -73,6 +74,8 @@ class ReplayedBound(Adapter):
     Attributes:
         module: The denoiser.
         settings: What changes the denoiser beside its weights, when this was made.
+        own_settings: The same without adapters such as LoRA's, which are a group of samples.
+        adapters: Those that were on.
         origin: What a detector was fitted on, as :func:`fit_pipeline` says; empty before.
     """
 
@@ -94,6 +97,8 @@ class ReplayedBound(Adapter):
     ) -> None:
         self.module = original_of(denoiser)
         self.settings = settings_of(self.module)
+        self.own_settings = settings_of(self.module, with_adapters=False)
+        self.adapters = adapters_in(self.module)
         self.origin: Mapping[str, Any] = {}
         condition_check = flag("condition_check", condition_check)
         self._ratios, self._condition_check = ratios, condition_check
@@ -147,6 +152,11 @@ class ReplayedBound(Adapter):
     def conditions(self, batch: Batch) -> Mapping[str, Tensor]:
         """What the denoiser is told of each sample beside it."""
         return self._bound.conditions(batch)
+
+    def group_of(self, batch: Batch) -> Sequence[str]:
+        """The samples' shape and the adapters that are on now, as ``"4x64x64 style:0.7"``."""
+        adapters = adapters_in(self.module)
+        return [f"{shape} {adapters}".rstrip() for shape in self._bound.group_of(batch)]
 
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch."""
