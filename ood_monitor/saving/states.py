@@ -193,20 +193,21 @@ def _state(module: nn.Module) -> State:
     named = [*weights_in_use(module), *_persistent(module)]
     # Of those that are kept elsewhere while they are not needed another object is made each time.
     own = {id(parameter) for parameter in module.parameters() if not parameter.is_meta}
-    structure, by_device = hashlib.sha256(), dict[torch.device, list[Tensor]]()
+    structure, found = hashlib.sha256(), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for name, tensor in named:
         structure.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        by_device.setdefault(tensor.device, []).append(_few(tensor))
+        few = _few(tensor.detach())
+        found.setdefault((few.device, few.dtype), []).append(few)
     writes = hash(tuple((id(t) if id(t) in own else 0, _version(t)) for _, t in named))
-    elements = [torch.cat(parts).cpu().numpy() for parts in by_device.values()]
+    elements = [torch.cat(parts).double().cpu().numpy() for parts in found.values()]
     return State(structure.hexdigest(), writes, np.concatenate([np.empty(0), *elements]))
 
 
 def _few(tensor: Tensor) -> Tensor:
     """A few elements; none of a foreign kind of tensor that gives none."""
     try:
-        flat = tensor.detach().flatten()
-        return flat[:: max(1, len(flat) // _ELEMENTS)].double()
+        flat = tensor.flatten()
+        return flat[:: max(1, len(flat) // _ELEMENTS)]
     except (NotImplementedError, RuntimeError, TypeError):
         return torch.empty(0, dtype=torch.float64, device=tensor.device)
 
