@@ -25,7 +25,7 @@ from ood_monitor.calibration.usual import Usual
 from ood_monitor.densities import Array
 from ood_monitor.densities.features import layer_of
 from ood_monitor.densities.joined import Joined
-from ood_monitor.densities.parts import Method
+from ood_monitor.densities.parts import OF_DENOISERS, Method
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.format import check_arrays, check_settings, strict_json
 from ood_monitor.saving.parts import arrays_of, dump_part, parse_joined
@@ -233,9 +233,13 @@ class Fitted:
             arrays = _read(tensors)
             check_arrays(arrays, settings)
         try:
-            return cls._from_parts(settings, arrays), dict(settings["options"])
+            fitted, options = cls._from_parts(settings, arrays), dict(settings["options"])
         except (ArithmeticError, LookupError, TypeError) as error:  # of a density's own reading
             raise ValueError(f"Expected the files of a detector, got {error!r}.") from error
+        kinds = {part.kind for part in fitted.joined.parts}
+        if options.get("any_size") and not kinds <= OF_DENOISERS:
+            raise ValueError(f"Expected any_size with parts of denoisers, got {sorted(kinds)}.")
+        return fitted, options
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = arrays_of(self.joined)

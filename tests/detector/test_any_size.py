@@ -110,7 +110,7 @@ def test_a_card_says_which_groups_there_are_and_asks_for_no_function() -> None:
         {"granularity": "row"},
         {"density": om.TermsAndNorms()},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_other_methods_and_parts_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="any_size=True with method='forward' of a denoiser alone"):
