@@ -86,9 +86,10 @@ class Recipe:
         for prefix, mine, its in pairs:
             for key in dict.fromkeys([*mine, *its]):
                 if not agree(mine.get(key), its.get(key)):
+                    a, b = _told(mine.get(key)), _told(its.get(key))
                     raise ValueError(
                         f"Expected a call with the {prefix}{key} that the detector was fitted on, "
-                        f"{_told(mine.get(key))}, got {_told(its.get(key))}."
+                        f"{a}, got {b}{' of other values' if a == b else ''}."
                     )
 
 
@@ -119,7 +120,7 @@ def taken_apart(
         ValueError: The denoiser was not given the scheduler's sample, or not its time; or null
             conditions are asked for and the call has none.
     """
-    reading.check(call)
+    reading.check(call, count)
     step, found = call.last, dict[str, Tensor]()
     block = reading.block(step, count)
     recipe = _recipe(reading, step, block, count, found, like, constants)

@@ -21,6 +21,9 @@ from ood_monitor.processes import Lock
 
 __all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
 
+#: What a scheduler's step is given, by diffusers' names.
+_OF_STEP = ("timestep", "model_output", "sample")
+
 _active: ContextVar["Capture | None"] = ContextVar("ood_monitor_capture", default=None)
 #: Taken again where the interpreter collects, within it, a block that was never left.
 _lock = Lock()
@@ -302,17 +305,32 @@ def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., A
     original = type(scheduler).step
 
     @functools.wraps(original)
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *a: Any, **k: Any) -> Any:
-        step = own or functools.partial(original, self)
-        output = step(model_output, timestep, sample, *a, **k)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = (own or functools.partial(original, self))(*args, **kwargs)
         capture = _active.get()
         if capture is not None:
             with capture.recording():
+                given = inspect.signature(original).bind(self, *args, **kwargs).arguments
                 previous = output[0] if isinstance(output, tuple) else output.prev_sample
-                capture.step(self, timestep, model_output, sample, previous)
+                capture.step(self, *_taken(given), previous)
         return output
 
     return step
+
+
+def _taken(given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Of a scheduler's step the time, the prediction and the sample.
+
+    Raises:
+        ValueError: It has other names for them.
+    """
+    if not set(_OF_STEP) <= given.keys():
+        raise ValueError(
+            f"Expected a scheduler whose step takes {', '.join(_OF_STEP)}, got one that takes "
+            f"{', '.join(list(given)[1:])}."
+        )
+    time, prediction, sample = (given[name] for name in _OF_STEP)
+    return time, prediction, sample
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

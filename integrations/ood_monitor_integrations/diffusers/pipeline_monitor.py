@@ -135,7 +135,8 @@ class PipelineMonitor:
         for monitor in self.monitors.values():
             monitor.read_weights_in_background()
         self._origin, self._told_settings = Origin.of(self.monitor.detector), set[str]()
-        self._failures, self._told_groups = Counter[str](), set[str]()
+        self._failures, self._told_failures = Counter[str](), dict[str, str]()
+        self._told_groups = set[str]()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
         self._changes.tell(denoiser)
@@ -153,12 +154,12 @@ class PipelineMonitor:
 
     @property
     def failures(self) -> dict[str, int]:
-        """How many calls could not be scored, by their error without its numbers.
+        """How many calls could not be scored, by the first error of each kind.
 
-        Each of them is warned of once.
+        Errors that differ in numbers are of one kind. Each kind is warned of once.
         """
         with self._lock:
-            return dict(self._failures)
+            return {self._told_failures[kind]: n for kind, n in self._failures.items()}
 
     @property
     def stale(self) -> bool:
@@ -353,6 +354,8 @@ class PipelineMonitor:
     def _taken(self, pipe: Any, call: DenoiserCall, samples: int) -> Batch:
         """The detector's batch of a call, whose last step is replayed where none like it was."""
         adapter = self.monitor.detector.adapter
+        if isinstance(adapter, ReplayedBound):
+            adapter.check_scheduler(pipe.scheduler)
         with ExitStack() as stack:
             if isinstance(adapter, ReplayedBound) and not adapter.is_known(call, samples):
                 stack.enter_context(scorable(pipe, denoiser_of(pipe)))
@@ -415,7 +418,7 @@ class PipelineMonitor:
             if self._raise_on_error and may_raise:
                 raise
             level = logging.WARNING if is_new else logging.DEBUG
-            _log.log(level, "A pipeline's call was not scored: %s", error, exc_info=not is_new)
+            _log.log(level, "A pipeline's call was not scored: %s", error, exc_info=True)
 
     def _count_failure(self, error: Exception) -> bool:
         """Count it by its kind; whether the kind is new."""
@@ -425,6 +428,7 @@ class PipelineMonitor:
             if kind not in self._failures and len(self._failures) >= _KINDS:
                 kind = "others"
             self._failures[kind] += 1
+            self._told_failures.setdefault(kind, f"{type(error).__name__}: {error}")
             return self._failures[kind] == 1
 
     def _count(self, **more: int) -> None:

@@ -5,6 +5,7 @@ of guidance's rows and in the sign of what they predict. All of it shows in a ca
 beside what its scheduler was given: no list of families is kept.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of
 from ood_monitor_integrations.diffusers.rows import (
     Guidance,
     Pattern,
+    differ,
     guidance_of,
     matching,
     pattern_of,
@@ -81,7 +83,7 @@ class Reading:
     output: Layout
     sign: int
     levels: NoiseSchedule = field(compare=False)
-    _blocks: dict[Pattern, tuple[int, int]] = field(default_factory=dict, compare=False)
+    _copies: "dict[Pattern, _Copies]" = field(default_factory=dict, compare=False)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -108,22 +110,35 @@ class Reading:
         """
         pattern = pattern_of(step, count)
         found = guidance_of([step], count) if sum(pattern) <= _PAIR else None
-        known = self._blocks.get(pattern)
-        if found is None and known is not None:
-            return known  # of guidance that is no weighted sum, or whose rows hardly differ
-        told = (self.output, self.sign, known or (found and found.block))
-        if found is None or (found.output, found.sign, found.block) != told:
+        known = self._copies.get(pattern)
+        if known is not None and self._is_as_known(known, found, step, count):
+            return known.block
+        is_new = known is None and found is not None
+        if found is None or not is_new or (found.output, found.sign) != (self.output, self.sign):
             raise ValueError(
                 f"Expected guidance as the detector was fitted with, got denoiser calls of "
                 f"{pattern} times the samples, of which "
                 f"{'none has the condition for certain' if found is None else 'another has it'}: "
                 "fit with `call=` as it is called."
             )
-        self._blocks[pattern] = found.block
+        are_apart = differ(step, count, self.place.sample, self.place.layout)
+        self._copies[pattern] = _Copies(found.block, found.block, are_apart)
         return found.block
 
-    def check(self, call: DenoiserCall) -> None:
+    def _is_as_known(
+        self, known: "_Copies", found: Guidance | None, step: Step, count: int
+    ) -> bool:
+        if found is None:  # guidance that is no weighted sum, or whose rows hardly differ
+            place = self.place
+            return known.are_apart or not differ(step, count, place.sample, place.layout)
+        told = (self.output, self.sign, known.favoured or known.block)
+        return (found.output, found.sign, found.block) == told
+
+    def check(self, call: DenoiserCall, count: int) -> None:
         """Refuse a call in which the denoiser is given another sample, or another time.
+
+        Or in which what was denoised is not what was returned: several runs through the scheduler's
+        times, or samples of which some were chosen.
 
         Raises:
             ValueError: It is.
@@ -134,6 +149,13 @@ class Reading:
             _factor(layout, called.arguments.get(name), last.stepped) for called in last.calls
         ]
         self.clock.check(call, factors[0], self.levels)
+        copies = torch.split(last.stepped, count)
+        if any(not torch.equal(each, copies[0]) for each in copies):
+            raise ValueError(
+                f"Expected all samples that were denoised to be returned, got {count} of "
+                f"{len(last.stepped)}, which are not copies."
+            )
+        _check_one_run([number_in(time) for time, _ in call.times])
         for time, numbers in call.times:
             told, t = number_in(numbers.get(self.place.time)), number_in(time)
             if told is None or t is None or not _close(slope * t + offset, told, slope):
@@ -141,6 +163,22 @@ class Reading:
                     f"Expected {self.place.time!r} to be {slope:g} times the scheduler's time plus "
                     f"{offset:g}, got {told} for {t}."
                 )
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Of calls that have the samples so many times, which time has the condition.
+
+    Attributes:
+        block: The call, and which of its copies of the samples.
+        favoured: The one that guidance's weights name: another by a negative scale; None if they
+            name none.
+        are_apart: Whether the copies have conditions that differ.
+    """
+
+    block: tuple[int, int]
+    favoured: tuple[int, int] | None
+    are_apart: bool
 
 
 def read(
@@ -166,9 +204,10 @@ def read(
     time, slope, offset = _time_map(call.times)
     place = Place(name, layout, time)
     clock = clock_of(call, factors, schedule)
-    guidance = _guidance(steps, count, unguided, place)
-    blocks = {pattern_of(steps[-1], count): guidance.block}
-    return Reading(place, slope, offset, clock, guidance.output, guidance.sign, schedule, blocks)
+    guidance, favoured = _guidance(steps, count, unguided, place)
+    copies = _Copies(guidance.block, favoured, differ(steps[-1], count, name, layout))
+    known = {pattern_of(steps[-1], count): copies}
+    return Reading(place, slope, offset, clock, guidance.output, guidance.sign, schedule, known)
 
 
 def sample_in(called: Sequence[tuple[Step, Called]]) -> tuple[str, Layout, list[float]]:
@@ -226,6 +265,17 @@ def _time_map(times: Sequence[tuple[Any, Mapping[str, Any]]]) -> tuple[str, floa
     )
 
 
+def _check_one_run(times: Sequence[float | None]) -> None:
+    """Refuse times that begin again; some schedulers go a step back between."""
+    runs = [time for time, _ in itertools.groupby(times)]
+    if runs[0] in runs[1:]:
+        raise ValueError(
+            "Expected a call that runs once through the scheduler's times, got one that begins "
+            "again, of which the last run alone would be scored: call it for one image, or with "
+            "`ensemble_size=1`, at a time."
+        )
+
+
 def _map_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     """Slope and offset from the scheduler's time to what the denoiser is told."""
     if len({t for _, t in pairs}) < _LEAST_TIMES:
@@ -278,16 +328,18 @@ def _factor(layout: Layout, value: Any, stepped: Tensor) -> float:
 
 def _guidance(
     steps: Sequence[Step], count: int, unguided: Callable[[], Iterable[Step]], place: Place
-) -> Guidance:
-    """By the weights of two; of more, whose largest need not be the condition's, by comparison.
+) -> tuple[Guidance, tuple[int, int] | None]:
+    """By comparison with a call without guidance, and by the weights where there is none.
+
+    A negative scale gives the weights of a positive one to the other rows, which come second.
 
     Raises:
         ValueError: Neither tells.
     """
-    by_weights = guidance_of(steps, count)
-    pattern = pattern_of(steps[-1], count)
-    if by_weights is not None and sum(pattern) <= _PAIR:
-        return by_weights
+    by_weights, pattern = guidance_of(steps, count), pattern_of(steps[-1], count)
+    favoured = None if by_weights is None else by_weights.block
+    if by_weights is not None and pattern == (1,):
+        return by_weights, favoured
     found = _by_comparison(steps[-1], count, unguided(), place) or by_weights
     if found is None:
         raise ValueError(
@@ -295,7 +347,7 @@ def _guidance(
             f"(`guidance_scale=1`), got denoiser calls of {pattern} times the samples of which "
             "the one with the condition is not told."
         )
-    return found
+    return found, favoured
 
 
 def _by_comparison(

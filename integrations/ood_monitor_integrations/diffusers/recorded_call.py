@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -115,8 +115,8 @@ def unguided_steps(pipe: Any, arguments: dict[str, Any], seed: int) -> Iterator[
     parameters = arguments_of(pipe)
     names = [name for name in _GUIDANCE if name in parameters]
     for off in _OFF if names else ():
-        found = record_call(pipe, arguments | dict.fromkeys(names, off), seed)
-        yield found.call.last
+        with suppress(Exception):  # as pipelines refuse a scale: another may do
+            yield record_call(pipe, arguments | dict.fromkeys(names, off), seed).call.last
 
 
 def _twin(pipe: Any) -> Any:

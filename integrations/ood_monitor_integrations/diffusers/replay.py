@@ -101,16 +101,19 @@ class ReplayedBound(Adapter):
         self.adapters = adapters_in(self.module)
         self.origin: Mapping[str, Any] = {}
         condition_check = flag("condition_check", condition_check)
+        # Also kept for the record that a detector has of them.
         self._ratios, self._condition_check = ratios, condition_check
+        self._levels, self._seed = tuple(levels), seed
         self.has_null_condition = condition_check
         self._reading, schedule = reading, reading.schedule
         self._network = _Network(self.module, controlnet, reading)
+        self._predicts = _prediction(scheduler, schedule)
         self._verified: set[Any] = set()
         self._bound = DenoisingBound(
             self._network,
             schedule,
             levels=levels,
-            prediction_type=_prediction(scheduler, schedule),
+            prediction_type=self._predicts,
             inputs=lambda batch: batch[SAMPLE],
             condition=_conditions,
             seed=seed,
@@ -132,11 +135,13 @@ class ReplayedBound(Adapter):
     @seed.setter
     def seed(self, seed: int) -> None:
         self._bound = self._bound.with_levels(self.levels, seed=seed)
+        self._seed = seed
 
     def with_levels(self, levels: Sequence[int]) -> "ReplayedBound":
         """The same bound at other noise levels."""
         other = copy.copy(self)
         other._bound = self._bound.with_levels(levels)
+        other._levels = other._bound.levels
         return other
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
@@ -222,6 +227,31 @@ class ReplayedBound(Adapter):
         for kind in list(known)[1:-_KINDS]:  # the first is what others are compared with
             known.pop(kind, None)
             self._verified = {each for each in self._verified if each[1] != kind}
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Refuse another scheduler than the fit's, but for how it samples.
+
+        Raises:
+            ValueError: It has other noise levels, or says that the denoiser predicts another thing.
+        """
+        levels, fitted = NoiseSchedule.of(scheduler), self._reading.levels
+        predicts = _prediction(scheduler, levels)
+        if predicts != self._predicts:
+            raise ValueError(
+                f"Expected a scheduler with prediction_type={self._predicts!r}, as the detector "
+                f"was fitted, got {predicts!r}."
+            )
+        # Of straight lines another shift leaves out other levels, and trains no other network.
+        is_table = levels.prediction_type == "epsilon"
+        if is_table and not (
+            len(levels) == len(fitted) and torch.allclose(levels.alpha, fitted.alpha, rtol=1e-3)
+        ):
+            raise ValueError(
+                "Expected a scheduler with the noise levels that the detector was fitted at, got "
+                f"one of {len(levels)}, to alpha = {float(levels.alpha[-1]):.4g}, in place of "
+                f"{len(fitted)}, to {float(fitted.alpha[-1]):.4g}: make it by `from_config` of the "
+                "pipeline's own."
+            )
 
     def is_known(self, call: DenoiserCall, count: int) -> bool:
         """Whether a call may be like one whose last step was replayed before."""

@@ -1,7 +1,7 @@
 """Which rows of a denoiser's batch have the condition, read off what the scheduler was told.
 
 Guidance makes of several predictions one, most often by a weighted sum: of weights that add up to
-1, or to -1 where a pipeline turns the sign. The condition has the largest of them.
+1, or to -1 where a pipeline turns the sign. The condition has the one that is 1 or more.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from ood_monitor_integrations.diffusers.capture import Step
 from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of, prediction_in
 from ood_monitor_integrations.diffusers.templates import Rows, template
 
-__all__ = ["Guidance", "guidance_of", "matching", "pattern_of", "rows_at"]
+__all__ = ["Guidance", "differ", "guidance_of", "matching", "pattern_of", "rows_at"]
 
 #: Above it, rows hardly differ, and their weights are not told apart.
 _LARGEST_CONDITION = 1e4
@@ -25,8 +25,8 @@ _LARGEST_CONDITION = 1e4
 #: single precision, and by 16 bits.
 _LEFT = {4: 1e-3, 2: 2e-2}
 
-#: By how much the largest weight must be above the next.
-_MARGIN = 0.1
+#: By how much the largest weight may be below 1, and the others above 0.
+_SLACK = 0.05
 
 #: Calls of the denoiser for a step, each by how many times it has the rows of the samples.
 Pattern = tuple[int, ...]
@@ -88,9 +88,9 @@ def guidance_of(steps: Sequence[Step], count: int) -> Guidance | None:
     left, layout, weights = min(found, key=lambda each: each[0])
     sign = 1 if weights.sum() > 0 else -1
     best = int((sign * weights).argmax())
-    others = (sign * weights).sort(descending=True).values
-    if len(weights) > 1 and others[0] - others[1] < _MARGIN:
-        return None
+    largest, *others = (sign * weights).sort(descending=True).values.tolist()
+    if largest < 1 - _SLACK or any(weight > _SLACK for weight in others):
+        return None  # weak guidance, which says little of which rows it is by
     blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
     return Guidance(layout, sign, blocks[best])
 
@@ -158,6 +158,14 @@ def matching(
     ]
     hits = [b for b, own in zip(blocks, found, strict=True) if _agree(own, alone, telling)]
     return hits[0] if telling and len(hits) == 1 else None
+
+
+def differ(step: Step, count: int, sample: str, layout: Layout) -> bool:
+    """Whether copies of the samples in a step's calls have conditions that differ."""
+    pattern = pattern_of(step, count)
+    found = _conditions(_without_sample(step, sample, layout), pattern, count)
+    pairs = itertools.pairwise(found)
+    return any(a.keys() != b.keys() or not all(_equal(a[n], b[n]) for n in a) for a, b in pairs)
 
 
 def _without_sample(step: Step, sample: str, layout: Layout) -> Step:

@@ -89,3 +89,18 @@ def test_calls_of_other_settings_are_told_of_once_each(caplog: pytest.LogCapture
 def test_what_it_watches_is_a_known_word() -> None:
     with pytest.raises(ValueError, match="watches"):
         on_images(TEXT(), TEXT, watches="everything")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"seed": 3}, "seed=2403"), ({"levels": (100,)}, r"levels=\[500\]")],
+    ids=["seed", "levels"],
+)
+def test_a_bound_of_another_seed_or_other_levels_is_told_of(
+    options: dict[str, Any], told: str
+) -> None:
+    pipe = TEXT()
+    state = on_images(pipe, TEXT).state_dict()
+    adapter = replayed_bound(pipe, **({"call": TEXT.call_of_one(), "levels": (500,)} | options))
+    with pytest.warns(UserWarning, match=f"Another adapter: the detector was fitted with {told}"):
+        om.Detector.from_state_dict(state, adapter)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import replayed_bound
+from ood_monitor_integrations.diffusers.capture import Capture, capturing, stepping
 from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from ood_monitor_integrations.diffusers.templates import Rows, filled, template
@@ -230,6 +231,138 @@ def test_a_denoiser_that_takes_more_into_account_is_refused() -> None:
     pipe.unet.forward = counting
     with pytest.raises(ValueError, match="replayed, to give the prediction that was recorded"):
         replayed_bound(pipe)
+
+
+class Guided(diffusers.StableDiffusionPipeline):
+    """A loop that guides at any scale but 1, as some text-to-image pipelines do."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor,
+        guidance_scale: float = 5.0,
+        num_inference_steps: int = 3,
+        generator: Any = None,
+    ) -> Any:
+        x = torch.randn(len(prompt_embeds), 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            if guidance_scale == 1:
+                output = self.unet(x, t, prompt_embeds).sample
+            else:
+                rows = torch.cat([negative_prompt_embeds, prompt_embeds])
+                null, own = self.unet(torch.cat([x] * 2), t, rows).sample.chunk(2)
+                output = null + guidance_scale * (own - null)
+            x = self.scheduler.step(output, t, x).prev_sample
+        return (x.permute(0, 2, 3, 1).numpy(),)
+
+
+def guided() -> Any:
+    made = TEXT()
+    pipe = Guided(**made.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("scale", [5.0, 0.5, 0.3, -2.0])
+def test_guidance_of_any_scale_is_read(scale: float) -> None:
+    arguments = {"guidance_scale": scale}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        arguments[name] = TEXT.arguments()[name]
+    assert difference(TEXT, guided(), arguments) < 1e-4
+
+
+def test_weak_guidance_is_by_the_rows_of_the_fit_and_turned_guidance_refused() -> None:
+    pipe, arguments = guided(), {}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        arguments[name] = TEXT.arguments()[name]
+    bound = replayed_bound(pipe, call=arguments, levels=(LEVEL,), seed=0)
+    weak = record_call(pipe, arguments | {"guidance_scale": 0.3}, 0)
+    batch = bound.batch(weak.call, weak.count)
+    assert torch.equal(batch["encoder_hidden_states"], arguments["prompt_embeds"])
+    turned = record_call(pipe, arguments | {"guidance_scale": -2.0}, 0)
+    with pytest.raises(ValueError, match="another has it"):
+        bound.batch(turned.call, turned.count)
+
+
+def test_rows_of_another_meaning_are_refused() -> None:
+    # The condition and a perturbed one of it; then the null condition and the condition, whose
+    # weights a rescaled sum does not tell.
+    case = case_of("stable-diffusion-pag")
+    pipe, arguments = case(), case.arguments()
+    perturbed = arguments | {"guidance_scale": 1.0, "pag_scale": 3.0}
+    bound = replayed_bound(pipe, call=perturbed, levels=(LEVEL,), seed=0)
+    rescaled = arguments | {"guidance_scale": 6.0, "pag_scale": 0.0, "guidance_rescale": 0.7}
+    found = record_call(pipe, rescaled, 0)
+    with pytest.raises(ValueError, match="none has the condition for certain"):
+        bound.batch(found.call, found.count)
+
+
+# What is returned.
+
+
+class Chosen(Own):
+    """Denoises two samples for each, and returns the second."""
+
+    def __call__(self, batch_size: int = 1, **options: Any) -> Any:
+        [images] = super().__call__(batch_size=2 * batch_size, **options)
+        return (images[batch_size:],)
+
+
+def test_samples_of_which_some_are_chosen_are_refused() -> None:
+    made = PIXELS()
+    pipe = Chosen(made.unet, made.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="got 1 of 2, which are not copies"):
+        replayed_bound(pipe)
+
+
+def test_several_runs_through_the_times_are_refused() -> None:
+    case = case_of("marigold-depth")
+    pipe, arguments = case(), case.arguments()
+    bound = replayed_bound(pipe, call=case.call_of_one(), levels=(LEVEL,), seed=0)
+    found = record_call(pipe, arguments | {"ensemble_size": 3, "batch_size": 2}, 0)
+    with pytest.raises(ValueError, match="runs once through the scheduler's times"):
+        bound.batch(found.call, found.count)
+
+
+# Another scheduler than the fit's.
+
+SWAPPED: dict[str, tuple[dict[str, Any], str]] = {
+    "another prediction": ({"prediction_type": "v_prediction"}, "prediction_type='epsilon'"),
+    "other levels": ({"beta_schedule": "linear"}, "with the noise levels that the detector"),
+    "fewer levels": ({"num_train_timesteps": 500}, "got one of 500"),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_scheduler_of_other_levels_is_refused(name: str) -> None:
+    options, message = SWAPPED[name]
+    pipe = TEXT()
+    bound = replayed_bound(pipe, call=TEXT.arguments())
+    config = pipe.scheduler.config
+    bound.check_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
+    with pytest.raises(ValueError, match=message):
+        bound.check_scheduler(diffusers.DDIMScheduler.from_config(config, **options))
+
+
+class Renamed(diffusers.DDIMScheduler):
+    """A scheduler whose step has names of its own."""
+
+    def step(self, noise: Tensor, at: Any, x: Tensor) -> Any:
+        return super().step(noise, at, x)
+
+
+def test_a_scheduler_with_names_of_its_own_is_refused_and_steps_as_it_does() -> None:
+    pipe = own()
+    pipe.scheduler = Renamed.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match="whose step takes timestep, model_output, sample"):
+        replayed_bound(pipe)
+    with stepping(pipe.scheduler), capturing(Capture(pipe.unet)):
+        x = torch.ones(1, 3, 8, 8)
+        pipe.scheduler.step(noise=x, at=pipe.scheduler.timesteps[0], x=x)
 
 
 # Parts.
