@@ -115,8 +115,11 @@ def unguided_steps(pipe: Any, arguments: dict[str, Any], seed: int) -> Iterator[
     parameters = arguments_of(pipe)
     names = [name for name in _GUIDANCE if name in parameters]
     for off in _OFF if names else ():
+        found: RecordedCall | None = None
         with suppress(Exception):  # as pipelines refuse a scale: another may do
-            yield record_call(pipe, arguments | dict.fromkeys(names, off), seed).call.last
+            found = record_call(pipe, arguments | dict.fromkeys(names, off), seed)
+        if found is not None:
+            yield found.call.last
 
 
 def _twin(pipe: Any) -> Any:
