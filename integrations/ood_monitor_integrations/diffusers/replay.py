@@ -101,9 +101,7 @@ class ReplayedBound(Adapter):
         self.adapters = adapters_in(self.module)
         self.origin: Mapping[str, Any] = {}
         condition_check = flag("condition_check", condition_check)
-        # Also kept for the record that a detector has of them.
         self._ratios, self._condition_check = ratios, condition_check
-        self._levels, self._seed = tuple(levels), seed
         self.has_null_condition = condition_check
         self._reading, schedule = reading, reading.schedule
         self._network = _Network(self.module, controlnet, reading)
@@ -120,6 +118,8 @@ class ReplayedBound(Adapter):
             ratios=ratios,
             null_condition=_null_conditions if condition_check else None,
         )
+        # For the record that a detector has of its adapter.
+        self._levels, self._seed = self._bound.levels, self._bound.seed
         self.batch(call, count)
 
     @property
