@@ -24,6 +24,7 @@ from support.pipeline_cases import (
     text_unet,
 )
 from support.pipeline_cases import PipelineCase as Case
+from support.read_pipeline_cases import READ
 from torch import Tensor
 
 import ood_monitor as om
@@ -142,6 +143,18 @@ def test_a_prompt_of_another_length_is_scored() -> None:
             arguments[name] = torch.randn(2, length, 8)
         latents, _ = latents_and_images(plain, arguments)
         expected = TEXT.loss(plain, latents, LEVEL, arguments)
+        found = pipe(**seeded_call(arguments)).ood.log_likelihood
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=0)
+
+
+def test_prompts_that_are_padded_by_batch_are_scored_with_their_mask_and_without() -> None:
+    # Where nothing is padded the pipeline gives no mask at all.
+    case = next(case for case in READ if case.name == "qwen-image")
+    pipe, plain = watched(case), case()
+    full = {"prompt_embeds_mask": torch.ones(2, 7, dtype=torch.int64)}
+    for arguments in (case.arguments(), case.arguments() | full):
+        latents, _ = latents_and_images(plain, arguments)
+        expected = case.loss(plain, latents, LEVEL, arguments)
         found = pipe(**seeded_call(arguments)).ood.log_likelihood
         torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=0)
 
