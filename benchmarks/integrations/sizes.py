@@ -175,10 +175,12 @@ def line(row: Row) -> str:
 def main(
     steps: Annotated[int, typer.Option(min=20, help="Of training.")] = 2_500,
     splits: Annotated[int, typer.Option(min=1, help="Of the images that are held out.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A few steps, and one split.")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    steps, splits = (30, 1) if quick else (steps, splits)
     digits = trained.digits(fit=397, test=400)
     images = torch.cat([digits.train, digits.sets["fit"], digits.sets["test"]])
     images, unseen = trained.signed(images).tensor_split([TRAINED])

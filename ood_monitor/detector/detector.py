@@ -87,7 +87,7 @@ class Detector(Pretrained):
             seen, are one group together.
         any_size: Whether one density serves samples of several sizes: of a denoiser with the method
             ``"forward"``, whose sums over positions are then means; see
-            :func:`~ood_monitor.statistics.denoiser_statistics`. Without ``groups`` the adapter
+            ``ood_monitor.statistics.denoiser_statistics``. Without ``groups`` the adapter
             tells them, by the samples' shape and, of a pipeline, which adapters of its denoiser are
             on; their mix is not tested for drift, since a size that is asked for says nothing of
             the data. Samples are not explained by layer.

@@ -149,8 +149,8 @@ class Reading:
             _factor(layout, called.arguments.get(name), last.stepped) for called in last.calls
         ]
         self.clock.check(call, factors[0], self.levels)
-        copies = torch.split(last.stepped, count)
-        if any(not torch.equal(each, copies[0]) for each in copies):
+        first, *copies = torch.split(last.stepped, count)
+        if any(not torch.equal(each.nan_to_num(), first.nan_to_num()) for each in copies):
             raise ValueError(
                 f"Expected all samples that were denoised to be returned, got {count} of "
                 f"{len(last.stepped)}, which are not copies."

@@ -28,6 +28,9 @@ from ood_monitor.saving.states import KnownWeights
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # as we mean
+    # PyTorch's, of a network that it compiles in part.
+    pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
 peft = pytest.importorskip("peft")
