@@ -34,7 +34,7 @@ test: $(INSTALLED)
 # Whose detectors are all given a method, or that have nothing to do with one: `make test` has run
 # them as they would run again.
 SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py' '*/test_situations.py' \
-	'*/test_cases.py' '*/test_further_cases.py' '*/test_reading.py' '*/test_returned.py' \
+	'*/test_cases.py' '*/test_reading.py' '*/test_returned.py' \
 	'*/test_origin.py' '*/test_budget.py' '*/test_changes.py' '*/test_sizes.py' \
 	'*/test_adapters.py' '*/test_rebinding.py' '*/test_indices.py' '*/test_handover.py' \
 	'*/test_telling.py' '*/test_predictions.py' '*/test_monitored.py'

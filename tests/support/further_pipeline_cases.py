@@ -4,7 +4,6 @@ In a guided call the unconditional rows stand first and the condition's last, un
 otherwise.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -22,7 +21,6 @@ from support.pipeline_cases import (
     ddim,
     inpaint_arguments,
     masked,
-    one_of,
     predict_pixart,
     predict_sd3,
     predict_sdxl,
@@ -527,53 +525,43 @@ def predict_lumina(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
     ).sample[:, :4]
 
 
-def _further(
-    name: str,
-    make: Callable[[], Any],
-    arguments: Callable[[], Arguments],
-    predict: Callable[[Any, Tensor, Tensor, Arguments], Tensor],
-    **options: Any,
-) -> PipelineCase:
-    return PipelineCase(name, make, arguments, predict, one=one_of(arguments), **options)
-
-
 FURTHER: tuple[PipelineCase, ...] = (
-    _further("instruct-pix2pix", editing, edit_arguments, predict_edited, inputs=True),
-    _further("t2i-adapter", adapted, adapted_arguments, predict_adapted),
-    _further("sdxl-t2i-adapter", adapted_sdxl, adapted_sdxl_arguments, predict_adapted_sdxl),
-    _further("marigold-depth", depth, depth_arguments, predict_depth),
-    _further("stable-diffusion-continuous", continuous, sized, predict_text),
-    _further("hunyuan-dit", hunyuan, hunyuan_arguments, predict_hunyuan, size=(3, 32, 32)),
-    _further("sana", sana, sana_arguments, predict_sana, size=(3, 32, 32)),
-    _further(
+    PipelineCase("instruct-pix2pix", editing, edit_arguments, predict_edited, inputs=True),
+    PipelineCase("t2i-adapter", adapted, adapted_arguments, predict_adapted),
+    PipelineCase("sdxl-t2i-adapter", adapted_sdxl, adapted_sdxl_arguments, predict_adapted_sdxl),
+    PipelineCase("marigold-depth", depth, depth_arguments, predict_depth),
+    PipelineCase("stable-diffusion-continuous", continuous, sized, predict_text),
+    PipelineCase("hunyuan-dit", hunyuan, hunyuan_arguments, predict_hunyuan, size=(3, 32, 32)),
+    PipelineCase("sana", sana, sana_arguments, predict_sana, size=(3, 32, 32)),
+    PipelineCase(
         "sdxl-inpaint", sdxl_inpainting, sdxl_inpaint_arguments, predict_sdxl_inpaint, inputs=True
     ),
-    _further("sdxl-img2img", refining, refining_arguments, predict_refined, inputs=True),
-    _further(
+    PipelineCase("sdxl-img2img", refining, refining_arguments, predict_refined, inputs=True),
+    PipelineCase(
         "stable-diffusion-pag",
         # A third row is the condition's again, with the attention of the middle block perturbed.
         lambda: stable_diffusion(diffusers.StableDiffusionPAGPipeline, ddim()),
         lambda: sized(pag_scale=3.0),
         predict_text,
     ),
-    _further("latent-consistency", consistent, consistent_arguments, predict_consistent),
-    _further("pixart-sigma", pixart_sigma, pixart_sigma_arguments, predict_pixart),
-    _further(
+    PipelineCase("latent-consistency", consistent, consistent_arguments, predict_consistent),
+    PipelineCase("pixart-sigma", pixart_sigma, pixart_sigma_arguments, predict_pixart),
+    PipelineCase(
         "stable-diffusion-rescaled",
         # What the scheduler steps by is not linear in the rows.
         lambda: stable_diffusion(diffusers.StableDiffusionPipeline, ddim()),
         lambda: sized(guidance_rescale=0.7),
         predict_text,
     ),
-    _further("sd3-skip-layers", sd3, skipping_arguments, predict_sd3),
-    _further("ip-adapter", prompted_by_images, image_prompts, predict_prompted_by_images),
-    _further(
+    PipelineCase("sd3-skip-layers", sd3, skipping_arguments, predict_sd3),
+    PipelineCase("ip-adapter", prompted_by_images, image_prompts, predict_prompted_by_images),
+    PipelineCase(
         "controlnet-inpaint",
         controlled_inpainting,
         controlled_inpaint_arguments,
         predict_controlled_inpaint,
         inputs=True,
     ),
-    _further("kandinsky22", kandinsky, kandinsky_arguments, predict_kandinsky),
-    _further("lumina", lumina, lumina_arguments, predict_lumina, size=(3, 64, 64)),
+    PipelineCase("kandinsky22", kandinsky, kandinsky_arguments, predict_kandinsky),
+    PipelineCase("lumina", lumina, lumina_arguments, predict_lumina, size=(3, 64, 64)),
 )

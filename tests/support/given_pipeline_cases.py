@@ -1,6 +1,5 @@
 """Pipelines that are given more than words: upscaling, ControlNets, context, two-call guidance."""
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -17,7 +16,6 @@ from support.pipeline_cases import (
     flux_arguments,
     flux_conditions,
     flux_ids,
-    one_of,
     predict_flux,
     predict_sd3,
     randn,
@@ -159,35 +157,29 @@ def guided_in_two_calls() -> Arguments:
     return flux_arguments(true_cfg_scale=3.0, **negative)
 
 
-def _given(
-    name: str,
-    make: Callable[[], Any],
-    arguments: Callable[[], Arguments],
-    predict: Callable[[Any, Tensor, Tensor, Arguments], Tensor],
-    **options: Any,
-) -> PipelineCase:
-    return PipelineCase(name, make, arguments, predict, one=one_of(arguments), **options)
-
-
 GIVEN: tuple[PipelineCase, ...] = (
-    _given("upscale", upscaling, upscale_arguments, predict_upscaled, inputs=True),
-    _given("sd3-controlnet", controlled_sd3, controlled_sd3_arguments, predict_controlled_sd3),
-    _given("flux-controlnet", controlled_flux, controlled_flux_arguments, predict_controlled_flux),
-    _given(
+    PipelineCase("upscale", upscaling, upscale_arguments, predict_upscaled, inputs=True),
+    PipelineCase(
+        "sd3-controlnet", controlled_sd3, controlled_sd3_arguments, predict_controlled_sd3
+    ),
+    PipelineCase(
+        "flux-controlnet", controlled_flux, controlled_flux_arguments, predict_controlled_flux
+    ),
+    PipelineCase(
         "flux-kontext",
         lambda: flux(diffusers.FluxKontextPipeline),
         kontext_arguments,
         predict_in_context,
         inputs=True,
     ),
-    _given("flux-fill", filling, fill_arguments, predict_filled, inputs=True),
-    _given(
+    PipelineCase("flux-fill", filling, fill_arguments, predict_filled, inputs=True),
+    PipelineCase(
         "flux-control",
         channel_controlled,
         lambda: flux_arguments(control_image=user_image(2)),
         predict_channel_controlled,
     ),
-    _given(
+    PipelineCase(
         "flux-guided-in-two-calls",
         lambda: flux(diffusers.FluxPipeline),
         guided_in_two_calls,

@@ -28,6 +28,7 @@ __all__ = [
     "case_of",
     "control_unet",
     "known",
+    "of_the_first",
     "seeded_call",
     "text_unet",
 ]
@@ -48,7 +49,7 @@ class PipelineCase:
         arguments: Of a call, without its generator; the same each time.
         predict: What the denoiser says of (pipe, x_t, t, arguments), as a training script asks it.
         size: Channels, height and width of an image.
-        one: Arguments of a call for one sample, if they are not those.
+        one: Arguments of a call for one sample, if they are not those of the first.
         inputs: Whether the user gives an image.
         latents: Shape of a sample as the denoiser takes it, where images are not encoded.
     """
@@ -79,7 +80,7 @@ class PipelineCase:
         return torch.rand(n, *self.size, generator=generator)
 
     def call_of_one(self) -> Arguments:
-        return (self.one or self.arguments)()
+        return self.one() if self.one else of_the_first(self.arguments())
 
     def loss(
         self,
@@ -511,11 +512,10 @@ def seeded_call(arguments: Arguments, seed: int = 0) -> Arguments:
     return arguments | {"generator": torch.Generator().manual_seed(seed)}
 
 
-def one_of(arguments: Callable[[], Arguments]) -> Callable[[], Arguments]:
-    """The same for the first sample."""
-    return lambda: {
+def of_the_first(arguments: Arguments) -> Arguments:
+    return {
         name: value[:1] if isinstance(value, Tensor | list) else value
-        for name, value in arguments().items()
+        for name, value in arguments.items()
     }
 
 
@@ -523,7 +523,7 @@ def _text(name: str, scheduler: Callable[[], Any], **options: Any) -> PipelineCa
     def make() -> Any:
         return stable_diffusion(diffusers.StableDiffusionPipeline, scheduler())
 
-    return PipelineCase(name, make, sized, predict_text, one=one_of(sized), **options)
+    return PipelineCase(name, make, sized, predict_text, **options)
 
 
 PIPELINES: tuple[PipelineCase, ...] = (
@@ -553,14 +553,12 @@ PIPELINES: tuple[PipelineCase, ...] = (
         lambda: stable_diffusion(diffusers.StableDiffusionPipeline, ddim()),
         lambda: sized(guided=False),
         predict_text,
-        one=one_of(lambda: sized(guided=False)),
     ),
     PipelineCase(
         "img2img",
         lambda: stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, ddim()),
         lambda: text(image=user_image(2), strength=0.7),
         predict_text,
-        one=one_of(lambda: text(image=user_image(2), strength=0.7)),
         inputs=True,
     ),
     PipelineCase(
@@ -568,7 +566,6 @@ PIPELINES: tuple[PipelineCase, ...] = (
         inpainting,
         inpaint_arguments,
         predict_inpaint,
-        one=one_of(inpaint_arguments),
         inputs=True,
     ),
     PipelineCase(
@@ -578,24 +575,21 @@ PIPELINES: tuple[PipelineCase, ...] = (
         ),
         lambda: text(image=user_image(2), controlnet_conditioning_scale=0.7),
         predict_controlled,
-        one=one_of(lambda: text(image=user_image(2), controlnet_conditioning_scale=0.7)),
         inputs=True,
     ),
-    PipelineCase("sdxl", sdxl, sdxl_arguments, predict_sdxl, one=one_of(sdxl_arguments)),
-    PipelineCase("sd3", sd3, sd3_arguments, predict_sd3, one=one_of(sd3_arguments)),
+    PipelineCase("sdxl", sdxl, sdxl_arguments, predict_sdxl),
+    PipelineCase("sd3", sd3, sd3_arguments, predict_sd3),
     PipelineCase(
         "flux",
         lambda: flux(diffusers.FluxPipeline),
         flux_arguments,
         predict_flux,
-        one=one_of(flux_arguments),
     ),
     PipelineCase(
         "flux-img2img",
         lambda: flux(diffusers.FluxImg2ImgPipeline),
         lambda: flux_arguments(image=user_image(2), strength=0.7),
         predict_flux,
-        one=one_of(lambda: flux_arguments(image=user_image(2), strength=0.7)),
         inputs=True,
     ),
     PipelineCase(
@@ -603,7 +597,6 @@ PIPELINES: tuple[PipelineCase, ...] = (
         dit,
         lambda: {"class_labels": [3, 1], "num_inference_steps": 3, "output_type": "np"},
         predict_dit,
-        one=lambda: {"class_labels": [3], "num_inference_steps": 3, "output_type": "np"},
     ),
-    PipelineCase("pixart", pixart, pixart_arguments, predict_pixart, one=one_of(pixart_arguments)),
+    PipelineCase("pixart", pixart, pixart_arguments, predict_pixart),
 )

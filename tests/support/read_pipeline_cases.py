@@ -3,7 +3,6 @@
 A sign is minus where the network predicts the data less the noise.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -14,7 +13,7 @@ from support.pipeline_cases import (
     Arguments,
     PipelineCase,
     flux_ids,
-    one_of,
+    of_the_first,
     randn,
     shifted_vae,
     sized,
@@ -323,7 +322,7 @@ def hidream_arguments() -> Arguments:
 def one_hidream() -> Arguments:
     """Layers come first in Llama's embeddings, then samples."""
     llama = {k: v[:, :1] for k, v in hidream_arguments().items() if "llama3" in k}
-    return one_of(hidream_arguments)() | llama
+    return of_the_first(hidream_arguments()) | llama
 
 
 def predict_hidream(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
@@ -502,66 +501,55 @@ def predict_aura_flow(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
     ).sample
 
 
-def _read(
-    name: str,
-    make: Callable[[], Any],
-    arguments: Callable[[], Arguments],
-    predict: Callable[[Any, Tensor, Tensor, Arguments], Tensor],
-    **options: Any,
-) -> PipelineCase:
-    options.setdefault("one", one_of(arguments))
-    return PipelineCase(name, make, arguments, predict, **options)
-
-
 READ: tuple[PipelineCase, ...] = (
-    _read("z-image", z_image, z_image_arguments, predict_z_image),
-    _read(
+    PipelineCase("z-image", z_image, z_image_arguments, predict_z_image),
+    PipelineCase(
         "z-image-unguided",
         z_image,
         lambda: z_image_arguments() | {"guidance_scale": 0.0},
         predict_z_image,
     ),
-    _read("lumina2", lumina2, lumina2_arguments, predict_lumina2, size=(3, 32, 32)),
-    _read("qwen-image", qwen, qwen_arguments, predict_qwen),
-    _read("qwen-image-21", qwen21, qwen21_arguments, predict_qwen21, size=(4, 64, 64)),
-    _read(
+    PipelineCase("lumina2", lumina2, lumina2_arguments, predict_lumina2, size=(3, 32, 32)),
+    PipelineCase("qwen-image", qwen, qwen_arguments, predict_qwen),
+    PipelineCase("qwen-image-21", qwen21, qwen21_arguments, predict_qwen21, size=(4, 64, 64)),
+    PipelineCase(
         "qwen-image-21-uncached",
         qwen21,
         lambda: qwen21_arguments(use_kv_cache=False),
         predict_qwen21,
         size=(4, 64, 64),
     ),
-    _read("nucleus-moe", nucleus, nucleus_arguments, predict_nucleus),
-    _read(
+    PipelineCase("nucleus-moe", nucleus, nucleus_arguments, predict_nucleus),
+    PipelineCase(
         "hidream",
         lambda: hidream(flow(shift=3.0)),
         hidream_arguments,
         predict_hidream,
         one=one_hidream,
     ),
-    _read(
+    PipelineCase(
         "hidream-unipc",
         lambda: hidream(flow_unipc()),
         hidream_arguments,
         predict_hidream,
         one=one_hidream,
     ),
-    _read(
+    PipelineCase(
         "flux2",
         lambda: flux2(diffusers.Flux2Pipeline, distilled=True),
         flux2_arguments,
         predict_flux2,
         latents=(16, 4),
     ),
-    _read(
+    PipelineCase(
         "flux2-klein",
         lambda: flux2(diffusers.Flux2KleinPipeline, distilled=False),
         guided,
         predict_flux2,
         latents=(16, 4),
     ),
-    _read("chroma", chroma, chroma_arguments, predict_chroma),
-    _read("cogview4", lambda: cogview4(**COGVIEW4_SHIFT), guided, predict_cogview4),
-    _read("cogview4-unshifted", cogview4, guided, predict_cogview4),
-    _read("aura-flow", aura_flow, aura_flow_arguments, predict_aura_flow),
+    PipelineCase("chroma", chroma, chroma_arguments, predict_chroma),
+    PipelineCase("cogview4", lambda: cogview4(**COGVIEW4_SHIFT), guided, predict_cogview4),
+    PipelineCase("cogview4-unshifted", cogview4, guided, predict_cogview4),
+    PipelineCase("aura-flow", aura_flow, aura_flow_arguments, predict_aura_flow),
 )

@@ -18,7 +18,6 @@ from support.pipeline_cases import (
     certain,
     ddim,
     inpaint_arguments,
-    one_of,
     seeded_call,
     stable_diffusion,
     text_unet,
@@ -41,9 +40,7 @@ def blending() -> Any:
     return certain(stable_diffusion(kind, ddim(), network=text_unet))
 
 
-BLENDED = Case(
-    "inpaint-blended", blending, inpaint_arguments, TEXT.predict, one=one_of(inpaint_arguments)
-)
+BLENDED = Case("inpaint-blended", blending, inpaint_arguments, TEXT.predict)
 
 
 def detector_of(pipe: Any, case: Case, **options: Any) -> om.Detector:
