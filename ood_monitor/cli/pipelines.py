@@ -7,11 +7,10 @@ from typing import Any
 
 from ood_monitor_integrations.diffusers import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.calls import parameters_of, size_of
 from ood_monitor_integrations.diffusers.inputs import encoded, image_argument
-from ood_monitor_integrations.diffusers.pipeline_monitor import size_of
 from ood_monitor_integrations.diffusers.recorded_call import (
     RecordedCall,
-    arguments_of,
     needs_image,
     record_call,
 )
@@ -77,7 +76,7 @@ class Pipeline:
             self._needs = needs_image(self._pipe, arguments, self._seed)
         if not self._needs:
             return arguments
-        return {image_argument(arguments_of(self._pipe)): images} | arguments
+        return {image_argument(parameters_of(self._pipe)): images} | arguments
 
 
 def _loaded(folder: str) -> Any:

@@ -11,7 +11,7 @@ from ood_monitor.adapters.base import describe, tensors_in
 from ood_monitor_integrations.diffusers.capture import Called, DenoiserCall, Step
 from ood_monitor_integrations.diffusers.layouts import Layout, outputs_of
 from ood_monitor_integrations.diffusers.reading import Place, Reading, sample_in, told_time
-from ood_monitor_integrations.diffusers.rows import pattern_of, rows_at
+from ood_monitor_integrations.diffusers.rows import blocks_of, copy_at, pattern_of
 from ood_monitor_integrations.diffusers.templates import Rows, alike, same, template
 
 __all__ = ["BESIDE", "NULL_PREFIX", "SAMPLE", "Control", "Recipe", "taken_apart"]
@@ -142,7 +142,7 @@ def _recipe(
     like: Recipe | None,
     constants: Collection[str] = (),
 ) -> Recipe:
-    called, rows = step.calls[block[0]], rows_at(pattern_of(step, count), block, count)
+    called, rows = copy_at(step, block, count)
     place = reading.place
     of_control = None if like is None else like.control
     control = _control(step, called, place.time, rows, found, of_control)
@@ -236,7 +236,7 @@ def _nulls(
 ) -> dict[str, Tensor]:
     """The rows without the condition, of what guidance has doubled."""
     pattern = pattern_of(step, count)
-    blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
+    blocks = blocks_of(pattern)
     found: dict[str, Tensor] = {}
     if len(blocks) == _GUIDED:
         [other] = [each for each in blocks if each != block]

@@ -303,6 +303,7 @@ def stepping(scheduler: Any) -> Iterator[None]:
 
 def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., Any]:
     original = type(scheduler).step
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -310,7 +311,7 @@ def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., A
         capture = _active.get()
         if capture is not None:
             with capture.recording():
-                given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+                given = signature.bind(self, *args, **kwargs).arguments
                 previous = output[0] if isinstance(output, tuple) else output.prev_sample
                 capture.step(self, *_taken(given), previous)
         return output

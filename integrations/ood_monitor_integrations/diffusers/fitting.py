@@ -16,6 +16,7 @@ from ood_monitor.adapters.base import Batch, map_tensors
 from ood_monitor.checks import flag, items, seed_of, whole, word
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
+from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, size_of
 from ood_monitor_integrations.diffusers.denoisers import (
     check_pipeline,
     denoiser_of,
@@ -25,11 +26,9 @@ from ood_monitor_integrations.diffusers.deployment import check_deployment, scor
 from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
-from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, size_of
 from ood_monitor_integrations.diffusers.reading import read
 from ood_monitor_integrations.diffusers.recorded_call import (
     RecordedCall,
-    arguments_of,
     needs_image,
     record_call,
     unguided_steps,
@@ -123,8 +122,6 @@ def fit_pipeline(
     first = list(itertools.islice(recordings, len(calls)))
     if not first:
         raise ValueError("Expected held-out batches, got an empty iterable.")
-    several = len({found.call.sample.shape[1:] for found, *_ in first}) > 1
-    options = {"any_size": several} | options
     adapter = replayed_bound(
         pipe,
         call=first[0][2],
@@ -135,16 +132,21 @@ def fit_pipeline(
     )
     origin = _origin(pipe, data, watches, [arguments for *_, arguments in first])
     adapter.origin = asdict(origin)
-    recordings = itertools.chain(first, recordings)
-    batches = (_batch(pipe, adapter, *recording) for recording in recordings)
     source = "held-out images" if origin.samples == "images" else "the pipeline's own samples"
-    detector = Detector(adapter, layers=layers, **{"source": source, **options})
+    several = len({found.call.sample.shape[1:] for found, *_ in first}) > 1
+    settings: dict[str, Any] = {"source": source, "any_size": several} | options
+    detector = Detector(adapter, layers=layers, **settings)
     if detector.any_size and len(first) > 1:
         _check_sizes(detector, first, samples)
-    check_deployment(pipe, denoiser_of(pipe), "sync", detector)
-    with scorable(pipe, denoiser_of(pipe)):
-        chosen = _first(batches, samples)
-        detector.fit(chosen if detector.any_size else _of_one_size(chosen), progress=progress)
+    batches = (_batch(pipe, adapter, *each) for each in itertools.chain(first, recordings))
+    return _fitted(pipe, detector, _first(batches, samples), progress)
+
+
+def _fitted(pipe: Any, detector: Detector, batches: Iterable[Batch], progress: bool) -> Detector:
+    denoiser = denoiser_of(pipe)
+    check_deployment(pipe, denoiser, "sync", detector)
+    with scorable(pipe, denoiser):
+        detector.fit(batches if detector.any_size else _of_one_size(batches), progress=progress)
     _check_groups(detector)
     return detector
 
@@ -285,7 +287,7 @@ def _held_out(
         arguments = call | dict(own or {})
         needs = needs_image(pipe, arguments, seed) if needs is None else needs
         if needs:
-            arguments = {image_argument(arguments_of(pipe)): images} | arguments
+            arguments = {image_argument(parameters_of(pipe)): images} | arguments
         # What does not depend on the batch is recorded once for the adapters that are on.
         before, adapters = adapters, adapters_in(original_of(denoiser_of(pipe)))
         is_same = own is None and arguments.keys() == call.keys() and adapters == before
@@ -300,7 +302,7 @@ def _is_pair(item: Sequence[Any]) -> bool:
 
 def _own_samples(pipe: Any, calls: list[dict[str, Any]], seed: int) -> Iterator[_Recording]:
     check_pipeline(pipe)
-    if "batch_size" in arguments_of(pipe):
+    if "batch_size" in parameters_of(pipe):
         calls = [{"batch_size": _AT_ONCE} | call for call in calls]
     for number, call in enumerate(itertools.cycle(calls)):
         yield record_call(pipe, call, seed + number, "whole"), None, call

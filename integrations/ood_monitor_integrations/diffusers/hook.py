@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from ood_monitor import Detector, Monitor
 from ood_monitor.checks import flag, function, whole, word
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
+from ood_monitor_integrations.diffusers.calls import original_class, parameters_of
 from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of, original_of
 from ood_monitor_integrations.diffusers.deployment import Mode, check_deployment
 from ood_monitor_integrations.diffusers.inputs import image_argument
@@ -18,7 +19,6 @@ from ood_monitor_integrations.diffusers.origin import Origin, What
 from ood_monitor_integrations.diffusers.pipeline_monitor import (
     BatchOf,
     PipelineMonitor,
-    original_class,
 )
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
@@ -232,7 +232,7 @@ def _check_unconditional(denoiser: Any) -> None:
 
 
 def _check_inputs(pipe: Any, detector: Detector) -> None:
-    image_argument(inspect.signature(original_class(pipe).__call__).parameters)
+    image_argument(parameters_of(pipe))
     if not isinstance(detector.adapter, ReplayedBound):
         raise ValueError(
             "Expected a detector by `fit_pipeline` to score inputs, got one of a "

@@ -1,10 +1,8 @@
 """What watches a pipeline: takes each call apart, chooses samples, has them scored, and counts."""
 
-import inspect
 import logging
-import re
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
 from ood_monitor_integrations.diffusers.callbacks import with_callback
+from ood_monitor_integrations.diffusers.calls import given_to, original_class, samples_of, size_of
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -39,8 +38,9 @@ from ood_monitor_integrations.diffusers.groups import group_in, is_fitted_on
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, settings_in
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.telling import Failures, Once
 
-__all__ = ["BatchOf", "Counts", "PipelineMonitor", "original_class", "samples_of", "size_of"]
+__all__ = ["BatchOf", "Counts", "PipelineMonitor"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +49,6 @@ BatchOf: TypeAlias = Callable[[DenoiserCall, int], Batch]
 
 #: Alerts that are remembered.
 _ALERTS = 1000
-
-#: Kinds of failures, and of calls unlike the fit's, that are told apart.
-_KINDS = 100
-
-#: What differs between failures of one kind.
-_NUMBERS = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 #: Where a call's output carries the scores of what.
 _ATTRIBUTES = {"outputs": "ood", "inputs": "ood_inputs"}
@@ -128,15 +122,18 @@ class PipelineMonitor:
         self.alerts: deque[Alert] = deque(maxlen=_ALERTS)
         self._pipe, self._original = pipe, original_class(pipe)
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
-        self._batch = batch or _batch_of(self.monitor)
+        self._batch = batch
         self._counts, self._lock = Counts(), Lock()
         denoiser = denoiser_of(pipe)
         self._changes = Changes(denoiser, self.monitor)
         for monitor in self.monitors.values():
             monitor.read_weights_in_background()
-        self._origin, self._told_settings = Origin.of(self.monitor.detector), set[str]()
-        self._failures, self._told_failures = Counter[str](), dict[str, str]()
-        self._told_groups = set[str]()
+        self._origin, self._settings, self._groups = (
+            Origin.of(self.monitor.detector),
+            Once(),
+            Once(),
+        )
+        self._failures = Failures()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
         self._changes.tell(denoiser)
@@ -158,8 +155,7 @@ class PipelineMonitor:
 
         Errors that differ in numbers are of one kind. Each kind is warned of once.
         """
-        with self._lock:
-            return {self._told_failures[kind]: n for kind, n in self._failures.items()}
+        return self._failures.counts
 
     @property
     def stale(self) -> bool:
@@ -182,7 +178,7 @@ class PipelineMonitor:
             pipe,
             partial(self._call, pipe, args, kwargs),
             samples_of,
-            lambda: _arguments(self._original, pipe, args, kwargs),
+            lambda: given_to(pipe, args, kwargs),
         )
         if scores and hasattr(output, "__dict__"):
             # Attributes, not items: `to_tuple()` stays as long as it was.
@@ -211,7 +207,7 @@ class PipelineMonitor:
             pipe: What has both.
             run: What to watch; it is given what records it, if anything can.
             count: The number of samples, of what ``run`` gave and of the scheduler's last sample.
-            arguments: The user's, by name, where images are looked for.
+            arguments: Gives the user's, by name.
 
         Returns:
             What ``run`` gave, and scores by what they are of; none if they failed or come later.
@@ -228,11 +224,12 @@ class PipelineMonitor:
         with capturing(None), self._never_failing():
             call = capture.call()
             samples = count(output, len(call.sample))
-            self._tell_of_settings(arguments())
+            given = arguments()
+            self._tell_of_settings(given)
             if getattr(pipe, "_interrupt", False):  # what is half denoised is no image
                 self._count(interrupted=samples)
                 return output, scores
-            tasks = [self._task(pipe, what, call, samples, arguments) for what in self.monitors]
+            tasks = [self._task(pipe, what, call, samples, given) for what in self.monitors]
             if any(task.rows for task in tasks):
                 self._check(pipe, capture.denoiser)
             for task in tasks:
@@ -308,13 +305,12 @@ class PipelineMonitor:
         what: str,
         call: DenoiserCall,
         samples: int,
-        arguments: Callable[[], Mapping[str, Any]],
+        given: Mapping[str, Any],
     ) -> _Task:
         """The chosen samples of a call, copied, to be scored now or later."""
-        given = {} if what == "outputs" else arguments()
-        images = given[image_argument(given)] if given else None
+        images = None if what == "outputs" else given[image_argument(given)]
         count = samples if images is None else count_of(images)
-        group = self._group(what, call, samples)
+        group = self._group(pipe, what, call, samples)
         if not is_fitted_on(self.monitors[what].detector, group):
             self._tell_of_group(group)
             return _Task(pipe, what, dict, [], count, group, is_new=True)
@@ -323,43 +319,41 @@ class PipelineMonitor:
             return _Task(pipe, what, dict, rows, count, group)
         # Of several samples that a call makes of an image, the condition of the first.
         every = max(1, samples // count)
-        batch = map_tensors(lambda tensor: tensor[::every][rows], self._taken(pipe, call, samples))
+        whole = self._taken(pipe, what, call, samples)
+        batch = map_tensors(lambda tensor: tensor[::every][rows], whole)
         if images is None:
             return _Task(pipe, what, lambda: batch, rows, count, group)
         images = images if self._worker is None else copied(images)
         encode = partial(_with_encoded, pipe, batch, images, size_of(pipe, given), rows)
         return _Task(pipe, what, encode, rows, count, group)
 
-    def _group(self, what: str, call: DenoiserCall, samples: int) -> str:
+    def _group(self, pipe: Any, what: str, call: DenoiserCall, samples: int) -> str:
         """That of a call's samples, as the detector's adapter tells it; empty if it does not."""
         detector = self.monitors[what].detector
         if not detector.fitted.groups_of_adapter:
             return ""
-        if isinstance(detector.adapter, ReplayedBound):  # nothing is replayed for a shape
-            return group_in(detector, {SAMPLE: call.sample[:1]})
-        return group_in(detector, self._batch(call, samples))
+        if self._batch is None and isinstance(detector.adapter, ReplayedBound):
+            return group_in(detector, {SAMPLE: call.sample[:1]})  # replaying nothing for a shape
+        return group_in(detector, self._taken(pipe, what, call, samples))
 
     def _tell_of_group(self, group: str) -> None:
         """Of one that the detector was not fitted on, once."""
-        with self._lock:
-            is_told = group in self._told_groups or len(self._told_groups) >= _KINDS
-            self._told_groups.update(() if is_told else (group,))
-        if not is_told:
+        if self._groups.is_new(group):
             _log.warning(
                 "A size, or adapters, that the detector was not fitted on: %s. Such samples are "
                 "counted and not scored; to watch them, fit with enough of them.",
                 group,
             )
 
-    def _taken(self, pipe: Any, call: DenoiserCall, samples: int) -> Batch:
+    def _taken(self, pipe: Any, what: str, call: DenoiserCall, samples: int) -> Batch:
         """The detector's batch of a call, whose last step is replayed where none like it was."""
-        adapter = self.monitor.detector.adapter
-        if isinstance(adapter, ReplayedBound):
-            adapter.check_scheduler(pipe.scheduler)
-        with ExitStack() as stack:
-            if isinstance(adapter, ReplayedBound) and not adapter.is_known(call, samples):
-                stack.enter_context(scorable(pipe, denoiser_of(pipe)))
+        adapter = self.monitors[what].detector.adapter
+        if self._batch is not None:
             return self._batch(call, samples)
+        if not isinstance(adapter, ReplayedBound):
+            return call.sample
+        adapter.check_scheduler(pipe.scheduler)
+        return adapter.batch(call, samples, partial(scorable, pipe, denoiser_of(pipe)))
 
     def _scored(self, task: _Task) -> Scores | None:
         """The scores of a call's samples, nan for those not chosen; None if they come later."""
@@ -401,11 +395,7 @@ class PipelineMonitor:
             return
         others = self._origin.others(settings_in(self._original, arguments))
         told = "; ".join(f"{name}={b!r}, not {a!r}" for name, (a, b) in others.items())
-        with self._lock:
-            is_new = bool(told) and told not in self._told_settings
-            if is_new and len(self._told_settings) < _KINDS:
-                self._told_settings.add(told)
-        if is_new:
+        if told and self._settings.is_new(told):
             _log.warning("A call unlike those of the fit, whose samples may differ: %s.", told)
 
     @contextmanager
@@ -414,22 +404,12 @@ class PipelineMonitor:
         try:
             yield
         except Exception as error:  # whatever a foreign pipeline or model raises
-            is_new = self._count_failure(error)
+            is_new = self._failures.add(error)
+            self._count(failures=1)
             if self._raise_on_error and may_raise:
                 raise
             level = logging.WARNING if is_new else logging.DEBUG
             _log.log(level, "A pipeline's call was not scored: %s", error, exc_info=True)
-
-    def _count_failure(self, error: Exception) -> bool:
-        """Count it by its kind; whether the kind is new."""
-        kind = f"{type(error).__name__}: {_NUMBERS.sub('N', str(error))}"
-        self._count(failures=1)
-        with self._lock:
-            if kind not in self._failures and len(self._failures) >= _KINDS:
-                kind = "others"
-            self._failures[kind] += 1
-            self._told_failures.setdefault(kind, f"{type(error).__name__}: {error}")
-            return self._failures[kind] == 1
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -446,41 +426,3 @@ def _with_encoded(
 ) -> Batch:
     """The batch with the user's images in the place of its samples."""
     return batch | {SAMPLE: encoded(pipe, images, batch[SAMPLE][:1], size)[rows]}
-
-
-def original_class(pipe: Any) -> type[DiffusionPipeline]:
-    """The pipeline's own class, also of one that is watched."""
-    kind = type(pipe)
-    found: type[DiffusionPipeline] = kind.__dict__.get("_ood_monitor_original", kind)
-    return found
-
-
-def _batch_of(monitor: Monitor) -> BatchOf:
-    adapter = monitor.detector.adapter
-    return adapter.batch if isinstance(adapter, ReplayedBound) else lambda call, count: call.sample
-
-
-def _arguments(
-    original: type[DiffusionPipeline], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Mapping[str, Any]:
-    bound: Mapping[str, Any] = (
-        inspect.signature(original.__call__).bind(pipe, *args, **kwargs).arguments
-    )
-    return bound
-
-
-def samples_of(output: Any, stepped: int) -> int:
-    """B: the samples that a call returned; of two copies for guidance, one is returned."""
-    first = output[0] if isinstance(output, tuple | Mapping) else output
-    is_batch = isinstance(first, list) or getattr(first, "ndim", 0) > 2
-    return len(first) if is_batch else stepped
-
-
-def size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of what a call makes, as it was asked to, or by the pipeline's default."""
-    height, width = arguments.get("height"), arguments.get("width")
-    default = getattr(pipe, "default_sample_size", None)
-    if default is not None and hasattr(pipe, "vae_scale_factor"):
-        side = int(default * pipe.vae_scale_factor)
-        height, width = height or side, width or side
-    return None if height is None or width is None else (height, width)

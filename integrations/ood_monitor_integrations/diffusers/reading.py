@@ -26,9 +26,7 @@ from ood_monitor_integrations.diffusers.rows import (
     guidance_of,
     matching,
     pattern_of,
-    rows_at,
 )
-from ood_monitor_integrations.diffusers.templates import Rows
 
 __all__ = ["Place", "Reading", "read", "sample_in", "told_time"]
 
@@ -93,14 +91,6 @@ class Reading:
             return schedule  # in whole numbers, where it is
         told = self.slope * self.clock.times(schedule) + self.offset
         return NoiseSchedule(schedule.alpha, schedule.sigma, told, schedule.prediction_type)
-
-    def rows(self, step: Step, count: int) -> Rows:
-        """The rows with the condition, within their call.
-
-        Raises:
-            ValueError: They cannot be told.
-        """
-        return rows_at(pattern_of(step, count), self.block(step, count), count)
 
     def block(self, step: Step, count: int) -> tuple[int, int]:
         """The call with the condition, and which of its copies of the samples.

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -14,6 +14,7 @@ from torch import nn
 from ood_monitor.adapters.base import cpu_generator
 from ood_monitor.modules import device_of
 from ood_monitor_integrations.diffusers.callbacks import with_callback
+from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, samples_of
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -23,9 +24,8 @@ from ood_monitor_integrations.diffusers.capture import (
     stepping,
 )
 from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
-from ood_monitor_integrations.diffusers.pipeline_monitor import original_class, samples_of
 
-__all__ = ["RecordedCall", "arguments_of", "needs_image", "record_call", "unguided_steps"]
+__all__ = ["RecordedCall", "needs_image", "record_call", "unguided_steps"]
 
 #: Of which the first shows how the denoiser is told the time, and the last need not.
 _STEPS = 2
@@ -67,7 +67,7 @@ def record_call(
         ValueError: One that cannot be replayed.
     """
     check_pipeline(pipe)
-    kind, twin, parameters = original_class(pipe), _twin(pipe), arguments_of(pipe)
+    kind, twin, parameters = original_class(pipe), _twin(pipe), parameters_of(pipe)
     if "generator" in parameters:
         arguments = {"generator": cpu_generator(seed)} | arguments
     if extent != "whole" and not any(arguments.get(name) is not None for name in _OF_STEPS):
@@ -88,17 +88,12 @@ def record_call(
     return RecordedCall(call, samples_of(output, len(call.sample)))
 
 
-def arguments_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """What the pipeline's call takes."""
-    return inspect.signature(original_class(pipe).__call__).parameters
-
-
 def needs_image(pipe: Any, arguments: dict[str, Any], seed: int) -> bool:
     """Whether a call fails without the user's image, which is then the sample's own.
 
     A pipeline that can do without, as models for editing can, takes an image as context.
     """
-    parameter = arguments_of(pipe).get("image")
+    parameter = parameters_of(pipe).get("image")
     if parameter is None or "image" in arguments or getattr(pipe, "controlnet", None) is not None:
         return False
     if parameter.default is inspect.Parameter.empty:
@@ -112,7 +107,7 @@ def needs_image(pipe: Any, arguments: dict[str, Any], seed: int) -> bool:
 
 def unguided_steps(pipe: Any, arguments: dict[str, Any], seed: int) -> Iterator[Step]:
     """Last steps of the call with its guidance switched off, by each value that may do so."""
-    parameters = arguments_of(pipe)
+    parameters = parameters_of(pipe)
     names = [name for name in _GUIDANCE if name in parameters]
     for off in _OFF if names else ():
         found: RecordedCall | None = None

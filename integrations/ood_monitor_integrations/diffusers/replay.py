@@ -1,10 +1,9 @@
 """The denoising bound of whatever a pipeline generates, replayed from one call of its denoiser."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,18 @@ from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
 from ood_monitor.adapters.schedules import stated_prediction
 from ood_monitor.checks import flag
 from ood_monitor_integrations.diffusers.arguments import (
-    BESIDE,
     NULL_PREFIX,
     SAMPLE,
     Recipe,
     taken_apart,
 )
-from ood_monitor_integrations.diffusers.capture import DenoiserCall, capturing
+from ood_monitor_integrations.diffusers.capture import DenoiserCall
 from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.deployment import settings_of
 from ood_monitor_integrations.diffusers.groups import adapters_in
-from ood_monitor_integrations.diffusers.layouts import (
-    Layout,
-    layouts_of,
-    outputs_of,
-    prediction_in,
-)
+from ood_monitor_integrations.diffusers.network import ReplayedNetwork, kind_of, verified
 from ood_monitor_integrations.diffusers.reading import Reading
-from ood_monitor_integrations.diffusers.rows import pattern_of, rows_at
-from ood_monitor_integrations.diffusers.templates import filled
+from ood_monitor_integrations.diffusers.rows import pattern_of
 
 __all__ = ["LEVELS", "SEED", "ReplayedBound"]
 
@@ -43,10 +35,6 @@ LEVELS = (20, 100, 300, 500)
 #: Of the noise, unless told otherwise. The same seed in a user's hands, with a level added, would
 #: start a pipeline from the very noise that its result is then tested with: none that people use.
 SEED = 2403_01485
-
-#: How far a replayed prediction may be from the recorded one, as a share: by single precision, and
-#: by fewer bits.
-_PRECISE, _ROUNDED = 1e-3, 5e-2
 
 #: Shapes of samples and conditions whose recipes are kept.
 _KINDS = 64
@@ -104,7 +92,7 @@ class ReplayedBound(Adapter):
         self._ratios, self._condition_check = ratios, condition_check
         self.has_null_condition = condition_check
         self._reading, schedule = reading, reading.schedule
-        self._network = _Network(self.module, controlnet, reading)
+        self._network = ReplayedNetwork(self.module, controlnet, reading)
         self._predicts = _prediction(scheduler, schedule)
         self._verified: set[Any] = set()
         self._bound = DenoisingBound(
@@ -171,12 +159,19 @@ class ReplayedBound(Adapter):
         """All levels at once."""
         return self._bound.one_pass(batch)
 
-    def batch(self, call: DenoiserCall, count: int) -> dict[str, Tensor]:
+    def batch(
+        self,
+        call: DenoiserCall,
+        count: int,
+        ready: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> dict[str, Tensor]:
         """The samples and conditions of another call, copied.
 
         Args:
             call: The call.
             count: B, the samples that the pipeline's call gave.
+            ready: Makes the denoiser ready for the replay of the call's last step, should there be
+                none of such shapes before.
 
         Raises:
             ValueError: The call differs in what does not belong to a sample, such as position ids
@@ -191,7 +186,8 @@ class ReplayedBound(Adapter):
         kind = kind_of(batch[SAMPLE], _conditions(batch))
         known.get(kind, first).check_same(recipe, of_another_size=kind not in known)
         if (pattern_of(call.last, count), kind) not in self._verified:
-            self._verify(recipe, call, count, batch)
+            with ready():
+                self._verify(recipe, call, count, batch)
         return batch
 
     def _first(self, call: DenoiserCall, count: int) -> dict[str, Tensor]:
@@ -219,10 +215,10 @@ class ReplayedBound(Adapter):
         self, recipe: Recipe, call: DenoiserCall, count: int, batch: Mapping[str, Tensor]
     ) -> None:
         """Replay a call's last step, and replay calls of its shapes by its recipe from now on."""
-        verified = _verified(self._network, recipe, call, count, batch)
+        recipe = verified(self._network, recipe, call, count, _conditions(batch))
         known, pattern = self._network.recipes, pattern_of(call.last, count)
         for conditions in (_conditions(batch), _null_conditions(batch)):
-            known[kind_of(batch[SAMPLE], conditions)] = verified
+            known[kind_of(batch[SAMPLE], conditions)] = recipe
         self._verified.add((pattern, kind_of(batch[SAMPLE], _conditions(batch))))
         for kind in list(known)[1:-_KINDS]:  # the first is what others are compared with
             known.pop(kind, None)
@@ -253,145 +249,9 @@ class ReplayedBound(Adapter):
                 "pipeline's own."
             )
 
-    def is_known(self, call: DenoiserCall, count: int) -> bool:
-        """Whether a call may be like one whose last step was replayed before."""
-        pattern, shape = pattern_of(call.last, count), call.sample.shape[1:]
-        return any(known == pattern and kind[0] == shape for known, kind in self._verified)
-
     def compared(self, batch: Batch) -> Batch:
         """The samples: embeddings may be of prompts of any length."""
         return {SAMPLE: batch[SAMPLE]} if isinstance(batch, Mapping) else batch
-
-
-#: Shapes of a sample, and of its conditions by name, rows not counted.
-Kind: TypeAlias = tuple[torch.Size, tuple[tuple[str, torch.Size], ...]]
-
-
-def kind_of(x: Tensor, conditions: Mapping[str, Tensor]) -> Kind:
-    """The shapes of samples with their conditions, which have a recipe."""
-    return x.shape[1:], tuple(sorted((name, t.shape[1:]) for name, t in conditions.items()))
-
-
-class _Network(nn.Module):
-    """The denoiser as a function of the noisy sample, its time and the batch's conditions.
-
-    Attributes:
-        recipes: Of its arguments, by the shapes of samples and conditions.
-    """
-
-    def __init__(self, denoiser: nn.Module, controlnet: nn.Module | None, reading: Reading) -> None:
-        super().__init__()
-        self.denoiser, self._reading = denoiser, reading
-        self.recipes: dict[Kind, Recipe] = {}
-        # In a tuple, and so no submodule: its parameters are no features.
-        self._controlnet = (controlnet,)
-
-    def forward(self, x: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        recipe = self.recipes.get(kind_of(x, condition))
-        if recipe is None:
-            raise ValueError(
-                "Expected samples and conditions of shapes that a call of the pipeline had, got "
-                f"{describe({SAMPLE: x} | condition)}."
-            )
-        output = self.given(recipe, x, timestep, condition)
-        return self._reading.sign * recipe.output.taken(output, x.shape[1:])
-
-    def given(
-        self, recipe: Recipe, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
-    ) -> Any:
-        """What the denoiser gives by a recipe, which holds the prediction."""
-        place = self._reading.place
-        timestep = _of_type(timestep, recipe.time, x)
-        arguments = filled(recipe.arguments, condition, x)
-        arguments |= self._control(recipe, x, timestep, condition)
-        given = place.layout.put(x, condition.get(BESIDE))
-        return prediction_in(
-            self.denoiser(**{place.sample: given, place.time: timestep}, **arguments)
-        )
-
-    def _control(
-        self, recipe: Recipe, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        """What the ControlNet says of this noise, which is not what it said of the call's."""
-        [controlnet] = self._controlnet
-        control = recipe.control
-        if controlnet is None or control is None:
-            return {}
-        arguments = filled(control.arguments, condition, x)
-        place = control.place
-        given = place.layout.put(x, None)
-        with torch.no_grad():
-            output = controlnet(**{place.sample: given, place.time: timestep}, **arguments)
-        pairs = zip(control.outputs, outputs_of(output), strict=True)
-        return {name: each for name, each in pairs if name}
-
-
-def _of_type(time: Tensor, told: torch.dtype | None, x: Tensor) -> Tensor:
-    """In the type of the call's own, or of a level's number; no network's is double precision."""
-    if told is not None:
-        return time.to(told)
-    return (
-        time.to(torch.promote_types(x.dtype, torch.float32)) if time.is_floating_point() else time
-    )
-
-
-def _verified(
-    network: _Network, recipe: Recipe, call: DenoiserCall, count: int, batch: Mapping[str, Tensor]
-) -> Recipe:
-    """Replay a call's last step: the recipe, with the place of the prediction in what that gives.
-
-    Raises:
-        ValueError: The prediction of the samples, or of the first alone, is not the recorded one.
-    """
-    reading, step = recipe.reading, call.last
-    shape, block = step.stepped.shape[1:], reading.block(step, count)
-    called, rows = step.calls[block[0]], rows_at(pattern_of(step, count), block, count)
-    x = rows.of(reading.place.layout.taken(called.arguments[reading.place.sample], shape))
-    time = torch.as_tensor(called.arguments[reading.place.time], device=x.device)
-    time = rows.of(time) if time.ndim and len(time) == rows.total else time.expand(count)
-    expected = rows.of(reading.output.taken(prediction_in(called.output), shape))
-    conditions = _conditions(batch)
-    for few in {1, count}:
-        own = {name: tensor[:few] for name, tensor in conditions.items()}
-        given = _given(network, recipe, x[:few], time[:few], own)
-        recipe = replace(recipe, output=_place_of(expected[:few], given))
-    return recipe
-
-
-def _given(
-    network: _Network, recipe: Recipe, x: Tensor, time: Tensor, conditions: Mapping[str, Tensor]
-) -> Any:
-    try:
-        with torch.no_grad(), capturing(None):
-            return network.given(recipe, x, time, conditions)
-    except (RuntimeError, ValueError, TypeError) as error:  # as PyTorch's of other shapes
-        raise ValueError(
-            "Expected the denoiser to take the last step's arguments of the rows with the "
-            f"condition alone, got {type(error).__name__}: {error}"
-        ) from error
-
-
-def _place_of(expected: Tensor, given: Any) -> Layout:
-    """Where a recorded prediction stands in what a replay gave."""
-    shape = expected.shape[1:]
-    left = {each: _left(each.taken(given, shape), expected) for each in layouts_of(given, shape)}
-    best = min(left, key=lambda each: left[each], default=None)
-    precise = expected.dtype in (torch.float32, torch.float64)
-    if best is None or left[best] > (_PRECISE if precise else _ROUNDED):
-        differs = "another shape" if best is None else f"one that differs by {left[best]:.2g} of it"
-        raise ValueError(
-            "Expected the call's last step, replayed, to give the prediction that was recorded, "
-            f"got {differs}: the denoiser takes more than its arguments into account, or its rows "
-            "are mixed."
-        )
-    return best
-
-
-def _left(found: Tensor, expected: Tensor) -> float:
-    """By how much two predictions differ, as a share, where both are finite."""
-    finite = expected.isfinite() & found.isfinite()
-    a, b = found[finite].double(), expected[finite].double()
-    return float((a - b).norm()) / max(float(b.norm()), 1e-300) if len(b) else 0.0
 
 
 def _conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

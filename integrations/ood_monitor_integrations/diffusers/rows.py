@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import tensors_in
-from ood_monitor_integrations.diffusers.capture import Step
+from ood_monitor_integrations.diffusers.capture import Called, Step
 from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of, prediction_in
 from ood_monitor_integrations.diffusers.templates import Rows, template
 
-__all__ = ["Guidance", "differ", "guidance_of", "matching", "pattern_of", "rows_at"]
+__all__ = [
+    "Guidance",
+    "blocks_of",
+    "copy_at",
+    "differ",
+    "guidance_of",
+    "matching",
+    "pattern_of",
+]
 
 #: Above it, rows hardly differ, and their weights are not told apart.
 _LARGEST_CONDITION = 1e4
@@ -60,10 +68,15 @@ def pattern_of(step: Step, count: int) -> Pattern:
     return tuple(copies for copies, _ in found)
 
 
-def rows_at(pattern: Pattern, block: tuple[int, int], count: int) -> Rows:
-    """The rows of one copy of the samples within its call."""
+def blocks_of(pattern: Pattern) -> list[tuple[int, int]]:
+    """Each copy of the samples: its call, and its place there."""
+    return [(call, copy) for call, copies in enumerate(pattern) for copy in range(copies)]
+
+
+def copy_at(step: Step, block: tuple[int, int], count: int) -> tuple[Called, Rows]:
+    """A call that a copy of the samples is in, and its rows there."""
     call, copy = block
-    return Rows(pattern[call] * count, copy * count, count)
+    return step.calls[call], Rows(pattern_of(step, count)[call] * count, copy * count, count)
 
 
 def guidance_of(steps: Sequence[Step], count: int) -> Guidance | None:
@@ -91,8 +104,7 @@ def guidance_of(steps: Sequence[Step], count: int) -> Guidance | None:
     largest, *others = (sign * weights).sort(descending=True).values.tolist()
     if largest < 1 - _SLACK or any(weight > _SLACK for weight in others):
         return None  # weak guidance, which says little of which rows it is by
-    blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
-    return Guidance(layout, sign, blocks[best])
+    return Guidance(layout, sign, blocks_of(pattern)[best])
 
 
 def _sizes(step: Step) -> list[int]:
@@ -112,10 +124,13 @@ def _weights(steps: Sequence[Step], count: int, layout: Layout) -> tuple[Tensor 
     a, y = torch.cat(rows), torch.cat(told)
     if not (a.isfinite().all() and y.isfinite().all()) or not y.any():
         return None, 0.0
-    spread = torch.linalg.svdvals(a / a.norm(dim=0).clamp_min(1e-300))
-    if spread[0] > _LARGEST_CONDITION * spread[-1]:
+    # By the few products of the rows with each other: double precision bears the squared condition.
+    scales = a.norm(dim=0).clamp_min(1e-300)
+    products = (a.T @ a) / scales.outer(scales)
+    spread = torch.linalg.eigvalsh(products)
+    if spread[-1] > _LARGEST_CONDITION**2 * spread[0]:
         return None, 0.0
-    weights = torch.linalg.lstsq(a, y.unsqueeze(1)).solution.squeeze(1)
+    weights = torch.linalg.solve(products, (a.T @ y) / scales) / scales
     left = float((a @ weights - y).norm() / y.norm())
     limit = _LEFT[max(2, min(4, _precision(steps[-1])))]
     is_sum = left <= limit and abs(abs(float(weights.sum())) - 1) <= 10 * limit
@@ -146,24 +161,21 @@ def matching(
         sample: The argument with the sample, which is another in each.
         layout: Where it stands there; what stands beside it is a condition.
     """
-    pattern = pattern_of(step, count)
     step, unguided = (_without_sample(each, sample, layout) for each in (step, unguided))
-    [alone] = _conditions(unguided, pattern_of(unguided, count), count)
-    blocks = [(c, k) for c, copies in enumerate(pattern) for k in range(copies)]
-    found = _conditions(step, pattern, count)
+    [alone], found = _conditions(unguided, count), _conditions(step, count)
     names = [n for n in alone if all(n in each for each in found)]
     # What all rows have says nothing.
     telling = [
         n for n in names if not all(_equal(a[n], b[n]) for a, b in itertools.pairwise(found))
     ]
-    hits = [b for b, own in zip(blocks, found, strict=True) if _agree(own, alone, telling)]
+    pairs = zip(blocks_of(pattern_of(step, count)), found, strict=True)
+    hits = [block for block, own in pairs if all(_equal(own[n], alone[n]) for n in telling)]
     return hits[0] if telling and len(hits) == 1 else None
 
 
 def differ(step: Step, count: int, sample: str, layout: Layout) -> bool:
     """Whether copies of the samples in a step's calls have conditions that differ."""
-    pattern = pattern_of(step, count)
-    found = _conditions(_without_sample(step, sample, layout), pattern, count)
+    found = _conditions(_without_sample(step, sample, layout), count)
     pairs = itertools.pairwise(found)
     return any(a.keys() != b.keys() or not all(_equal(a[n], b[n]) for n in a) for a, b in pairs)
 
@@ -177,21 +189,17 @@ def _without_sample(step: Step, sample: str, layout: Layout) -> Step:
     return replace(step, calls=tuple(calls))
 
 
-def _agree(own: dict[str, Tensor], alone: dict[str, Tensor], names: Sequence[str]) -> bool:
-    return all(_equal(own[name], alone[name]) for name in names)
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6)
+    return a.shape == b.shape and torch.allclose(_flat(a), _flat(b), rtol=1e-3, atol=1e-6)
 
 
-def _conditions(step: Step, pattern: Pattern, count: int) -> list[dict[str, Tensor]]:
+def _conditions(step: Step, count: int) -> list[dict[str, Tensor]]:
     """Of each copy of the samples, the tensors with its rows but for numbers and the sample."""
     found = []
-    for c, copies in enumerate(pattern):
-        for k in range(copies):
-            own: dict[str, Tensor] = {}
-            for name, value in step.calls[c].arguments.items():
-                template(value, rows_at(pattern, (c, k), count), name, own)
-            found.append(own)
+    for block in blocks_of(pattern_of(step, count)):
+        own: dict[str, Tensor] = {}
+        called, rows = copy_at(step, block, count)
+        for name, value in called.arguments.items():
+            template(value, rows, name, own)
+        found.append(own)
     return found
