@@ -171,7 +171,7 @@ def _effective(part: Any) -> dict[str, Any]:
 
 def _fused_in(part: nn.Module) -> dict[str, tuple[str, ...]]:
     """A part's fused layers, each with those that it stands for, which are still there."""
-    if getattr(part, "fused_projections", False) is not True:
+    if part.__dict__.get("fused_projections") is not True:  # quicker than `getattr` where it lacks
         return {}
     own = part._modules
     return {

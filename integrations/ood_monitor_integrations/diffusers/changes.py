@@ -8,14 +8,20 @@ from torch import nn
 
 from ood_monitor import Monitor
 from ood_monitor.processes import Lock
+from ood_monitor.saving.fingerprints import marks
 from ood_monitor.saving.states import KnownWeights, State
 from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.deployment import settings_of
 from ood_monitor_integrations.diffusers.groups import adapters_in
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = ["Changes"]
 
 _log = logging.getLogger(__name__)
+
+#: Calls after which weights are looked at that show no change: they may have been written to past
+#: autograd.
+_EVERY = 16
 
 #: States that are told of, after which no more are.
 _MOST = 100
@@ -23,9 +29,23 @@ _MOST = 100
 
 @dataclass
 class _Told:
-    """The states that were told of, each with its settings."""
+    """The states that were told of, each with its settings, and what was seen last.
+
+    Attributes:
+        states: Likewise.
+        seen: Marks and settings of the last look.
+        looks: How many there were.
+    """
 
     states: list[tuple[str, State]] = field(default_factory=list)
+    seen: tuple[int, str] | None = None
+    looks: int = 0
+
+    def is_seen(self, seen: tuple[int, str]) -> bool:
+        """Whether nothing shows a change, and it is not yet time to look whether one hides."""
+        self.looks += 1
+        is_same, self.seen = self.seen == seen, seen
+        return is_same and self.looks % _EVERY > 0
 
     def is_new(self, settings: str, state: State) -> bool:
         """Whether a state was not told of before; it is now."""
@@ -54,9 +74,11 @@ class Changes:
     def __init__(self, denoiser: nn.Module, monitor: Monitor) -> None:
         module, adapter = original_of(denoiser), monitor.detector.adapter
         self._monitor, self._are_groups = monitor, monitor.detector.fitted.groups_of_adapter
-        name = "own_settings" if self._are_groups else "settings"
-        self._settings = getattr(adapter, name, self._found(module))
-        self._adapters = getattr(adapter, "adapters", adapters_in(module))
+        if isinstance(adapter, ReplayedBound):
+            self._settings = adapter.own_settings if self._are_groups else adapter.settings
+            self._adapters = adapter.adapters
+        else:
+            self._settings, self._adapters = self._found(module), adapters_in(module)
         if KnownWeights.of(module).is_empty:  # the costly look, before a request waits for it
             KnownWeights.of(module).digest(module)
 
@@ -80,8 +102,11 @@ class Changes:
     def tell(self, denoiser: nn.Module) -> None:
         """Log a state that is not as at the fit, once; later, where weights must be read for it."""
         module = original_of(denoiser)
-        settings, state = self._found(module), KnownWeights.of(module).state(module)
-        name = type(module).__name__
+        settings = self._found(module)
+        with _lock:
+            if _told.setdefault(self._monitor, _Told()).is_seen((marks(module), settings)):
+                return
+        state, name = KnownWeights.of(module).state(module), type(module).__name__
         if settings != self._settings:
             self._log(name, settings, state)
             return

@@ -33,6 +33,9 @@ _LARGEST_CONDITION = 1e4
 #: single precision, and by 16 bits.
 _LEFT = {4: 1e-3, 2: 2e-2}
 
+#: Of each prediction, about so many numbers are looked at, that a call need not wait for it.
+_NUMBERS = 1 << 15
+
 #: By how much the largest weight may be below 1, and the others above 0.
 _SLACK = 0.05
 
@@ -116,22 +119,22 @@ def _weights(steps: Sequence[Step], count: int, layout: Layout) -> tuple[Tensor 
     shape = steps[-1].stepped.shape[1:]
     rows, told = [], []
     for step in steps:
-        outputs = [prediction_in(call.output) for call in step.calls]
-        given = [layout.taken(output, shape) for output in outputs]
-        rows.append(torch.stack([_flat(b) for each in given for b in torch.split(each, count)], 1))
+        outputs = (layout.taken(prediction_in(call.output), shape) for call in step.calls)
+        copies = [copy for output in outputs for copy in torch.split(output, count)]
+        rows.append(torch.stack([_some(copy) for copy in copies]))
         # Of a learned variance's channels the first half.
-        told.append(_flat(step.prediction[:count, : shape[0]]))
-    a, y = torch.cat(rows), torch.cat(told)
+        told.append(_some(step.prediction[:count, : shape[0]]))
+    a, y = torch.cat(rows, 1), torch.cat(told)
     if not (a.isfinite().all() and y.isfinite().all()) or not y.any():
         return None, 0.0
     # By the few products of the rows with each other: double precision bears the squared condition.
-    scales = a.norm(dim=0).clamp_min(1e-300)
-    products = (a.T @ a) / scales.outer(scales)
+    scales = a.norm(dim=1).clamp_min(1e-300)
+    products = (a @ a.T) / scales.outer(scales)
     spread = torch.linalg.eigvalsh(products)
     if spread[-1] > _LARGEST_CONDITION**2 * spread[0]:
         return None, 0.0
-    weights = torch.linalg.solve(products, (a.T @ y) / scales) / scales
-    left = float((a @ weights - y).norm() / y.norm())
+    weights = torch.linalg.solve(products, (a @ y) / scales) / scales
+    left = float((weights @ a - y).norm() / y.norm())
     limit = _LEFT[max(2, min(4, _precision(steps[-1])))]
     is_sum = left <= limit and abs(abs(float(weights.sum())) - 1) <= 10 * limit
     return (weights if is_sum else None), left
@@ -141,6 +144,12 @@ def _precision(step: Step) -> int:
     """Bytes of the numbers that guidance was computed in, at least."""
     outputs = [prediction_in(call.output) for call in step.calls]
     return min(tensor.element_size() for tensor in tensors_in([step.prediction, outputs]))
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Numbers of all samples alike, as many as tell a few weights."""
+    flat = tensor.detach().flatten()
+    return _flat(flat[:: max(1, len(flat) // _NUMBERS)])
 
 
 def _flat(tensor: Tensor) -> Tensor:
