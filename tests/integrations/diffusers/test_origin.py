@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
 from ood_monitor_integrations.diffusers.origin import Origin
 from support.pipeline_cases import FEW, case_of, seeded_call
@@ -57,6 +58,22 @@ def test_inputs_are_not_watched_by_a_detector_of_own_samples() -> None:
     with pytest.raises(ValueError, match="for inputs, got one fitted on own samples"):
         monitor_pipeline(pipe, monitor_of(detector), what="inputs")
     monitor_pipeline(pipe, monitor_of(detector)).ood_monitor.detach()
+
+
+def test_outputs_and_inputs_are_watched_each_by_a_detector_of_their_own() -> None:
+    pipe, call = IMAGE(), IMAGE.call_of_one()
+    monitors = {
+        "outputs": monitor_of(fit_pipeline(pipe, call=call, samples=44, **SETTINGS)),
+        "inputs": monitor_of(on_images(pipe, IMAGE)),
+    }
+    watched = monitor_pipeline(pipe, monitors, what="both", raise_on_error=True)
+    arguments = IMAGE.arguments()
+    for length in (7, 9):  # the second is new to both
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            arguments[name] = torch.randn(2, length, 8)
+        output = watched(**seeded_call(arguments))
+        assert output.ood.valid.all()
+        assert output.ood_inputs.valid.all()
 
 
 def test_one_may_be_compared_with_the_other_where_that_is_said() -> None:
