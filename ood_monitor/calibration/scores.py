@@ -92,6 +92,8 @@ class Scores:
             count: How many there are.
             rows: Which these are: indices (B,), or a mask (count,) with B of them true.
         """
+        if isinstance(rows, Sequence) and list(rows) == list(range(count)):
+            return self
 
         def spread(values: Tensor) -> Tensor:
             whole = values.new_full((count,), _EMPTY[values.dtype])

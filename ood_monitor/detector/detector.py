@@ -394,8 +394,8 @@ class Detector(Pretrained):
         features = fitted.joined.features(measured)
         parts = fitted.joined.contributions(features)
         score = parts.sum(1)
-        means = fitted.joined.by_layer(features, np.mean)
-        shares = fitted.joined.by_layer(parts, np.sum)
+        means = fitted.joined.means_by_layer(features)
+        shares = fitted.joined.sums_by_layer(parts)
         group = fitted.group(measured.groups, len(score))
         return Scores(
             score=torch.from_numpy(score),

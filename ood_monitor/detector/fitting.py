@@ -85,7 +85,7 @@ class Fitting:
         calibration = ConformalPValue.fit(scores)
         grouped = self._grouped(scores, rest.groups, measured.take(fit).groups)
         _warn_of_autocorrelation(scores, grouped)
-        means = joined.by_layer(joined.features(seen), np.mean)
+        means = joined.means_by_layer(joined.features(seen))
         return Fitted(
             joined=joined,
             method=self.plan.method,

@@ -175,10 +175,7 @@ def _without_noise(
     found = denoiser_statistics(
         adapter, batch, layers=layers, chunk_size=chunk_size, any_size=any_size
     )
-    logs = {
-        name: energies.double().clamp(min=np.finfo(float).tiny).log()
-        for name, energies in found.energies.items()
-    }
+    logs = _logarithms(found.energies)
     given: dict[Kind, Mapping[str, Tensor]] = {
         "output_layer": found.output_layer,
         "energies": logs | found.cosines,
@@ -190,6 +187,15 @@ def _without_noise(
             "give DenoisingBound its `null_condition=`, or `fit_pipeline` condition_check=True."
         )
     return {kind: Table(*table(_named(kind, given[kind]))) for kind in plan.of_denoiser}
+
+
+def _logarithms(energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of columns (B,) or (B, k) each, all at once: a small model has as many as it has layers."""
+    columns = [each if each.ndim > 1 else each[:, None] for each in energies.values()]
+    logs = torch.cat(columns, 1).double().clamp_(min=np.finfo(float).tiny).log_()
+    pieces = torch.split(logs, [each.shape[1] for each in columns], 1)
+    pairs = zip(energies.items(), pieces, strict=True)
+    return {name: piece.reshape(each.shape) for (name, each), piece in pairs}
 
 
 def _named(kind: Kind, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
