@@ -175,6 +175,13 @@ class Adapter(abc.ABC):
         """
         return batch
 
+    def own_calls(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What was seen of the model's own calls that made B samples, in columns (B,) or (B, k).
+
+        Nothing, where samples come without.
+        """
+        return {}
+
     def group_of(self, batch: Batch) -> Sequence[str] | None:
         """The group of each of B samples, by its size and what else is no fault of a sample's.
 

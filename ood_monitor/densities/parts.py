@@ -23,6 +23,7 @@ from ood_monitor.densities.terms import TermsAndNorms
 __all__ = [
     "CHOSEN",
     "KINDS",
+    "OF_CALLS",
     "OF_DENOISERS",
     "OF_GRADIENTS",
     "OF_SQUARES",
@@ -41,7 +42,8 @@ CHOSEN: Literal["parts"] = "parts"
 
 #: What a part is of: the likelihood's values, its expectation by place, expected norms, low
 #: likelihood, realised gradient norms by tensor and by input channel; and of denoisers without
-#: noise the last layer, energies, and how well a sample fits its condition.
+#: noise the last layer, energies, and how well a sample fits its condition; and what was seen of
+#: the calls that made a sample.
 Kind: TypeAlias = Literal[
     "values",
     "map",
@@ -52,6 +54,7 @@ Kind: TypeAlias = Literal[
     "output_layer",
     "energies",
     "condition",
+    "own_calls",
 ]
 
 
@@ -81,6 +84,7 @@ KINDS: dict[Kind, _Of] = {
     "output_layer": _Of(lambda: ShrunkGaussian("ledoit_wolf"), floor="median"),
     "energies": _Of(lambda: ShrunkGaussian("ledoit_wolf")),
     "condition": _Of(OneSided),
+    "own_calls": _Of(lambda: ShrunkGaussian("ledoit_wolf")),
 }
 
 #: Those that are sums of squares, whose logarithm is taken above a floor.
@@ -88,6 +92,9 @@ OF_SQUARES: frozenset[Kind] = frozenset(kind for kind, of in KINDS.items() if of
 
 #: Those of what denoisers leave of samples without noise.
 OF_DENOISERS: frozenset[Kind] = frozenset({"output_layer", "energies", "condition"})
+
+#: Those of what samples come with, which no pass gives.
+OF_CALLS: frozenset[Kind] = frozenset({"own_calls"})
 
 #: Those that take a backward pass.
 OF_GRADIENTS: frozenset[Kind] = frozenset({"gradient_norms", "channel_norms"})

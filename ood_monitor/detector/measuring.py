@@ -80,6 +80,8 @@ def measured_by(
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.of_denoiser:
         tables |= _without_noise(plan, adapter, batch, layers, chunk_size, any_size)
+    if plan.has("own_calls"):
+        tables["own_calls"] = _of_own_calls(adapter, batch)
     if plan.has("channel_norms"):
         norms = channel_norms(
             adapter,
@@ -187,6 +189,18 @@ def _without_noise(
             "give DenoisingBound its `null_condition=`, or `fit_pipeline` condition_check=True."
         )
     return {kind: Table(*table(_named(kind, given[kind]))) for kind in plan.of_denoiser}
+
+
+def _of_own_calls(adapter: Adapter, batch: Batch) -> Table:
+    """What a batch's samples come with."""
+    found = adapter.own_calls(batch)
+    if not found:
+        raise ValueError(
+            "Expected samples with what was seen of the calls that made them, for the part "
+            "'own_calls', got none: fit a pipeline's own samples, `fit_pipeline(pipe, call=...)`, "
+            "and watch its outputs."
+        )
+    return Table(*table(_named("own_calls", found)))
 
 
 def _logarithms(energies: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 from ood_monitor.adapters.base import SampleKind
 from ood_monitor.checks import having, items, word
 from ood_monitor.densities import Density
-from ood_monitor.densities.parts import CHOSEN, OF_DENOISERS, Kind, Method, Part
+from ood_monitor.densities.parts import CHOSEN, OF_CALLS, OF_DENOISERS, Kind, Method, Part
 from ood_monitor.gradients import Granularity
 from ood_monitor.saving.fitted import Fitted
 
@@ -79,7 +79,7 @@ class Plan:
     def of_forward(self) -> frozenset[Kind]:
         """The kinds of its parts that a pass of the likelihood gives."""
         kinds = {part.kind for part in self.parts if not part.needs_gradients}
-        return frozenset(kinds - OF_DENOISERS)
+        return frozenset(kinds - OF_DENOISERS - OF_CALLS)
 
     @property
     def of_denoiser(self) -> frozenset[Kind]:

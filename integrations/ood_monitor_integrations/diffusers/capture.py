@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.processes import Lock
+from ood_monitor_integrations.diffusers.own_calls import Update
 
 __all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
 
@@ -79,12 +80,14 @@ class DenoiserCall:
         times: Of each step the scheduler's time, and the arguments that may be the denoiser's.
         grid: The scheduler's times and sigmas of this call, each with its own; None where it has
             no sigmas.
+        updates: The last of the steps as the scheduler made them, as many as were asked for.
     """
 
     sample: Tensor
     steps: tuple[Step, ...]
     times: tuple[tuple[Any, Mapping[str, Any]], ...]
     grid: tuple[Tensor, Tensor] | None = None
+    updates: tuple[Update, ...] = ()
 
     @property
     def last(self) -> Step:
@@ -105,16 +108,19 @@ class Capture:
         denoiser: What is called for each step.
         controlnet: The pipeline's, if it has one.
         whole: Whether all steps are kept, or the last.
+        kept: Of how many last steps the tensors are copied.
     """
 
     denoiser: nn.Module
     controlnet: nn.Module | None = None
     whole: bool = False
+    kept: int = 0
     _pending: dict[int, list[Called]] = field(default_factory=dict)
     _called: dict[int, list[Called]] = field(default_factory=dict)
     _steps: list[Step] = field(default_factory=list)
     _times: list[tuple[Any, Mapping[str, Any]]] = field(default_factory=list)
     _grid: tuple[Tensor, Tensor] | None = None
+    _updates: tuple[Update, ...] = ()
     _before: Tensor | None = None
     _final: Tensor | None = None
     _failure: Exception | None = None
@@ -154,6 +160,9 @@ class Capture:
         step = Step(calls, control, prediction.detach(), time, given.detach(), sample)
         self._steps = [*self._steps, step] if self.whole else [step]
         self._times.append((time, calls[0].numbers if calls else {}))
+        if self.kept:
+            update = Update.copied(given, prediction, previous)
+            self._updates = (*self._updates, update)[-self.kept :]
 
     def after(self, sample: Tensor) -> None:
         """Take what is left of a step when the pipeline, and the user's callback, are done."""
@@ -186,7 +195,9 @@ class Capture:
                 "Expected the callback's latents in the scheduler's layout, "
                 f"{tuple(last.sample.shape)}, got {tuple(sample.shape)}."
             )
-        return DenoiserCall(sample, tuple(self._steps), tuple(self._times), self._grid)
+        return DenoiserCall(
+            sample, tuple(self._steps), tuple(self._times), self._grid, self._updates
+        )
 
 
 @contextmanager

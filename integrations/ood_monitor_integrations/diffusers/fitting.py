@@ -26,6 +26,7 @@ from ood_monitor_integrations.diffusers.deployment import check_deployment, scor
 from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
+from ood_monitor_integrations.diffusers.own_calls import STEPS
 from ood_monitor_integrations.diffusers.reading import read
 from ood_monitor_integrations.diffusers.recorded_call import (
     RecordedCall,
@@ -97,7 +98,10 @@ def fit_pipeline(
         watches: What the detector is for. By default what it is fitted on: ``"inputs"`` of images,
             ``"outputs"`` of own samples. A model's normal samples are unlike its training data, so
             that one for the other finds drift at once; to compare them all the same, say so.
-        **options: Further ones of :class:`~ood_monitor.Detector`: with ``any_size=True`` one
+        **options: Further ones of :class:`~ood_monitor.Detector`: with ``parts=["own_calls"]`` a
+            call's own last three steps are looked at, which costs no pass and sees too few steps,
+            other guidance and strong LoRAs; beside ``"output_layer"`` and ``"energies"``, the
+            default's parts, which see the rest. With ``any_size=True`` one
             detector watches several sizes and, if they are switched between batches of data,
             adapters such as LoRA's. Each that has ``minimum_group`` calibration samples is a group,
             among which p-values compare a sample and the drift test ranks it; all others are new to
@@ -116,8 +120,11 @@ def fit_pipeline(
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)
     calls = _calls(call, data)
+    kept = _steps_of(options.get("parts"), data, watches)
     recordings: Iterator[_Recording] = (
-        _own_samples(pipe, calls, seed) if data is None else _held_out(pipe, data, calls[0], seed)
+        _own_samples(pipe, calls, seed, kept)
+        if data is None
+        else _held_out(pipe, data, calls[0], seed)
     )
     first = list(itertools.islice(recordings, len(calls)))
     if not first:
@@ -300,12 +307,31 @@ def _is_pair(item: Sequence[Any]) -> bool:
     return len(item) == 2 and isinstance(item[1], Mapping)
 
 
-def _own_samples(pipe: Any, calls: list[dict[str, Any]], seed: int) -> Iterator[_Recording]:
+def _steps_of(parts: Any, data: Any, watches: What | None) -> int:
+    """How many last steps of calls a detector of such parts looks at.
+
+    Raises:
+        ValueError: Any of images, which no call made.
+    """
+    if "own_calls" not in [getattr(part, "kind", part) for part in parts or ()]:
+        return 0
+    if data is not None or watches == "inputs":
+        raise ValueError(
+            "Expected a detector of the pipeline's own samples, for its outputs, with the part "
+            f"'own_calls', got {'images' if data is not None else 'one for inputs'}, which no call "
+            "of it made: fit without images."
+        )
+    return STEPS
+
+
+def _own_samples(
+    pipe: Any, calls: list[dict[str, Any]], seed: int, kept: int
+) -> Iterator[_Recording]:
     check_pipeline(pipe)
     if "batch_size" in parameters_of(pipe):
         calls = [{"batch_size": _AT_ONCE} | call for call in calls]
     for number, call in enumerate(itertools.cycle(calls)):
-        yield record_call(pipe, call, seed + number, "whole"), None, call
+        yield record_call(pipe, call, seed + number, "whole", kept=kept), None, call
 
 
 def _batch(

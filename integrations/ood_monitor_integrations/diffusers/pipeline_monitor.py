@@ -37,6 +37,7 @@ from ood_monitor_integrations.diffusers.deployment import (
 from ood_monitor_integrations.diffusers.groups import group_in, is_fitted_on
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, settings_in
+from ood_monitor_integrations.diffusers.own_calls import checked_updates, steps_kept
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 from ood_monitor_integrations.diffusers.telling import Failures, Once
 
@@ -240,7 +241,8 @@ class PipelineMonitor:
     def _recording(self, pipe: Any, stack: ExitStack) -> Capture:
         """What records a call within the stack's block."""
         self._follow(pipe)
-        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None))
+        kept = max(steps_kept(monitor.detector) for monitor in self.monitors.values())
+        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None), kept=kept)
         stack.enter_context(stepping(pipe.scheduler))
         stack.enter_context(capturing(capture))
         return capture
@@ -347,9 +349,11 @@ class PipelineMonitor:
 
     def _taken(self, pipe: Any, what: str, call: DenoiserCall, samples: int) -> Batch:
         """The detector's batch of a call, whose last step is replayed where none like it was."""
-        adapter = self.monitors[what].detector.adapter
+        detector = self.monitors[what].detector
+        adapter = detector.adapter
         if self._batch is not None:
             return self._batch(call, samples)
+        call = replace(call, updates=checked_updates(call.updates, detector))
         if not isinstance(adapter, ReplayedBound):
             return call.sample
         adapter.check_scheduler(pipe.scheduler)

@@ -52,7 +52,12 @@ class RecordedCall:
 
 
 def record_call(
-    pipe: Any, arguments: dict[str, Any], seed: int, extent: Extent = "conditions"
+    pipe: Any,
+    arguments: dict[str, Any],
+    seed: int,
+    extent: Extent = "conditions",
+    *,
+    kept: int = 0,
 ) -> RecordedCall:
     """Call a pipeline and record what it does.
 
@@ -61,6 +66,7 @@ def record_call(
         arguments: Of the call.
         seed: Of the call's noise.
         extent: How much of its steps is made.
+        kept: Of how many last steps the tensors are copied.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
@@ -73,7 +79,7 @@ def record_call(
     if extent != "whole" and not any(arguments.get(name) is not None for name in _OF_STEPS):
         arguments = arguments | _steps(parameters, arguments, extent)
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)
-    capture = Capture(denoiser, controlnet, whole=extent == "reading")
+    capture = Capture(denoiser, controlnet, whole=extent == "reading", kept=kept)
     device = device_of(denoiser)
     with ExitStack() as stack:
         for module in (denoiser, controlnet):

@@ -23,6 +23,7 @@ from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.deployment import settings_of
 from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.network import ReplayedNetwork, kind_of, verified
+from ood_monitor_integrations.diffusers.own_calls import OWN_CALLS, columns_in, columns_of
 from ood_monitor_integrations.diffusers.reading import Reading
 from ood_monitor_integrations.diffusers.rows import pattern_of
 
@@ -178,6 +179,15 @@ class ReplayedBound(Adapter):
                 or the scale of an attention processor; or, of samples of new shapes, its last step
                 replayed gives another prediction.
         """
+        return self._replayed(call, count, ready) | columns_of(call.updates, count)
+
+    def own_calls(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What the pipeline's own last steps show of samples that came with them."""
+        return columns_in(batch)
+
+    def _replayed(
+        self, call: DenoiserCall, count: int, ready: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, Tensor]:
         known = self._network.recipes
         if not known:
             return self._first(call, count)
@@ -255,7 +265,8 @@ class ReplayedBound(Adapter):
 
 
 def _conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in batch.items() if k != SAMPLE and not k.startswith(NULL_PREFIX)}
+    no_conditions = (NULL_PREFIX, OWN_CALLS)
+    return {k: v for k, v in batch.items() if k != SAMPLE and not k.startswith(no_conditions)}
 
 
 def _null_conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
