@@ -97,6 +97,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
 	$(BIN)/python -m benchmarks.detection.denoisers $(EVIDENCE)/denoisers.json
+	$(BIN)/python -m benchmarks.detection.one_level $(EVIDENCE)/one_level.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.chosen_by --json benchmarks/results/chosen_by.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json

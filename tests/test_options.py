@@ -211,7 +211,7 @@ NORMS: dict[str, Kind] = {
     "chunk_size": POSITIVE_COUNT.or_none(),
 }
 PIPELINE: dict[str, Kind] = {
-    "sample_rate": SHARE.but(0),
+    "sample_rate": SHARE.but(0).or_none(),
     "max_latency_ms": POSITIVE.or_none(),
     "batch": CALLABLE.or_none(),
     "raise_on_error": FLAG,
@@ -610,7 +610,7 @@ CASES: dict[str, Case] = {
         PIPELINE
         | {
             "what": words("outputs"),
-            "mode": words("sync", "background"),
+            "mode": words("sync", "background", None),
             "queue_size": POSITIVE_COUNT,
             "seed": SEED.but(good=(0, 7)).or_none(),
         },
@@ -636,6 +636,9 @@ CASES: dict[str, Case] = {
         },
         BOUND
         | {
+            "levels": LEVELS.or_none(),
+            "ratios": RATIOS.or_none(),
+            "max_overhead": POSITIVE.or_none(),
             "layers": LAYERS,
             "samples": POSITIVE_COUNT,
             "progress": FLAG,

@@ -191,6 +191,12 @@ class DenoisingBound(Adapter):
         other.seed = self.seed if seed is None else self._checked_seed(seed)
         return other
 
+    def with_ratios(self, ratios: Literal[2, 3] | Sequence[float]) -> Self:
+        """The same bound, whose residuals are taken at other ratios of noise to signal."""
+        other = copy.copy(self)
+        other._ratios = _checked_ratios(ratios)
+        return other
+
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms ``t=<level>``, each of a forward pass of its own."""
         x = self._checked_inputs(batch)

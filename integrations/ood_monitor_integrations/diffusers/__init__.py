@@ -19,6 +19,7 @@ from ood_monitor_integrations.diffusers.fitting import fit_pipeline, replayed_bo
 from ood_monitor_integrations.diffusers.hook import monitor_pipeline, wrap
 from ood_monitor_integrations.diffusers.modular import OODBlock
 from ood_monitor_integrations.diffusers.pipeline_monitor import Counts, PipelineMonitor
+from ood_monitor_integrations.diffusers.plan import WatchingPlan
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PlanCost",
     "ReplayedBound",
     "Step",
+    "WatchingPlan",
     "fit_pipeline",
     "monitor_pipeline",
     "plan_costs",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.own_calls import Update
+from ood_monitor_integrations.diffusers.layouts import prediction_in
 
 __all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
 
@@ -81,6 +82,7 @@ class DenoiserCall:
         grid: The scheduler's times and sigmas of this call, each with its own; None where it has
             no sigmas.
         updates: The last of the steps as the scheduler made them, as many as were asked for.
+        rows: Of all calls of the denoiser together.
     """
 
     sample: Tensor
@@ -88,6 +90,7 @@ class DenoiserCall:
     times: tuple[tuple[Any, Mapping[str, Any]], ...]
     grid: tuple[Tensor, Tensor] | None = None
     updates: tuple[Update, ...] = ()
+    rows: int = 0
 
     @property
     def last(self) -> Step:
@@ -121,6 +124,7 @@ class Capture:
     _times: list[tuple[Any, Mapping[str, Any]]] = field(default_factory=list)
     _grid: tuple[Tensor, Tensor] | None = None
     _updates: tuple[Update, ...] = ()
+    _rows: int = 0
     _before: Tensor | None = None
     _final: Tensor | None = None
     _failure: Exception | None = None
@@ -142,6 +146,8 @@ class Capture:
         """Take what it gave."""
         if calls := self._pending.get(id(module)):
             calls[-1].output = output
+        if module is self.denoiser:
+            self._rows += _rows_in(output)
 
     def step(
         self, scheduler: Any, time: Any, prediction: Tensor, given: Tensor, previous: Tensor
@@ -195,9 +201,8 @@ class Capture:
                 "Expected the callback's latents in the scheduler's layout, "
                 f"{tuple(last.sample.shape)}, got {tuple(sample.shape)}."
             )
-        return DenoiserCall(
-            sample, tuple(self._steps), tuple(self._times), self._grid, self._updates
-        )
+        steps, times = tuple(self._steps), tuple(self._times)
+        return DenoiserCall(sample, steps, times, self._grid, self._updates, self._rows)
 
 
 @contextmanager
@@ -370,6 +375,14 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim < 2 and value.numel() > 0
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rows_in(output: Any) -> int:
+    """Of what a denoiser gave; none of what is no prediction."""
+    found = prediction_in(output)
+    if isinstance(found, Tensor):
+        return len(found) if found.ndim else 0
+    return len(found) if isinstance(found, list | tuple) else 0
 
 
 def _copied(value: Any) -> Any:

@@ -1,13 +1,10 @@
 """What scoring a sample costs, by method, noise levels and layers, to choose before fitting."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ood_monitor import gradient_norms
@@ -15,12 +12,12 @@ from ood_monitor.adapters.base import Batch, pieces
 from ood_monitor.checks import items, whole
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
-from ood_monitor.statistics import denoiser_statistics
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.deployment import scorable
 from ood_monitor_integrations.diffusers.fitting import replayed_bound
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from ood_monitor_integrations.diffusers.replay import LEVELS, ReplayedBound
+from ood_monitor_integrations.diffusers.timing import forwards_without_noise, times_of
 
 __all__ = ["PlanCost", "plan_costs"]
 
@@ -77,41 +74,16 @@ def plan_costs(
     recorded, bound = record_call(pipe, arguments, 0), replayed_bound(pipe, call=arguments)
     bounds = [bound.with_levels(each) for each in items("levels", levels)]
     batch = next(iter(pieces(bound.batch(recorded.call, recorded.count), 1)))
-    time_of = partial(_times, partial(_forward, bound, batch), rounds)
     found: list[PlanCost] = []
     with scorable(pipe, denoiser_of(pipe)):
-        spent = time_of(partial(_without_noise, bound, batch))
+        spent = forwards_without_noise(bound, batch, rounds)
         found.append(PlanCost("forward", (), None, *spent))
         for at in bounds:
             for of in plans:
-                spent = time_of(partial(_norms, at, batch, of))
+                spent = times_of(bound, batch, rounds, partial(_norms, at, batch, of))
                 found.append(PlanCost("gradient_norms", at.levels, of, *spent))
     return found
 
 
-def _times(
-    plain: Callable[[], Tensor], rounds: int, run: Callable[[], Tensor]
-) -> tuple[float, float]:
-    """Milliseconds of a run, and the same in forward passes."""
-    run()  # whose first use of a model checks it
-    times: dict[Callable[[], Tensor], list[float]] = {run: [], plain: []}
-    for _ in range(rounds):
-        for each, spent in times.items():
-            start = time.perf_counter()
-            each().cpu()  # waits for the device
-            spent.append(time.perf_counter() - start)
-    mine, forward = map(statistics.median, times.values())
-    return 1000 * mine, mine / forward
-
-
-def _without_noise(bound: ReplayedBound, batch: Batch) -> Tensor:
-    return next(iter(denoiser_statistics(bound, batch).energies.values()))
-
-
 def _norms(bound: ReplayedBound, batch: Batch, layers: Layers) -> Tensor:
     return next(iter(gradient_norms(bound, batch, layers=layers).values()))
-
-
-@torch.no_grad()
-def _forward(bound: ReplayedBound, batch: Batch) -> Tensor:
-    return next(iter(bound.residuals(batch)))[1]

@@ -1,10 +1,11 @@
 """Fitting a detector for a pipeline: on held-out images, or on what the pipeline itself makes."""
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ood_monitor import Detector, NoiseSchedule
 from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.checks import flag, items, seed_of, whole, word
+from ood_monitor.checks import flag, items, number, seed_of, whole, word
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, size_of
@@ -27,6 +28,8 @@ from ood_monitor_integrations.diffusers.groups import adapters_in
 from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
 from ood_monitor_integrations.diffusers.own_calls import STEPS
+from ood_monitor_integrations.diffusers.plan import WatchingPlan, check_free, planned
+from ood_monitor_integrations.diffusers.planning import costs_of, rows_of, runs_in_background
 from ood_monitor_integrations.diffusers.reading import read
 from ood_monitor_integrations.diffusers.recorded_call import (
     RecordedCall,
@@ -37,6 +40,8 @@ from ood_monitor_integrations.diffusers.recorded_call import (
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 
 __all__ = ["fit_pipeline", "replayed_bound"]
+
+_log = logging.getLogger(__name__)
 
 #: Arguments of a pipeline's call.
 Call: TypeAlias = Mapping[str, Any]
@@ -57,8 +62,9 @@ def fit_pipeline(
     data: Iterable[Any] | None = None,
     *,
     call: Call | Sequence[Call] | None = None,
-    levels: Sequence[int] = LEVELS,
-    ratios: Literal[2, 3] | Sequence[float] = 2,
+    levels: Sequence[int] | None = None,
+    ratios: Literal[2, 3] | Sequence[float] | None = None,
+    max_overhead: float | None = None,
     condition_check: bool = False,
     layers: Layers = None,
     samples: int = 500,
@@ -83,11 +89,20 @@ def fit_pipeline(
         call: Arguments of all calls; or without data a list of such, which are called in turn, as
             with several prompts or sizes. If their samples come in several shapes, the detector is
             for any size.
-        levels: Noise levels of the bound, whose gradient norms these are; each costs a pass, see
-            :func:`plan_costs`. With fewer, more depends on the seed:
-            ``benchmarks/integrations/diffusers.py``.
+        levels: Noise levels of the bound, whose gradient norms these are, by default 20, 100, 300
+            and 500; each costs a pass, see :func:`plan_costs`. With fewer, more depends on the
+            seed: ``benchmarks/integrations/diffusers.py``.
         ratios: Where samples without noise are looked at, two levels or three, as of
-            :class:`~ood_monitor.DenoisingBound`; what the default method goes by.
+            :class:`~ood_monitor.DenoisingBound`, by default two; what the default method goes by.
+        max_overhead: By what share of a call's time watching may lengthen calls on average, such as
+            0.1, for calls of few steps. What fits is chosen by the rows that a whole call gives its
+            denoiser, which are counted, and by what scoring a sample takes, which is measured: two
+            levels of all samples, one level, or one of a share of the samples, in the background
+            where that can be. The :class:`WatchingPlan` is told in the log, kept with the detector
+            (``WatchingPlan.of(detector)``), and what :func:`monitor_pipeline` goes by. Rows are
+            taken to cost alike, and what a call does beside its denoiser nothing. To load the
+            detector, give :func:`replayed_bound` the plan's ``ratios``. By default there is no
+            budget: two levels of all samples.
         condition_check: Whether these also make a pass with the null condition of a guided call,
             which shows that a sample does not fit its prompt or label.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
@@ -115,10 +130,16 @@ def fit_pipeline(
         ValueError: A pipeline that cannot be replayed, or not by what its calls show; a call with
             conditions for other than one or all of its images, or too little data; images of whole
             numbers, as bytes are, or outside [0, 1]; samples of several sizes without
-            ``any_size=True``, or too few of one.
+            ``any_size=True``, or too few of one; a budget that is not positive, that would leave of
+            a thousand samples none, or beside what it is to choose, ``ratios``, ``levels``, another
+            ``method``.
     """
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)
+    if max_overhead is not None:
+        max_overhead = number("max_overhead", max_overhead, 0, ends="()")
+        chosen = {name: options.get(name) for name in ("method", "parts", "density", "granularity")}
+        check_free({"levels": levels, "ratios": ratios} | chosen)
     calls = _calls(call, data)
     kept = _steps_of(options.get("parts"), data, watches)
     recordings: Iterator[_Recording] = (
@@ -132,13 +153,16 @@ def fit_pipeline(
     adapter = replayed_bound(
         pipe,
         call=first[0][2],
-        levels=levels,
-        ratios=ratios,
+        levels=LEVELS if levels is None else levels,
+        ratios=2 if ratios is None else ratios,
         condition_check=condition_check,
         seed=seed,
     )
     origin = _origin(pipe, data, watches, [arguments for *_, arguments in first])
-    adapter.origin = asdict(origin)
+    if max_overhead is not None:
+        plan = _plan(pipe, adapter, origin, first, max_overhead, seed)
+        origin, adapter = replace(origin, plan=plan), adapter.with_ratios(plan.ratios)
+    adapter.origin = origin.dump()
     source = "held-out images" if origin.samples == "images" else "the pipeline's own samples"
     several = len({found.call.sample.shape[1:] for found, *_ in first}) > 1
     settings: dict[str, Any] = {"source": source, "any_size": several} | options
@@ -147,6 +171,34 @@ def fit_pipeline(
         _check_sizes(detector, first, samples)
     batches = (_batch(pipe, adapter, *each) for each in itertools.chain(first, recordings))
     return _fitted(pipe, detector, _first(batches, samples), progress)
+
+
+def _plan(
+    pipe: Any,
+    adapter: ReplayedBound,
+    origin: Origin,
+    first: Sequence[_Recording],
+    max_overhead: float,
+    seed: int,
+) -> WatchingPlan:
+    """Within a budget, by the shortest of the calls."""
+    plan = planned(
+        max_overhead,
+        min(_rows(pipe, origin, recording, seed) for recording in first),
+        costs_of(pipe, adapter, first[0][0]),
+        watched=2 if origin.watches == "both" else 1,
+        in_background=runs_in_background(pipe, Detector(adapter)),
+    )
+    _log.log(logging.WARNING if plan.gives_up else logging.INFO, "Calls are watched %s", plan)
+    return plan
+
+
+def _rows(pipe: Any, origin: Origin, recording: _Recording, seed: int) -> float:
+    """Of the denoiser in a whole call, as its own samples are made by, for each of its samples."""
+    found, _, arguments = recording
+    if origin.samples == "own samples":
+        return found.call.rows / found.count
+    return rows_of(pipe, arguments, found.count, seed)
 
 
 def _fitted(pipe: Any, detector: Detector, batches: Iterable[Batch], progress: bool) -> Detector:
@@ -330,8 +382,8 @@ def _own_samples(
     check_pipeline(pipe)
     if "batch_size" in parameters_of(pipe):
         calls = [{"batch_size": _AT_ONCE} | call for call in calls]
-    for number, call in enumerate(itertools.cycle(calls)):
-        yield record_call(pipe, call, seed + number, "whole", kept=kept), None, call
+    for turn, call in enumerate(itertools.cycle(calls)):
+        yield record_call(pipe, call, seed + turn, "whole", kept=kept), None, call
 
 
 def _batch(

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from ood_monitor_integrations.diffusers.pipeline_monitor import (
     BatchOf,
     PipelineMonitor,
 )
+from ood_monitor_integrations.diffusers.plan import WatchingPlan, together
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 
 __all__ = ["What", "monitor_pipeline", "watcher_of", "wrap"]
@@ -33,8 +35,8 @@ def monitor_pipeline(
     monitor: Monitor | Detector | Mapping[str, Monitor],
     *,
     what: What = "outputs",
-    mode: Mode = "sync",
-    sample_rate: float = 1.0,
+    mode: Mode | None = None,
+    sample_rate: float | None = None,
     max_latency_ms: float | None = None,
     queue_size: int = 16,
     batch: BatchOf | None = None,
@@ -59,9 +61,11 @@ def monitor_pipeline(
             inpainting, upscaling or a ControlNet, encoded by the pipeline itself and with the
             call's conditioning; or ``"both"``, each with a monitor of its own.
         mode: ``"sync"`` scores before the call returns; ``"background"`` hands copies to a thread
-            of the monitor's own and returns.
+            of the monitor's own and returns. By default as the detector's :class:`WatchingPlan`
+            says, if it was fitted with a budget, else ``"sync"``.
         sample_rate: The share of samples to score, drawn whatever they show, so that p-values and
-            alarms keep their meaning.
+            alarms keep their meaning. By default the plan's, else all. Of two detectors such a
+            share that both together keep to the smaller of their budgets.
         max_latency_ms: The most milliseconds that scoring adds to a call: by what samples have
             cost, so many are drawn as fit. The first call scores one.
         queue_size: Calls that wait in the background. What finds the queue full is dropped and
@@ -88,7 +92,9 @@ def monitor_pipeline(
         monitor,
         what=what,
         mode=mode,
-        choice=Choice(sample_rate, max_latency_ms, seed),
+        sample_rate=sample_rate,
+        max_latency_ms=max_latency_ms,
+        seed=seed,
         queue_size=queue_size,
         batch=batch,
         raise_on_error=raise_on_error,
@@ -105,7 +111,7 @@ def wrap(
     monitor: Monitor | Mapping[str, Monitor],
     *,
     what: What = "outputs",
-    sample_rate: float = 1.0,
+    sample_rate: float | None = None,
     max_latency_ms: float | None = None,
     batch: BatchOf | None = None,
     seed: int | None = None,
@@ -138,7 +144,10 @@ def wrap(
         pipe,
         monitor,
         what=what,
-        choice=Choice(sample_rate, max_latency_ms, seed),
+        mode="sync",
+        sample_rate=sample_rate,
+        max_latency_ms=max_latency_ms,
+        seed=seed,
         batch=batch,
         raise_on_error=raise_on_error,
     )
@@ -151,15 +160,20 @@ def watcher_of(
     monitor: Monitor | Detector | Mapping[str, Monitor],
     *,
     what: What = "outputs",
-    mode: Mode = "sync",
-    choice: Choice | None = None,
+    mode: Mode | None,
+    sample_rate: float | None = None,
+    max_latency_ms: float | None = None,
+    seed: int | None = 0,
     queue_size: int = 1,
     batch: BatchOf | None = None,
     raise_on_error: bool = False,
 ) -> PipelineMonitor:
     """What watches a pipeline, which itself is not changed yet; see :func:`monitor_pipeline`."""
-    for name, value, kind in (("what", what, What), ("mode", mode, Mode)):
-        word(name, value, get_args(kind))
+    word("what", what, get_args(What))
+    if mode is not None:
+        word("mode", mode, get_args(Mode))
+    if sample_rate is not None:
+        Choice(sample_rate, max_latency_ms, seed)  # checked before a monitor is made
     if "ood_monitor" in pipe.__dict__:
         raise ValueError(
             f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}: "
@@ -170,6 +184,10 @@ def watcher_of(
     if batch is not None:
         function("batch", batch)
     monitors = _monitors(monitor, what)
+    plan = _plan(monitors, is_said=mode is not None and sample_rate is not None)
+    mode = mode or (plan.mode if plan else "sync")
+    if sample_rate is None:
+        sample_rate = plan.sample_rate if plan else 1.0
     for name, each in monitors.items():
         _check(pipe, each.detector, mode, has_batch=batch is not None)
         if origin := Origin.of(each.detector):
@@ -179,11 +197,31 @@ def watcher_of(
     return PipelineMonitor(
         pipe,
         monitors,
-        choice=choice or Choice(1.0, None, 0),
+        choice=Choice(sample_rate, max_latency_ms, seed),
         worker=Worker(queue_size) if mode == "background" else None,
         batch=batch,
         raise_on_error=raise_on_error,
+        plan=plan and replace(plan, sample_rate=sample_rate, mode=mode),
     )
+
+
+def _plan(monitors: Mapping[str, Monitor], *, is_said: bool) -> WatchingPlan | None:
+    """By which samples are watched, by all monitors together; None without a budget.
+
+    Raises:
+        ValueError: One detector alone has a budget, and it is not said how to watch by both.
+    """
+    detectors = {id(each.detector): each.detector for each in monitors.values()}
+    found = list(map(WatchingPlan.of, detectors.values()))
+    plans = [plan for plan in found if plan is not None]
+    if len(plans) < len(found):
+        if plans and not is_said:
+            raise ValueError(
+                "Expected two detectors with a budget or none, got one: fit the other with "
+                "max_overhead= too, or say mode= and sample_rate=."
+            )
+        return None
+    return together(plans)
 
 
 def _monitors(

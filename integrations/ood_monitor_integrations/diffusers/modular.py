@@ -87,6 +87,9 @@ class OODBlock(ModularPipelineBlocks):
         with self._lock:
             if self._watcher is None:
                 self._watcher = watcher_of(
-                    components, self._monitor, raise_on_error=self._raise_on_error
+                    components,
+                    self._monitor,
+                    mode="sync",
+                    raise_on_error=self._raise_on_error,
                 )
             return self._watcher

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias
 
 from ood_monitor import Detector
+from ood_monitor_integrations.diffusers.plan import WatchingPlan
 
 __all__ = ["Origin", "What", "settings_in"]
 
@@ -44,17 +45,26 @@ class Origin:
         watches: What it is for.
         samples: Whether the pipeline's own samples or held-out images.
         settings: Of the calls that made its own samples, by name.
+        plan: How its calls are watched within a budget; None without one.
     """
 
     watches: What
     samples: Literal["own samples", "images"]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    plan: WatchingPlan | None = None
 
     @classmethod
     def of(cls, detector: Detector) -> Self | None:
         """As a detector says; None of one that is no pipeline's, or that an older version saved."""
         said = detector.fitted.provenance.adapter.get(_KEY)
-        return None if said is None else cls(**said)
+        if said is None:
+            return None
+        return cls(**{**said, "plan": WatchingPlan.parse(said.get("plan"))})
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        said = {"watches": self.watches, "samples": self.samples, "settings": dict(self.settings)}
+        return said if self.plan is None else said | {"plan": self.plan.dump()}
 
     def check(self, what: str) -> None:
         """Refuse to watch what the detector is not for.

@@ -38,6 +38,7 @@ from ood_monitor_integrations.diffusers.groups import group_in, is_fitted_on
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, settings_in
 from ood_monitor_integrations.diffusers.own_calls import checked_updates, steps_kept
+from ood_monitor_integrations.diffusers.plan import WatchingPlan
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 from ood_monitor_integrations.diffusers.telling import Failures, Once
 
@@ -107,6 +108,8 @@ class PipelineMonitor:
     Attributes:
         monitors: The monitors that take the samples, by what these are of: outputs, inputs.
         alerts: The latest alerts raised.
+        plan: How calls are watched of a detector with a budget, with the rate and mode that were
+            said in place of the budget's, if they were; None without one.
     """
 
     def __init__(
@@ -118,12 +121,13 @@ class PipelineMonitor:
         worker: Worker | None,
         batch: BatchOf | None,
         raise_on_error: bool,
+        plan: WatchingPlan | None = None,
     ) -> None:
         self.monitors = dict(monitors)
         self.alerts: deque[Alert] = deque(maxlen=_ALERTS)
         self._pipe, self._original = pipe, original_class(pipe)
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
-        self._batch = batch
+        self._batch, self.plan, self._budgets = batch, plan, Once()
         self._counts, self._lock = Counts(), Lock()
         denoiser = denoiser_of(pipe)
         self._changes = Changes(denoiser, self.monitor)
@@ -230,6 +234,7 @@ class PipelineMonitor:
             if getattr(pipe, "_interrupt", False):  # what is half denoised is no image
                 self._count(interrupted=samples)
                 return output, scores
+            self._tell_of_rows(call.rows / samples)
             tasks = [self._task(pipe, what, call, samples, given) for what in self.monitors]
             if any(task.rows for task in tasks):
                 self._check(pipe, capture.denoiser)
@@ -401,6 +406,18 @@ class PipelineMonitor:
         told = "; ".join(f"{name}={b!r}, not {a!r}" for name, (a, b) in others.items())
         if told and self._settings.is_new(told):
             _log.warning("A call unlike those of the fit, whose samples may differ: %s.", told)
+
+    def _tell_of_rows(self, rows: float) -> None:
+        """Of a call that is shorter than the budget was planned for, once for each length."""
+        if self.plan is None or rows >= self.plan.call_rows:
+            return
+        if self._budgets.is_new(f"{rows:g}"):
+            _log.warning(
+                "A call that gives its denoiser %g rows a sample, for which watching was not "
+                "planned: scoring takes a larger share of its time than of the %g rows planned.",
+                rows,
+                self.plan.call_rows,
+            )
 
     @contextmanager
     def _never_failing(self, may_raise: bool = True) -> Iterator[None]:

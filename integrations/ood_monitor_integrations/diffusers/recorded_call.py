@@ -25,7 +25,7 @@ from ood_monitor_integrations.diffusers.capture import (
 )
 from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
 
-__all__ = ["RecordedCall", "needs_image", "record_call", "unguided_steps"]
+__all__ = ["OF_STEPS", "RecordedCall", "needs_image", "record_call", "unguided_steps"]
 
 #: Of which the first shows how the denoiser is told the time, and the last need not.
 _STEPS = 2
@@ -34,7 +34,7 @@ _STEPS = 2
 _STEPS_TO_READ = 4
 
 #: Arguments that name the steps themselves.
-_OF_STEPS = ("timesteps", "sigmas")
+OF_STEPS = ("timesteps", "sigmas")
 
 #: Arguments by which guidance is switched off, and how.
 _GUIDANCE, _OFF = ("guidance_scale", "true_cfg_scale", "pag_scale"), (1.0, 0.0)
@@ -76,7 +76,7 @@ def record_call(
     kind, twin, parameters = original_class(pipe), _twin(pipe), parameters_of(pipe)
     if "generator" in parameters:
         arguments = {"generator": cpu_generator(seed)} | arguments
-    if extent != "whole" and not any(arguments.get(name) is not None for name in _OF_STEPS):
+    if extent != "whole" and not any(arguments.get(name) is not None for name in OF_STEPS):
         arguments = arguments | _steps(parameters, arguments, extent)
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)
     capture = Capture(denoiser, controlnet, whole=extent == "reading", kept=kept)

@@ -133,6 +133,13 @@ class ReplayedBound(Adapter):
         other._levels = other._bound.levels
         return other
 
+    def with_ratios(self, ratios: Literal[2, 3] | Sequence[float]) -> "ReplayedBound":
+        """The same bound, whose residuals are taken at other ratios of noise to signal."""
+        other = copy.copy(self)
+        other._bound = self._bound.with_ratios(ratios)
+        other._ratios = ratios
+        return other
+
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
         """Yield the terms ``t=<level>`` of a batch as :meth:`batch` makes it."""
         if not isinstance(batch, Mapping) or SAMPLE not in batch:

@@ -1,0 +1,79 @@
+"""The plan of a pipeline within a budget: what its call costs, counted, and a sample, measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from ood_monitor import Detector
+from ood_monitor.adapters.base import Batch, pieces
+from ood_monitor_integrations.diffusers.denoisers import denoiser_of
+from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
+from ood_monitor_integrations.diffusers.plan import ONE_LEVEL, Ratios, SampleCost
+from ood_monitor_integrations.diffusers.recorded_call import OF_STEPS, RecordedCall, record_call
+from ood_monitor_integrations.diffusers.replay import ReplayedBound
+from ood_monitor_integrations.diffusers.timing import forwards_without_noise
+
+__all__ = ["costs_of", "rows_of", "runs_in_background"]
+
+#: Ways to look at a sample, the best first, and the passes that each takes.
+_WAYS: tuple[tuple[Ratios, int], ...] = ((2, 2), (ONE_LEVEL, 1))
+
+#: How often a sample's cost is measured, of which the median counts.
+_ROUNDS = 5
+
+
+def costs_of(pipe: Any, adapter: ReplayedBound, found: RecordedCall) -> Iterator[SampleCost]:
+    """What scoring a sample of a call costs, by each way, measured when it is asked for."""
+    batch: Batch = next(iter(pieces(adapter.batch(found.call, found.count), 1)))
+    for ratios, levels in _WAYS:
+        bound = adapter.with_ratios(ratios)
+        with scorable(pipe, denoiser_of(pipe)):
+            _, forwards = forwards_without_noise(bound, batch, _ROUNDS)
+        yield SampleCost(ratios, levels + bound.has_null_condition, forwards)
+
+
+def rows_of(pipe: Any, arguments: Mapping[str, Any], count: int, seed: int) -> float:
+    """Rows that the denoiser is given in a whole call, for each of its samples.
+
+    The call is made, for one of its samples where its arguments can be cut.
+
+    Args:
+        pipe: The pipeline.
+        arguments: Of the call.
+        count: The samples that it gives.
+        seed: Of its noise.
+    """
+    found: RecordedCall | None = None
+    if (of_one := _of_one(arguments, count)) is not None:
+        with suppress(Exception):  # as pipelines check their arguments: then by the whole call
+            found = record_call(pipe, of_one, seed, "whole")
+    found = found or record_call(pipe, dict(arguments), seed, "whole")
+    return found.call.rows / found.count
+
+
+def _of_one(arguments: Mapping[str, Any], count: int) -> dict[str, Any] | None:
+    """The arguments for the first of so many samples; None if they are no more."""
+    if count == 1:
+        return None
+    return {
+        name: value[:1] if name not in OF_STEPS and _is_of_each(value, count) else value
+        for name, value in arguments.items()
+    } | ({"batch_size": 1} if "batch_size" in arguments else {})
+
+
+def _is_of_each(value: Any, count: int) -> bool:
+    is_sized = isinstance(value, Sequence) and not isinstance(value, str)
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        is_sized = bool(getattr(value, "ndim", 0))
+    return is_sized and len(value) == count
+
+
+def runs_in_background(pipe: Any, detector: Detector) -> bool:
+    """Whether a pipeline can be watched so as it is now."""
+    try:
+        check_deployment(pipe, denoiser_of(pipe), "background", detector)
+    except ValueError:
+        return False
+    return True
