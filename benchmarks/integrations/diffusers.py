@@ -18,6 +18,7 @@ import typer
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from numpy.typing import NDArray
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, plan_costs
+from ood_monitor_integrations.diffusers.calls import original_class
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -174,7 +175,7 @@ def measured(
 def unwatched(pipe: Any, call: Callable[[], None]) -> None:
     """A call of the pipeline's own class: what it is without a monitor."""
     watcher, kind = pipe.__dict__.pop("ood_monitor"), pipe.__class__
-    pipe.__class__ = DDPMPipeline
+    pipe.__class__ = original_class(pipe)
     try:
         call()
     finally:

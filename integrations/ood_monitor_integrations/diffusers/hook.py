@@ -211,8 +211,7 @@ def _plan(monitors: Mapping[str, Monitor], *, is_said: bool) -> WatchingPlan | N
     Raises:
         ValueError: One detector alone has a budget, and it is not said how to watch by both.
     """
-    detectors = {id(each.detector): each.detector for each in monitors.values()}
-    found = list(map(WatchingPlan.of, detectors.values()))
+    found = [WatchingPlan.of(each.detector) for each in monitors.values()]
     plans = [plan for plan in found if plan is not None]
     if len(plans) < len(found):
         if plans and not is_said:

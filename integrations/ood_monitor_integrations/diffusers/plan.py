@@ -167,15 +167,15 @@ def planned(
 
 
 def together(plans: Sequence[WatchingPlan]) -> WatchingPlan:
-    """The plan of several detectors whose scores are of the same calls.
+    """The plan of detectors of the same calls, each of which scores a sample once.
 
     Raises:
         ValueError: As of :func:`planned`.
     """
     first, *others = plans
-    if not others:
+    if not others or (set(plans) == {first} and first.watched == len(plans)):
         return first
-    share = sum(plan.sample_overhead for plan in plans)
+    share = sum(plan.forwards / plan.call_rows for plan in plans)
     least = min(plan.max_overhead for plan in plans)
     is_later = any(plan.mode == "background" for plan in plans)
     return replace(
@@ -184,7 +184,7 @@ def together(plans: Sequence[WatchingPlan]) -> WatchingPlan:
         ratios=min((plan.ratios for plan in plans), key=_levels),
         sample_rate=1.0 if share <= least else _rate(least, share),
         mode="background" if is_later else "sync",
-        passes=sum(plan.watched * plan.passes for plan in plans),
+        passes=sum(plan.passes for plan in plans),
         forwards=share * first.call_rows,
         watched=1,
     )
