@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.processes import Lock
-from ood_monitor_integrations.diffusers.own_calls import Update
 from ood_monitor_integrations.diffusers.layouts import prediction_in
+from ood_monitor_integrations.diffusers.own_calls import Update
 
 __all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
 
