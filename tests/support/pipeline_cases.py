@@ -100,7 +100,9 @@ class PipelineCase:
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
             x_t, t, target = (1 - sigma) * x + sigma * noise, torch.tensor(1000 * sigma), noise - x
         else:
-            scheduler = diffusers.DDPMScheduler.from_config(config)
+            is_shifted = "snr_shift_scale" in config  # CogVideoX
+            kind = type(pipe.scheduler) if is_shifted else diffusers.DDPMScheduler
+            scheduler = kind.from_config(config)
             t = torch.tensor(level)
             x_t = scheduler.add_noise(x, noise, t)
             velocity = scheduler.get_velocity(x, noise, t)

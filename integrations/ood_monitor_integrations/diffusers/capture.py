@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.processes import Lock
-from ood_monitor_integrations.diffusers.layouts import prediction_in
+from ood_monitor_integrations.diffusers.layouts import layouts_of, prediction_in
 from ood_monitor_integrations.diffusers.own_calls import Update
 
 __all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
@@ -158,12 +158,12 @@ class Capture:
             self._grid = times, sigmas
         if self._pending:
             self._called, self._pending = self._pending, {}
-        calls = tuple(self._called.get(id(self.denoiser), ()))
+        calls = tuple(_kept(each, given) for each in self._called.get(id(self.denoiser), ()))
         control = next(iter(self._called.get(id(self.controlnet), ())), None)
         self._before = self._steps[-1].sample if self._steps else None
-        # A copy, since what follows may write into it.
-        sample = previous.detach().clone()
-        step = Step(calls, control, prediction.detach(), time, given.detach(), sample)
+        # Copies, since what follows may write into them.
+        stepped, sample = given.detach().clone(), previous.detach().clone()
+        step = Step(calls, control, prediction.detach(), time, stepped, sample)
         self._steps = [*self._steps, step] if self.whole else [step]
         self._times.append((time, calls[0].numbers if calls else {}))
         if self.kept:
@@ -195,12 +195,7 @@ class Capture:
                 "Expected samples that only the scheduler changes, or a pipeline that takes "
                 "`callback_on_step_end`, got one that changes them after a step."
             )
-        sample = last.sample if self._final is None else self._final
-        if sample.shape != last.sample.shape:
-            raise ValueError(
-                "Expected the callback's latents in the scheduler's layout, "
-                f"{tuple(last.sample.shape)}, got {tuple(sample.shape)}."
-            )
+        sample = last.sample if self._final is None else _within(self._final, last.sample)
         steps, times = tuple(self._steps), tuple(self._times)
         return DenoiserCall(sample, steps, times, self._grid, self._updates, self._rows)
 
@@ -390,6 +385,36 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
     return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+def _kept(called: Called, given: Tensor) -> Called:
+    """With a copy of what shares its memory with a sample, into which the next may be written."""
+    memory = given.untyped_storage().data_ptr()
+    shared = {
+        name: value.detach().clone()
+        for name, value in called.arguments.items()
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory
+    }
+    return Called({**called.arguments, **shared}, called.output) if shared else called
+
+
+def _within(final: Tensor, stepped: Tensor) -> Tensor:
+    """What a callback left of a step's sample; of latents with context beside it, the sample.
+
+    Raises:
+        ValueError: It is not in the scheduler's layout, and the sample is not in it as it was.
+    """
+    if final.shape == stepped.shape:
+        return final
+    shape = stepped.shape[1:]
+    parts = (layout.taken(final, shape) for layout in layouts_of(final, shape))
+    for part in parts:
+        if part.shape == stepped.shape and torch.equal(part.nan_to_num(), stepped.nan_to_num()):
+            return part
+    raise ValueError(
+        "Expected the callback's latents in the scheduler's layout, "
+        f"{tuple(stepped.shape)}, got {tuple(final.shape)}."
+    )
 
 
 def _begins_with(given: Tensor, before: Tensor) -> bool:

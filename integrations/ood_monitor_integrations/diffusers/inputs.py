@@ -19,6 +19,9 @@ __all__ = ["check_images", "copied", "count_of", "encoded", "image_argument"]
 #: Arguments of pipelines that hold the user's image, the first that a pipeline has.
 _IMAGES = ("image", "control_image")
 
+#: Dimensions of latents of videos.
+_OF_FRAMES = 5
+
 #: Names in configurations of autoencoders that take frames, of which an image is one.
 _OF_VIDEOS = ("temporal", "temperal")
 
@@ -103,7 +106,9 @@ def _check_mode(image: Image.Image, processor: Any) -> None:
 
 
 def _is_latent(image: Tensor, autoencoder: Any) -> bool:
-    """Pipelines take latents for images too, told by their channels."""
+    """Pipelines take latents for images too, told by their channels; of videos nothing else."""
+    if image.ndim == _OF_FRAMES:
+        return True
     if autoencoder is None or image.ndim < 3:
         return False
     config = autoencoder.config
@@ -142,8 +147,14 @@ def encoded(pipe: Any, images: Any, like: Tensor, size: tuple[int, int] | None =
     Raises:
         ValueError: As :func:`check_images`, or it comes out in another shape.
     """
-    if isinstance(images, Tensor) and like.ndim == 3 and images.shape[1:] == like.shape[1:]:
+    if isinstance(images, Tensor) and like.ndim != 4 and images.shape[1:] == like.shape[1:]:
         return images.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    if like.ndim == _OF_FRAMES:
+        raise ValueError(
+            f"Expected latents of videos in the denoiser's own layout, {tuple(like.shape[1:])} a "
+            f"sample, got {describe(images)}: videos and images are not encoded here; fit on "
+            "latents, or on the pipeline's own samples, without images."
+        )
     check_images(pipe, images)
     autoencoder = _autoencoder(pipe)
     factor = _factor(pipe, autoencoder)
@@ -199,5 +210,6 @@ def _factor(pipe: Any, autoencoder: Any) -> int:
     """Pixels a side of a latent's."""
     if autoencoder is None:
         return 1
-    known = getattr(pipe, "vae_scale_factor", None)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial")
+    known = next((found for name in names if (found := getattr(pipe, name, None))), None)
     return int(known or 2 ** (len(autoencoder.config.block_out_channels) - 1))

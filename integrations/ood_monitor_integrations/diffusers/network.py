@@ -105,8 +105,19 @@ def verified(
     call: DenoiserCall,
     count: int,
     conditions: Mapping[str, Tensor],
+    *,
+    twice: bool = False,
 ) -> Recipe:
     """Replay a call's last step: the recipe, with the place of the prediction in what that gives.
+
+    Args:
+        network: What replays it.
+        recipe: Of the call.
+        call: The call.
+        count: B, the samples that it gave.
+        conditions: Of each sample.
+        twice: Whether to replay a single sample beside itself too: what is as long as one by chance
+            belongs to no sample, and shows in no replay of one.
 
     Raises:
         ValueError: The prediction of the samples, or of the first alone, is not the recorded one.
@@ -118,10 +129,11 @@ def verified(
     time = torch.as_tensor(called.arguments[reading.place.time], device=x.device)
     time = rows.of(time) if time.ndim and len(time) == rows.total else time.expand(count)
     expected = rows.of(reading.output.taken(prediction_in(called.output), shape))
-    for few in {1, count}:
-        own = {name: tensor[:few] for name, tensor in conditions.items()}
-        given = _given(network, recipe, x[:few], time[:few], own)
-        recipe = replace(recipe, output=_place_of(expected[:few], given))
+    chosen = [[0], list(range(count))] if count > 1 else [[0, 0], [0]] if twice else [[0]]
+    for these in chosen:
+        own = {name: tensor[these] for name, tensor in conditions.items()}
+        given = _given(network, recipe, x[these], time[these], own)
+        recipe = replace(recipe, output=_place_of(expected[these], given))
     return recipe
 
 
@@ -135,7 +147,7 @@ def _given(
     try:
         with torch.no_grad(), capturing(None):
             return network.given(recipe, x, time, conditions)
-    except (RuntimeError, ValueError, TypeError) as error:  # as PyTorch's of other shapes
+    except Exception as error:  # of any kind: what a foreign network raises of other shapes
         raise ValueError(
             "Expected the denoiser to take the last step's arguments of the rows with the "
             f"condition alone, got {type(error).__name__}: {error}"

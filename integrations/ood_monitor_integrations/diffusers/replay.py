@@ -211,13 +211,13 @@ class ReplayedBound(Adapter):
         """Of the call that was read. What is as long as it has rows by chance belongs to none."""
         recipe, batch = self._taken_apart(call, count)
         try:
-            self._verify(recipe, call, count, batch)
+            self._verify(recipe, call, count, batch, twice=True)
         except ValueError:
             names = {name.split(".")[0] for name, t in batch.items() if name != SAMPLE}
             for constants in [{name} for name in sorted(names)] + [names]:
                 recipe, other = self._taken_apart(call, count, constants=constants)
                 with suppress(ValueError):
-                    self._verify(recipe, call, count, other)
+                    self._verify(recipe, call, count, other, twice=True)
                     return other
             raise
         return batch
@@ -229,10 +229,16 @@ class ReplayedBound(Adapter):
         return taken_apart(self._reading, call, count, with_null=with_null, **options)
 
     def _verify(
-        self, recipe: Recipe, call: DenoiserCall, count: int, batch: Mapping[str, Tensor]
+        self,
+        recipe: Recipe,
+        call: DenoiserCall,
+        count: int,
+        batch: Mapping[str, Tensor],
+        *,
+        twice: bool = False,
     ) -> None:
         """Replay a call's last step, and replay calls of its shapes by its recipe from now on."""
-        recipe = verified(self._network, recipe, call, count, _conditions(batch))
+        recipe = verified(self._network, recipe, call, count, _conditions(batch), twice=twice)
         known, pattern = self._network.recipes, pattern_of(call.last, count)
         for conditions in (_conditions(batch), _null_conditions(batch)):
             known[kind_of(batch[SAMPLE], conditions)] = recipe

@@ -39,6 +39,9 @@ _NUMBERS = 1 << 15
 #: By how much the largest weight may be below 1, and the others above 0.
 _SLACK = 0.05
 
+#: Dimensions of samples that are videos: rows, channels, frames, height and width.
+_OF_VIDEOS = 5
+
 #: Calls of the denoiser for a step, each by how many times it has the rows of the samples.
 Pattern = tuple[int, ...]
 
@@ -79,7 +82,10 @@ def blocks_of(pattern: Pattern) -> list[tuple[int, int]]:
 def copy_at(step: Step, block: tuple[int, int], count: int) -> tuple[Called, Rows]:
     """A call that a copy of the samples is in, and its rows there."""
     call, copy = block
-    return step.calls[call], Rows(pattern_of(step, count)[call] * count, copy * count, count)
+    shape = step.stepped.shape
+    frames = shape[2] if len(shape) == _OF_VIDEOS else 1
+    total = pattern_of(step, count)[call] * count
+    return step.calls[call], Rows(total, copy * count, count, frames)
 
 
 def guidance_of(steps: Sequence[Step], count: int) -> Guidance | None:

@@ -29,15 +29,21 @@ class Rows:
         total: How many it has.
         first: The first that is meant.
         count: How many are.
+        frames: Of samples that are videos, what they have; embeddings may have a row for each.
     """
 
     total: int
     first: int
     count: int
+    frames: int = 1
 
     def of(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """These rows, copied."""
         return tensor.narrow(dim, self.first, self.count).detach().clone()
+
+    def of_frames(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor that has one for each frame, copied: (count, frames, ...)."""
+        return self.of(tensor.unflatten(0, (self.total, self.frames)))
 
     def among(self, values: Sequence[Any]) -> list[Any]:
         """Those of a list with one for each row."""
@@ -46,10 +52,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor of the batch goes, with its rows along a dimension."""
+    """Where a tensor of the batch goes, with its rows along a dimension.
+
+    Attributes:
+        name: In the batch.
+        dim: The dimension.
+        by_frame: Whether the argument has a row for each frame of each sample.
+    """
 
     name: str
     dim: int = 0
+    by_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,15 @@ def _of_tensor(value: Tensor, rows: Rows, name: str, found: dict[str, Tensor], l
         if value.shape[dim] == rows.total:
             found[name] = rows.of(value, dim).movedim(dim, 0)
             return _Slot(name, dim)
+    if not isinstance(like, Tensor) and _is_of_frames(value, rows):
+        found[name] = rows.of_frames(value)
+        return _Slot(name, by_frame=True)
     return value.detach().clone()
+
+
+def _is_of_frames(value: Tensor, rows: Rows) -> bool:
+    """Whether embeddings have a row for each frame; ids of positions have two dimensions."""
+    return rows.frames > 1 and value.ndim > 2 and len(value) == rows.total * rows.frames
 
 
 def _of_list(
@@ -151,7 +172,8 @@ def filled(given: Any, batch: Mapping[str, Tensor], like: Tensor) -> Any:
     What a pipeline computes in the denoiser's precision stays in it.
     """
     if isinstance(given, _Slot):
-        return batch[given.name].movedim(0, given.dim)
+        own = batch[given.name]
+        return own.flatten(0, 1) if given.by_frame else own.movedim(0, given.dim)
     if isinstance(given, _Ragged):
         lengths = batch[given.name + _LENGTHS].tolist()
         return [row[:length] for row, length in zip(batch[given.name], lengths, strict=True)]

@@ -1,6 +1,7 @@
 """What a case says of its denoiser is what the plain pipeline asks of it, without our code."""
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from support.further_pipeline_cases import FURTHER
 from support.pipeline_cases import Arguments, PipelineCase, seeded_call
 from support.read_pipeline_cases import READ
+from support.video_pipeline_cases import VIDEOS
 from torch import Tensor
 
 # diffusers' own, of schedulers that hand a tensor to numpy, of the T2I-Adapter's pipeline and of
@@ -17,9 +19,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
 
-every_case = pytest.mark.parametrize("case", READ + FURTHER, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", READ + FURTHER + VIDEOS, ids=lambda case: case.name)
 
 #: Of the samples' rows that a step asks for, the place of the condition's and how many there are,
 #: if they are not the second of two.
@@ -29,6 +32,8 @@ PLACES = {
     **dict.fromkeys(("flux2-klein", "chroma", "cogview4", "cogview4-unshifted"), (0, 2)),
     **dict.fromkeys(("z-image-unguided", "flux2", "marigold-depth", "latent-consistency"), (0, 1)),
     **dict.fromkeys(("stable-diffusion-pag", "sd3-skip-layers"), (1, 3)),
+    **dict.fromkeys(("wan", "hunyuan-video", "kandinsky5-video", "kandinsky5-image"), (0, 2)),
+    "animatediff-unguided": (0, 1),
     "instruct-pix2pix": (0, 3),
 }
 #: Pipelines that step by the negated output.
@@ -58,13 +63,18 @@ def last_step(pipe: Any, arguments: Arguments) -> Step:
     scheduler, step, steps = pipe.scheduler, pipe.scheduler.step, []
     outputs: list[Any] = []
 
+    signature = inspect.signature(step)
+
     @functools.wraps(step)  # pipelines give it what its signature names
-    def recorded(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        t, sample = given["timestep"], given["sample"]
         scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)(sample, t)
         rows = torch.cat([rows_like(sample, each) for each in outputs])
         outputs.clear()
-        result = step(output, t, sample, *args, **kwargs)
-        steps.append(Step(rows, scaled.clone(), time_of(scheduler, t).expand(len(sample))))
+        scaled = scaled.clone()  # pipelines may write into it
+        result = step(*args, **kwargs)
+        steps.append(Step(rows, scaled, time_of(scheduler, t).expand(len(sample))))
         return result
 
     hook = denoiser.register_forward_hook(lambda _, args, output: outputs.append(output[0]))

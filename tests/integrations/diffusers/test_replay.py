@@ -12,6 +12,7 @@ from support.further_pipeline_cases import FURTHER
 from support.given_pipeline_cases import GIVEN
 from support.pipeline_cases import FEW, PIPELINES, PipelineCase, seeded_call
 from support.read_pipeline_cases import READ
+from support.video_pipeline_cases import VIDEOS
 from torch import Tensor
 
 import ood_monitor as om
@@ -21,12 +22,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
 
 LEVEL = 500
-CASES = PIPELINES + GIVEN + READ + FURTHER
+CASES = PIPELINES + GIVEN + READ + FURTHER + VIDEOS
 #: Of networks that other cases have too: by the method that costs less.
-VARIANTS = ("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided")
+VARIANTS = (
+    *("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided"),
+    *("animatediff-unguided", "cogvideox-dpm"),
+)
 every_pipeline = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_inputs = pytest.mark.parametrize(
     "case", [case for case in CASES if case.inputs], ids=lambda case: case.name

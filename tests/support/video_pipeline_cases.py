@@ -1,0 +1,491 @@
+"""Pipelines of videos: samples of five dimensions, or tokens of all frames."""
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from support.pipeline_cases import SD_SCHEDULE, Arguments, PipelineCase, randn, vae
+
+__all__ = ["VIDEOS"]
+
+#: Of the embedding of a prompt of 7 tokens.
+WIDTH = 8
+
+
+def prompts(mask: str = "", scale: float = 4.0, **more: Any) -> Arguments:
+    """Of two prompts; of latents, since most of these pipelines have no autoencoder here."""
+    kept = {"": torch.tensor([6, 4]), "negative_": torch.tensor([3, 5])}
+    masks = {p + mask: (torch.arange(7) < n[:, None]).float() for p, n in kept.items() if mask}
+    return {
+        "prompt_embeds": randn(2, 7, WIDTH),
+        "negative_prompt_embeds": randn(2, 7, WIDTH, seed=2),
+        "guidance_scale": scale,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        **masks,
+        **more,
+    }
+
+
+def sized(frames: int, side: int) -> Arguments:
+    return {"num_frames": frames, "height": side, "width": side}
+
+
+def without_text(pipeline: Any, **components: Any) -> Any:
+    return pipeline(text_encoder=None, tokenizer=None, **components)
+
+
+def flow(**options: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def unipc(**options: Any) -> Any:
+    return diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, **options
+    )
+
+
+def wan_network(**options: Any) -> Any:
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": WIDTH,
+        "freq_dim": 8,
+        "ffn_dim": 8,
+        "num_layers": 1,
+        "rope_max_seq_len": 16,
+    }
+    return diffusers.WanTransformer3DModel(**(settings | options))
+
+
+def wan_vae() -> Any:
+    return diffusers.AutoencoderKLWan(
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.0, 1.2],
+    )
+
+
+def wan() -> Any:
+    return without_text(
+        diffusers.WanPipeline, transformer=wan_network(), vae=wan_vae(), scheduler=unipc()
+    )
+
+
+def wan_arguments() -> Arguments:
+    return prompts(**sized(5, 32)) | {"output_type": "pt"}
+
+
+def predict_wan(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """Guidance is a second call, without the condition."""
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x, timestep=t, encoder_hidden_states=a["prompt_embeds"]
+    ).sample
+
+
+def ltx() -> Any:
+    network = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=WIDTH,
+    )
+    autoencoder = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(4, 4),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=("conv", "conv"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=4,
+    )
+    scheduler = flow(use_dynamic_shifting=True)
+    return without_text(
+        diffusers.LTXPipeline, transformer=network, vae=autoencoder, scheduler=scheduler
+    )
+
+
+def predict_ltx(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """Samples are the tokens of 2 frames of 2 x 2; the condition is the second half of the rows."""
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x,
+        encoder_hidden_states=a["prompt_embeds"],
+        timestep=t,
+        encoder_attention_mask=a["prompt_attention_mask"],
+        num_frames=2,
+        height=2,
+        width=2,
+        rope_interpolation_scale=(4 / 25, 16, 16),
+    ).sample
+
+
+def cogvideox(scheduler: Any) -> Any:
+    network = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=WIDTH,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=5,
+        max_text_seq_length=7,
+    )
+    return without_text(
+        diffusers.CogVideoXPipeline, transformer=network, vae=None, scheduler=scheduler
+    )
+
+
+def predict_cogvideox(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """Frames come before channels; the condition is the second half of the rows."""
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x, encoder_hidden_states=a["prompt_embeds"], timestep=t
+    ).sample
+
+
+#: Of its checkpoints.
+COGVIDEOX_SCHEDULE: Arguments = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
+
+
+def hunyuan_video() -> Any:
+    network = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=6,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return without_text(
+        diffusers.HunyuanVideoPipeline,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=network,
+        vae=None,
+        scheduler=flow(shift=7.0),
+    )
+
+
+def hunyuan_video_arguments() -> Arguments:
+    """Guidance is an argument, and of negative prompts a second call."""
+    pooled = {"pooled_prompt_embeds": randn(2, 6)}
+    pooled["negative_pooled_prompt_embeds"] = randn(2, 6, seed=2)
+    return prompts("prompt_attention_mask", **sized(5, 32), **pooled, true_cfg_scale=3.0)
+
+
+def predict_hunyuan_video(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x,
+        timestep=t,
+        encoder_hidden_states=a["prompt_embeds"],
+        encoder_attention_mask=a["prompt_attention_mask"],
+        pooled_projections=a["pooled_prompt_embeds"],
+        guidance=torch.full((len(x),), 1000 * a["guidance_scale"]),
+    ).sample
+
+
+def animatediff() -> Any:
+    network = diffusers.UNetMotionModel(
+        sample_size=4,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=WIDTH,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=4,
+        use_motion_mid_block=False,
+        down_block_types=("CrossAttnDownBlockMotion",),
+        up_block_types=("CrossAttnUpBlockMotion",),
+    )
+    return without_text(
+        diffusers.AnimateDiffPipeline,
+        vae=vae(),
+        unet=network,
+        motion_adapter=None,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, **SD_SCHEDULE),
+    )
+
+
+def animatediff_arguments(**more: Any) -> Arguments:
+    return prompts(**sized(3, 8), **more) | {"output_type": "pt"}
+
+
+def predict_animatediff(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """The unet has a row for each frame, and the same prompt for each of a sample's."""
+    prompts_of_frames = a["prompt_embeds"].repeat_interleave(x.shape[2], 0)
+    return pipe.unet(x, t, encoder_hidden_states=prompts_of_frames).sample  # type: ignore[no-any-return]
+
+
+def kandinsky5(pipeline: Any, **options: Any) -> Any:
+    network = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=WIDTH,
+        in_text_dim2=6,
+        time_dim=8,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+        **options,
+    )
+    pipe = without_text(
+        pipeline,
+        transformer=network,
+        vae=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=flow(shift=5.0),
+    )
+    pipe.resolutions = [(64, 64)]  # of images, which are a thousand pixels a side otherwise
+    return pipe
+
+
+def kandinsky5_arguments(**more: Any) -> Arguments:
+    lengths = {"prompt_cu_seqlens": torch.tensor([0, 7, 14])}
+    return {
+        "prompt_embeds_qwen": randn(2, 7, WIDTH),
+        "prompt_embeds_clip": randn(2, 6),
+        "negative_prompt_embeds_qwen": randn(2, 7, WIDTH, seed=2),
+        "negative_prompt_embeds_clip": randn(2, 6, seed=2),
+        "guidance_scale": 4.0,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        **lengths,
+        **{f"negative_{name}": each for name, each in lengths.items()},
+        **more,
+    }
+
+
+def one_kandinsky5(**more: Any) -> Arguments:
+    a = kandinsky5_arguments(**more)
+    return {
+        k: v[: 2 if "cu_seqlens" in k else 1] if torch.is_tensor(v) else v for k, v in a.items()
+    }
+
+
+def predict_kandinsky5(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """Channels are last; where frames are given as conditions, none is here."""
+    config, (_, frames, height, width, channels) = pipe.transformer.config, x.shape
+    more = channels + 1 if config.visual_cond else 0
+    video = "num_frames" in a
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=torch.cat([x, x.new_zeros(*x.shape[:-1], more)], -1),
+        encoder_hidden_states=a["prompt_embeds_qwen"],
+        pooled_projections=a["prompt_embeds_clip"],
+        timestep=t,
+        visual_rope_pos=[torch.arange(n) for n in (frames, height // 2, width // 2)],
+        text_rope_pos=torch.arange(7),
+        scale_factor=(1.0, 3.16, 3.16) if video else (1.0, 1.0, 1.0),
+    ).sample
+
+
+def mochi() -> Any:
+    network = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=WIDTH,
+        time_embed_dim=4,
+        max_sequence_length=7,
+    )
+    scheduler = flow(invert_sigmas=True)
+    return without_text(diffusers.MochiPipeline, transformer=network, vae=None, scheduler=scheduler)
+
+
+def predict_mochi(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x,
+        encoder_hidden_states=a["prompt_embeds"],
+        timestep=t,
+        encoder_attention_mask=a["prompt_attention_mask"],
+    ).sample
+
+
+def latte() -> Any:
+    network = diffusers.LatteTransformer3DModel(
+        sample_size=4,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=8,
+        out_channels=8,  # the variance is learned
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=2,
+    )
+    return without_text(
+        diffusers.LattePipeline,
+        transformer=network,
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+
+
+def latte_arguments() -> Arguments:
+    size = {"video_length": 2, "height": 8, "width": 8, "clean_caption": False}
+    return prompts(**size, negative_prompt=None, mask_feature=False) | {"output_type": "pt"}
+
+
+def predict_latte(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x, encoder_hidden_states=a["prompt_embeds"], timestep=t
+    ).sample[:, :4]
+
+
+def allegro() -> Any:
+    network = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=4,
+        caption_channels=WIDTH,
+    )
+    with torch.no_grad():
+        for parameter in network.transformer_blocks.parameters():
+            parameter.mul_(3)  # else little is left of a prompt
+    return without_text(
+        diffusers.AllegroPipeline,
+        transformer=network,
+        vae=None,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(),
+    )
+
+
+def predict_allegro(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    rotary = pipe._prepare_rotary_positional_embeddings(
+        len(x), 8 * x.shape[3], 8 * x.shape[4], x.shape[2], "cpu"
+    )
+    return pipe.transformer(  # type: ignore[no-any-return]
+        hidden_states=x,
+        encoder_hidden_states=a["prompt_embeds"],
+        encoder_attention_mask=a["prompt_attention_mask"],
+        timestep=t,
+        image_rotary_emb=rotary,
+    ).sample
+
+
+VIDEOS: tuple[PipelineCase, ...] = (
+    PipelineCase("wan", wan, wan_arguments, predict_wan, latents=(4, 2, 4, 4)),
+    PipelineCase(
+        "ltx",
+        ltx,
+        lambda: prompts("prompt_attention_mask", **sized(5, 32)) | {"output_type": "pt"},
+        predict_ltx,
+        latents=(8, 4),
+    ),
+    PipelineCase(
+        "cogvideox",
+        lambda: cogvideox(diffusers.CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULE)),
+        lambda: prompts(**sized(5, 32)),
+        predict_cogvideox,
+        latents=(2, 4, 4, 4),
+    ),
+    PipelineCase(
+        "cogvideox-dpm",
+        lambda: cogvideox(diffusers.CogVideoXDPMScheduler(**COGVIDEOX_SCHEDULE)),
+        lambda: prompts(**sized(5, 32), use_dynamic_cfg=True),
+        predict_cogvideox,
+        latents=(2, 4, 4, 4),
+    ),
+    PipelineCase(
+        "hunyuan-video",
+        hunyuan_video,
+        hunyuan_video_arguments,
+        predict_hunyuan_video,
+        latents=(4, 2, 4, 4),
+    ),
+    PipelineCase(
+        "animatediff",
+        animatediff,
+        animatediff_arguments,
+        predict_animatediff,
+        latents=(4, 3, 4, 4),
+    ),
+    PipelineCase(
+        "animatediff-unguided",
+        animatediff,
+        lambda: animatediff_arguments(scale=1.0),
+        predict_animatediff,
+        latents=(4, 3, 4, 4),
+    ),
+    PipelineCase(
+        "kandinsky5-video",
+        lambda: kandinsky5(diffusers.Kandinsky5T2VPipeline, visual_cond=True),
+        lambda: kandinsky5_arguments(**sized(5, 32)),
+        predict_kandinsky5,
+        one=lambda: one_kandinsky5(**sized(5, 32)),
+        latents=(2, 4, 4, 4),
+    ),
+    PipelineCase(
+        "kandinsky5-image",
+        lambda: kandinsky5(diffusers.Kandinsky5T2IPipeline),
+        lambda: kandinsky5_arguments(height=64, width=64),
+        predict_kandinsky5,
+        one=lambda: one_kandinsky5(height=64, width=64),
+        latents=(1, 8, 8, 4),
+    ),
+    PipelineCase(
+        "mochi",
+        mochi,
+        lambda: prompts("prompt_attention_mask", **sized(7, 32)),
+        predict_mochi,
+        latents=(4, 2, 4, 4),
+    ),
+    PipelineCase("latte", latte, latte_arguments, predict_latte, latents=(4, 2, 4, 4)),
+    PipelineCase(
+        "allegro",
+        allegro,
+        lambda: prompts("prompt_attention_mask", **sized(8, 32), negative_prompt=None),
+        predict_allegro,
+        latents=(4, 2, 4, 4),
+    ),
+)
