@@ -74,21 +74,24 @@ class _Known:
 
     Attributes:
         layers: By name.
-        last: The name of the one that was called last.
-        of_last: What is known of it.
+        last: By level, the one that was called last and what is known of it.
+        called: By level, the names of those that were called: a model may have a network for each.
         parts: Of what the model was made then.
-        levels: How many residuals there are.
         at_once: Whether a pass of all levels gives the same; None where it was not tried.
         any_size: Whether means over positions are taken in place of sums.
     """
 
     layers: Mapping[str, Layer]
-    last: str
-    of_last: Layer
+    last: Mapping[str, tuple[str, Layer]]
+    called: Mapping[str, frozenset[str]]
     parts: int
-    levels: int
     at_once: bool | None = None
     any_size: bool = False
+
+    @property
+    def levels(self) -> int:
+        """How many residuals there are."""
+        return len(self.last)
 
 
 #: By adapter; and whether there are such statistics of it.
@@ -233,10 +236,16 @@ def _of_all(levels: Iterable[_Level]) -> Single:
 
 
 def _inputs(level: _Level, layout: Layout, known: _Known, size: int) -> dict[str, Tensor]:
-    """Sums or means of squares of each layer's input, (B,); zeros of one that was not called."""
+    """Sums or means of squares of the input of each of a level's layers, (B,); zeros of one that
+    was not called this time.
+    """
     energy = next(iter(level.single.terms.values()))
-    found = {name: torch.zeros_like(energy) for name in known.layers}
-    for name, taken in level.single.taken.items():
+    own = [name for name in known.layers if name in known.called[level.name]]
+    found = {name: torch.zeros_like(energy) for name in own}
+    for name in own:
+        taken = level.single.taken.get(name)
+        if taken is None:
+            continue
         key = f"{level.name}/{name}"
         sums = layout.sums(key, taken, size).sum(1)
         found[name] = sums / layout.positions(key, taken) if known.any_size else sums
@@ -291,7 +300,10 @@ def _is_small(batch: Batch, levels: int) -> bool:
 def _at_once(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_Level]:
     """The levels by one pass, of which each has its rows; none if the adapter has no such pass."""
     view, size = passes.fresh(), batch_size(batch)
-    last = OutputLayer(view.module, known.last, known.of_last)
+    ends = set(known.last.values())
+    if len(ends) > 1:
+        return
+    last = OutputLayer(view.module, *ends.pop())
     sums = Sums(view.module, known.layers, size * known.levels, by_group=False)
     with sums.hooked(), last.hooked():
         with torch.no_grad(), sums.taking():
@@ -311,18 +323,22 @@ def _levels(passes: Passes[Adapter], batch: Batch, known: _Known) -> Iterator[_L
         return
     view, size = passes.fresh(), batch_size(batch)
     sums = Sums(view.module, known.layers, size, by_group=False)
-    last = OutputLayer(view.module, known.last, known.of_last)
+    ends = {end: OutputLayer(view.module, *end) for end in set(known.last.values())}
     with ExitStack() as stack:
         stack.enter_context(sums.hooked())
-        stack.enter_context(last.hooked())
+        for last in ends.values():
+            stack.enter_context(last.hooked())
         residuals = iter(_residuals(view, batch))
         while True:
             with torch.no_grad(), sums.taking():
                 item = next(residuals, None)
             if item is None:
                 return
-            yield _measured(*item, sums, last, known.any_size)
+            name, residual = item
+            yield _measured(name, residual, sums, ends[known.last[name]], known.any_size)
             sums.taken = {}
+            for last in ends.values():
+                last.forget()
 
 
 def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer, any_size: bool) -> _Level:
@@ -347,15 +363,19 @@ def _found(passes: Passes[Adapter], batch: Batch) -> _Known:
     if before is None or before.parts != parts:
         view = passes.fresh()
         discovery = Discovery(view.module)
+        last, called = dict[str, str | None](), dict[str, frozenset[str]]()
         with torch.no_grad(), discovery.looking():
-            levels = sum(1 for _ in _residuals(view, batch))
-        if discovery.last is None:
+            for name, _ in _residuals(view, batch):
+                last[name] = discovery.last if discovery.called_layers else None
+                called[name] = frozenset(discovery.called_layers)
+                discovery.called_layers.clear()
+        ends = {name: (at, discovery.found[at]) for name, at in last.items() if at is not None}
+        if not ends or len(ends) < len(last):
             raise ValueError(
                 f"Expected {type(view).__name__} to call modules that are convolutions or linear "
                 "maps, got none: use method='gradient_norms'."
             )
-        found, last = discovery.found, discovery.last
-        _known[passes.holder] = _Known(found, last, found[last], parts, levels)
+        _known[passes.holder] = _Known(discovery.found, ends, called, parts)
     known: _Known = _known[passes.holder]
     return known
 

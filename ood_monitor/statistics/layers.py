@@ -103,6 +103,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found: Layers by name.
         shapes: Of each, the shapes of its inputs.
         last: The name of the layer that was called last.
+        called_layers: Those that were called since this was last cleared.
         called: Whether any module was called.
     """
 
@@ -111,6 +112,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: dict[str, Layer] = {}
         self.shapes: dict[str, list[torch.Size]] = {}
         self.last: str | None = None
+        self.called_layers: set[str] = set()
         self.called = False
         self._module, self._thread = module, threading.get_ident()
         self._stack: list[_Call] = []
@@ -188,6 +190,7 @@ class Discovery(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in call.names:
             self.found.setdefault(name, layer)
             self.last = name
+            self.called_layers.add(name)
             shapes = self.shapes.setdefault(name, [])
             if h.shape not in shapes:
                 shapes.append(h.shape)

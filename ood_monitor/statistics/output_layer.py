@@ -108,6 +108,10 @@ class OutputLayer:
         found = {"expected": expected, "apart": apart, "norm": realised}
         return {name: grouped(sums) for name, sums in found.items()}
 
+    def forget(self) -> None:
+        """Drop what was seen of a pass that another layer ends."""
+        self.calls, self._input, self._output = 0, None, None
+
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Keep a call's input, and start a graph of what comes after it."""
         if threading.get_ident() != self._thread:
@@ -136,8 +140,8 @@ class OutputLayer:
             raise ValueError(self._refusal("one that gives more than its weight times its input"))
 
     def _taken(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        calls, self.calls = self.calls, 0
-        h, output, self._input, self._output = self._input, self._output, None, None
+        calls, h, output = self.calls, self._input, self._output
+        self.forget()
         if calls != 1 or h is None or output is None:
             raise ValueError(self._refusal(f"{calls} calls"))
         if not residual.requires_grad:

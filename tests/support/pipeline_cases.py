@@ -52,6 +52,8 @@ class PipelineCase:
         one: Arguments of a call for one sample, if they are not those of the first.
         inputs: Whether the user gives an image.
         latents: Shape of a sample as the denoiser takes it, where images are not encoded.
+        levels: Noise levels to fit at.
+        residuals: How many levels without noise there are.
     """
 
     name: str
@@ -62,6 +64,8 @@ class PipelineCase:
     one: Callable[[], Arguments] | None = None
     inputs: bool = False
     latents: tuple[int, ...] | None = None
+    levels: tuple[int, ...] = (500,)
+    residuals: int = 2
 
     def __call__(self) -> Any:
         with torch.random.fork_rng():

@@ -80,6 +80,25 @@ def wan() -> Any:
     )
 
 
+def wan22(**options: Any) -> Any:
+    """Two transformers: of much noise and, below nine tenths of the times, of little."""
+    return without_text(
+        diffusers.WanPipeline,
+        transformer=wan_network(),
+        transformer_2=wan_network(),
+        vae=wan_vae(),
+        scheduler=unipc(),
+        **({"boundary_ratio": 0.9} | options),
+    )
+
+
+def predict_wan22(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    network = pipe.transformer if float(t[0]) >= 900 else pipe.transformer_2
+    return network(  # type: ignore[no-any-return]
+        hidden_states=x, timestep=t, encoder_hidden_states=a["prompt_embeds"]
+    ).sample
+
+
 def wan_arguments() -> Arguments:
     return prompts(**sized(5, 32)) | {"output_type": "pt"}
 
@@ -415,6 +434,15 @@ def predict_allegro(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
 
 VIDEOS: tuple[PipelineCase, ...] = (
     PipelineCase("wan", wan, wan_arguments, predict_wan, latents=(4, 2, 4, 4)),
+    PipelineCase(
+        "wan22",
+        wan22,
+        lambda: wan_arguments() | {"guidance_scale_2": 3.0},
+        predict_wan22,
+        latents=(4, 2, 4, 4),
+        levels=(500, 800),
+        residuals=3,
+    ),
     PipelineCase(
         "ltx",
         ltx,

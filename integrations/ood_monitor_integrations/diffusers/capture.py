@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -60,6 +60,7 @@ class Step:
         time: The scheduler's.
         stepped: The sample that the scheduler was given, shape (S, ...).
         sample: What it made of it.
+        expert: Of several denoisers the place of the one that was called; -1 of more than one.
     """
 
     calls: tuple[Called, ...]
@@ -68,6 +69,7 @@ class Step:
     time: Any
     stepped: Tensor
     sample: Tensor
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class DenoiserCall:
             no sigmas.
         updates: The last of the steps as the scheduler made them, as many as were asked for.
         rows: Of all calls of the denoiser together.
+        experts: Of each step which of several denoisers was called, as :class:`Step` says.
     """
 
     sample: Tensor
@@ -91,6 +94,18 @@ class DenoiserCall:
     grid: tuple[Tensor, Tensor] | None = None
     updates: tuple[Update, ...] = ()
     rows: int = 0
+    experts: tuple[int, ...] = ()
+
+    def until(self, index: int) -> "DenoiserCall":
+        """The call as if a step, of those that were kept all, had been its last."""
+        end = index + 1
+        return replace(
+            self,
+            sample=self.steps[index].sample,
+            steps=self.steps[:end],
+            times=self.times[:end],
+            experts=self.experts[:end],
+        )
 
     @property
     def last(self) -> Step:
@@ -108,20 +123,23 @@ class Capture:
     """Records one call as it runs.
 
     Args:
-        denoiser: What is called for each step.
+        denoiser: What denoises.
         controlnet: The pipeline's, if it has one.
         whole: Whether all steps are kept, or the last.
         kept: Of how many last steps the tensors are copied.
+        called: What is called for that, one of these for each step; by default the denoiser.
     """
 
     denoiser: nn.Module
     controlnet: nn.Module | None = None
     whole: bool = False
     kept: int = 0
+    called: tuple[nn.Module, ...] = ()
     _pending: dict[int, list[Called]] = field(default_factory=dict)
     _called: dict[int, list[Called]] = field(default_factory=dict)
     _steps: list[Step] = field(default_factory=list)
     _times: list[tuple[Any, Mapping[str, Any]]] = field(default_factory=list)
+    _experts: list[int] = field(default_factory=list)
     _grid: tuple[Tensor, Tensor] | None = None
     _updates: tuple[Update, ...] = ()
     _rows: int = 0
@@ -158,17 +176,26 @@ class Capture:
             self._grid = times, sigmas
         if self._pending:
             self._called, self._pending = self._pending, {}
-        calls = tuple(_kept(each, given) for each in self._called.get(id(self.denoiser), ()))
+        calls, expert = self._calls()
+        calls = tuple(_kept(each, given) for each in calls)
         control = next(iter(self._called.get(id(self.controlnet), ())), None)
         self._before = self._steps[-1].sample if self._steps else None
         # Copies, since what follows may write into them.
         stepped, sample = given.detach().clone(), previous.detach().clone()
-        step = Step(calls, control, prediction.detach(), time, stepped, sample)
+        step = Step(calls, control, prediction.detach(), time, stepped, sample, expert)
         self._steps = [*self._steps, step] if self.whole else [step]
+        self._experts.append(expert)
         self._times.append((time, calls[0].numbers if calls else {}))
         if self.kept:
             update = Update.copied(given, prediction, previous)
             self._updates = (*self._updates, update)[-self.kept :]
+
+    def _calls(self) -> tuple[tuple[Called, ...], int]:
+        """The calls of what denoised for a step, and its place among what may have."""
+        modules = self.called or (self.denoiser,)
+        found = [i for i, module in enumerate(modules) if id(module) in self._called]
+        calls = [call for i in found for call in self._called[id(modules[i])]]
+        return tuple(calls), found[0] if len(found) == 1 else -1 if found else 0
 
     def after(self, sample: Tensor) -> None:
         """Take what is left of a step when the pipeline, and the user's callback, are done."""
@@ -196,8 +223,15 @@ class Capture:
                 "`callback_on_step_end`, got one that changes them after a step."
             )
         sample = last.sample if self._final is None else _within(self._final, last.sample)
-        steps, times = tuple(self._steps), tuple(self._times)
-        return DenoiserCall(sample, steps, times, self._grid, self._updates, self._rows)
+        return DenoiserCall(
+            sample,
+            tuple(self._steps),
+            tuple(self._times),
+            self._grid,
+            updates=self._updates,
+            rows=self._rows,
+            experts=tuple(self._experts),
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from ood_monitor import Detector
 from ood_monitor.modules import Names, tuners_in
-from ood_monitor_integrations.diffusers.denoisers import original_of
+from ood_monitor_integrations.diffusers.denoisers import experts_of, original_of
 
 __all__ = ["Mode", "check_denoiser", "check_deployment", "scorable", "settings_of"]
 
@@ -75,7 +75,7 @@ def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detecto
             _check_floating(module)
     elif mode == "background" and (moves := _moves(module)):
         raise ValueError(f"Expected mode='sync' with {moves}, which calls rely on.")
-    if mode == "background" and _is_cached(module):
+    if mode == "background" and any(map(_is_cached, experts_of(module))):
         name = type(module).__name__
         raise ValueError(f"Expected mode='sync' for {name} with a cache, which scoring suspends.")
     if mode == "background" and _is_offloaded(pipe):
@@ -110,8 +110,9 @@ def scorable(pipe: Any, module: nn.Module) -> Iterator[None]:
     """The denoiser ready to be scored: outside caches, and where it computes; then as it was."""
     module = original_of(module)
     with ExitStack() as stack:
-        if _is_cached(module):
-            stack.enter_context(_without_cache(module))
+        for expert in experts_of(module):
+            if _is_cached(expert):
+                stack.enter_context(_without_cache(expert))
         if _is_offloaded(pipe):
             stack.callback(pipe.maybe_free_model_hooks)
             module.to(pipe._offload_device)

@@ -19,6 +19,7 @@ from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, size_of
 from ood_monitor_integrations.diffusers.denoisers import (
+    boundary_of,
     check_pipeline,
     denoiser_of,
     original_of,
@@ -52,6 +53,9 @@ _SPREAD = 2
 
 #: A recorded call, the images that take the place of its samples, if any do, and its arguments.
 _Recording: TypeAlias = tuple[RecordedCall, Any, Call]
+
+#: Steps of a call that is read until both of two experts denoise.
+_STEPS_OF_BOTH = (4, 12, 50)
 
 #: Samples that a pipeline is asked for at once where it can be.
 _AT_ONCE = 16
@@ -315,9 +319,10 @@ def replayed_bound(
         ValueError: As there.
     """
     seed, arguments = seed_of("seed", seed), dict(call or {})
-    found = record_call(pipe, arguments, seed, "reading")
+    found = _call_to_read(pipe, arguments, seed)
     unguided = partial(unguided_steps, pipe, arguments, seed)
-    reading = read(found.call, found.count, NoiseSchedule.of(pipe.scheduler), unguided)
+    schedule, boundary = NoiseSchedule.of(pipe.scheduler), boundary_of(pipe)
+    reading = read(found.call, found.count, schedule, unguided, boundary)
     with scorable(pipe, denoiser_of(pipe)):
         return ReplayedBound(
             denoiser_of(pipe),
@@ -331,6 +336,24 @@ def replayed_bound(
             ratios=ratios,
             condition_check=condition_check,
         )
+
+
+def _call_to_read(pipe: Any, arguments: dict[str, Any], seed: int) -> RecordedCall:
+    """A call of a few steps; of two experts, of as many as make both denoise.
+
+    Raises:
+        ValueError: One of them does not.
+    """
+    boundary = boundary_of(pipe)
+    for steps in (None,) if boundary is None else _STEPS_OF_BOTH:
+        found = record_call(pipe, arguments, seed, "reading", steps=steps)
+        if boundary is None or {0, 1} <= set(found.call.experts):
+            return found
+    raise ValueError(
+        f"Expected a call in which both transformers denoise, of which each is verified, got "
+        f"{type(pipe).__name__} that calls one of them at the times of {steps} steps with its "
+        f"boundary at {boundary:g}."
+    )
 
 
 def _held_out(

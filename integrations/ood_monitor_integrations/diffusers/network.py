@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ood_monitor.adapters.base import describe
 from ood_monitor_integrations.diffusers.arguments import BESIDE, SAMPLE, Recipe
 from ood_monitor_integrations.diffusers.capture import DenoiserCall, capturing
+from ood_monitor_integrations.diffusers.denoisers import expert_in
 from ood_monitor_integrations.diffusers.layouts import (
     Layout,
     layouts_of,
@@ -57,21 +58,25 @@ class ReplayedNetwork(nn.Module):
                 "Expected samples and conditions of shapes that a call of the pipeline had, got "
                 f"{describe({SAMPLE: x} | condition)}."
             )
-        output = self.given(recipe, x, timestep, condition)
+        output = self.given(recipe, x, timestep, condition, self._reading.expert_at(timestep))
         return self._reading.sign * recipe.output.taken(output, x.shape[1:])
 
     def given(
-        self, recipe: Recipe, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
+        self,
+        recipe: Recipe,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Mapping[str, Tensor],
+        expert: int = 0,
     ) -> Any:
-        """What the denoiser gives by a recipe, which holds the prediction."""
+        """What the denoiser, of several the expert, gives by a recipe: it holds the prediction."""
         place = self._reading.place
         timestep = _of_type(timestep, recipe.time, x)
         arguments = filled(recipe.arguments, condition, x)
         arguments |= self._control(recipe, x, timestep, condition)
         given = place.layout.put(x, condition.get(BESIDE))
-        return prediction_in(
-            self.denoiser(**{place.sample: given, place.time: timestep}, **arguments)
-        )
+        denoiser = expert_in(self.denoiser, expert)
+        return prediction_in(denoiser(**{place.sample: given, place.time: timestep}, **arguments))
 
     def _control(
         self, recipe: Recipe, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
@@ -132,7 +137,7 @@ def verified(
     chosen = [[0], list(range(count))] if count > 1 else [[0, 0], [0]] if twice else [[0]]
     for these in chosen:
         own = {name: tensor[these] for name, tensor in conditions.items()}
-        given = _given(network, recipe, x[these], time[these], own)
+        given = _given(network, recipe, x[these], time[these], own, step.expert)
         recipe = replace(recipe, output=_place_of(expected[these], given))
     return recipe
 
@@ -143,10 +148,11 @@ def _given(
     x: Tensor,
     time: Tensor,
     conditions: Mapping[str, Tensor],
+    expert: int,
 ) -> Any:
     try:
         with torch.no_grad(), capturing(None):
-            return network.given(recipe, x, time, conditions)
+            return network.given(recipe, x, time, conditions, expert)
     except Exception as error:  # of any kind: what a foreign network raises of other shapes
         raise ValueError(
             "Expected the denoiser to take the last step's arguments of the rows with the "

@@ -27,7 +27,7 @@ from ood_monitor_integrations.diffusers.capture import (
     stepping,
 )
 from ood_monitor_integrations.diffusers.changes import Changes
-from ood_monitor_integrations.diffusers.denoisers import denoiser_of
+from ood_monitor_integrations.diffusers.denoisers import called_in, denoiser_of
 from ood_monitor_integrations.diffusers.deployment import (
     Mode,
     check_denoiser,
@@ -247,7 +247,8 @@ class PipelineMonitor:
         """What records a call within the stack's block."""
         self._follow(pipe)
         kept = max(steps_kept(monitor.detector) for monitor in self.monitors.values())
-        capture = Capture(denoiser_of(pipe), getattr(pipe, "controlnet", None), kept=kept)
+        controlnet = getattr(pipe, "controlnet", None)
+        capture = Capture(denoiser_of(pipe), controlnet, kept=kept, called=called_in(pipe))
         stack.enter_context(stepping(pipe.scheduler))
         stack.enter_context(capturing(capture))
         return capture
@@ -287,7 +288,7 @@ class PipelineMonitor:
 
     def _follow(self, pipe: Any) -> None:
         """Watch the pipeline's modules, which `torch.compile` may have replaced since."""
-        modules = [denoiser_of(pipe), getattr(pipe, "controlnet", None)]
+        modules = [*called_in(pipe), getattr(pipe, "controlnet", None)]
         with self._lock:
             if list(map(id, modules)) == list(map(id, self._hooked)):
                 return

@@ -41,6 +41,12 @@ _MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1e3))
 #: Predictions for a step, of which the condition has the larger weight.
 _PAIR = 2
 
+#: Rounding of the boundary between two experts.
+_SLACK_OF_BOUNDARY = 1e-6
+
+#: Which of two experts was called, in words.
+_CALLED = {0: "`transformer`", 1: "`transformer_2`", -1: "both"}
+
 #: Steps of a call at different times that tell one map from another.
 _LEAST_TIMES = 2
 
@@ -72,6 +78,8 @@ class Reading:
         output: Where the prediction stands in what it gives.
         sign: 1, or -1 where the pipeline turns the prediction.
         levels: The scheduler's, with its own times where they are levels.
+        boundary: The scheduler's time from which on the first of two experts denoises, and below
+            it the second; None of one network.
     """
 
     place: Place
@@ -81,6 +89,7 @@ class Reading:
     output: Layout
     sign: int
     levels: NoiseSchedule = field(compare=False)
+    boundary: float | None = None
     _copies: "dict[Pattern, _Copies]" = field(default_factory=dict, compare=False)
 
     @property
@@ -91,6 +100,26 @@ class Reading:
             return schedule  # in whole numbers, where it is
         told = self.slope * self.clock.times(schedule) + self.offset
         return NoiseSchedule(schedule.alpha, schedule.sigma, told, schedule.prediction_type)
+
+    def experts(self) -> Tensor:
+        """Of each level which of two experts denoises it, 0 or 1, shape (T,)."""
+        return self._experts_at(self.clock.times(self.levels))
+
+    def expert_at(self, told: Tensor) -> int:
+        """The expert that denoises rows that are told such times.
+
+        Raises:
+            ValueError: They are not of one expert.
+        """
+        if self.boundary is None:
+            return 0
+        found = self._experts_at((told.detach().double() - self.offset) / self.slope).flatten()
+        if bool((found != found[:1]).any()):
+            raise ValueError("Expected rows of one expert's noise levels, got rows of both.")
+        return int(found[0])
+
+    def _experts_at(self, times: Tensor) -> Tensor:
+        return (times < (self.boundary or 0.0) * (1 - _SLACK_OF_BOUNDARY)).long()
 
     def block(self, step: Step, count: int) -> tuple[int, int]:
         """The call with the condition, and which of its copies of the samples.
@@ -134,6 +163,7 @@ class Reading:
             ValueError: It is.
         """
         last, (slope, offset) = call.last, (self.slope, self.offset)
+        _check_experts(call, self.boundary)
         name, layout = self.place.sample, self.place.layout
         factors = [
             _factor(layout, called.arguments.get(name), last.stepped) for called in last.calls
@@ -176,6 +206,7 @@ def read(
     count: int,
     schedule: NoiseSchedule,
     unguided: Callable[[], Iterable[Step]],
+    boundary: float | None = None,
 ) -> Reading:
     """Read a call.
 
@@ -185,19 +216,25 @@ def read(
         schedule: Of its scheduler.
         unguided: Gives last steps of the same call without guidance, should its own rows not tell
             which of them have the condition.
+        boundary: The scheduler's time from which on the first of two experts denoises; None of one
+            network.
 
     Raises:
-        ValueError: Something of it cannot be read.
+        ValueError: Something of it cannot be read, or not all of its steps are denoised as the
+            boundary says.
     """
+    _check_experts(call, boundary)
     steps = [step for step in call.steps if step.calls]
     name, layout, factors = sample_in([(step, step.calls[0]) for step in steps])
     time, slope, offset = _time_map(call.times)
     place = Place(name, layout, time)
     clock = clock_of(call, factors, schedule)
-    guidance, favoured = _guidance(steps, count, unguided, place)
+    own = [step for step in steps if step.expert == steps[-1].expert]  # each has its own scale
+    guidance, favoured = _guidance(own, count, unguided, place)
     copies = _Copies(guidance.block, favoured, differ(steps[-1], count, name, layout))
     known = {pattern_of(steps[-1], count): copies}
-    return Reading(place, slope, offset, clock, guidance.output, guidance.sign, schedule, known)
+    read_off = (place, slope, offset, clock, guidance.output, guidance.sign, schedule)
+    return Reading(*read_off, boundary, known)
 
 
 def sample_in(called: Sequence[tuple[Step, Called]]) -> tuple[str, Layout, list[float]]:
@@ -234,6 +271,24 @@ def told_time(called: Called, time: Any, name: str) -> str:
     if not found:
         raise ValueError(f"Expected a ControlNet to be told the time {told}, got {called.numbers}.")
     return name if name in found else found[0]
+
+
+def _check_experts(call: DenoiserCall, boundary: float | None) -> None:
+    """Refuse a call whose steps are not each denoised by the expert of its time.
+
+    Raises:
+        ValueError: They are not.
+    """
+    for (time, _), expert in zip(call.times, call.experts, strict=False):
+        t = number_in(time)
+        is_above = boundary is None or (t is not None and t >= boundary)
+        on_it = boundary is not None and t is not None and math.isclose(t, boundary, rel_tol=1e-6)
+        if expert != (0 if is_above else 1) and not (on_it and expert >= 0):
+            raise ValueError(
+                "Expected `transformer` to denoise at times from "
+                f"{'0' if boundary is None else format(boundary, 'g')} on and `transformer_2` below"
+                f", each step by one of them, got {_CALLED[expert]} at {t}."
+            )
 
 
 def _time_map(times: Sequence[tuple[Any, Mapping[str, Any]]]) -> tuple[str, float, float]:

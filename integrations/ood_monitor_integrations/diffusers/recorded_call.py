@@ -23,7 +23,11 @@ from ood_monitor_integrations.diffusers.capture import (
     hooked,
     stepping,
 )
-from ood_monitor_integrations.diffusers.denoisers import check_pipeline, denoiser_of
+from ood_monitor_integrations.diffusers.denoisers import (
+    called_in,
+    check_pipeline,
+    denoiser_of,
+)
 
 __all__ = ["OF_STEPS", "RecordedCall", "needs_image", "record_call", "unguided_steps"]
 
@@ -58,6 +62,7 @@ def record_call(
     extent: Extent = "conditions",
     *,
     kept: int = 0,
+    steps: int | None = None,
 ) -> RecordedCall:
     """Call a pipeline and record what it does.
 
@@ -67,6 +72,7 @@ def record_call(
         seed: Of the call's noise.
         extent: How much of its steps is made.
         kept: Of how many last steps the tensors are copied.
+        steps: How many they are, if not as few as will do.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
@@ -77,12 +83,14 @@ def record_call(
     if "generator" in parameters:
         arguments = {"generator": cpu_generator(seed)} | arguments
     if extent != "whole" and not any(arguments.get(name) is not None for name in OF_STEPS):
-        arguments = arguments | _steps(parameters, arguments, extent)
+        few = steps or (_STEPS_TO_READ if extent == "reading" else _STEPS)
+        arguments = arguments | _steps(parameters, arguments, few)
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)
-    capture = Capture(denoiser, controlnet, whole=extent == "reading", kept=kept)
+    called, is_read = called_in(twin), extent == "reading"
+    capture = Capture(denoiser, controlnet, whole=is_read, kept=kept, called=called)
     device = device_of(denoiser)
     with ExitStack() as stack:
-        for module in (denoiser, controlnet):
+        for module in (*called, controlnet):
             if isinstance(module, nn.Module):
                 stack.enter_context(hooked(module))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -133,12 +141,11 @@ def _twin(pipe: Any) -> Any:
     return twin
 
 
-def _steps(parameters: Any, arguments: dict[str, Any], extent: Extent) -> dict[str, Any]:
-    """As many steps as make a few, of which img2img leaves out a share."""
+def _steps(parameters: Any, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
+    """As many steps as make so many, of which img2img leaves out a share."""
     if "num_inference_steps" not in parameters:
         return {}
     strength = 1.0
     if "strength" in parameters:
         strength = float(arguments.get("strength", parameters["strength"].default))
-    steps = _STEPS_TO_READ if extent == "reading" else _STEPS
     return {"num_inference_steps": math.ceil(steps / strength)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ood_monitor import Adapter, DenoisingBound, NoiseSchedule
 from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
 from ood_monitor.adapters.schedules import stated_prediction
-from ood_monitor.checks import flag
+from ood_monitor.checks import flag, items
 from ood_monitor_integrations.diffusers.arguments import (
     NULL_PREFIX,
     SAMPLE,
@@ -36,6 +36,9 @@ LEVELS = (20, 100, 300, 500)
 #: Of the noise, unless told otherwise. The same seed in a user's hands, with a level added, would
 #: start a pipeline from the very noise that its result is then tested with: none that people use.
 SEED = 2403_01485
+
+#: Noise to signal where residuals of latents are taken, as of :class:`DenoisingBound`.
+_RATIOS: Mapping[int, tuple[float, ...]] = {2: (0.33, 3.4), 3: (0.015, 0.33, 3.4)}
 
 #: Shapes of samples and conditions whose recipes are kept.
 _KINDS = 64
@@ -93,6 +96,7 @@ class ReplayedBound(Adapter):
         self._ratios, self._condition_check = ratios, condition_check
         self.has_null_condition = condition_check
         self._reading, schedule = reading, reading.schedule
+        levels, ratios = of_both_experts(reading, levels, ratios)
         self._network = ReplayedNetwork(self.module, controlnet, reading)
         self._predicts = _prediction(scheduler, schedule)
         self._verified: set[Any] = set()
@@ -109,7 +113,7 @@ class ReplayedBound(Adapter):
         )
         # For the record that a detector has of its adapter.
         self._levels, self._seed = self._bound.levels, self._bound.seed
-        self.batch(call, count)
+        self._verify_other(call, count, self.batch(call, count))
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -160,12 +164,12 @@ class ReplayedBound(Adapter):
         return [f"{shape} {adapters}".rstrip() for shape in self._bound.group_of(batch)]
 
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
-        """All levels in one batch."""
-        return self._bound.residuals_at_once(batch)
+        """All levels in one batch; None of two experts, which take their own."""
+        return None if self._has_experts else self._bound.residuals_at_once(batch)
 
     def one_pass(self, batch: Batch) -> OnePass | None:
-        """All levels at once."""
-        return self._bound.one_pass(batch)
+        """All levels at once; None of two experts."""
+        return None if self._has_experts else self._bound.one_pass(batch)
 
     def batch(
         self,
@@ -247,6 +251,35 @@ class ReplayedBound(Adapter):
             known.pop(kind, None)
             self._verified = {each for each in self._verified if each[1] != kind}
 
+    @property
+    def _has_experts(self) -> bool:
+        return self._reading.boundary is not None
+
+    def _verify_other(self, call: DenoiserCall, count: int, batch: Mapping[str, Tensor]) -> None:
+        """Replay the last step of the other expert too, which is called as the last step's is.
+
+        Raises:
+            ValueError: It is called otherwise, or not at all; or gives another prediction.
+        """
+        if not self._has_experts:
+            return
+        own = call.last.expert
+        others = [i for i, s in enumerate(call.steps) if s.calls and s.expert not in (own, -1)]
+        if not others:
+            raise ValueError("Expected a call in which both transformers are called, got one.")
+        recipe, earlier = self._network.recipes[kind_of(batch[SAMPLE], _conditions(batch))], call
+        earlier = call.until(others[-1])
+        other, its = taken_apart(self._reading, earlier, count, like=recipe)
+        recipe.check_same(other)
+        mine = _conditions(batch)
+        for name in dict.fromkeys([*mine, *_conditions(its)]):
+            if not (name in mine and name in its and torch.equal(mine[name], its[name])):
+                raise ValueError(
+                    f"Expected both transformers to be given the same {name!r}, got others."
+                )
+        if verified(self._network, recipe, earlier, count, mine).output != recipe.output:
+            raise ValueError("Expected both transformers to give predictions alike, got others.")
+
     def check_scheduler(self, scheduler: Any) -> None:
         """Refuse another scheduler than the fit's, but for how it samples.
 
@@ -275,6 +308,48 @@ class ReplayedBound(Adapter):
     def compared(self, batch: Batch) -> Batch:
         """The samples: embeddings may be of prompts of any length."""
         return {SAMPLE: batch[SAMPLE]} if isinstance(batch, Mapping) else batch
+
+
+def of_both_experts(
+    reading: Reading, levels: Sequence[int], ratios: Literal[2, 3] | Sequence[float]
+) -> tuple[Sequence[int], Literal[2, 3] | Sequence[float]]:
+    """Levels and ratios with one at least of each of two experts; those of one network as given.
+
+    To the default ones the nearest level of an expert that has none is added.
+
+    Raises:
+        ValueError: Others have none of an expert.
+    """
+    if reading.boundary is None:
+        return levels, ratios
+    schedule, experts = reading.levels, reading.experts()
+    known = _RATIOS.get(ratios) if isinstance(ratios, int) else None
+    chosen = [schedule.nearest(ratio) for ratio in known or items("ratios", ratios)]
+    more = _of_absent(experts, chosen, "ratios", is_default=known is not None)
+    at = [float(schedule.sigma[level] / schedule.alpha[level]) for level in more]
+    is_default = tuple(levels) == LEVELS
+    added = _of_absent(experts, list(levels), "levels", is_default=is_default)
+    return [*levels, *added], [*(known or items("ratios", ratios)), *at]
+
+
+def _of_absent(experts: Tensor, chosen: list[int], name: str, *, is_default: bool) -> list[int]:
+    """The levels to add so that each expert has one: those nearest to the boundary.
+
+    Raises:
+        ValueError: They may not be added, or there are none.
+    """
+    found = []
+    for expert, what in enumerate(("transformer", "transformer_2")):
+        own = (experts == expert).nonzero().flatten().tolist()
+        if any(level in own for level in chosen):
+            continue
+        if not is_default or not own:
+            raise ValueError(
+                f"Expected {name} with a noise level of `{what}`, which denoises "
+                f"{f'{own[0]} to {own[-1]}' if own else 'none'}, got levels {chosen}."
+            )
+        found.append(own[0] if expert == 0 else own[-1])
+    return found
 
 
 def _conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ PLACES = {
     **dict.fromkeys(("flux2-klein", "chroma", "cogview4", "cogview4-unshifted"), (0, 2)),
     **dict.fromkeys(("z-image-unguided", "flux2", "marigold-depth", "latent-consistency"), (0, 1)),
     **dict.fromkeys(("stable-diffusion-pag", "sd3-skip-layers"), (1, 3)),
-    **dict.fromkeys(("wan", "hunyuan-video", "kandinsky5-video", "kandinsky5-image"), (0, 2)),
+    **dict.fromkeys(("wan", "wan22"), (0, 2)),
+    **dict.fromkeys(("hunyuan-video", "kandinsky5-video", "kandinsky5-image"), (0, 2)),
     "animatediff-unguided": (0, 1),
     "instruct-pix2pix": (0, 3),
 }
@@ -59,7 +60,7 @@ class Step:
 
 
 def last_step(pipe: Any, arguments: Arguments) -> Step:
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoisers = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
     scheduler, step, steps = pipe.scheduler, pipe.scheduler.step, []
     outputs: list[Any] = []
 
@@ -77,12 +78,17 @@ def last_step(pipe: Any, arguments: Arguments) -> Step:
         steps.append(Step(rows, scaled, time_of(scheduler, t).expand(len(sample))))
         return result
 
-    hook = denoiser.register_forward_hook(lambda _, args, output: outputs.append(output[0]))
+    hooks = [
+        denoiser.register_forward_hook(lambda _, args, output: outputs.append(output[0]))
+        for denoiser in denoisers
+        if denoiser is not None
+    ]
     scheduler.step = recorded
     try:
         pipe(**seeded_call(arguments))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del scheduler.step
     assert len(steps) >= 3
     return steps[-1]

@@ -39,7 +39,7 @@ with_inputs = pytest.mark.parametrize(
 
 
 def fitted(pipe: Any, case: PipelineCase, **options: Any) -> om.Detector:
-    settings: dict[str, Any] = {"levels": (LEVEL,), "seed": 0, "explain": FEW, "progress": False}
+    settings: dict[str, Any] = {"levels": case.levels, "seed": 0, "explain": FEW, "progress": False}
     settings |= {"watches": "both"}
     call = case.call_of_one() | ({"batch_size": 1} if "batch_size" in case.arguments() else {})
     return fit_pipeline(pipe, [case.images(44)], call=call, **(settings | options))
@@ -78,7 +78,7 @@ def test_a_call_is_the_same_to_the_bit_and_scored_by_the_training_loss_of_its_sa
     pipe, start = case(), torch.get_rng_state()
     plain, sample = plain_call(pipe, seeded_call(case.arguments()))
     after = torch.get_rng_state()  # SD3's ControlNet draws from it
-    expected = case.loss(pipe, sample, LEVEL, case.arguments())
+    expected = sum(case.loss(pipe, sample, level, case.arguments()) for level in case.levels)
     torch.set_rng_state(start)
     # Without noise there is no bound.
     detector = fitted(pipe, case, method="forward" if case.name in VARIANTS else "both")
@@ -126,7 +126,7 @@ def test_residuals_are_those_of_the_training_target_without_noise(case: Pipeline
         torch.testing.assert_close(
             -0.5 * residual.square().flatten(1).sum(1), expected, rtol=1e-4, atol=0
         )
-    assert len(levels) == 2
+    assert len(levels) == case.residuals
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "dit", "pixart", "controlnet"])
