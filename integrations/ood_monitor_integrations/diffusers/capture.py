@@ -164,7 +164,7 @@ class Capture:
         """Take what it gave."""
         if calls := self._pending.get(id(module)):
             calls[-1].output = output
-        if module is self.denoiser:
+        if any(module is each for each in self._denoising):
             self._rows += _rows_in(output)
 
     def step(
@@ -190,9 +190,13 @@ class Capture:
             update = Update.copied(given, prediction, previous)
             self._updates = (*self._updates, update)[-self.kept :]
 
+    @property
+    def _denoising(self) -> tuple[nn.Module, ...]:
+        return self.called or (self.denoiser,)
+
     def _calls(self) -> tuple[tuple[Called, ...], int]:
         """The calls of what denoised for a step, and its place among what may have."""
-        modules = self.called or (self.denoiser,)
+        modules = self._denoising
         found = [i for i, module in enumerate(modules) if id(module) in self._called]
         calls = [call for i in found for call in self._called[id(modules[i])]]
         return tuple(calls), found[0] if len(found) == 1 else -1 if found else 0
