@@ -82,14 +82,9 @@ def wan() -> Any:
 
 def wan22(**options: Any) -> Any:
     """Two transformers: of much noise and, below nine tenths of the times, of little."""
-    return without_text(
-        diffusers.WanPipeline,
-        transformer=wan_network(),
-        transformer_2=wan_network(),
-        vae=wan_vae(),
-        scheduler=unipc(),
-        **({"boundary_ratio": 0.9} | options),
-    )
+    first, second = wan_network(), wan_network()
+    components = {"transformer": first, "transformer_2": second, "boundary_ratio": 0.9} | options
+    return without_text(diffusers.WanPipeline, vae=wan_vae(), scheduler=unipc(), **components)
 
 
 def predict_wan22(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
