@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.further_pipeline_cases import FURTHER
+from support.further_video_pipeline_cases import FURTHER_VIDEOS
 from support.pipeline_cases import Arguments, PipelineCase, seeded_call
 from support.read_pipeline_cases import READ
 from support.video_pipeline_cases import VIDEOS
@@ -22,7 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
 
-every_case = pytest.mark.parametrize("case", READ + FURTHER + VIDEOS, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize(
+    "case", READ + FURTHER + VIDEOS + FURTHER_VIDEOS, ids=lambda case: case.name
+)
 
 #: Of the samples' rows that a step asks for, the place of the condition's and how many there are,
 #: if they are not the second of two.

@@ -9,6 +9,7 @@ import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from support.further_pipeline_cases import FURTHER
+from support.further_video_pipeline_cases import FURTHER_VIDEOS
 from support.given_pipeline_cases import GIVEN
 from support.pipeline_cases import FEW, PIPELINES, PipelineCase, seeded_call
 from support.read_pipeline_cases import READ
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 LEVEL = 500
-CASES = PIPELINES + GIVEN + READ + FURTHER + VIDEOS
+CASES = PIPELINES + GIVEN + READ + FURTHER + VIDEOS + FURTHER_VIDEOS
 #: Of networks that other cases have too: by the method that costs less.
 VARIANTS = (
     *("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided"),
