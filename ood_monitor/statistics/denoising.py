@@ -236,10 +236,7 @@ def _of_all(levels: Iterable[_Level]) -> Single:
 
 
 def _inputs(level: _Level, layout: Layout, known: _Known, size: int) -> dict[str, Tensor]:
-    """Sums or means of squares of the input of each of a level's layers, (B,).
-
-    Zeros of one that was not called this time.
-    """
+    """Sums or means of squares of each of a level's layers' input, (B,); else zeros."""
     energy = next(iter(level.single.terms.values()))
     own = [name for name in known.layers if name in known.called[level.name]]
     found = {name: torch.zeros_like(energy) for name in own}

@@ -43,7 +43,7 @@ class Rows:
 
     def of_frames(self, tensor: Tensor) -> Tensor:
         """These rows of a tensor that has one for each frame, copied: (count, frames, ...)."""
-        return self.of(tensor.unflatten(0, (self.total, self.frames)))
+        return self.of(torch.unflatten(tensor, 0, (self.total, self.frames)))
 
     def among(self, values: Sequence[Any]) -> list[Any]:
         """Those of a list with one for each row."""

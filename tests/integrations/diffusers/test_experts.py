@@ -1,4 +1,4 @@
-"""Two transformers of one call, of much noise and of little, are one detector's experts."""
+"""Two transformers of one call, for much noise and for little, are one detector's experts."""
 
 import copy
 import logging

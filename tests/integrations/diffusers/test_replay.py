@@ -175,3 +175,10 @@ def test_a_check_is_refused_of_a_call_without_a_null_condition(name: str) -> Non
     case = next(case for case in PIPELINES if case.name == name)
     with pytest.raises(ValueError, match="Expected a guided call"):
         replayed_bound(case(), call=case.arguments(), condition_check=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (4, 5, 4, 4)], ids=["images", "of-other-frames"])
+def test_what_are_no_latents_of_a_video_is_refused(shape: tuple[int, ...]) -> None:
+    case = VIDEOS[0]
+    with pytest.raises(ValueError, match="Expected latents of videos in the denoiser's own layout"):
+        fit_pipeline(case(), [torch.rand(44, *shape)], call=case.call_of_one(), progress=False)
