@@ -36,7 +36,7 @@ def with_callback(
     signature = inspect.signature(kind.__call__)
     unchanged = tuple(args), dict(kwargs)
     if not {_CALLBACK, _INPUTS} <= signature.parameters.keys():
-        return unchanged
+        return tuple(args), _handed_on(signature, kwargs, capture)
     if _LATENTS not in getattr(kind, "_callback_tensor_inputs", ()):
         return unchanged
     try:
@@ -49,6 +49,32 @@ def with_callback(
         given[_CALLBACK] = _after_step(users, names, capture)
         given[_INPUTS] = list(dict.fromkeys([*names, _LATENTS]))
     return bound.args, bound.kwargs
+
+
+def _handed_on(
+    signature: inspect.Signature, kwargs: Mapping[str, Any], capture: Capture
+) -> dict[str, Any]:
+    """Keywords of a call by ``**kwargs``, with its user's callback watched if there is one.
+
+    None is added: nothing says that the call would take it.
+    """
+    users = kwargs.get(_CALLBACK)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if users is None or not is_open:
+        return dict(kwargs)
+    if getattr(users, "tensor_inputs", None):  # which the pipeline itself would ask it for
+        with capture.recording():
+            raise ValueError(
+                f"Expected a call that names {_CALLBACK!r} and {_INPUTS!r}, to see what a "
+                f"{type(users).__name__} makes of its latents, got one of **kwargs: name both, or "
+                "give a function."
+            )
+        return dict(kwargs)
+    names = kwargs.get(_INPUTS, [_LATENTS])
+    if not isinstance(names, list | tuple):
+        return dict(kwargs)
+    asked = {_INPUTS: list(dict.fromkeys([*names, _LATENTS]))} if _INPUTS in kwargs else {}
+    return {**kwargs, **asked, _CALLBACK: _after_step(users, names, capture)}
 
 
 def _after_step(users: Any, names: Sequence[str], capture: Capture) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -402,11 +403,33 @@ def _steps_of(parts: Any, data: Any, watches: What | None) -> int:
 def _own_samples(
     pipe: Any, calls: list[dict[str, Any]], seed: int, kept: int
 ) -> Iterator[_Recording]:
+    """Of calls in turn, each with a seed of its own.
+
+    Raises:
+        ValueError: A call again, with another seed, gives the same samples.
+    """
     check_pipeline(pipe)
-    if "batch_size" in parameters_of(pipe):
-        calls = [{"batch_size": _AT_ONCE} | call for call in calls]
-    for turn, call in enumerate(itertools.cycle(calls)):
-        yield record_call(pipe, call, seed + turn, "whole", kept=kept), None, call
+    takes_size = "batch_size" in parameters_of(pipe)
+    firsts = dict[int, Tensor]()
+    for turn, (place, call) in enumerate(itertools.cycle(enumerate(calls))):
+        size = {"batch_size": _AT_ONCE} if takes_size and "batch_size" not in call else {}
+        found = record_call(pipe, call, seed + turn, "whole", kept=kept, if_taken=size)
+        sample = found.call.sample
+        if place in firsts and _are_same(firsts[place], sample):
+            raise ValueError(
+                "Expected samples that differ from call to call, got the same with seeds "
+                f"{seed + turn - len(calls)} and {seed + turn}: the pipeline's noise is fixed "
+                "by the call's arguments, such as `latents` or a `generator`, or drawn from a "
+                "generator of its own: leave them out of `call`, have the pipeline take a "
+                "`generator`, or fit on images."
+            )
+        firsts[place] = sample
+        yield found, None, call
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    """But for what a device rounds by chance."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _batch(

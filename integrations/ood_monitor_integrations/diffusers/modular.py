@@ -78,7 +78,7 @@ class OODBlock(ModularPipelineBlocks):
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         """Denoise, watched."""
         (components, state), scores = self._watching(components).run(
-            components, lambda _: self._denoise(components, state), lambda _, stepped: stepped
+            components, lambda _: self._denoise(components, state), lambda _, stepped: len(stepped)
         )
         state.set("ood", scores.get("outputs"))
         return components, state

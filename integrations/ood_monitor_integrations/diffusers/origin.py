@@ -5,12 +5,12 @@ detector takes all of the other for drift. So are samples of other numbers of st
 guidance.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias
 
 from ood_monitor import Detector
+from ood_monitor_integrations.diffusers.calls import parameters_in
 from ood_monitor_integrations.diffusers.plan import WatchingPlan
 
 __all__ = ["Origin", "What", "settings_in"]
@@ -95,7 +95,7 @@ class Origin:
 
 def settings_in(kind: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a call's arguments, or a pipeline's defaults, on which samples depend."""
-    parameters = inspect.signature(kind.__call__).parameters
+    parameters = parameters_in(kind)
     found = {}
     for name in _SETTINGS:
         if name in parameters:

@@ -18,7 +18,13 @@ from ood_monitor.processes import Lock
 from ood_monitor_integrations.diffusers.arguments import SAMPLE
 from ood_monitor_integrations.diffusers.budget import Choice, Worker
 from ood_monitor_integrations.diffusers.callbacks import with_callback
-from ood_monitor_integrations.diffusers.calls import given_to, original_class, samples_of, size_of
+from ood_monitor_integrations.diffusers.calls import (
+    can_carry,
+    given_to,
+    original_class,
+    samples_of,
+    size_of,
+)
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -129,6 +135,7 @@ class PipelineMonitor:
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
         self._batch, self.plan, self._budgets = batch, plan, Once()
         self._counts, self._lock = Counts(), Lock()
+        self._last = dict[str, Scores]()
         denoiser = denoiser_of(pipe)
         self._changes = Changes(denoiser, self.monitor)
         for monitor in self.monitors.values():
@@ -153,6 +160,17 @@ class PipelineMonitor:
         """What has become of the samples so far."""
         with self._lock:
             return self._counts
+
+    @property
+    def last(self) -> Mapping[str, Scores]:
+        """Scores of the samples of the last call, by what they are of; empty before.
+
+        As an output carries them, nan for samples not chosen. Here too where it cannot: lists,
+        tuples, dictionaries, arrays, tensors and images are returned as they are. In the
+        background, of the last call that was scored.
+        """
+        with self._lock:
+            return dict(self._last)
 
     @property
     def failures(self) -> dict[str, int]:
@@ -182,10 +200,10 @@ class PipelineMonitor:
         output, scores = self.run(
             pipe,
             partial(self._call, pipe, args, kwargs),
-            samples_of,
+            partial(samples_of, is_settled=self._batch is not None),
             lambda: given_to(pipe, args, kwargs),
         )
-        if scores and hasattr(output, "__dict__"):
+        if scores and can_carry(output):
             # Attributes, not items: `to_tuple()` stays as long as it was.
             output.__dict__["ood"] = next(iter(scores.values()))
             output.__dict__ |= {_ATTRIBUTES[what]: found for what, found in scores.items()}
@@ -203,7 +221,7 @@ class PipelineMonitor:
         self,
         pipe: Any,
         run: Callable[[Capture | None], Any],
-        count: Callable[[Any, int], int],
+        count: Callable[[Any, Tensor], int],
         arguments: Callable[[], Mapping[str, Any]] = dict,
     ) -> tuple[Any, dict[str, Scores]]:
         """Watch what uses a pipeline's denoiser and scheduler.
@@ -211,7 +229,8 @@ class PipelineMonitor:
         Args:
             pipe: What has both.
             run: What to watch; it is given what records it, if anything can.
-            count: The number of samples, of what ``run`` gave and of the scheduler's last sample.
+            count: The number of samples, of what ``run`` gave and of what the scheduler was
+                given last.
             arguments: Gives the user's, by name.
 
         Returns:
@@ -228,7 +247,7 @@ class PipelineMonitor:
         [capture] = captures
         with capturing(None), self._never_failing():
             call = capture.call()
-            samples = count(output, len(call.sample))
+            samples = count(output, call.last.stepped)
             given = arguments()
             self._tell_of_settings(given)
             if getattr(pipe, "_interrupt", False):  # what is half denoised is no image
@@ -369,7 +388,9 @@ class PipelineMonitor:
         """The scores of a call's samples, nan for those not chosen; None if they come later."""
         self._count(**{"new" if task.is_new else "skipped": task.count - len(task.rows)})
         if self._worker is None:
-            return self._run(task) if task.rows else Scores.none().among(task.count, [])
+            if task.rows:
+                return self._run(task)
+            return self._kept(task, Scores.none().among(task.count, []))
         if task.rows and not self._worker.submit(partial(self._run_later, task)):
             self._count(dropped=len(task.rows))
         return None
@@ -384,7 +405,12 @@ class PipelineMonitor:
         alerts = monitor.observe(scores)
         self.alerts.extend(alerts)
         self._count(scored=len(task.rows))
-        return scores.among(task.count, task.rows)
+        return self._kept(task, scores.among(task.count, task.rows))
+
+    def _kept(self, task: _Task, scores: Scores) -> Scores:
+        with self._lock:
+            self._last[task.what] = scores
+        return scores
 
     def _check_group(self, task: _Task, batch: Batch) -> None:
         """Refuse to score samples by a denoiser whose adapters have been changed since the call."""

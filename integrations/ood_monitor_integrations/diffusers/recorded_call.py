@@ -3,18 +3,27 @@
 import copy
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
 from ood_monitor.adapters.base import cpu_generator
 from ood_monitor.modules import device_of
 from ood_monitor_integrations.diffusers.callbacks import with_callback
-from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, samples_of
+from ood_monitor_integrations.diffusers.calls import (
+    is_open,
+    original_class,
+    own_parameters_of,
+    parameters_of,
+    samples_of,
+)
 from ood_monitor_integrations.diffusers.capture import (
     Capture,
     DenoiserCall,
@@ -63,8 +72,12 @@ def record_call(
     *,
     kept: int = 0,
     steps: int | None = None,
+    if_taken: Mapping[str, Any] = MappingProxyType({}),
 ) -> RecordedCall:
     """Call a pipeline and record what it does.
+
+    The generator is its argument, where it takes one; else it draws from the global random states,
+    which are seeded for the call and then as they were.
 
     Args:
         pipe: The pipeline, watched or not.
@@ -73,33 +86,78 @@ def record_call(
         extent: How much of its steps is made.
         kept: Of how many last steps the tensors are copied.
         steps: How many they are, if not as few as will do.
+        if_taken: Further arguments, of which a call by ``**kwargs`` may refuse some.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
         ValueError: One that cannot be replayed.
     """
     check_pipeline(pipe)
-    kind, twin, parameters = original_class(pipe), _twin(pipe), parameters_of(pipe)
-    if "generator" in parameters:
-        arguments = {"generator": cpu_generator(seed)} | arguments
-    if extent != "whole" and not any(arguments.get(name) is not None for name in OF_STEPS):
-        few = steps or (_STEPS_TO_READ if extent == "reading" else _STEPS)
-        arguments = arguments | _steps(parameters, arguments, few)
+    count = steps or (_STEPS_TO_READ if extent == "reading" else _STEPS)
+    added = {**if_taken, **({} if extent == "whole" else _steps(pipe, arguments, count))}
+    if "generator" not in arguments and _may_take(pipe, "generator"):
+        added["generator"] = None
+    while True:
+        if "generator" in added:  # another for each trial, which may have drawn from it
+            added["generator"] = cpu_generator(seed)
+        try:
+            return _recorded(pipe, {**arguments, **added}, seed, extent, kept)
+        except TypeError as error:
+            refused = _refused(pipe, added, error)
+            if not refused:
+                raise
+            added = {name: value for name, value in added.items() if name not in refused}
+
+
+def _may_take(pipe: Any, name: str) -> bool:
+    return name in parameters_of(pipe) or is_open(pipe)
+
+
+def _refused(pipe: Any, added: Mapping[str, Any], error: TypeError) -> set[str]:
+    """Which of our own arguments a call by ``**kwargs`` was found not to take, or to give itself.
+
+    Python names them: an unexpected keyword argument, or multiple values for one.
+    """
+    own = own_parameters_of(pipe)
+    return {name for name in added if name not in own and repr(name) in str(error)}
+
+
+def _recorded(
+    pipe: Any, arguments: dict[str, Any], seed: int, extent: Extent, kept: int
+) -> RecordedCall:
+    kind, twin = original_class(pipe), _twin(pipe)
     denoiser, controlnet = denoiser_of(twin), getattr(twin, "controlnet", None)
     called, is_read = called_in(twin), extent == "reading"
     capture = Capture(denoiser, controlnet, whole=is_read, kept=kept, called=called)
-    device = device_of(denoiser)
     with ExitStack() as stack:
         for module in (*called, controlnet):
             if isinstance(module, nn.Module):
                 stack.enter_context(hooked(module))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(_seeded(device_of(denoiser), seed))
         stack.enter_context(stepping(twin.scheduler))
         stack.enter_context(capturing(capture))
         args, kwargs = with_callback(kind, (twin,), arguments, capture)
         output = kind.__call__(*args, **kwargs)
     call = capture.call()
-    return RecordedCall(call, samples_of(output, len(call.sample)))
+    return RecordedCall(call, samples_of(output, call.last.stepped))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The global random states seeded within the block, and then as they were."""
+    drawn, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            np.random.set_state(of_numpy)
 
 
 def needs_image(pipe: Any, arguments: dict[str, Any], seed: int) -> bool:
@@ -141,11 +199,12 @@ def _twin(pipe: Any) -> Any:
     return twin
 
 
-def _steps(parameters: Any, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
+def _steps(pipe: Any, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """As many steps as make so many, of which img2img leaves out a share."""
-    if "num_inference_steps" not in parameters:
+    named = any(arguments.get(name) is not None for name in OF_STEPS)
+    if named or not _may_take(pipe, "num_inference_steps"):
         return {}
-    strength = 1.0
+    parameters, strength = parameters_of(pipe), 1.0
     if "strength" in parameters:
         strength = float(arguments.get("strength", parameters["strength"].default))
     return {"num_inference_steps": math.ceil(steps / strength)}
