@@ -101,8 +101,8 @@ def samples_of(output: Any, stepped: Tensor, *, is_settled: bool = False) -> int
         ValueError: The output shows another number than were denoised, so that some were chosen,
             or made by several runs.
     """
-    shown = [count for count in _shown(output) if count]
-    fitting = [count for count in shown if len(stepped) % count == 0]
+    shown = _shown(output)
+    fitting = [count for count in shown if count and len(stepped) % count == 0]
     if shown and is_settled:
         return next(iter(fitting), shown[-1])
     for count in fitting:
@@ -112,7 +112,7 @@ def samples_of(output: Any, stepped: Tensor, *, is_settled: bool = False) -> int
     if not shown or are_frames:
         return _distinct(stepped)
     raise ValueError(
-        f"Expected all samples that were denoised to be returned, got {max(shown, default=0)} of "
+        f"Expected all samples that were denoised to be returned, got {shown[-1]} of "
         f"{len(stepped)}, which are not copies, in a {type(output).__name__}: have the call return "
         "a list or batch of them all, or say by `monitor_pipeline(batch=...)` which are scored."
     )

@@ -8,7 +8,8 @@ from torch import nn
 
 from ood_monitor import Detector
 from ood_monitor.modules import Names, tuners_in
-from ood_monitor_integrations.diffusers.denoisers import experts_of, original_of
+from ood_monitor_integrations.diffusers.caches import without_caches
+from ood_monitor_integrations.diffusers.denoisers import original_of
 
 __all__ = ["Mode", "check_denoiser", "check_deployment", "scorable", "settings_of"]
 
@@ -66,7 +67,7 @@ def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detecto
 
     Raises:
         ValueError: Its weights are elsewhere, cast or quantised while it runs, where gradients are
-            taken of them; or, in the background, what the calls themselves move or cache.
+            taken of them; or, in the background, what the calls themselves move.
     """
     module = original_of(module)
     if detector.takes_gradients:
@@ -75,9 +76,6 @@ def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detecto
             _check_floating(module)
     elif mode == "background" and (moves := _moves(module)):
         raise ValueError(f"Expected mode='sync' with {moves}, which calls rely on.")
-    if mode == "background" and any(map(_is_cached, experts_of(module))):
-        name = type(module).__name__
-        raise ValueError(f"Expected mode='sync' for {name} with a cache, which scoring suspends.")
     if mode == "background" and _is_offloaded(pipe):
         raise ValueError("Expected mode='sync' with model offloading, which calls rely on.")
 
@@ -110,27 +108,11 @@ def scorable(pipe: Any, module: nn.Module) -> Iterator[None]:
     """The denoiser ready to be scored: outside caches, and where it computes; then as it was."""
     module = original_of(module)
     with ExitStack() as stack:
-        for expert in experts_of(module):
-            if _is_cached(expert):
-                stack.enter_context(_without_cache(expert))
+        stack.enter_context(without_caches(module))
         if _is_offloaded(pipe):
             stack.callback(pipe.maybe_free_model_hooks)
             module.to(pipe._offload_device)
         yield
-
-
-@contextmanager
-def _without_cache(module: Any) -> Iterator[None]:
-    config = module._cache_config
-    module.disable_cache()
-    try:
-        yield
-    finally:
-        module.enable_cache(config)
-
-
-def _is_cached(module: Any) -> bool:
-    return bool(getattr(module, "is_cache_enabled", False))
 
 
 def _is_offloaded(pipe: Any) -> bool:

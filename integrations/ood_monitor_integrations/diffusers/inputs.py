@@ -187,11 +187,14 @@ def _packed(pipe: Any, latents: Tensor) -> Tensor:
     Raises:
         ValueError: It packs what it makes of latents before.
     """
-    pack = getattr(pipe, "_pack_latents", None)
+    pack, patchify = (getattr(pipe, name, None) for name in ("_pack_latents", "_patchify_latents"))
     names = [] if pack is None else list(inspect.signature(pack).parameters)
     patch = (
         {"patch_size": _config(denoiser_of(pipe))["patch_size"]} if "patch_size" in names else {}
     )
+    if pack is not None and patchify is not None and len(names) == 1:  # Flux2's
+        normalized: Tensor = pack(_normalized(_autoencoder(pipe), patchify(latents)))
+        return normalized
     if pack is None or len(names) != 1 + latents.ndim + len(patch):
         raise ValueError(
             f"Expected a pipeline that packs latents as Flux does, got {type(pipe).__name__}: "
@@ -200,6 +203,25 @@ def _packed(pipe: Any, latents: Tensor) -> Tensor:
         )
     packed: Tensor = pack(latents, *latents.shape, **patch)
     return packed
+
+
+def _normalized(autoencoder: Any, patches: Tensor) -> Tensor:
+    """Patches (B, C, H, W) by the statistics that the autoencoder has of them.
+
+    Raises:
+        ValueError: It has none.
+    """
+    known = getattr(autoencoder, "bn", None)
+    mean, variance = (getattr(known, name, None) for name in ("running_mean", "running_var"))
+    if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
+        raise ValueError(
+            "Expected an autoencoder with a batch norm's statistics of its patches (`vae.bn`), as "
+            f"Flux2's, got a {type(autoencoder).__name__}: give latents in the denoiser's own "
+            "layout in place of images, or fit on the pipeline's own samples, without images."
+        )
+    std = (variance + autoencoder.config.batch_norm_eps).sqrt()
+    mean, std = (each.to(patches).view(1, -1, 1, 1) for each in (mean, std))
+    return (patches - mean) / std
 
 
 def _config(module: Any) -> Any:

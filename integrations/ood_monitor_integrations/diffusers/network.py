@@ -171,7 +171,9 @@ def _place_of(expected: Tensor, given: Any) -> Layout:
         raise ValueError(
             "Expected the call's last step, replayed, to give the prediction that was recorded, "
             f"got {differs}: the denoiser takes more than its arguments into account, or its rows "
-            "are mixed."
+            "are mixed. Of a cache of earlier steps: give `fit_pipeline` a `call=` of such shapes, "
+            "which is read without it; else `monitor_pipeline(batch=...)` with an adapter of your "
+            "own."
         )
     return best
 

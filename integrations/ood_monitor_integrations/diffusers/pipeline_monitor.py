@@ -206,7 +206,7 @@ class PipelineMonitor:
         if scores and can_carry(output):
             # Attributes, not items: `to_tuple()` stays as long as it was.
             output.__dict__["ood"] = next(iter(scores.values()))
-            output.__dict__ |= {_ATTRIBUTES[what]: found for what, found in scores.items()}
+            output.__dict__.update({_ATTRIBUTES[what]: found for what, found in scores.items()})
         return output
 
     def _call(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ood_monitor.adapters.base import cpu_generator
 from ood_monitor.modules import device_of
+from ood_monitor_integrations.diffusers.caches import without_caches
 from ood_monitor_integrations.diffusers.callbacks import with_callback
 from ood_monitor_integrations.diffusers.calls import (
     is_open,
@@ -36,6 +37,7 @@ from ood_monitor_integrations.diffusers.denoisers import (
     called_in,
     check_pipeline,
     denoiser_of,
+    original_of,
 )
 
 __all__ = ["OF_STEPS", "RecordedCall", "needs_image", "record_call", "unguided_steps"]
@@ -133,6 +135,8 @@ def _recorded(
         for module in (*called, controlnet):
             if isinstance(module, nn.Module):
                 stack.enter_context(hooked(module))
+        if extent != "whole":  # what is read, and verified, hangs on no earlier step
+            stack.enter_context(without_caches(original_of(denoiser)))
         stack.enter_context(_seeded(device_of(denoiser), seed))
         stack.enter_context(stepping(twin.scheduler))
         stack.enter_context(capturing(capture))

@@ -13,7 +13,9 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.calls import samples_of
+from ood_monitor_integrations.diffusers.inputs import encoded
 from support.pipeline_cases import FEW, case_of, seeded_call
+from support.read_pipeline_cases import READ
 from torch import Tensor
 
 import ood_monitor as om
@@ -50,7 +52,8 @@ class Returning(diffusers.DDIMPipeline):
     returned: ClassVar[Callable[[Any], Any]] = staticmethod(lambda images: images)
 
     def __call__(self, batch_size: int = 1, **options: Any) -> Any:
-        return self.returned(super().__call__(batch_size=batch_size, **options).images)
+        options = {"batch_size": batch_size, "output_type": "np"} | options
+        return self.returned(super().__call__(**options).images)
 
 
 def pictures(images: Any) -> list[PIL.Image.Image]:
@@ -109,7 +112,7 @@ def bits(value: Any) -> Any:
 def state() -> dict[str, Any]:
     """Of a detector for all pipelines of these components."""
     pipe = made_of(Returning)
-    return fitted(pipe, [PIXELS.images(44)]).state_dict()
+    return fitted(pipe, [PIXELS.images(44)], method="gradient_norms").state_dict()
 
 
 @pytest.mark.parametrize(
@@ -330,10 +333,10 @@ def halved(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str
 @pytest.fixture(scope="module")
 def text() -> tuple[Any, om.Detector]:
     made = TEXT()
-    options = {"requires_safety_checker": False}
-    pipe = HandingText(**made.components, **options)
+    pipe = HandingText(**made.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, fitted(pipe, [TEXT.images(44)], call=TEXT.call_of_one())
+    options = {"call": TEXT.call_of_one(), "method": "gradient_norms"}
+    return pipe, fitted(pipe, [TEXT.images(44)], **options)
 
 
 def test_latents_that_a_handed_on_callback_changes_are_scored(text: tuple[Any, Any]) -> None:
@@ -358,3 +361,42 @@ def test_a_handed_on_callback_that_says_what_it_needs_is_refused(text: tuple[Any
     [kind] = watched.ood_monitor.failures
     assert "name both, or give a function" in kind
     watched.ood_monitor.detach()
+
+
+# Held-out images, in the layout and units of what is denoised.
+
+
+def decoded_alone(pipe: Any, pixels: Tensor) -> Tensor:
+    """What the autoencoder makes of images, without the pipeline."""
+    is_of_videos = "Qwen" in type(pipe.vae).__name__
+    given = pixels.unsqueeze(2) if is_of_videos else pixels
+    found = pipe.vae.decode(pipe.vae.encode(given).latent_dist.mean).sample
+    return found.squeeze(2) if is_of_videos else found
+
+
+class Undenoised(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Leaves samples as they are, so that a call decodes the latents that it is given."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **more: Any) -> Any:
+        return (sample,)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2-klein", "qwen-image"])
+@torch.no_grad()
+def test_images_are_encoded_to_what_the_pipeline_decodes(name: str) -> None:
+    case = next(case for case in READ if case.name == name)
+    pipe, images = case(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    like = torch.zeros(
+        1, *pipe(**seeded_call(case.arguments() | {"output_type": "latent"}))[0].shape[1:]
+    )
+    latents = encoded(pipe, images, like, (16, 16))
+    pipe.scheduler = Undenoised.from_config(pipe.scheduler.config)
+    # Flux2's pipelines pack those that they are given.
+    given = latents.mT.unflatten(2, (4, 4)) if name.startswith("flux2") else latents
+    found = pipe(**case.arguments() | {"latents": given, "output_type": "pt"})[0]
+    expected = (decoded_alone(pipe, 2 * images - 1) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    detector = fitted(
+        case(), [torch.rand(44, 3, 16, 16)], call=case.call_of_one(), method="forward"
+    )
+    assert detector.source == "held-out images"

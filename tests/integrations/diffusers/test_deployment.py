@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline
+from ood_monitor_integrations.diffusers.caches import caches_in, without_caches
 from support.pipeline_cases import FEW, case_of, known, seeded_call, text_unet
 from torch import nn
 
@@ -98,25 +100,72 @@ def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: o
     in_background.ood_monitor.detach()
 
 
-def test_a_cache_is_suspended_while_scoring() -> None:
-    pipe, original = FLUX(), FLUX()
-    detector = known(pipe, FLUX)
-    expected = call(watch(original, FLUX), FLUX).ood
-    config = diffusers.FirstBlockCacheConfig(threshold=0.0)  # so that nothing is left out
-    pipe.transformer.enable_cache(config)
+#: Caches, each set so that a call's last step takes from an earlier one.
+CACHES: dict[str, tuple[Callable[[Any, Any], None], Callable[[Any], Any]]] = {
+    "first block": (
+        diffusers.hooks.apply_first_block_cache,
+        lambda pipe: diffusers.FirstBlockCacheConfig(threshold=1e3),
+    ),
+    "attention broadcast": (
+        diffusers.hooks.apply_pyramid_attention_broadcast,
+        lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=3,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            spatial_attention_block_identifiers=("transformer_blocks",),
+            current_timestep_callback=lambda: 500,
+        ),
+    ),
+    "taylor seer": (
+        diffusers.hooks.apply_taylorseer_cache,
+        lambda pipe: diffusers.TaylorSeerCacheConfig(
+            cache_interval=5, disable_cache_before_step=1, max_order=1
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("is_flagged", [True, False], ids=["enabled", "applied"])
+@pytest.mark.parametrize("name", CACHES)
+def test_what_a_cache_makes_is_returned_and_scored_without_it(name: str, is_flagged: bool) -> None:
+    apply, config_for = CACHES[name]
+    pipe, other, plain = FLUX(), FLUX(), FLUX()
+    for each in (pipe, other):
+        if is_flagged:
+            each.transformer.enable_cache(config_for(each))
+        else:
+            apply(each.transformer, config_for(each))
+    hooks = caches_in(pipe.transformer)
+    chains = [dict(vars(hook.fn_ref)) for hook in hooks]
+    cached, uncached = call(other, FLUX), call(plain, FLUX)
+    assert not np.array_equal(np.asarray(cached[0]), np.asarray(uncached[0])), "no cache at all"
+    detector = fitted(pipe, FLUX, method="gradient_norms")
     watched = watch(pipe, FLUX, detector)
-    check_as_before(watched, call(original, FLUX), expected, FLUX)
-    assert pipe.transformer.is_cache_enabled
-    assert pipe.transformer._cache_config is config
-    check_as_before(watched, call(original, FLUX), expected, FLUX)
+    for _ in range(2):
+        output = call(watched, FLUX)
+        assert np.array_equal(np.asarray(output[0]), np.asarray(cached[0]))
+    latents = call(other, FLUX, output_type="latent")[0]
+    expected = FLUX.loss(plain, latents, 500, FLUX.arguments(), seed=detector.adapter.seed)
+    torch.testing.assert_close(output.ood.log_likelihood.float(), expected, rtol=1e-3, atol=0)
+    watched.ood_monitor.detach()
+    in_background = watch(pipe, FLUX, detector, mode="background")
+    assert np.array_equal(np.asarray(call(in_background, FLUX)[0]), np.asarray(cached[0]))
+    assert in_background.ood_monitor.flush(60)
+    found = in_background.ood_monitor.monitor.last.log_likelihood
+    torch.testing.assert_close(found, output.ood.log_likelihood)
+    assert [dict(vars(hook.fn_ref)) for hook in hooks] == chains
 
 
-def test_a_cache_and_the_background_do_not_go_together() -> None:
+def test_other_threads_go_through_a_cache_that_one_goes_round() -> None:
     pipe = FLUX()
-    detector = known(pipe, FLUX)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
-    with pytest.raises(ValueError, match="Expected mode='sync' for FluxTransformer2DModel with a"):
-        watch(pipe, FLUX, detector, mode="background")
+    diffusers.hooks.apply_first_block_cache(
+        pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=1e3)
+    )
+    cached = np.asarray(call(pipe, FLUX)[0])
+    with without_caches(pipe.transformer), ThreadPoolExecutor(1) as pool:
+        with without_caches(pipe.transformer):
+            assert not np.array_equal(np.asarray(call(pipe, FLUX)[0]), cached)
+        assert np.array_equal(np.asarray(pool.submit(call, pipe, FLUX).result()[0]), cached)
+    assert np.array_equal(np.asarray(call(pipe, FLUX)[0]), cached)
 
 
 def test_model_offloading_is_undone_for_scoring_and_done_again(expected: om.Scores) -> None:
