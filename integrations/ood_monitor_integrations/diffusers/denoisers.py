@@ -39,6 +39,11 @@ _FURTHER_DENOISERS = (
 #: Parts of the names of schedulers of tokens, which have no Gaussian noise.
 _DISCRETE = ("VQDiffusion", "Amused", "BlockRefinement", "DiscreteState")
 
+#: What settles the watch of what cannot be replayed.
+_REMEDY = (
+    "Fit a Detector with an adapter of your own, and watch with `monitor_pipeline(batch=...)`."
+)
+
 
 class Experts(nn.Module):
     """Two networks of which each denoises its own noise levels.
@@ -164,7 +169,7 @@ def _check_scheduler(scheduler: Any) -> None:
     if any(part in kind for part in _DISCRETE):
         raise ValueError(f"{expected} {kind}, whose noise is discrete.")
     if hasattr(scheduler, "precondition_inputs"):
-        raise ValueError(f"{expected} {kind}, which preconditions the denoiser (EDM).")
+        raise ValueError(f"{expected} {kind}, which preconditions the denoiser (EDM). {_REMEDY}")
     if config.get("prediction_type") == "trigflow":
-        raise ValueError(f"{expected} {kind} with prediction_type='trigflow'.")
+        raise ValueError(f"{expected} {kind} with prediction_type='trigflow'. {_REMEDY}")
     NoiseSchedule.of(scheduler)
