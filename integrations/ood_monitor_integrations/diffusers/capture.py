@@ -224,8 +224,8 @@ class Capture:
         if self._final is None and before is not None and not _begins_with(last.stepped, before):
             raise ValueError(
                 "Expected samples that only the scheduler changes, or a pipeline that takes "
-                "`callback_on_step_end`, got one that changes them after a step: have its call take that, "
-                "and hand the latents to it."
+                "`callback_on_step_end`, got one that changes them after a step: have its call "
+                "take that, and hand the latents to it."
             )
         sample = last.sample if self._final is None else _within(self._final, last.sample)
         return DenoiserCall(
