@@ -85,6 +85,13 @@ PARTS = [
         sections.diffusers_figures,
         sections.diffusers_section,
     ),
+    Part(
+        "real_sizes",
+        "Denoisers of real sizes",
+        "integrations.real_sizes --scale 0.1",
+        sections.real_sizes_figures,
+        sections.real_sizes_section,
+    ),
 ]
 
 

@@ -296,3 +296,57 @@ def plans(rows: list[Row]) -> list[str]:
         "What `plan_costs` tells of the last pipeline above, a sample:",
         table(["plan", "milliseconds", "in forward passes of the network"], cells),
     ]
+
+
+def real_sizes_figures(report: Report) -> list[Figure]:
+    """By model and guidance, what scoring all samples adds to calls of each length."""
+    found: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        if row.get("way") in ("two levels", "one level"):
+            found.setdefault(f"{sized(row)}, {row['way']}", []).append(row)
+    return [
+        (name, "; ".join(map(of_steps, rows)), "; ".join(map(added, rows)))
+        for name, rows in found.items()
+    ]
+
+
+def sized(row: Row) -> str:
+    return f"{row['model']}{', guided' if row['guided'] else ''}"
+
+
+def of_steps(row: Row) -> str:
+    return f"{percent(row['share'])} of a call of {row['steps']} steps"
+
+
+def real_sizes_section(report: Report) -> list[str]:
+    rows, scale = report["rows"], report["scale"]
+    ways, peaks = [r for r in rows if "way" in r], [r for r in rows if "peak" in r]
+    where = "in bfloat16" if report["device"].startswith("cuda") else "in single precision"
+    size = "at their own size" if scale == 1 else f"at {scale:g} of the parameters"
+    header = ["model", "parameters", "steps", "watched", "call, ms", "added, ms, 50 %", "99 %"]
+    return [
+        paragraph(
+            f"Denoisers of random weights on {report['device']}, {where}, {size} and about "
+            f"{report['positions']:g} of the positions, a sample a call. Each watched call is "
+            f"beside an unwatched one just before, {report['rounds']} of each way. Calls of 4 "
+            "steps are measured, those of 50 made of them, of a step, and of what recording adds "
+            "to a step; calls of which a tenth of the samples is scored are made of calls whose "
+            "sample is scored and of calls whose is not. The share is the median, of a tenth of "
+            "the samples the mean. In the background a call is also one of a stream, each of "
+            "which waits for the scoring of those before: the last column is what that adds."
+        ),
+        table([*header, "share", "share in a stream"], map(real_size, ways)),
+        "Peak memory of a call, with the weights:",
+        table(["model", "weights, MiB", "unwatched, MiB", "more, MiB", "ratio"], map(peak, peaks)),
+    ]
+
+
+def real_size(row: Row) -> tuple[object, ...]:
+    times = (f"{row[name]:z.1f}" for name in ("call_ms", "added_ms_p50", "added_ms_p99"))
+    stream = None if row["throughput"] is None else percent(row["throughput"])
+    millions = f"{row['parameters'] / 1e6:,.0f} M".replace(",", " ")
+    return sized(row), millions, row["steps"], row["way"], *times, percent(row["share"]), stream
+
+
+def peak(row: Row) -> tuple[object, ...]:
+    return sized(row), row["weights_mib"], row["peak_mib"], row["added_mib"], f"{row['peak']:.3f}"
