@@ -5,7 +5,7 @@ Weights are random, which the cost does not depend on, and in bfloat16 on a GPU.
 watched call is beside an unwatched one just before. Calls of 4 steps are measured. Those of 50 are
 made of them: what scoring adds to a call is the same, and a step, and what recording adds to it,
 are measured alone. Calls of which a tenth of the samples is scored are made of calls whose sample
-is scored and of calls whose is not. Ten minutes on a GPU that holds Flux, or on two CPU cores.
+is scored and of calls whose is not.
 """
 
 import copy
