@@ -63,12 +63,12 @@ def _handed_on(
     if users is None or not is_open:
         return dict(kwargs)
     if getattr(users, "tensor_inputs", None):  # which the pipeline itself would ask it for
-        with capture.recording():
-            raise ValueError(
-                f"Expected a call that names {_CALLBACK!r} and {_INPUTS!r}, to see what a "
-                f"{type(users).__name__} makes of its latents, got one of **kwargs: name both, or "
-                "give a function."
-            )
+        error = ValueError(
+            f"Expected a call that names {_CALLBACK!r} and {_INPUTS!r}, to see what a "
+            f"{type(users).__name__} makes of its latents, got one of **kwargs: name both, or "
+            "give a function."
+        )
+        capture.fail(error)
         return dict(kwargs)
     names = kwargs.get(_INPUTS, [_LATENTS])
     if not isinstance(names, list | tuple):

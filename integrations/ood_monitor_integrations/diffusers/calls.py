@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def _distinct(stepped: Tensor) -> int:
 
 def _are_copies(stepped: Tensor, count: int) -> bool:
     """Whether rows are the first so many, repeated."""
-    first, *copies = stepped.nan_to_num().split(count)
+    first, *copies = torch.split(stepped.nan_to_num(), count)
     return all(each.equal(first) for each in copies)
 
 

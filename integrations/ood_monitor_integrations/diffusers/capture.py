@@ -153,7 +153,11 @@ class Capture:
         try:
             yield
         except Exception as error:  # whatever a foreign module or scheduler gives
-            self._failure = error
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Have :meth:`call` raise it: what was recorded is of no use."""
+        self._failure = error
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the arguments of a watched module's call."""
