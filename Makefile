@@ -109,6 +109,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.drift.since --json benchmarks/results/drift_since.json
 	$(BIN)/python -m benchmarks.alerts.arrive --json benchmarks/results/arrive.json
 	$(BIN)/python -m benchmarks.integrations.chosen_weights --json benchmarks/results/chosen_weights.json
+	$(BIN)/python -m benchmarks.integrations.own_calls --json benchmarks/results/own_calls.json
 	$(BIN)/python -m benchmarks.integrations.sizes --json benchmarks/results/sizes.json
 	$(BIN)/python -m benchmarks.detection.densities --data-dir $(DATA) --pipeline $(DATA)/../models/ddpm-fashion-mnist \
 		--json benchmarks/results/densities.json
