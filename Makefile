@@ -37,7 +37,8 @@ SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py' '*/test_situ
 	'*/test_cases.py' '*/test_reading.py' '*/test_returned.py' \
 	'*/test_origin.py' '*/test_budget.py' '*/test_changes.py' '*/test_sizes.py' \
 	'*/test_adapters.py' '*/test_rebinding.py' '*/test_indices.py' '*/test_handover.py' \
-	'*/test_telling.py' '*/test_predictions.py' '*/test_monitored.py'
+	'*/test_telling.py' '*/test_predictions.py' '*/test_monitored.py' \
+	'*/test_own_calls.py' '*/test_plan.py' '*/test_custom.py' '*/test_experts.py'
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
