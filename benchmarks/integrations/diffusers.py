@@ -71,20 +71,14 @@ def ways(last: str, *, few: bool) -> dict[str, Watching]:
         last: That name.
         few: Those alone that can be told from few calls.
     """
-    up, end = ["up_blocks.*", *OUTPUT], [f"{last}.*", *OUTPUT]
+    end = [f"{last}.*", *OUTPUT]
     share, background = {"sample_rate": 0.1}, {"mode": "background", "queue_size": 4}
     all_ways = {
         "defaults": Watching(None, target=0.06),
-        "defaults, a tenth of samples": Watching(None, options=share, mean=True),
-        "defaults, background": Watching(None, options=background),
+        "defaults, a tenth of samples": Watching(None, options=share, target=0.02, mean=True),
+        "defaults, background": Watching(None, options=background, target=0.05),
         "gradient norms, four levels": Watching(levels=LEVELS),
-        "gradient norms, two levels": Watching(),
-        "gradient norms, up blocks": Watching(layers=up, target=0.12),
         "gradient norms, last up block": Watching(layers=end, target=0.12),
-        "gradient norms, last up block, one level": Watching(layers=end, levels=(500,)),
-        "gradient norms, last up block, a tenth of samples": Watching(
-            layers=end, options=share, target=0.02, mean=True
-        ),
         "gradient norms, last up block, background": Watching(
             layers=end, options=background, target=0.05
         ),
