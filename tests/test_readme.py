@@ -20,7 +20,7 @@ SNIPPETS: dict[str, int] = {
     "docs/alerts.md": 2,
     "docs/choosing.md": 6,
     "docs/index.md": 1,
-    "docs/recipes/diffusers-service.md": 4,
+    "docs/recipes/diffusers-service.md": 5,
     "docs/recipes/fabric.md": 2,
     "docs/recipes/lightning.md": 4,
     "docs/recipes/mlflow.md": 5,

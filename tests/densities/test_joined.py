@@ -34,6 +34,7 @@ def measured(n: int = 200, seed: int = 0, shift: float = 0.0) -> Measurements:
         "output_layer": Table(layers, np.exp(columns(layers))),
         "energies": Table(layers, columns(layers)),
         "condition": Table(("t=500",), columns(("",))),
+        "own_calls": Table(layers, columns(layers)),
     }
     return Measurements(("t", "u"), columns(("t", "u")), tables)
 

@@ -134,7 +134,7 @@ CHANGES: dict[str, list[Step]] = {
     "fused": [(add, True, 1), (fuse, True, 2), (unload, True, 2)],
     "fused-projections": [(fuse_projections, True, 1), (unfuse_projections, False, 1)],
     "freeu": [(freeu, True, 1), (without_freeu, False, 1), (freeu, True, 1)],
-    "compiled": [(compiled, False, 0), (add, True, 1)],
+    "compiled": [(compiled, False, 0)],
     "sixteen-bits": [(in_sixteen_bits, True, 1)],
     "written": [(written, True, 1)],
 }
