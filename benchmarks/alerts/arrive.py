@@ -284,7 +284,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="A few of each.")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
-    part = 10 if quick else 1
+    part = 20 if quick else 1
     logging.getLogger("ood_monitor.alerts").propagate = False
     with tempfile.TemporaryDirectory() as name:
         (folder := Path(name)).chmod(0o700)

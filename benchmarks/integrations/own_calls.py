@@ -235,8 +235,8 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
     torch.set_num_threads(1)
-    models, fit, test, steps = (MODELS[:1], 100, 30, 10) if quick else (MODELS, 600, 300, 200)
-    calls = USUAL | ({"num_inference_steps": 12} if quick else {})
+    models, fit, test, steps = (MODELS[:1], 100, 20, 5) if quick else (MODELS, 600, 300, 200)
+    calls = USUAL | ({"num_inference_steps": 6} if quick else {})
     found = (row for name in models for row in rows(name, fit, test, calls, steps))
     reported(found, line, claims, output, calls=calls, held_out=fit)
 
