@@ -729,7 +729,7 @@ WITHOUT = {
     *("Adapter", "Alert", "Diagnosis", "DiagonalGaussian", "Elements", "Explanation", "Scores"),
     *("latents_and_log_det", "models", "observations"),
     *("Called", "Counts", "DenoiserCall", "Step", "PipelineMonitor", "PlanCost", "ReplayedBound"),
-    *("FlaggedBatch", "StageScores", "Update", "WatchingPlan", "score_buckets"),
+    *("FlaggedBatch", "StageScores", "WatchingPlan", "score_buckets"),
     *("FLAVOR_NAME", "traced_update"),
 }
 

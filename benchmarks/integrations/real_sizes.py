@@ -24,10 +24,11 @@ import torch
 import typer
 from numpy.typing import NDArray
 from ood_monitor_integrations.diffusers import monitor_pipeline, replayed_bound
-from ood_monitor_integrations.diffusers.capture import Capture, capturing, hooked, stepping
+from ood_monitor_integrations.diffusers.capture import Capture
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.plan import ONE_LEVEL
 from ood_monitor_integrations.diffusers.recorded_call import record_call
+from ood_monitor_integrations.diffusers.watching import capturing, hooked, stepping
 from torch import Tensor, nn
 
 import ood_monitor as om

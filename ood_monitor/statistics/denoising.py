@@ -33,7 +33,7 @@ from ood_monitor.statistics.hooks import Sums, Taken
 from ood_monitor.statistics.layers import Discovery, Layer
 from ood_monitor.statistics.output_layer import OutputLayer
 from ood_monitor.statistics.rows import Layout, Single, close, layout_of, precision_of_weights
-from ood_monitor.statistics.spectrum import band_energies, lag_cosines
+from ood_monitor.statistics.spectrum import band_energies, is_image, lag_cosines
 
 __all__ = ["DenoiserStatistics", "denoiser_statistics", "has_statistics_without_noise"]
 
@@ -42,9 +42,6 @@ _log = logging.getLogger(__name__)
 #: Numbers of a batch at all its levels, up to which these are passed at once: a small model spends
 #: as long between layers as in them.
 _AT_ONCE = 1 << 14
-
-#: An image of fewer pixels a side has no neighbours at all shifts.
-_LEAST_SIDE = 3
 
 
 @dataclass(frozen=True)
@@ -343,9 +340,9 @@ def _measured(name: str, residual: Tensor, sums: Sums, last: OutputLayer, any_si
     squares = last.squares(residual, any_size=any_size)
     residual = full_precision(residual.detach())
     energy = residual.flatten(1).square().sum(1)
-    is_image = residual.ndim == 4 and min(residual.shape[2:]) >= _LEAST_SIDE
-    bands = band_energies(residual, any_size=any_size) if is_image else None
-    lags = lag_cosines(residual) if is_image else None
+    has_bands = is_image(residual)
+    bands = band_energies(residual, any_size=any_size) if has_bands else None
+    lags = lag_cosines(residual) if has_bands else None
     numbers = residual[0].numel()
     return _Level(name, Single(dict(sums.taken), {name: energy}), squares, numbers, bands, lags)
 

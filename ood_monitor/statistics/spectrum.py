@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["band_energies", "lag_cosines"]
+__all__ = ["band_energies", "is_image", "lag_cosines"]
 
 #: Edges of the bands as shares of an image's side, of images and of small ones.
 _EDGES = tuple(edge / 32 for edge in (0, 2, 4, 7, 11, 16, 23, 46))
@@ -18,6 +18,14 @@ _SMALL = 16
 
 #: Shifts by rows and columns.
 _LAGS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (2, 2))
+
+#: An image of fewer pixels a side has no neighbours at all shifts.
+_LEAST_SIDE = 3
+
+
+def is_image(values: Tensor) -> bool:
+    """Whether there are bands and cosines of it: (B, C, H, W), of at least 3 by 3 pixels."""
+    return values.ndim == 4 and min(values.shape[2:]) >= _LEAST_SIDE
 
 
 def band_energies(residual: Tensor, *, any_size: bool = False) -> Tensor:

@@ -18,7 +18,6 @@ from ood_monitor_integrations.diffusers.costs import PlanCost, plan_costs
 from ood_monitor_integrations.diffusers.fitting import fit_pipeline, replayed_bound
 from ood_monitor_integrations.diffusers.hook import monitor_pipeline, wrap
 from ood_monitor_integrations.diffusers.modular import OODBlock
-from ood_monitor_integrations.diffusers.own_calls import Update
 from ood_monitor_integrations.diffusers.pipeline_monitor import Counts, PipelineMonitor
 from ood_monitor_integrations.diffusers.plan import WatchingPlan
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
@@ -32,7 +31,6 @@ __all__ = [
     "PlanCost",
     "ReplayedBound",
     "Step",
-    "Update",
     "WatchingPlan",
     "fit_pipeline",
     "monitor_pipeline",

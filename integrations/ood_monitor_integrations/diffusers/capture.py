@@ -1,34 +1,26 @@
 """What a call does, seen from outside: its denoiser's arguments, its scheduler's steps.
 
 Pipelines differ in everything but this: they call a denoiser, and step a scheduler with what it
-predicts. Both are watched in place and for the calling thread only, which a context variable says;
-every other user of a shared denoiser or scheduler pays a look at that variable.
+predicts. :mod:`~ood_monitor_integrations.diffusers.watching` sees both as they happen.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ood_monitor.processes import Lock
+from ood_monitor_integrations.diffusers.denoisers import original_of
 from ood_monitor_integrations.diffusers.layouts import layouts_of, prediction_in
-from ood_monitor_integrations.diffusers.own_calls import Update
 
-__all__ = ["Called", "Capture", "DenoiserCall", "Step", "capturing", "hooked", "stepping"]
+__all__ = ["Called", "Capture", "DenoiserCall", "Step"]
 
-#: What a scheduler's step is given, by diffusers' names.
-_OF_STEP = ("timestep", "model_output", "sample")
-
-_active: ContextVar["Capture | None"] = ContextVar("ood_monitor_capture", default=None)
-#: Taken again where the interpreter collects, within it, a block that was never left.
-_lock = Lock()
+#: In the place of a step's expert where more than one was called.
+_SEVERAL = -1
 
 
 @dataclass
@@ -83,7 +75,8 @@ class DenoiserCall:
         times: Of each step the scheduler's time, and the arguments that may be the denoiser's.
         grid: The scheduler's times and sigmas of this call, each with its own; None where it has
             no sigmas.
-        updates: The last of the steps as the scheduler made them, as many as were asked for.
+        updates: The last steps, as many as were asked for, with copies of what the scheduler was
+            told, and without what was called for it.
         rows: Of all calls of the denoiser together.
         experts: Of each step which of several denoisers was called, as :class:`Step` says.
     """
@@ -92,7 +85,7 @@ class DenoiserCall:
     steps: tuple[Step, ...]
     times: tuple[tuple[Any, Mapping[str, Any]], ...]
     grid: tuple[Tensor, Tensor] | None = None
-    updates: tuple[Update, ...] = ()
+    updates: tuple[Step, ...] = ()
     rows: int = 0
     experts: tuple[int, ...] = ()
 
@@ -126,7 +119,7 @@ class Capture:
         denoiser: What denoises.
         controlnet: The pipeline's, if it has one.
         whole: Whether all steps are kept, or the last.
-        kept: Of how many last steps the tensors are copied.
+        kept: How many last steps are kept without what was called for them.
         called: What is called for that, one of these for each step; by default the denoiser.
     """
 
@@ -141,7 +134,7 @@ class Capture:
     _times: list[tuple[Any, Mapping[str, Any]]] = field(default_factory=list)
     _experts: list[int] = field(default_factory=list)
     _grid: tuple[Tensor, Tensor] | None = None
-    _updates: tuple[Update, ...] = ()
+    _updates: tuple[Step, ...] = ()
     _rows: int = 0
     _before: Tensor | None = None
     _final: Tensor | None = None
@@ -191,7 +184,8 @@ class Capture:
         self._experts.append(expert)
         self._times.append((time, calls[0].numbers if calls else {}))
         if self.kept:
-            update = Update.copied(given, prediction, previous)
+            told = prediction.detach().clone()
+            update = replace(step, calls=(), control=None, prediction=told)
             self._updates = (*self._updates, update)[-self.kept :]
 
     @property
@@ -202,8 +196,10 @@ class Capture:
         """The calls of what denoised for a step, and its place among what may have."""
         modules = self._denoising
         found = [i for i, module in enumerate(modules) if id(module) in self._called]
-        calls = [call for i in found for call in self._called[id(modules[i])]]
-        return tuple(calls), found[0] if len(found) == 1 else -1 if found else 0
+        calls = tuple(call for i in found for call in self._called[id(modules[i])])
+        if len(found) > 1:
+            return calls, _SEVERAL
+        return calls, next(iter(found), 0)
 
     def after(self, sample: Tensor) -> None:
         """Take what is left of a step when the pipeline, and the user's callback, are done."""
@@ -221,7 +217,7 @@ class Capture:
             raise self._failure
         if not self._steps or not self._steps[-1].calls:
             raise RuntimeError(
-                f"Expected a call that runs {type(_original(self.denoiser)).__name__} and steps "
+                f"Expected a call that runs {type(original_of(self.denoiser)).__name__} and steps "
                 "its scheduler, got none."
             )
         last, before = self._steps[-1], self._before
@@ -243,164 +239,13 @@ class Capture:
         )
 
 
-@contextmanager
-def capturing(capture: Capture | None) -> Iterator[None]:
-    """Record what this thread calls within the block; None stops an outer recording."""
-    token = _active.set(capture)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-@dataclass
-class _Shared:
-    """What several blocks put on one object, and how many of them there are.
-
-    A block counts itself before all else. What the interpreter collects meanwhile, a pipeline that
-    nobody detached, may end another block in the same thread and finds this one counted.
-    """
-
-    users: int = 0
-    put: Any = None
-
-    @classmethod
-    def joined(cls, among: dict[int, "_Shared"], key: int) -> "_Shared":
-        """The one of an object, with another user."""
-        while True:
-            shared = among.setdefault(key, cls())
-            shared.users += 1
-            if among.get(key) is shared:  # else its last user left before it was counted
-                return shared
-
-    def left(self, among: dict[int, "_Shared"], key: int) -> bool:
-        """Whether that was the last user."""
-        self.users -= 1
-        if self.users == 0:
-            del among[key]
-        return self.users == 0
-
-
-_hooks: dict[int, _Shared] = {}
-
-
-@contextmanager
-def hooked(module: nn.Module) -> Iterator[None]:
-    """Watch a module's calls; one hook, however many watch it."""
-    with _lock:
-        shared = _Shared.joined(_hooks, id(module))
-        if shared.put is None:
-            _drop_copied_hooks(module)
-            shared.put = (
-                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
-                module.register_forward_hook(_after_forward),
-            )
-    try:
-        yield
-    finally:
-        with _lock:
-            if shared.left(_hooks, id(module)):
-                for handle in shared.put:
-                    handle.remove()
-
-
-def _drop_copied_hooks(module: nn.Module) -> None:
-    """Take off what a copy of a watched module has of its original: each call would count twice."""
-    tables = [module._forward_pre_hooks, module._forward_hooks]
-    for table, hook in zip(tables, (_before_forward, _after_forward), strict=True):
-        for key in [key for key, each in table.items() if each is hook]:
-            del table[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # of a module that is compiled in place, whose hooks would be too
-def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-    # Without keywords when the hook is removed while another thread is about to call it.
-    capture = _active.get()
-    if capture is not None and kwargs is not None:
-        with capture.recording():
-            capture.begin(module, args, kwargs)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
-def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    capture = _active.get()
-    if capture is not None:
-        with capture.recording():
-            capture.end(module, output)
-
-
-_stepped: dict[int, _Shared] = {}
-
-
-@contextmanager
-def stepping(scheduler: Any) -> Iterator[None]:
-    """Watch a scheduler's steps; one patch of the instance, however many calls share it."""
-    with _lock:
-        shared = _Shared.joined(_stepped, id(scheduler))
-        if shared.put is None:
-            own = scheduler.__dict__.get("step")
-            shared.put = (own,)
-            # Bound, so that a deep copy of the scheduler steps itself.
-            scheduler.__dict__["step"] = MethodType(_recorded(scheduler, own), scheduler)
-    try:
-        yield
-    finally:
-        with _lock:
-            if shared.left(_stepped, id(scheduler)):
-                [own] = shared.put
-                if own is None:
-                    del scheduler.__dict__["step"]
-                else:
-                    scheduler.__dict__["step"] = own
-
-
-def _recorded(scheduler: Any, own: Callable[..., Any] | None) -> Callable[..., Any]:
-    original = type(scheduler).step
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = (own or functools.partial(original, self))(*args, **kwargs)
-        capture = _active.get()
-        if capture is not None:
-            with capture.recording():
-                given = signature.bind(self, *args, **kwargs).arguments
-                previous = output[0] if isinstance(output, tuple) else output.prev_sample
-                capture.step(self, *_taken(given), previous)
-        return output
-
-    return step
-
-
-def _taken(given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Of a scheduler's step the time, the prediction and the sample.
-
-    Raises:
-        ValueError: It has other names for them.
-    """
-    if not set(_OF_STEP) <= given.keys():
-        raise ValueError(
-            f"Expected a scheduler whose step takes {', '.join(_OF_STEP)}, got one that takes "
-            f"{', '.join(list(given)[1:])}."
-        )
-    time, prediction, sample = (given[name] for name in _OF_STEP)
-    return time, prediction, sample
-
-
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     bound = _signature_of(module).bind(module, *args, **kwargs).arguments
     return dict(list(bound.items())[1:])
 
 
-def _original(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped."""
-    original: nn.Module = getattr(module, "_orig_mod", module)
-    return original
-
-
 def _signature_of(module: nn.Module) -> inspect.Signature:
-    kind: Any = type(_original(module))
+    kind: Any = type(original_of(module))
     return _signature(kind)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.base import describe
 from ood_monitor_integrations.diffusers.arguments import BESIDE, SAMPLE, Recipe
-from ood_monitor_integrations.diffusers.capture import DenoiserCall, capturing
+from ood_monitor_integrations.diffusers.capture import DenoiserCall
 from ood_monitor_integrations.diffusers.denoisers import expert_in
 from ood_monitor_integrations.diffusers.layouts import (
     Layout,
@@ -20,6 +20,7 @@ from ood_monitor_integrations.diffusers.layouts import (
 from ood_monitor_integrations.diffusers.reading import Reading
 from ood_monitor_integrations.diffusers.rows import copy_at
 from ood_monitor_integrations.diffusers.templates import filled
+from ood_monitor_integrations.diffusers.watching import capturing
 
 __all__ = ["Kind", "ReplayedNetwork", "kind_of", "verified"]
 
@@ -153,6 +154,8 @@ def _given(
     try:
         with torch.no_grad(), capturing(None):
             return network.given(recipe, x, time, conditions, expert)
+    except torch.OutOfMemoryError:  # which says nothing of the arguments
+        raise
     except Exception as error:  # of any kind: what a foreign network raises of other shapes
         raise ValueError(
             "Expected the denoiser to take the last step's arguments of the rows with the "

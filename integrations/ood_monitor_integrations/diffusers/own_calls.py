@@ -6,7 +6,6 @@ tells little of weights that are slightly wrong: ``benchmarks/integrations/own_c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor import Detector
-from ood_monitor.statistics.spectrum import band_energies, lag_cosines
+from ood_monitor.statistics.spectrum import band_energies, is_image, lag_cosines
+from ood_monitor_integrations.diffusers.capture import Step
 
 __all__ = [
     "OWN_CALLS",
     "STEPS",
-    "Update",
     "checked_updates",
     "columns_in",
     "columns_of",
@@ -32,30 +31,6 @@ OWN_CALLS = "own_calls/"
 #: Last steps of a call that are looked at.
 STEPS = 3
 
-#: An image of fewer pixels a side has no neighbours at all shifts.
-_LEAST_SIDE = 3
-
-
-@dataclass(frozen=True)
-class Update:
-    """A step of the scheduler.
-
-    Attributes:
-        given: The sample that it was given, shape (S, ...).
-        prediction: What it was told of it, guidance included, shape (S, ...) or, of a learned
-            variance, more channels.
-        sample: What it made of that, shape (S, ...).
-    """
-
-    given: Tensor
-    prediction: Tensor
-    sample: Tensor
-
-    @classmethod
-    def copied(cls, given: Tensor, prediction: Tensor, sample: Tensor) -> "Update":
-        """Of tensors that a pipeline may write into."""
-        return cls(*(each.detach().clone() for each in (given, prediction, sample)))
-
 
 def steps_kept(detector: Detector) -> int:
     """How many last steps of a call a fitted detector looks at."""
@@ -64,7 +39,7 @@ def steps_kept(detector: Detector) -> int:
     return max((-int(name.removeprefix(OWN_CALLS).split(".")[0]) for name in names), default=0)
 
 
-def checked_updates(updates: Sequence[Update], detector: Detector) -> tuple[Update, ...]:
+def checked_updates(updates: Sequence[Step], detector: Detector) -> tuple[Step, ...]:
     """Those of a call's last updates that a detector looks at.
 
     Raises:
@@ -79,7 +54,7 @@ def checked_updates(updates: Sequence[Update], detector: Detector) -> tuple[Upda
     return tuple(updates[len(updates) - kept :])
 
 
-def columns_of(updates: Sequence[Update], count: int) -> dict[str, Tensor]:
+def columns_of(updates: Sequence[Step], count: int) -> dict[str, Tensor]:
     """Of a call's last updates, the first to the last, the columns of its B samples.
 
     Args:
@@ -93,14 +68,14 @@ def columns_of(updates: Sequence[Update], count: int) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for step, update in enumerate(updates, -len(updates)):
-        channels = update.given.shape[1]
-        given, prediction, sample = (
+        channels = update.stepped.shape[1]
+        stepped, prediction, sample = (
             each[:count, :channels].to(torch.promote_types(each.dtype, torch.float32))
-            for each in (update.given, update.prediction, update.sample)
+            for each in (update.stepped, update.prediction, update.sample)
         )
         for name, values in (("prediction", prediction), ("sample", sample)):
             found |= {f"{step}.{name}.{k}": each for k, each in _spread_of(values).items()}
-        cosine = F.cosine_similarity(given.flatten(1), prediction.flatten(1), dim=1)
+        cosine = F.cosine_similarity(stepped.flatten(1), prediction.flatten(1), dim=1)
         found[f"{step}.cosine"] = cosine[:, None]
     return {f"{OWN_CALLS}{name}": values.double() for name, values in found.items()}
 
@@ -112,9 +87,9 @@ def columns_in(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _spread_of(values: Tensor) -> dict[str, Tensor]:
     """How a tensor's energy lies; a video's frames count as channels."""
-    if values.ndim < 4 or min(values.shape[-2:]) < _LEAST_SIDE:
+    images = values.flatten(1, -3) if values.ndim > 3 else values
+    if not is_image(images):
         return {"energy": _logs(values.flatten(1).square().sum(1, keepdim=True))}
-    images = values.flatten(1, -3)
     return {"energy": _logs(band_energies(images)), "lag": lag_cosines(images)}
 
 

@@ -25,13 +25,7 @@ from ood_monitor_integrations.diffusers.calls import (
     samples_of,
     size_of,
 )
-from ood_monitor_integrations.diffusers.capture import (
-    Capture,
-    DenoiserCall,
-    capturing,
-    hooked,
-    stepping,
-)
+from ood_monitor_integrations.diffusers.capture import Capture, DenoiserCall
 from ood_monitor_integrations.diffusers.changes import Changes
 from ood_monitor_integrations.diffusers.denoisers import called_in, denoiser_of
 from ood_monitor_integrations.diffusers.deployment import (
@@ -47,6 +41,7 @@ from ood_monitor_integrations.diffusers.own_calls import checked_updates, steps_
 from ood_monitor_integrations.diffusers.plan import WatchingPlan
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 from ood_monitor_integrations.diffusers.telling import Failures, Once
+from ood_monitor_integrations.diffusers.watching import capturing, hooked, stepping
 
 __all__ = ["BatchOf", "Counts", "PipelineMonitor"]
 

@@ -25,20 +25,14 @@ from ood_monitor_integrations.diffusers.calls import (
     parameters_of,
     samples_of,
 )
-from ood_monitor_integrations.diffusers.capture import (
-    Capture,
-    DenoiserCall,
-    Step,
-    capturing,
-    hooked,
-    stepping,
-)
+from ood_monitor_integrations.diffusers.capture import Capture, DenoiserCall, Step
 from ood_monitor_integrations.diffusers.denoisers import (
     called_in,
     check_pipeline,
     denoiser_of,
     original_of,
 )
+from ood_monitor_integrations.diffusers.watching import capturing, hooked, stepping
 
 __all__ = ["OF_STEPS", "RecordedCall", "needs_image", "record_call", "unguided_steps"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound, wrap
-from ood_monitor_integrations.diffusers.capture import hooked
+from ood_monitor_integrations.diffusers.watching import hooked
 from support.pipeline_cases import FEW, case_of, known, seeded_call
 from torch import Tensor
 

@@ -1,12 +1,14 @@
 """What a pipeline's own last steps show, at no pass of its denoiser more."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
-from ood_monitor_integrations.diffusers.own_calls import Update, columns_of
+from ood_monitor_integrations.diffusers.capture import Capture, Step
+from ood_monitor_integrations.diffusers.own_calls import columns_of
 from scipy.fft import dctn
 from support.pipeline_cases import case_of, seeded_call
 from torch import Tensor, nn
@@ -55,9 +57,12 @@ class Passes:
 # The columns.
 
 
-def updates(*shape: int, channels: int | None = None) -> list[Update]:
+def updates(*shape: int, channels: int | None = None) -> list[Step]:
     told = (shape[0], channels or shape[1], *shape[2:])
-    return [Update(torch.randn(shape), torch.randn(told), torch.randn(shape)) for _ in range(3)]
+    return [
+        Step((), None, torch.randn(told), 0, torch.randn(shape), torch.randn(shape))
+        for _ in range(3)
+    ]
 
 
 def energies(image: Tensor, edges: list[float]) -> list[float]:
@@ -84,7 +89,7 @@ def test_an_image_s_columns_are_those_of_its_cosine_transform(shape: tuple[int, 
             by_one = [(a * b).sum() / (a.norm() * b.norm()) for a, b in _neighbours(images)]
             lags = found[f"own_calls/{step}.{name}.lag"][:, 0].tolist()
             assert lags == pytest.approx([float(each) for each in by_one], abs=1e-6)
-        a, b = (each.flatten(1).double() for each in (update.given, update.prediction))
+        a, b = (each.flatten(1).double() for each in (update.stepped, update.prediction))
         cosine = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).tolist()
         assert found[f"own_calls/{step}.cosine"][:, 0].tolist() == pytest.approx(cosine, abs=1e-6)
 
@@ -104,19 +109,25 @@ def test_what_is_no_image_has_an_energy(shape: tuple[int, ...]) -> None:
 
 def test_of_a_learned_variance_the_prediction_counts_alone() -> None:
     given = updates(2, 4, 8, 8, channels=8)
-    halved = [Update(each.given, each.prediction[:, :4], each.sample) for each in given]
+    halved = [replace(each, prediction=each.prediction[:, :4]) for each in given]
     pairs = zip(columns_of(given, 2).values(), columns_of(halved, 2).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_what_a_pipeline_writes_into_afterwards_is_copied() -> None:
-    tensors = [torch.ones(2, 4, 8, 8) for _ in range(3)]
-    update = Update.copied(*tensors)
-    for tensor in tensors:
-        tensor.zero_()
-    assert update.given.all()
-    assert update.prediction.all()
-    assert update.sample.all()
+    network, capture = nn.Identity(), Capture(nn.Identity(), kept=2)
+    for number in range(3):
+        told, given, made = (torch.full((2, 4, 8, 8), float(number)) for _ in range(3))
+        capture.begin(capture.denoiser, (given,), {})
+        capture.end(capture.denoiser, network(told))
+        capture.step(None, number, told, given, made)
+        for tensor in (told, given, made):
+            tensor.fill_(-1.0)
+    capture.after(torch.zeros(2, 4, 8, 8))
+    kept = capture.call().updates
+    assert [float(step.prediction.max()) for step in kept] == [1.0, 2.0]
+    assert all(step.stepped.min() >= 0 and step.sample.min() >= 0 for step in kept)
+    assert all(step.calls == () for step in kept)
 
 
 # Watching.

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from ood_monitor_integrations.diffusers import replayed_bound
-from ood_monitor_integrations.diffusers.capture import Capture, capturing, stepping
+from ood_monitor_integrations.diffusers.capture import Capture
 from ood_monitor_integrations.diffusers.layouts import Layout, layouts_of
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from ood_monitor_integrations.diffusers.templates import Rows, filled, template
+from ood_monitor_integrations.diffusers.watching import capturing, stepping
 from support.further_pipeline_cases import FURTHER
 from support.given_pipeline_cases import GIVEN
 from support.pipeline_cases import PIPELINES, PipelineCase, seeded_call
