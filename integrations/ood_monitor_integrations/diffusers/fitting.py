@@ -1,65 +1,55 @@
 """Fitting a detector for a pipeline: on held-out images, or on what the pipeline itself makes."""
 
 import itertools
-import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
-import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 from ood_monitor import Detector, NoiseSchedule
-from ood_monitor.adapters.base import Batch, map_tensors
-from ood_monitor.checks import flag, items, number, seed_of, whole, word
+from ood_monitor.adapters.base import Batch
+from ood_monitor.checks import flag, seed_of, whole, word
 from ood_monitor.gradients.layers import Layers, checked_layers
-from ood_monitor_integrations.diffusers.arguments import SAMPLE
-from ood_monitor_integrations.diffusers.calls import original_class, parameters_of, size_of
+from ood_monitor_integrations.diffusers.calls import original_class
 from ood_monitor_integrations.diffusers.denoisers import (
     boundary_of,
-    check_pipeline,
     denoiser_of,
-    original_of,
 )
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
-from ood_monitor_integrations.diffusers.groups import adapters_in
-from ood_monitor_integrations.diffusers.inputs import check_images, encoded, image_argument
 from ood_monitor_integrations.diffusers.origin import Origin, What, settings_in
 from ood_monitor_integrations.diffusers.own_calls import STEPS
-from ood_monitor_integrations.diffusers.plan import WatchingPlan, check_free, planned
-from ood_monitor_integrations.diffusers.planning import costs_of, rows_of, runs_in_background
+from ood_monitor_integrations.diffusers.plan import checked_budget
+from ood_monitor_integrations.diffusers.planning import plan_of
 from ood_monitor_integrations.diffusers.reading import read
 from ood_monitor_integrations.diffusers.recorded_call import (
     RecordedCall,
-    needs_image,
     record_call,
     unguided_steps,
+)
+from ood_monitor_integrations.diffusers.recordings import (
+    Call,
+    Recording,
+    batch_of,
+    checked_calls,
+    first_samples,
+    held_out,
+    of_one_size,
+    own_samples,
 )
 from ood_monitor_integrations.diffusers.replay import LEVELS, SEED, ReplayedBound
 
 __all__ = ["fit_pipeline", "replayed_bound"]
 
-_log = logging.getLogger(__name__)
-
-#: Arguments of a pipeline's call.
-Call: TypeAlias = Mapping[str, Any]
-
 #: Of a size at least as many calibration samples are expected as make a group of its own, and twice
 #: the square root more, since the split into fit and calibration samples is random.
 _SPREAD = 2
 
-#: A recorded call, the images that take the place of its samples, if any do, and its arguments.
-_Recording: TypeAlias = tuple[RecordedCall, Any, Call]
-
 #: Steps of a call that is read until both of two experts denoise.
 _STEPS_OF_BOTH = (4, 12, 50)
-
-#: Samples that a pipeline is asked for at once where it can be.
-_AT_ONCE = 16
 
 
 def fit_pipeline(
@@ -121,11 +111,10 @@ def fit_pipeline(
         **options: Further ones of :class:`~ood_monitor.Detector`: with ``parts=["own_calls"]`` a
             call's own last three steps are looked at, which costs no pass and sees too few steps,
             other guidance and strong LoRAs; beside ``"output_layer"`` and ``"energies"``, the
-            default's parts, which see the rest. With ``any_size=True`` one
-            detector watches several sizes and, if they are switched between batches of data,
-            adapters such as LoRA's. Each that has ``minimum_group`` calibration samples is a group,
-            among which p-values compare a sample and the drift test ranks it; all others are new to
-            it, counted and not scored.
+            default's parts, which see the rest. With ``any_size=True`` one detector watches several
+            sizes and, if they are switched between batches of data, adapters such as LoRA's. Each
+            that has ``minimum_group`` calibration samples is a group, among which p-values compare
+            a sample and the drift test ranks it; all others are new to it, counted and not scored.
 
     Returns:
         The detector, for :func:`monitor_pipeline`. To load it again, see :func:`replayed_bound`.
@@ -142,108 +131,65 @@ def fit_pipeline(
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)
     if max_overhead is not None:
-        max_overhead = number("max_overhead", max_overhead, 0, ends="()")
-        chosen = {name: options.get(name) for name in ("method", "parts", "density", "granularity")}
-        check_free({"levels": levels, "ratios": ratios} | chosen)
-    calls = _calls(call, data)
+        max_overhead = checked_budget(max_overhead, {"levels": levels, "ratios": ratios} | options)
+    calls = checked_calls(call, data)
     kept = _steps_of(options.get("parts"), data, watches)
-    recordings: Iterator[_Recording] = (
-        _own_samples(pipe, calls, seed, kept)
+    recordings: Iterator[Recording] = (
+        own_samples(pipe, calls, seed, kept)
         if data is None
-        else _held_out(pipe, data, calls[0], seed)
+        else held_out(pipe, data, calls[0], seed)
     )
     first = list(itertools.islice(recordings, len(calls)))
     if not first:
         raise ValueError("Expected held-out batches, got an empty iterable.")
     adapter = replayed_bound(
         pipe,
-        call=first[0][2],
+        call=first[0].arguments,
         levels=LEVELS if levels is None else levels,
         ratios=2 if ratios is None else ratios,
         condition_check=condition_check,
         seed=seed,
     )
-    origin = _origin(pipe, data, watches, [arguments for *_, arguments in first])
+    origin = _origin(pipe, data, watches, [each.arguments for each in first])
     if max_overhead is not None:
-        plan = _plan(pipe, adapter, origin, first, max_overhead, seed)
+        plan = plan_of(pipe, adapter, origin, first, max_overhead, seed)
         origin, adapter = replace(origin, plan=plan), adapter.with_ratios(plan.ratios)
     adapter.origin = origin.dump()
     source = "held-out images" if origin.samples == "images" else "the pipeline's own samples"
-    several = len({found.call.sample.shape[1:] for found, *_ in first}) > 1
-    settings: dict[str, Any] = {"source": source, "any_size": several} | options
-    detector = Detector(adapter, layers=layers, **settings)
+    detector = _unfitted(adapter, first, samples, {"layers": layers, "source": source} | options)
+    batches = (batch_of(pipe, adapter, each) for each in itertools.chain(first, recordings))
+    return _fitted(pipe, detector, first_samples(batches, samples), progress)
+
+
+def _unfitted(
+    adapter: ReplayedBound, first: Sequence[Recording], samples: int, options: dict[str, Any]
+) -> Detector:
+    """A detector for any size if the calls' samples come in several."""
+    several = len({each.found.call.sample.shape[1:] for each in first}) > 1
+    detector = Detector(adapter, **{"any_size": several} | options)
     if detector.any_size and len(first) > 1:
         _check_sizes(detector, first, samples)
-    batches = (_batch(pipe, adapter, *each) for each in itertools.chain(first, recordings))
-    return _fitted(pipe, detector, _first(batches, samples), progress)
-
-
-def _plan(
-    pipe: Any,
-    adapter: ReplayedBound,
-    origin: Origin,
-    first: Sequence[_Recording],
-    max_overhead: float,
-    seed: int,
-) -> WatchingPlan:
-    """Within a budget, by the shortest of the calls."""
-    plan = planned(
-        max_overhead,
-        min(_rows(pipe, origin, recording, seed) for recording in first),
-        costs_of(pipe, adapter, first[0][0]),
-        watched=2 if origin.watches == "both" else 1,
-        in_background=runs_in_background(pipe, Detector(adapter)),
-    )
-    _log.log(logging.WARNING if plan.gives_up else logging.INFO, "Calls are watched %s", plan)
-    return plan
-
-
-def _rows(pipe: Any, origin: Origin, recording: _Recording, seed: int) -> float:
-    """Of the denoiser in a whole call, as its own samples are made by, for each of its samples."""
-    found, _, arguments = recording
-    if origin.samples == "own samples":
-        return found.call.rows / found.count
-    return rows_of(pipe, arguments, found.count, seed)
+    return detector
 
 
 def _fitted(pipe: Any, detector: Detector, batches: Iterable[Batch], progress: bool) -> Detector:
     denoiser = denoiser_of(pipe)
     check_deployment(pipe, denoiser, "sync", detector)
     with scorable(pipe, denoiser):
-        detector.fit(batches if detector.any_size else _of_one_size(batches), progress=progress)
+        detector.fit(batches if detector.any_size else of_one_size(batches), progress=progress)
     _check_groups(detector)
     return detector
 
 
-def _calls(call: Call | Sequence[Call] | None, data: Any) -> list[dict[str, Any]]:
-    """The arguments of calls that are made in turn.
-
-    Raises:
-        ValueError: None, or several with images, each batch of which has a call of its own.
-        TypeError: Something else.
-    """
-    if call is None or isinstance(call, Mapping):
-        return [dict(call or {})]
-    found = items("call", call)
-    if not all(isinstance(each, Mapping) for each in found):
-        raise TypeError(f"Expected arguments of a call, or a list of such, got {call!r}.")
-    if not found or (data is not None and len(found) > 1):
-        raise ValueError(
-            f"Expected several calls without images, got {len(found)}: give each batch of images "
-            "with arguments of its own, `(images, {'height': ...})`."
-        )
-    return [dict(each) for each in found]
-
-
-def _check_sizes(detector: Detector, first: Sequence[_Recording], samples: int) -> None:
+def _check_sizes(detector: Detector, first: Sequence[Recording], samples: int) -> None:
     """Refuse too few samples for groups of their own before they are made.
 
     Raises:
         ValueError: They are.
     """
     counts = Counter[Any]()
-    for found, *_ in first:
-        counts[found.call.sample.shape[1:]] += found.count
+    for each in first:
+        counts[each.found.call.sample.shape[1:]] += each.found.count
     needed = detector.minimum_group + _SPREAD * math.sqrt(detector.minimum_group)
     share = min(counts.values()) / counts.total() * detector.calibration_fraction
     if samples * share < needed:
@@ -266,24 +212,6 @@ def _check_groups(detector: Detector) -> None:
             f"Expected a size with minimum_group={detector.minimum_group} calibration samples, got "
             f"{dict(Counter(fitted.grouped.labels))}: give more samples, or a smaller minimum."
         )
-
-
-def _of_one_size(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, unless their samples come in several shapes.
-
-    Raises:
-        ValueError: They do.
-    """
-    shape = None
-    for batch in batches:
-        found = batch[SAMPLE].shape[1:]
-        shape = found if shape is None else shape
-        if found != shape:
-            raise ValueError(
-                f"Expected samples of one size, got {tuple(shape)} and {tuple(found)}: fit with "
-                "any_size=True."
-            )
-        yield batch
 
 
 def _origin(pipe: Any, data: Any, watches: What | None, calls: Sequence[Call]) -> Origin:
@@ -357,32 +285,6 @@ def _call_to_read(pipe: Any, arguments: dict[str, Any], seed: int) -> RecordedCa
     )
 
 
-def _held_out(
-    pipe: Any, data: Iterable[Any], call: dict[str, Any], seed: int
-) -> Iterator[_Recording]:
-    check_pipeline(pipe)
-    common: RecordedCall | None = None
-    needs: bool | None = None
-    adapters = ""
-    for item in data:
-        images, own = item if isinstance(item, tuple | list) and _is_pair(item) else (item, None)
-        check_images(pipe, images)  # before the pipeline is called with them
-        arguments = call | dict(own or {})
-        needs = needs_image(pipe, arguments, seed) if needs is None else needs
-        if needs:
-            arguments = {image_argument(parameters_of(pipe)): images} | arguments
-        # What does not depend on the batch is recorded once for the adapters that are on.
-        before, adapters = adapters, adapters_in(original_of(denoiser_of(pipe)))
-        is_same = own is None and arguments.keys() == call.keys() and adapters == before
-        if common is None or not is_same:
-            common = record_call(pipe, arguments, seed)
-        yield common, images, arguments
-
-
-def _is_pair(item: Sequence[Any]) -> bool:
-    return len(item) == 2 and isinstance(item[1], Mapping)
-
-
 def _steps_of(parts: Any, data: Any, watches: What | None) -> int:
     """How many last steps of calls a detector of such parts looks at.
 
@@ -398,66 +300,3 @@ def _steps_of(parts: Any, data: Any, watches: What | None) -> int:
             "of it made: fit without images."
         )
     return STEPS
-
-
-def _own_samples(
-    pipe: Any, calls: list[dict[str, Any]], seed: int, kept: int
-) -> Iterator[_Recording]:
-    """Of calls in turn, each with a seed of its own.
-
-    Raises:
-        ValueError: A call again, with another seed, gives the same samples.
-    """
-    check_pipeline(pipe)
-    takes_size = "batch_size" in parameters_of(pipe)
-    firsts = dict[int, Tensor]()
-    for turn, (place, call) in enumerate(itertools.cycle(enumerate(calls))):
-        size = {"batch_size": _AT_ONCE} if takes_size and "batch_size" not in call else {}
-        found = record_call(pipe, call, seed + turn, "whole", kept=kept, if_taken=size)
-        sample = found.call.sample
-        if place in firsts and _are_same(firsts[place], sample):
-            raise ValueError(
-                "Expected samples that differ from call to call, got the same with seeds "
-                f"{seed + turn - len(calls)} and {seed + turn}: the pipeline's noise is fixed "
-                "by the call's arguments, such as `latents` or a `generator`, or drawn from a "
-                "generator of its own: leave them out of `call`, have the pipeline take a "
-                "`generator`, or fit on images."
-            )
-        firsts[place] = sample
-        yield found, None, call
-
-
-def _are_same(a: Tensor, b: Tensor) -> bool:
-    """But for what a device rounds by chance."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
-def _batch(
-    pipe: Any, adapter: ReplayedBound, found: RecordedCall, images: Any, arguments: Call
-) -> dict[str, Tensor]:
-    batch = adapter.batch(found.call, found.count)
-    if images is None:
-        return batch
-    latents = encoded(pipe, images, batch[SAMPLE][:1], size_of(pipe, arguments))
-    return {SAMPLE: latents} | _expanded(batch, len(latents))
-
-
-def _expanded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The conditions of so many images, or of one for all of them."""
-    given, batch = len(batch[SAMPLE]), {k: t for k, t in batch.items() if k != SAMPLE}
-    if batch and given not in (1, count):
-        raise ValueError(
-            f"Expected a call's conditions for 1 or all {count} images of a batch, got {given}."
-        )
-    return {k: t.expand(count, *t.shape[1:]) if given == 1 else t for k, t in batch.items()}
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """Batches up to so many samples."""
-    left = samples
-    for batch in batches:
-        count = min(left, len(batch[SAMPLE]))
-        yield map_tensors(lambda tensor, count=count: tensor[:count], batch)  # type: ignore[misc]
-        left -= count
-        if not left:
-            return

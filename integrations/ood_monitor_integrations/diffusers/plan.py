@@ -10,9 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, TypeAlias
 
 from ood_monitor import Detector
+from ood_monitor.checks import number
 from ood_monitor_integrations.diffusers.deployment import Mode
 
-__all__ = ["ONE_LEVEL", "Ratios", "SampleCost", "WatchingPlan", "check_free", "planned", "together"]
+__all__ = [
+    "ONE_LEVEL",
+    "Ratios",
+    "SampleCost",
+    "WatchingPlan",
+    "checked_budget",
+    "planned",
+    "together",
+]
 
 #: Where a sample without noise is looked at, as of `DenoisingBound`.
 Ratios: TypeAlias = Literal[2, 3] | tuple[float, ...]
@@ -23,8 +32,9 @@ ONE_LEVEL = (1.0,)
 #: Shares of samples are whole multiples of it, which is the least.
 _RATE = 1e-3
 
-#: What the budget's plan takes, of options that choose the same.
-_FREE = {"method": (None, "forward"), "granularity": (None, "tensor")}
+#: Options that choose what the budget's plan is to choose, and what it takes of them.
+_CHOOSING = ("levels", "ratios", "method", "parts", "density", "granularity")
+_SAME = {"method": "forward", "granularity": "tensor"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,10 @@ class SampleCost:
 
     Attributes:
         ratios: Where it is looked at.
-        passes: Of the denoiser on it, as counted.
-        forwards: The time that they take, in plain passes on one sample, as measured.
+        forwards: The time that it takes, in plain passes on one sample, as measured.
     """
 
     ratios: Ratios
-    passes: int
     forwards: float
 
 
@@ -57,8 +65,7 @@ class WatchingPlan:
         mode: When: ``"sync"`` before a call returns, or ``"background"``.
         call_rows: Rows that the denoiser is given in a call for each of its samples, counted: of
             guidance two a step.
-        passes: Of the denoiser that score a sample once, counted.
-        forwards: How long these take, in passes on one row, measured at the fit.
+        forwards: How long scoring a sample once takes, in passes on one row, measured at the fit.
         watched: How often a sample is scored: once, or 2 for outputs and inputs.
     """
 
@@ -67,7 +74,6 @@ class WatchingPlan:
     sample_rate: float
     mode: Mode
     call_rows: float
-    passes: int
     forwards: float
     watched: int = 1
 
@@ -105,7 +111,7 @@ class WatchingPlan:
         """What is less than without a budget, in words."""
         found = []
         if self.ratios != 2:
-            found.append("one level in place of two, by which less is detected (docs/choosing.md)")
+            found.append("a level less, by which less is detected (docs/choosing.md)")
         if self.sample_rate < 1:
             found.append(
                 f"{1 - self.sample_rate:.1%} of samples are not scored, and a drift is found after "
@@ -153,7 +159,7 @@ def planned(
     """
 
     def plan(cost: SampleCost, rate: float, mode: Mode) -> WatchingPlan:
-        way = (cost.ratios, rate, mode, call_rows, cost.passes, cost.forwards)
+        way = (cost.ratios, rate, mode, call_rows, cost.forwards)
         return WatchingPlan(max_overhead, *way, watched)
 
     tried = []
@@ -184,7 +190,6 @@ def together(plans: Sequence[WatchingPlan]) -> WatchingPlan:
         ratios=min((plan.ratios for plan in plans), key=_levels),
         sample_rate=1.0 if share <= least else _rate(least, share),
         mode="background" if is_later else "sync",
-        passes=sum(plan.passes for plan in plans),
         forwards=share * first.call_rows,
         watched=1,
     )
@@ -206,15 +211,18 @@ def _rate(max_overhead: float, share: float) -> float:
     return rate
 
 
-def check_free(given: Mapping[str, Any]) -> None:
-    """Refuse options that choose what a budget's plan is to choose.
+def checked_budget(max_overhead: float, given: Mapping[str, Any]) -> float:
+    """A budget, beside options of which none chooses what its plan is to choose.
 
     Raises:
-        ValueError: One is given.
+        TypeError: It is no number.
+        ValueError: It is not positive, or one is given that does.
     """
-    for name, value in given.items():
-        if value not in _FREE.get(name, (None,)):
+    for name in _CHOOSING:
+        value = given.get(name)
+        if value is not None and not (isinstance(value, str) and value == _SAME.get(name)):
             raise ValueError(
                 f"Expected max_overhead= to choose how samples are looked at, without noise, got "
                 f"{name}={value!r} beside it: leave out one of them."
             )
+    return number("max_overhead", max_overhead, 0, ends="()")

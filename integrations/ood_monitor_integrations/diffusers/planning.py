@@ -1,5 +1,6 @@
 """The plan of a pipeline within a budget: what its call costs, counted, and a sample, measured."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,28 +11,78 @@ from ood_monitor import Detector
 from ood_monitor.adapters.base import Batch, pieces
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.deployment import check_deployment, scorable
-from ood_monitor_integrations.diffusers.plan import ONE_LEVEL, Ratios, SampleCost
+from ood_monitor_integrations.diffusers.origin import Origin
+from ood_monitor_integrations.diffusers.plan import (
+    ONE_LEVEL,
+    Ratios,
+    SampleCost,
+    WatchingPlan,
+    planned,
+)
 from ood_monitor_integrations.diffusers.recorded_call import OF_STEPS, RecordedCall, record_call
+from ood_monitor_integrations.diffusers.recordings import Recording
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
 from ood_monitor_integrations.diffusers.timing import forwards_without_noise
 
-__all__ = ["costs_of", "rows_of", "runs_in_background"]
+__all__ = ["plan_of", "rows_of"]
 
-#: Ways to look at a sample, the best first, and the passes that each takes.
-_WAYS: tuple[tuple[Ratios, int], ...] = ((2, 2), (ONE_LEVEL, 1))
+_log = logging.getLogger(__name__)
+
+#: Ways to look at a sample, the best first.
+_WAYS: tuple[Ratios, ...] = (2, ONE_LEVEL)
 
 #: How often a sample's cost is measured, of which the median counts.
 _ROUNDS = 5
 
 
-def costs_of(pipe: Any, adapter: ReplayedBound, found: RecordedCall) -> Iterator[SampleCost]:
+def plan_of(
+    pipe: Any,
+    adapter: ReplayedBound,
+    origin: Origin,
+    first: Sequence[Recording],
+    max_overhead: float,
+    seed: int,
+) -> WatchingPlan:
+    """How a pipeline is watched within a budget, by the shortest of its calls; the log has it.
+
+    Args:
+        pipe: The pipeline.
+        adapter: Of it.
+        origin: What the detector is fitted on.
+        first: A recording of each call.
+        max_overhead: The budget.
+        seed: Of calls that are made to be counted.
+
+    Raises:
+        ValueError: As of :func:`~ood_monitor_integrations.diffusers.plan.planned`.
+    """
+    plan = planned(
+        max_overhead,
+        min(_rows(pipe, origin, recording, seed) for recording in first),
+        _costs_of(pipe, adapter, first[0].found),
+        watched=2 if origin.watches == "both" else 1,
+        in_background=_runs_in_background(pipe, Detector(adapter)),
+    )
+    _log.log(logging.WARNING if plan.gives_up else logging.INFO, "Calls are watched %s", plan)
+    return plan
+
+
+def _rows(pipe: Any, origin: Origin, recording: Recording, seed: int) -> float:
+    """Of the denoiser in a whole call, as its own samples are made by, for each of its samples."""
+    found = recording.found
+    if origin.samples == "own samples":
+        return found.call.rows / found.count
+    return rows_of(pipe, recording.arguments, found.count, seed)
+
+
+def _costs_of(pipe: Any, adapter: ReplayedBound, found: RecordedCall) -> Iterator[SampleCost]:
     """What scoring a sample of a call costs, by each way, measured when it is asked for."""
     batch: Batch = next(iter(pieces(adapter.batch(found.call, found.count), 1)))
-    for ratios, levels in _WAYS:
+    for ratios in _WAYS:
         bound = adapter.with_ratios(ratios)
         with scorable(pipe, denoiser_of(pipe)):
             _, forwards = forwards_without_noise(bound, batch, _ROUNDS)
-        yield SampleCost(ratios, levels + bound.has_null_condition, forwards)
+        yield SampleCost(ratios, forwards)
 
 
 def rows_of(pipe: Any, arguments: Mapping[str, Any], count: int, seed: int) -> float:
@@ -70,7 +121,7 @@ def _is_of_each(value: Any, count: int) -> bool:
     return is_sized and len(value) == count
 
 
-def runs_in_background(pipe: Any, detector: Detector) -> bool:
+def _runs_in_background(pipe: Any, detector: Detector) -> bool:
     """Whether a pipeline can be watched so as it is now."""
     try:
         check_deployment(pipe, denoiser_of(pipe), "background", detector)

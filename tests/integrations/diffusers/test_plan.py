@@ -27,7 +27,7 @@ TEXT, IMAGE, PIXELS = case_of("stable-diffusion"), case_of("img2img"), case_of("
 SETTINGS: dict[str, Any] = {"explain": 0, "progress": False, "samples": 44}
 
 #: Of a network whose watched passes take a tenth more than plain ones.
-COSTS = (SampleCost(2, 2, 2.2), SampleCost(ONE_LEVEL, 1, 1.1))
+COSTS = (SampleCost(2, 2.2), SampleCost(ONE_LEVEL, 1.1))
 
 #: A budget that no way keeps to on any machine, and one that all do.
 TIGHT, LOOSE = 0.02, 1_000.0
@@ -136,9 +136,9 @@ def test_a_plan_is_told_saved_and_gone_by(budget: float, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         detector = fitted(pipe, max_overhead=budget)
     plan = plan_of(detector)
-    cost = SampleCost(plan.ratios, plan.passes, plan.forwards)
+    cost = SampleCost(plan.ratios, plan.forwards)
     assert plan == planned(budget, 3, [cost])
-    assert (plan.ratios, plan.passes) == ((2, 2) if budget == LOOSE else (ONE_LEVEL, 1))
+    assert plan.ratios == (2 if budget == LOOSE else ONE_LEVEL)
     assert f"Calls are watched {plan}" in caplog.messages
     state = detector.state_dict()
     call = {"num_inference_steps": 3}
