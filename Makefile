@@ -77,7 +77,8 @@ format: $(INSTALLED)
 bench: benchmark-peers
 	$(BIN)/python -m benchmarks.integrations.lightning --json benchmarks/results/lightning.json
 	$(BIN)/python -m benchmarks.integrations.diffusers --part latency --json benchmarks/results/diffusers_latency.json
-	$(BIN)/python -m benchmarks.integrations.real_sizes --scale 0.1 --json benchmarks/results/real_sizes.json
+	$(BIN)/python -m benchmarks.integrations.real_sizes --scale 0.1 --model 'SD 1.5' --rounds 3 \
+		--json benchmarks/results/real_sizes.json
 	$(BIN)/python -m benchmarks.cost.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.cost.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png

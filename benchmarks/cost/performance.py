@@ -88,7 +88,7 @@ PARTS = [
     Part(
         "real_sizes",
         "Denoisers of real sizes",
-        "integrations.real_sizes --scale 0.1",
+        "integrations.real_sizes --scale 0.1 --model 'SD 1.5' --rounds 3",
         sections.real_sizes_figures,
         sections.real_sizes_section,
     ),

@@ -265,14 +265,20 @@ def models(data: Path, on: str, names: list[str]) -> Iterator[tuple[str, Watched
             yield name, watched, make, kinds.weights_file(name)
 
 
-def quick() -> Iterator[Row]:
+def tiny() -> tuple[Watched, nn.Module, dict[str, Tensor], Any]:
+    """A model of digits, trained for seconds, the sets that it is judged on, and facts of that."""
     sets = protocol.digits()
     images = sets.pop("train")
     torch.manual_seed(0)
     watched = trained.tiny()[CORRUPTED]
     module = watched.make()
     facts = trained.train(module, watched, images)
-    for row in rows(CORRUPTED, watched, bound, module.eval(), sets):
+    return watched, module.eval(), sets, facts
+
+
+def quick() -> Iterator[Row]:
+    watched, module, sets, facts = tiny()
+    for row in rows(CORRUPTED, watched, bound, module, sets):
         yield {"on": "digits", "training": facts} | row
 
 

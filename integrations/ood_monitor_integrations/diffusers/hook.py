@@ -174,11 +174,7 @@ def watcher_of(
         word("mode", mode, get_args(Mode))
     if sample_rate is not None:
         Choice(sample_rate, max_latency_ms, seed)  # checked before a monitor is made
-    if "ood_monitor" in pipe.__dict__:
-        raise ValueError(
-            f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}: "
-            "its calls are scored already; `pipe.ood_monitor.detach()` ends that."
-        )
+    _check_unwatched(pipe)
     queue_size = whole("queue_size", queue_size, 1)
     raise_on_error = flag("raise_on_error", raise_on_error)
     if batch is not None:
@@ -188,12 +184,7 @@ def watcher_of(
     mode = mode or (plan.mode if plan else "sync")
     if sample_rate is None:
         sample_rate = plan.sample_rate if plan else 1.0
-    for name, each in monitors.items():
-        _check(pipe, each.detector, mode, has_batch=batch is not None)
-        if origin := Origin.of(each.detector):
-            origin.check(name)
-    if "inputs" in monitors:
-        _check_inputs(pipe, monitors["inputs"].detector)
+    _check_all(pipe, monitors, mode, has_batch=batch is not None)
     return PipelineMonitor(
         pipe,
         monitors,
@@ -203,6 +194,24 @@ def watcher_of(
         raise_on_error=raise_on_error,
         plan=plan and replace(plan, sample_rate=sample_rate, mode=mode),
     )
+
+
+def _check_unwatched(pipe: Any) -> None:
+    if "ood_monitor" in pipe.__dict__:
+        raise ValueError(
+            f"Expected a pipeline that is not watched yet, got a watched {type(pipe).__name__}: "
+            "its calls are scored already; `pipe.ood_monitor.detach()` ends that."
+        )
+
+
+def _check_all(pipe: Any, monitors: Mapping[str, Monitor], mode: Mode, *, has_batch: bool) -> None:
+    """Refuse, by name, what one of the monitors cannot watch."""
+    for name, each in monitors.items():
+        _check(pipe, each.detector, mode, has_batch=has_batch)
+        if origin := Origin.of(each.detector):
+            origin.check(name)
+    if "inputs" in monitors:
+        _check_inputs(pipe, monitors["inputs"].detector)
 
 
 def _plan(monitors: Mapping[str, Monitor], *, is_said: bool) -> WatchingPlan | None:

@@ -36,11 +36,11 @@ from ood_monitor_integrations.diffusers.deployment import (
 )
 from ood_monitor_integrations.diffusers.groups import group_in, is_fitted_on
 from ood_monitor_integrations.diffusers.inputs import copied, count_of, encoded, image_argument
-from ood_monitor_integrations.diffusers.origin import Origin, settings_in
+from ood_monitor_integrations.diffusers.origin import Origin
 from ood_monitor_integrations.diffusers.own_calls import checked_updates, steps_kept
 from ood_monitor_integrations.diffusers.plan import WatchingPlan
 from ood_monitor_integrations.diffusers.replay import ReplayedBound
-from ood_monitor_integrations.diffusers.telling import Failures, Once
+from ood_monitor_integrations.diffusers.telling import Failures, UnlikeTheFit
 from ood_monitor_integrations.diffusers.watching import capturing, hooked, stepping
 
 __all__ = ["BatchOf", "Counts", "PipelineMonitor"]
@@ -128,18 +128,14 @@ class PipelineMonitor:
         self.alerts: deque[Alert] = deque(maxlen=_ALERTS)
         self._pipe, self._original = pipe, original_class(pipe)
         self._choice, self._worker, self._raise_on_error = choice, worker, raise_on_error
-        self._batch, self.plan, self._budgets = batch, plan, Once()
+        self._batch, self.plan = batch, plan
         self._counts, self._lock = Counts(), Lock()
         self._last = dict[str, Scores]()
         denoiser = denoiser_of(pipe)
         self._changes = Changes(denoiser, self.monitor)
         for monitor in self.monitors.values():
             monitor.read_weights_in_background()
-        self._origin, self._settings, self._groups = (
-            Origin.of(self.monitor.detector),
-            Once(),
-            Once(),
-        )
+        self._unlike = UnlikeTheFit(self._original, Origin.of(self.monitor.detector), plan)
         self._failures = Failures()
         self._hooks, self._hooked = ExitStack(), list[Any]()
         self._follow(pipe)
@@ -244,11 +240,11 @@ class PipelineMonitor:
             call = capture.call()
             samples = count(output, call.last.stepped)
             given = arguments()
-            self._tell_of_settings(given)
+            self._unlike.tell_of_settings(given)
             if getattr(pipe, "_interrupt", False):  # what is half denoised is no image
                 self._count(interrupted=samples)
                 return output, scores
-            self._tell_of_rows(call.rows / samples)
+            self._unlike.tell_of_rows(call.rows / samples)
             tasks = [self._task(pipe, what, call, samples, given) for what in self.monitors]
             if any(task.rows for task in tasks):
                 self._check(pipe, capture.denoiser)
@@ -334,7 +330,7 @@ class PipelineMonitor:
         count = samples if images is None else count_of(images)
         group = self._group(pipe, what, call, samples)
         if not is_fitted_on(self.monitors[what].detector, group):
-            self._tell_of_group(group)
+            self._unlike.tell_of_group(group)
             return _Task(pipe, what, dict, [], count, group, is_new=True)
         rows = self._choice.rows(count)
         if not rows:
@@ -357,15 +353,6 @@ class PipelineMonitor:
         if self._batch is None and isinstance(detector.adapter, ReplayedBound):
             return group_in(detector, {SAMPLE: call.sample[:1]})  # replaying nothing for a shape
         return group_in(detector, self._taken(pipe, what, call, samples))
-
-    def _tell_of_group(self, group: str) -> None:
-        """Of one that the detector was not fitted on, once."""
-        if self._groups.is_new(group):
-            _log.warning(
-                "A size, or adapters, that the detector was not fitted on: %s. Such samples are "
-                "counted and not scored; to watch them, fit with enough of them.",
-                group,
-            )
 
     def _taken(self, pipe: Any, what: str, call: DenoiserCall, samples: int) -> Batch:
         """The detector's batch of a call, whose last step is replayed where none like it was."""
@@ -419,27 +406,6 @@ class PipelineMonitor:
     def _run_later(self, task: _Task) -> None:
         with self._never_failing(may_raise=False):
             self._run(task)
-
-    def _tell_of_settings(self, arguments: Mapping[str, Any]) -> None:
-        """Of a call whose samples are made otherwise than those that the detector was fitted on."""
-        if self._origin is None or not arguments:
-            return
-        others = self._origin.others(settings_in(self._original, arguments))
-        told = "; ".join(f"{name}={b!r}, not {a!r}" for name, (a, b) in others.items())
-        if told and self._settings.is_new(told):
-            _log.warning("A call unlike those of the fit, whose samples may differ: %s.", told)
-
-    def _tell_of_rows(self, rows: float) -> None:
-        """Of a call that is shorter than the budget was planned for, once for each length."""
-        if self.plan is None or rows >= self.plan.call_rows:
-            return
-        if self._budgets.is_new(f"{rows:g}"):
-            _log.warning(
-                "A call that gives its denoiser %g rows a sample, for which watching was not "
-                "planned: scoring takes a larger share of its time than of the %g rows planned.",
-                rows,
-                self.plan.call_rows,
-            )
 
     @contextmanager
     def _never_failing(self, may_raise: bool = True) -> Iterator[None]:

@@ -80,8 +80,8 @@ def test_what_is_given_up_is_told() -> None:
     assert "ratios=2, sample_rate=1, mode='sync'" in str(whole)
     assert "27.50% of a call's time on average, of max_overhead=0.3: 2.2 passes" in str(whole)
     assert str(whole).endswith("beside the call's 8. Given up: nothing.")
-    assert [told.split()[0] for told in one.gives_up] == ["one"]
-    assert [told.split()[0] for told in share.gives_up] == ["one", "27.3%", "scores"]
+    assert [told.split()[0] for told in one.gives_up] == ["a"]
+    assert [told.split()[0] for told in share.gives_up] == ["a", "27.3%", "scores"]
     assert "a drift is found after 1.38 times as many" in str(share)
 
 
