@@ -78,7 +78,7 @@ def _rows(pipe: Any, origin: Origin, recording: Recording, seed: int) -> float:
 def _costs_of(pipe: Any, adapter: ReplayedBound, found: RecordedCall) -> Iterator[SampleCost]:
     """What scoring a sample of a call costs, by each way, measured when it is asked for."""
     batch: Batch = next(iter(pieces(adapter.batch(found.call, found.count), 1)))
-    for ratios in _WAYS:
+    for ratios in _WAYS[:1] if adapter.has_experts else _WAYS:  # one level is of one expert
         bound = adapter.with_ratios(ratios)
         with scorable(pipe, denoiser_of(pipe)):
             _, forwards = forwards_without_noise(bound, batch, _ROUNDS)

@@ -138,9 +138,14 @@ class ReplayedBound(Adapter):
         return other
 
     def with_ratios(self, ratios: Literal[2, 3] | Sequence[float]) -> "ReplayedBound":
-        """The same bound, whose residuals are taken at other ratios of noise to signal."""
+        """The same bound, whose residuals are taken at other ratios of noise to signal.
+
+        Raises:
+            ValueError: They are those of one of two experts alone.
+        """
         other = copy.copy(self)
-        other._bound = self._bound.with_ratios(ratios)
+        _, of_both = of_both_experts(self._reading, self.levels, ratios)
+        other._bound = self._bound.with_ratios(of_both)
         other._ratios = ratios
         return other
 
@@ -165,11 +170,11 @@ class ReplayedBound(Adapter):
 
     def residuals_at_once(self, batch: Batch) -> tuple[tuple[str, ...], Tensor] | None:
         """All levels in one batch; None of two experts, which take their own."""
-        return None if self._has_experts else self._bound.residuals_at_once(batch)
+        return None if self.has_experts else self._bound.residuals_at_once(batch)
 
     def one_pass(self, batch: Batch) -> OnePass | None:
         """All levels at once; None of two experts."""
-        return None if self._has_experts else self._bound.one_pass(batch)
+        return None if self.has_experts else self._bound.one_pass(batch)
 
     def batch(
         self,
@@ -252,7 +257,8 @@ class ReplayedBound(Adapter):
             self._verified = {each for each in self._verified if each[1] != kind}
 
     @property
-    def _has_experts(self) -> bool:
+    def has_experts(self) -> bool:
+        """Whether two networks denoise in turn, each of which has a level of its own."""
         return self._reading.boundary is not None
 
     def _verify_other(self, call: DenoiserCall, count: int, batch: Mapping[str, Tensor]) -> None:
@@ -261,7 +267,7 @@ class ReplayedBound(Adapter):
         Raises:
             ValueError: It is called otherwise, or not at all; or gives another prediction.
         """
-        if not self._has_experts:
+        if not self.has_experts:
             return
         own = call.last.expert
         others = [i for i, s in enumerate(call.steps) if s.calls and s.expert not in (own, -1)]

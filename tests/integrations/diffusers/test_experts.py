@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ood_monitor_integrations.diffusers import fit_pipeline, monitor_pipeline, replayed_bound
+from ood_monitor_integrations.diffusers import (
+    WatchingPlan,
+    fit_pipeline,
+    monitor_pipeline,
+    replayed_bound,
+)
 from ood_monitor_integrations.diffusers.denoisers import denoiser_of
 from ood_monitor_integrations.diffusers.recorded_call import record_call
 from support.model_case import perturbed
@@ -117,6 +122,21 @@ def test_a_saved_detector_is_loaded_for_both(tmp_path: Any) -> None:
     loaded = om.Detector.from_pretrained(tmp_path, adapter)
     batch = detector.adapter.batch(*recorded(pipe))
     assert torch.equal(loaded.score(batch).score, detector.score(batch).score)
+
+
+@pytest.mark.parametrize("budget", [1_000.0, 0.02])
+def test_a_budget_leaves_both_a_level(budget: float, tmp_path: Any) -> None:
+    pipe, call = CASE(), CASE.call_of_one()
+    detector = fitted(pipe, max_overhead=budget, explain=0)
+    plan = WatchingPlan.of(detector)
+    assert plan is not None
+    assert (plan.ratios, plan.sample_rate < 1) == (2, budget < 1)
+    levels = {name.split("/")[1] for name in detector.fitted.layers}
+    assert levels == OF["transformer"] | OF["transformer_2"]
+    detector.save_pretrained(tmp_path / "saved", card=False)
+    adapter = replayed_bound(pipe, call=call, ratios=plan.ratios)
+    loaded = om.Detector.from_pretrained(tmp_path / "saved", adapter)
+    assert loaded.fitted.layers == detector.fitted.layers
 
 
 def test_one_that_is_not_called_is_left_out() -> None:
