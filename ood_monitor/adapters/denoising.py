@@ -7,6 +7,7 @@ network's prediction :math:`\hat y(x_t, t)` is compared with what it should be, 
 ``"epsilon"``             :math:`\epsilon`
 ``"sample"``              :math:`x`
 ``"v_prediction"``        :math:`\alpha_t \epsilon - \sigma_t x`
+``"edm"``                 :math:`\sigma_t x - \alpha_t \epsilon`
 ``"flow_prediction"``     :math:`\epsilon - x`
 ``"velocity"``            :math:`x - \epsilon`
 ========================  =================================================
@@ -341,7 +342,8 @@ class DenoisingBound(Adapter):
         x = checked_floating(self._inputs(batch))
         if x.ndim < 2:
             raise ValueError(f"Expected floating-point samples (B, C, ...), got {describe(x)}.")
-        return x if self._normalise is None else _normalised(x, self._normalise)
+        x = x if self._normalise is None else _normalised(x, self._normalise)
+        return x if self.schedule.sigma_data == 1 else x / self.schedule.sigma_data
 
     def _noise(self, x: Tensor, level: int) -> Tensor:
         """All draws at a level, shape (draws, C, ...), or twice as many with their negatives."""
@@ -378,7 +380,9 @@ class DenoisingBound(Adapter):
         weight = float(snr[0] if level == 0 else snr[level - 1] - snr[level])
         term = -0.5 * weight * self._prediction.scale(alpha, sigma) ** 2 * squared_error
         if level == 0:
-            term = term + 0.5 * dimensions * math.log(float(snr[0]) / (2 * math.pi))
+            per_dimension = 0.5 * math.log(float(snr[0]) / (2 * math.pi))
+            # x has been divided by the latter, and the density is that of the whole.
+            term = term + dimensions * (per_dimension - math.log(self.schedule.sigma_data))
         if level == len(self.schedule) - 1:
             divergence = alpha**2 * x.square() + sigma**2 - 1 - 2 * math.log(sigma)
             term = term - 0.5 * divergence.sum(1)

@@ -35,6 +35,10 @@ _PREDICTIONS = {
         lambda x, noise, alpha, sigma: alpha * noise - sigma * x,
         lambda alpha, sigma: sigma / (alpha**2 + sigma**2),
     ),
+    "edm": Prediction(
+        lambda x, noise, alpha, sigma: sigma * x - alpha * noise,
+        lambda alpha, sigma: sigma / (alpha**2 + sigma**2),
+    ),
     "flow_prediction": Prediction(
         lambda x, noise, alpha, sigma: noise - x, lambda alpha, sigma: sigma / (alpha + sigma)
     ),

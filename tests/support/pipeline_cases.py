@@ -48,7 +48,7 @@ class PipelineCase:
         make: Gives it, each time the same.
         arguments: Of a call, without its generator; the same each time.
         predict: What the denoiser says of (pipe, x_t, t, arguments), as a training script asks it.
-        size: Channels, height and width of an image.
+        size: Channels, height and width of an image; channels and length of a sound.
         one: Arguments of a call for one sample, if they are not those of the first.
         inputs: Whether the user gives an image.
         latents: Shape of a sample as the denoiser takes it, where images are not encoded.
@@ -60,7 +60,7 @@ class PipelineCase:
     make: Callable[[], Any]
     arguments: Callable[[], Arguments]
     predict: Callable[[Any, Tensor, Tensor, Arguments], Tensor]
-    size: tuple[int, int, int] = (3, 16, 16)
+    size: tuple[int, ...] = (3, 16, 16)
     one: Callable[[], Arguments] | None = None
     inputs: bool = False
     latents: tuple[int, ...] | None = None
@@ -99,7 +99,13 @@ class PipelineCase:
         generator = torch.Generator().manual_seed(1000 * seed + level)
         noise = amount * torch.randn(x.shape[1:], generator=generator).expand_as(x)
         config, shift = pipe.scheduler.config, flow_shift(pipe.scheduler)
-        if shift is not None:
+        if hasattr(pipe.scheduler, "precondition_inputs"):
+            x_t, t, target = preconditioned(pipe.scheduler, x, noise, level)
+        elif isinstance(pipe.scheduler, diffusers.IPNDMScheduler):
+            t = torch.tensor((level + 0.5) / 1000)
+            cosine, sine = (0.5 * torch.pi * t).cos(), (0.5 * torch.pi * t).sin()
+            x_t, target = cosine * x + sine * noise, cosine * noise - sine * x
+        elif shift is not None:
             sigma = (level + 1) / 1000
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
             x_t, t, target = (1 - sigma) * x + sigma * noise, torch.tensor(1000 * sigma), noise - x
@@ -117,6 +123,21 @@ class PipelineCase:
         with torch.no_grad():
             error = self.predict(pipe, x_t, t.expand(len(x)), arguments) - target
         return -0.5 * error.square().flatten(1).sum(1)
+
+
+def preconditioned(
+    scheduler: Any, x: Tensor, noise: Tensor, level: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """EDM's: what a network is given and told, and what it makes x of through c_out and c_skip."""
+    config = scheduler.config
+    ends = (each ** (1 / 7) for each in (config.sigma_min, config.sigma_max))
+    sigma = torch.linspace(*ends, 1000, dtype=torch.float64)[level] ** 7
+    noisy = x.double() + sigma * noise.double()
+    zero, one = torch.zeros_like(noisy), torch.ones_like(noisy)
+    c_skip = scheduler.precondition_outputs(one, zero, sigma)
+    c_out = scheduler.precondition_outputs(zero, one, sigma)
+    given, told = scheduler.precondition_inputs(noisy, sigma), scheduler.precondition_noise(sigma)
+    return given.to(x), told.to(x), ((x - c_skip * noisy) / c_out).to(x)
 
 
 def flow_shift(scheduler: Any) -> float | None:
@@ -265,7 +286,20 @@ def predict_text(pipe: Any, x: Tensor, t: Tensor, a: Arguments, **more: Any) -> 
     return pipe.unet(x, t, a["prompt_embeds"], **more).sample  # type: ignore[no-any-return]
 
 
-def sdxl() -> Any:
+def leading_euler() -> Any:
+    return diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD_SCHEDULE)
+
+
+#: As Playground v2.5 is sampled, and CosXL.
+PRECONDITIONED: dict[str, Callable[[], Any]] = {
+    "sdxl-edm": diffusers.EDMDPMSolverMultistepScheduler,
+    "sdxl-edm-v": lambda: diffusers.EDMEulerScheduler(
+        sigma_data=1.0, prediction_type="v_prediction", sigma_schedule="exponential"
+    ),
+}
+
+
+def sdxl(scheduler: Callable[[], Any] = leading_euler) -> Any:
     network = text_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -291,7 +325,7 @@ def sdxl() -> Any:
         tokenizer=None,
         tokenizer_2=None,
         unet=network,
-        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD_SCHEDULE),
+        scheduler=scheduler(),
     )
 
 
@@ -506,6 +540,25 @@ def unconditional(pipeline: Any, scheduler: Any) -> Callable[[], Any]:
     return lambda: pipeline(unet(), scheduler)
 
 
+def sound() -> Any:
+    network = diffusers.UNet1DModel(
+        sample_size=32,
+        sample_rate=32,
+        extra_in_channels=64,  # for what the projection tells of the time
+        time_embedding_type="fourier",
+        use_timestep_embedding=False,
+        down_block_types=("DownBlock1DNoSkip", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1DNoSkip"),
+        mid_block_type="UNetMidBlock1D",
+        block_out_channels=(32, 32),
+    )
+    return diffusers.DanceDiffusionPipeline(network, diffusers.IPNDMScheduler())
+
+
+def sounds() -> Arguments:
+    return {"batch_size": 2, "num_inference_steps": 3}
+
+
 def pixels() -> Arguments:
     return {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
 
@@ -548,6 +601,7 @@ PIPELINES: tuple[PipelineCase, ...] = (
         (3, 8, 8),
     ),
     PipelineCase("ldm", ldm, pixels, predict_pixels),
+    PipelineCase("dance-diffusion", sound, sounds, predict_pixels, (2, 32)),
     _text("stable-diffusion", ddim),
     _text("stable-diffusion-v", lambda: ddim(prediction_type="v_prediction")),
     _text(
@@ -584,6 +638,10 @@ PIPELINES: tuple[PipelineCase, ...] = (
         inputs=True,
     ),
     PipelineCase("sdxl", sdxl, sdxl_arguments, predict_sdxl),
+    *(
+        PipelineCase(name, functools.partial(sdxl, scheduler), sdxl_arguments, predict_sdxl)
+        for name, scheduler in PRECONDITIONED.items()
+    ),
     PipelineCase("sd3", sd3, sd3_arguments, predict_sd3),
     PipelineCase(
         "flux",

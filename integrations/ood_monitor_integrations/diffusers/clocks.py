@@ -20,7 +20,7 @@ __all__ = ["Clock", "clock_of", "number_in"]
 #: Rounding of a scale in 16 bits.
 _TOLERANCE = 2e-2
 
-#: How far a time may be from its level's: schedulers round to whole numbers, some of them down.
+#: How many levels a time may be from its own: schedulers round to whole numbers, some of them down.
 _ROUNDED = 1.5
 
 #: As how many levels apart times of one shift may look, as a share.
@@ -62,7 +62,7 @@ class Clock:
         Raises:
             ValueError: It is; a scheduler that has no sigmas and scales no sample does not show it.
         """
-        time = number_in(call.last.time)
+        time, factor = number_in(call.last.time), factor * schedule.sigma_data
         ratio = None if time is None else _ratio(call, time, factor, schedule, self.is_scaled)
         if time is None or not _fits(self, time, ratio, schedule):
             raise ValueError(
@@ -76,7 +76,8 @@ def clock_of(call: DenoiserCall, factors: Sequence[float], schedule: NoiseSchedu
 
     Args:
         call: With all its steps.
-        factors: By which each step's sample is multiplied for the denoiser: 1, or alpha.
+        factors: By which each step's sample is multiplied for the denoiser: 1, or alpha over the
+            scale of data.
         schedule: The levels.
 
     Raises:
@@ -86,6 +87,7 @@ def clock_of(call: DenoiserCall, factors: Sequence[float], schedule: NoiseSchedu
     known = [time for time in times if time is not None]
     if len(known) < len(times):
         raise ValueError(f"Expected a scheduler's times as one number each, got {times}.")
+    factors = [factor * schedule.sigma_data for factor in factors]
     scaled = any(factor < 1 - _TOLERANCE for factor in factors)
     pairs = zip(known, factors, strict=True)
     ratios = [_ratio(call, time, factor, schedule, scaled) for time, factor in pairs]
@@ -116,7 +118,7 @@ def _clocks(
         for time, ratio in zip(times, ratios, strict=True)
         if ratio and math.isfinite(ratio) and 0 < time < len(schedule)
     )
-    if shifts and schedule.prediction_type != "epsilon":
+    if shifts and not schedule.is_variance_preserving:
         found.append(Clock(scaled, shift=shifts[len(shifts) // 2]))
     return found
 
@@ -131,15 +133,18 @@ def _ratio(
         return None
     times, sigmas = (each.detach().to("cpu", torch.float64) for each in call.grid)
     sigma = float(sigmas[int((times - time).abs().argmin())])
-    if schedule.prediction_type == "epsilon":  # of a variance-preserving one: already a ratio
-        return sigma
+    if schedule.is_variance_preserving:  # already a ratio, to data as they are
+        return sigma / schedule.sigma_data
     return sigma / (1 - sigma) if sigma < 1 else math.inf
 
 
 def _fits(clock: Clock, time: float, ratio: float | None, schedule: NoiseSchedule) -> bool:
     """Whether a time is that of a level with such a ratio."""
+    ends = float(schedule.t[0]), float(schedule.t[-1])
+    slack = _ROUNDED * (ends[1] - ends[0]) / max(len(schedule) - 1, 1)
     if ratio is None:  # of a table of levels alone, or too little noise to show in the scale
-        return not clock.tells_levels or -_TOLERANCE <= time <= len(schedule)
+        is_a_level = min(ends[0], 0.0) - slack <= time <= ends[1] + slack
+        return not clock.tells_levels or is_a_level
     if ratio in (0.0, math.inf):
         return True
     if clock.is_quarter_log:
@@ -153,8 +158,8 @@ def _fits(clock: Clock, time: float, ratio: float | None, schedule: NoiseSchedul
     at = int((known - math.log(ratio)).abs().argmin())
     is_beyond = at in (0, len(known) - 1)  # sigmas of a range of their own
     near = float(t[max(at - 1, 0)]), float(t[min(at + 1, len(t) - 1)])
-    return near[0] - _ROUNDED <= time <= near[1] + _ROUNDED or (
-        is_beyond and abs(time - float(t[at])) <= _ROUNDED
+    return near[0] - slack <= time <= near[1] + slack or (
+        is_beyond and abs(time - float(t[at])) <= slack
     )
 
 

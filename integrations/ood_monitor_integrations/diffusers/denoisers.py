@@ -168,8 +168,6 @@ def _check_scheduler(scheduler: Any) -> None:
     expected = "Expected a scheduler that is variance-preserving or for flow matching, got"
     if any(part in kind for part in _DISCRETE):
         raise ValueError(f"{expected} {kind}, whose noise is discrete.")
-    if hasattr(scheduler, "precondition_inputs"):
-        raise ValueError(f"{expected} {kind}, which preconditions the denoiser (EDM). {_REMEDY}")
     if config.get("prediction_type") == "trigflow":
         raise ValueError(f"{expected} {kind} with prediction_type='trigflow'. {_REMEDY}")
     NoiseSchedule.of(scheduler)

@@ -8,7 +8,7 @@ beside what its scheduler was given: no list of families is kept.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Reading:
         if self.clock.tells_levels and (self.slope, self.offset) == (1.0, 0.0):
             return schedule  # in whole numbers, where it is
         told = self.slope * self.clock.times(schedule) + self.offset
-        return NoiseSchedule(schedule.alpha, schedule.sigma, told, schedule.prediction_type)
+        return replace(schedule, t=told)
 
     def experts(self) -> Tensor:
         """Of each level which of two experts denoises it, 0 or 1, shape (T,)."""

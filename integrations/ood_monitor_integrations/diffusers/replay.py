@@ -300,8 +300,7 @@ class ReplayedBound(Adapter):
                 f"was fitted, got {predicts!r}."
             )
         # Of straight lines another shift leaves out other levels, and trains no other network.
-        is_table = levels.prediction_type == "epsilon"
-        if is_table and not (
+        if levels.is_variance_preserving and not (
             len(levels) == len(fitted) and torch.allclose(levels.alpha, fitted.alpha, rtol=1e-3)
         ):
             raise ValueError(

@@ -354,7 +354,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "two stages": (lambda: with_component("prior"), "one denoiser, got .* with prior"),
     "two transformers": (lambda: with_component("transformer_2"), "one denoiser"),
     "tokens": (lambda: with_scheduler(diffusers.AmusedScheduler(0)), "whose noise is discrete"),
-    "EDM": (lambda: with_scheduler(diffusers.EDMEulerScheduler()), "preconditions the denoiser"),
     "trigflow": (lambda: with_scheduler(diffusers.SCMScheduler()), "prediction_type='trigflow'"),
     "scores": (
         lambda: with_scheduler(diffusers.ScoreSdeVeScheduler()),

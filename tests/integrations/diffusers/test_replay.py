@@ -31,7 +31,7 @@ CASES = PIPELINES + GIVEN + READ + FURTHER + VIDEOS + FURTHER_VIDEOS
 #: Of networks that other cases have too: by the method that costs less.
 VARIANTS = (
     *("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided"),
-    *("animatediff-unguided", "cogvideox-dpm"),
+    *("animatediff-unguided", "cogvideox-dpm", "sdxl-edm-v"),
 )
 every_pipeline = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_inputs = pytest.mark.parametrize(
