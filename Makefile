@@ -42,6 +42,7 @@ SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py' '*/test_situ
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
+		-m 'not slow or both_methods' \
 		tests/integrations/lightning tests/integrations/mlflow tests/integrations/diffusers \
 		$(addprefix --ignore-glob=,$(SAYS_ITS_METHOD))
 

@@ -58,6 +58,7 @@ STATEMENTS = [
 ]
 
 
+@pytest.mark.slow
 def test_neither_package_nor_command_line_nor_a_fit_loads_what_it_does_not_need() -> None:
     """A framework that is not there, or seconds that a service would pay in its first request."""
     package, command_line, fit, *_ = imported()

@@ -59,6 +59,7 @@ def test_every_snippet_is_counted() -> None:
     assert {page: count for page, count in found.items() if count} == SNIPPETS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in SNIPPETS if page != SERVED])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -38,6 +38,7 @@ def test_score_is_the_same_alone_and_in_another_order(
     torch.testing.assert_close(reordered, together, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_score_is_the_same_after_a_restart(
     detectors: dict[str, om.Detector], tmp_path: Path
 ) -> None:

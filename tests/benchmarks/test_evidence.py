@@ -221,6 +221,7 @@ def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path:
     assert all(map(torch.equal, module.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 def test_models_of_colour_images_are_trained_by_the_clock_and_compared(tmp_path: Path) -> None:
     images, tested = colour.photographs()

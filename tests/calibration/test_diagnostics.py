@@ -76,6 +76,7 @@ def test_an_undertrained_model_is_named(module: nn.Module) -> None:
     assert str(diagnosis).splitlines()[0] == diagnosis.problems[0]
 
 
+@pytest.mark.slow
 def test_training_takes_the_shared_gradient_away() -> None:
     flow = zuko.flows.NSF(features=3, transforms=1, hidden_features=(16,))
     train, held_out = randn(1000, 3, seed=1).float() * 0.3 + 2, (randn(400, 3) * 0.3 + 2).float()
@@ -190,6 +191,7 @@ def test_fewer_than_two_batches_are_refused(count: int) -> None:
         diagnose(om.LogLikelihood(Normal()), data()[:count])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_two_populations_are_named(share: float) -> None:
     x = randn(600, 3)
@@ -204,6 +206,7 @@ def test_one_population_is_one() -> None:
     assert diagnose(om.LogLikelihood(Normal()), data()).mixed == 0.0
 
 
+@pytest.mark.slow
 def test_mean_correlation_is_that_of_the_features() -> None:
     adapter, batches = om.LogLikelihood(Normal()), data()
     norms = om.gradient_norms(adapter, torch.cat(batches))
@@ -213,6 +216,7 @@ def test_mean_correlation_is_that_of_the_features() -> None:
     assert diagnose(adapter, batches, layers=["mean"]).mean_correlation == 0.0
 
 
+@pytest.mark.slow
 def test_effective_degrees_of_freedom_are_those_of_the_gradients() -> None:
     """A Normal's gradient by its mean is Normal itself, of three independent elements."""
     diagnosis = diagnose(om.LogLikelihood(Normal()), randn(2000, 3).split(500))

@@ -248,6 +248,7 @@ def test_the_state_is_kept_while_nothing_comes(
     assert kept[-1] == 2
 
 
+@pytest.mark.slow
 def test_a_file_is_read_when_it_has_stopped_growing(detector: Path, tmp_path: Path) -> None:
     inbox = tmp_path / "inbox"
     inbox.mkdir()
@@ -267,6 +268,7 @@ def test_a_file_is_read_when_it_has_stopped_growing(detector: Path, tmp_path: Pa
     assert (found["samples_seen"], found["unreadable"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_paths_come_by_stdin_until_it_ends(detector: Path, tmp_path: Path) -> None:
     files = sorted(drifted(tmp_path).iterdir())
     with watching(detector, "-", "--json", stdin=subprocess.PIPE) as process:
@@ -278,6 +280,7 @@ def test_paths_come_by_stdin_until_it_ends(detector: Path, tmp_path: Path) -> No
     assert "missing.png" in err
 
 
+@pytest.mark.slow
 def test_a_path_is_scored_when_it_comes_and_term_ends_the_wait(
     detector: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_a_layer_that_a_batch_does_not_call_has_zeros(tmp_path: Path) -> None:
     torch.testing.assert_close(again.score(x[positive]).score, made.score(x).score[positive])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glow", "vae", "gpt2", "ddpm"])
 def test_it_is_a_part_of_a_detector(name: str, tmp_path: Path) -> None:
     parts = ["channel_norms", "gradient_norms"]

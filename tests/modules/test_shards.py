@@ -22,6 +22,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_whole_model(ranks: list[dict[str, Any]], case: str) -> None:
     for rank in ranks:
         whole, shards = rank[case]["scores"]
@@ -31,6 +32,7 @@ def test_scores_are_those_of_the_whole_model(ranks: list[dict[str, Any]], case: 
     assert ranks[0][case]["scores"] != ranks[1][case]["scores"]  # each its own batch
 
 
+@pytest.mark.slow
 def test_a_process_may_take_fewer_passes(ranks: list[dict[str, Any]], case: str) -> None:
     assert [rank[case]["fewer"] for rank in ranks] == [1, 6]
 

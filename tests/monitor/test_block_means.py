@@ -18,6 +18,7 @@ def means(rows: np.ndarray) -> BlockMeans:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [1, 2, 7, 100, 4999, len(ROWS)])
 @pytest.mark.parametrize("latest", [1, 2, 3, 10, 33, 700, KEPT])
 def test_the_mean_is_of_most_of_the_latest_rows_and_of_no_other(seen: int, latest: int) -> None:

@@ -56,6 +56,7 @@ def test_a_lone_anomaly_of_a_window_is_named(n_calibration: int) -> None:
     assert all(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_calibration", [999, 5000])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("fdr", [0.1, 0.3])

@@ -249,6 +249,7 @@ def one_by_one() -> tuple[om.Monitor, list[Alert]]:
     return watch, feed(watch, STREAM)
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.integers(1, 299), min_size=3, max_size=12, unique=True))
 @settings(deadline=None, max_examples=15)
 def test_batches_raise_what_singles_raise(
@@ -278,6 +279,7 @@ def states_of_singles(recovery: int) -> list[dict[str, Any]]:
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 32])
 @pytest.mark.parametrize("recovery", [3, 10, 60])
 def test_batches_leave_the_state_that_singles_leave(size: int, recovery: int) -> None:

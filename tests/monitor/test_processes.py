@@ -45,6 +45,7 @@ def output(script: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_worker_delivers_what_it_has_raised() -> None:
     script = """
 process = fork.Process(target=monitor.update, args=(foreign,))
@@ -59,6 +60,7 @@ process.join()
     assert output(script) == ["drift", "drift"]
 
 
+@pytest.mark.slow
 def test_a_data_loaders_workers_deliver_when_the_loader_ends() -> None:
     script = """
 class Watched(torch.utils.data.Dataset):
@@ -76,6 +78,7 @@ del loader
     assert output(script) == ["drift", "drift"]
 
 
+@pytest.mark.slow
 def test_a_fork_while_another_thread_scores_leaves_the_child_whole() -> None:
     script = """
 stop = False

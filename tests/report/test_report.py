@@ -90,6 +90,7 @@ def whole(root: Path) -> Page:
     )
 
 
+@pytest.mark.slow
 def test_a_report_shows_all_that_it_was_given(whole: Page) -> None:
     for part in (
         "Histogram of the anomaly scores of 120 calibration samples",
@@ -185,6 +186,7 @@ def test_names_are_text_and_nothing_else(root: Path) -> None:
     assert sum(NASTY in alt for alt in page.alts) >= 3
 
 
+@pytest.mark.slow
 def test_a_page_of_any_names_is_utf8_and_has_its_own_elements_alone(root: Path) -> None:
     """One name is everywhere; all that we know of are facts."""
     name = "\udc80\u202e\x1b[0m\n</title></td><!-- '>\" $x$ {{ 1 }}"
@@ -259,6 +261,7 @@ def test_a_diagnosis_that_cannot_be_made_is_said_and_leaves_a_report(
     assert "Kolmogorov-Smirnov" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8, 30])
 def test_few_samples_alone_do_not_make_a_bad_fit(count: int, root: Path) -> None:
     """Of twenty layers that are as fitted: their distance from a normal is what chance makes it."""

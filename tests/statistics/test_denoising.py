@@ -656,6 +656,7 @@ def test_large_batches_are_passed_level_by_level() -> None:
     assert len(calls) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["module", "wrapper"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # by the compiler, of itself
 def test_compiled_denoisers_are_measured_like_others(compiled: str) -> None:

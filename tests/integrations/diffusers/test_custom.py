@@ -267,6 +267,7 @@ class Handing(diffusers.DDIMPipeline):
 UNNAMED = (Unseeded, OfNumpy, Anything, Refusing, Handing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNNAMED)
 def test_own_samples_differ_are_the_same_again_and_change_no_random_state(kind: Any) -> None:
     pipe = made_of(kind)

@@ -54,6 +54,8 @@ def check_as_before(pipe: Any, plain: Any, expected: Any, case: Any = TEXT) -> N
 # What is scored as if it were not deployed in its way.
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_denoiser_is_scored_as_what_was_compiled(when: str, expected: om.Scores) -> None:
     pipe = TEXT()
@@ -84,6 +86,8 @@ def test_a_denoiser_compiled_by_inductor_gives_the_images_that_it_gives_unwatche
     torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize("part", ["", "up_blocks.1"])
 def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: om.Scores) -> None:
     pipe, plain = TEXT(), call(TEXT())
@@ -191,6 +195,8 @@ TILED: list[Callable[[Any], None]] = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize("change", TILED, ids=range(len(TILED)))
 def test_ways_to_save_memory_change_no_score(
     change: Callable[[Any], None], expected: om.Scores
@@ -211,6 +217,8 @@ def test_a_caller_in_any_gradient_mode_gets_scores(mode: Any, expected: om.Score
     torch.testing.assert_close(output.ood.score, expected.score, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux"])
 def test_a_pipeline_in_sixteen_bits_is_scored(name: str) -> None:
     case = case_of(name)
@@ -269,6 +277,8 @@ CHANGES: list[Callable[[Any], None]] = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize(
     "change", CHANGES, ids=["weights", "freeu", "fused-qkv", "lora", "fused-lora"]
 )
@@ -388,6 +398,8 @@ def test_a_deployment_that_cannot_be_scored_is_refused_by_name(name: str) -> Non
     assert not pipe.unet._forward_pre_hooks
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_a_denoiser_whose_weights_come_and_go_is_watched_without_gradients() -> None:
     pipe, whole = TEXT(), TEXT()
     expected = call(watch(whole, detector=known(whole, TEXT, method="forward"))).ood
@@ -399,6 +411,8 @@ def test_a_denoiser_whose_weights_come_and_go_is_watched_without_gradients() -> 
         watch(pipe, detector=known(pipe, TEXT, method="forward"), mode="background")
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_a_denoiser_that_is_cast_by_layer_is_watched_without_gradients() -> None:
     pipe = cast_by_layer(TEXT())
     watched = watch(pipe, detector=fitted(pipe, method="forward"))

@@ -96,6 +96,7 @@ def test_another_second_transformer_is_refused() -> None:
         watched(**seeded_call(CASE.arguments()))
 
 
+@pytest.mark.slow
 def test_gradient_norms_are_of_the_parameters_that_a_term_reaches() -> None:
     pipe = CASE()
     detector = fitted(pipe, method="both", levels=(500, 800))

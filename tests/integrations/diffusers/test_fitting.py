@@ -66,6 +66,8 @@ def test_images_of_every_kind_are_the_same_images() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_each_batch_has_conditions_of_its_own() -> None:
     pipe = DIT()
     common = {"num_inference_steps": 2, "output_type": "np"}
@@ -140,6 +142,8 @@ def test_no_data_are_refused() -> None:
         fitted(TEXT(), [])
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_images_of_another_size_come_out_in_the_pipelines(on_images: tuple[Any, Any]) -> None:
     pipe, detector = on_images
     images = torch.nn.functional.interpolate(TEXT.images(44), scale_factor=2)
@@ -147,6 +151,8 @@ def test_images_of_another_size_come_out_in_the_pipelines(on_images: tuple[Any, 
     torch.testing.assert_close(scores(pipe, fitted(pipe, [images])).score, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_without_data_it_is_fitted_on_the_pipelines_own_samples_and_says_so() -> None:
     pipe = PIXELS()
     detector = fitted(pipe, None, PIXELS, samples=44)
@@ -212,6 +218,8 @@ def test_a_call_of_another_size_is_refused_by_name() -> None:
         watched(**seeded_call(flux.arguments() | {"height": 32}))
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_a_call_with_another_scale_is_refused_by_name() -> None:
     case = case_of("controlnet")
     pipe = case()

@@ -262,6 +262,8 @@ def test_a_copy_of_a_watched_pipeline_is_watched(pipe: Any) -> None:
     assert call(request).ood.valid.all()
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.parametrize("mode", ["sync", "background"])
 def test_threads_with_pipelines_of_their_own_get_their_own_images_and_scores(
     pipe: Any, mode: Any

@@ -60,6 +60,7 @@ def test_inputs_are_not_watched_by_a_detector_of_own_samples() -> None:
     monitor_pipeline(pipe, monitor_of(detector)).ood_monitor.detach()
 
 
+@pytest.mark.slow
 def test_outputs_and_inputs_are_watched_each_by_a_detector_of_their_own() -> None:
     pipe, call = IMAGE(), IMAGE.call_of_one()
     monitors = {

@@ -33,7 +33,14 @@ VARIANTS = (
     *("hidream-unipc", "qwen-image-21-uncached", "cogview4-unshifted", "z-image-unguided"),
     *("animatediff-unguided", "cogvideox-dpm", "sdxl-edm-v"),
 )
-every_pipeline = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+#: One of each way of calling a denoiser is tried at once.
+every_pipeline = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case in PIPELINES else [pytest.mark.slow])
+        for case in CASES
+    ],
+)
 with_inputs = pytest.mark.parametrize(
     "case", [case for case in CASES if case.inputs], ids=lambda case: case.name
 )

@@ -29,6 +29,8 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return reports(PROGRAM, folder)
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_training_is_bit_identical_with_and_without_the_callback(
     ranks: list[dict[str, Any]],
 ) -> None:

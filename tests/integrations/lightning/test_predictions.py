@@ -252,6 +252,7 @@ def test_scores_need_a_prediction_that_is_watched() -> None:
         OODMonitor(watch=["test"], with_scores=True)
 
 
+@pytest.mark.slow
 def test_each_process_returns_its_own_scores(tmp_path: Path) -> None:
     program = Path(prediction_processes.__file__)
     for rank in reports(program, tmp_path):

@@ -255,6 +255,7 @@ def given(situation: Situation) -> tuple[dict[str, Any], dict[str, Any]]:
     return fit, {"dataloaders": loader(new, batch_size=50), "verbose": False}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*using the WeightAveraging callback:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler:UserWarning")
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def test_an_explanation_stands_beside_its_alert(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_alerts", [True, False])
 def test_every_logger_is_told_or_none(
     log_alerts: bool, module: Flow, detector: om.Detector, tmp_path: Path
@@ -225,6 +226,7 @@ def steps_in(logger: CSVLogger | MLFlowLogger) -> dict[str, list[int]]:
     return {name: [int(row["step"]) for row in rows if row[name]] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [CSVLogger, mlflow_logger])
 def test_predictions_after_each_other_go_on_at_the_steps_after(
     make: Any, module: Flow, detector: om.Detector, tmp_path: Path
@@ -244,6 +246,7 @@ def test_predictions_after_each_other_go_on_at_the_steps_after(
         assert steps[f"ood/predict/0/{figure}"] == steps[f"ood/predict/1/{figure}"] == [201]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [CSVLogger, mlflow_logger])
 def test_validations_of_a_fit_are_logged_at_its_steps(make: Any, tmp_path: Path) -> None:
     """Also with several dataloaders, and none by the sanity check."""

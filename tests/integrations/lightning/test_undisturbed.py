@@ -150,6 +150,8 @@ LOADERS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 @pytest.mark.filterwarnings("ignore:.*shuffling enabled, it is strongly:UserWarning")
 @pytest.mark.parametrize("name", LOADERS)
 def test_loaders_go_on_as_without_the_callback(name: str, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def use() -> None:
     assert om.diagnose(made.adapter, held_out()).mixed is not None
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_a_detector_makes_no_run(client: MlflowClient) -> None:
     use()
     assert runs(client) == []
@@ -92,6 +94,8 @@ def test_a_detector_makes_no_run(client: MlflowClient) -> None:
     assert runs(client) == ["LogisticRegression"]
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_a_detector_writes_nothing_into_the_active_run(client: MlflowClient) -> None:
     with mlflow.start_run() as run:
         mlflow.log_param("lr", 0.1)
@@ -187,6 +191,8 @@ LogisticRegression().fit(x, x[:, 0] > 0)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.both_methods
 def test_what_a_detector_imports_first_is_logged_for_its_user(client: MlflowClient) -> None:
     # The store and the experiment are in the environment.
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
