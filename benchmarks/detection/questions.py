@@ -72,12 +72,17 @@ def parts(unet: Any) -> dict[str, list[str] | None]:
     }
 
 
-def layers(model: Model, seeds: Sequence[int]) -> Iterator[Row]:
+def layers(
+    model: Model,
+    seeds: Sequence[int],
+    by_name: Mapping[str, list[str] | None],
+    by_title: Mapping[str, tuple[int, ...]] = LEVELS,
+) -> Iterator[Row]:
     """Mean AUROC by part, levels and seed, and what a sample costs in forward passes."""
-    every = sorted({level for levels in LEVELS.values() for level in levels})
+    every = sorted({level for levels in by_title.values() for level in levels})
     found = {seed: norms_at(model, every, seed) for seed in seeds}
-    for name, patterns in parts(model.module).items():
-        for title, levels in LEVELS.items():
+    for name, patterns in by_name.items():
+        for title, levels in by_title.items():
             aurocs = [
                 mean_near(model, default(of(seen, levels, patterns))) for seen in found.values()
             ]
@@ -273,7 +278,7 @@ def full(data: Path, folder: Path, sizes: Sizes) -> Iterator[Row]:
         module, _ = zoo.load(watched, zoo.weights_file(on, name))
         model = Model(name, watched, module, sets, NEAR)
         if name == "UNet":
-            yield from layers(model, SEEDS)
+            yield from layers(model, SEEDS, parts(module))
         yield from fit_sizes(Model(name, watched, module, fewer, NEAR), (50, 100, 200, 500, 1_000))
         small = {k: v[: 200 if k == "fit" else 100] for k, v in fewer.items()}
         where = folder / datasets.SOURCES[on].folder / name.lower()
@@ -294,7 +299,8 @@ def quick_rows() -> Iterator[Row]:
         trained.train(module, watched, images)
         model = Model(name, watched, module.eval(), sets, near)
         if name == "UNet":
-            yield from layers(model, (0,))
+            few = {name: parts(module)[name] for name in ("output layers", "last up block")}
+            yield from layers(model, (0,), few, {"500": LEVELS["500"]})
         yield from fit_sizes(model, (50, 100))
         yield from undertraining(model, {0: before, watched.steps: module})
 

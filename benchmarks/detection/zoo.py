@@ -4,6 +4,7 @@ Small, so that 2 CPU cores train each in minutes, which is what set their sizes 
 what a detector makes of other images.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,10 +64,19 @@ def tiny() -> dict[str, Watched]:
 def trained_tiny(images: Tensor) -> Iterator[tuple[str, Watched, nn.Module, dict[str, str]]]:
     """Each of these, trained, in eval mode, with what is known of its training."""
     for name, watched in tiny().items():
-        torch.manual_seed(0)
-        module = watched.make()
-        facts = trained.train(module, watched, images)
-        yield name, watched, module.eval(), facts
+        module, facts = _trained(name, images.numpy().tobytes(), images.shape)
+        yield name, watched, copy.deepcopy(module), facts
+
+
+@functools.cache
+def _trained(name: str, images: bytes, shape: torch.Size) -> tuple[nn.Module, dict[str, str]]:
+    """Once for all quick runs of a process."""
+    torch.manual_seed(0)
+    watched = tiny()[name]
+    module = watched.make()
+    x = torch.frombuffer(bytearray(images), dtype=torch.uint8).view(shape)
+    facts = trained.train(module, watched, x)
+    return module.eval(), facts
 
 
 def pixelcnn(make: functools.partial[PixelCNN], steps: int, factor: int) -> Watched:

@@ -74,10 +74,20 @@ def wan_vae() -> Any:
     )
 
 
-def wan() -> Any:
+def wan(**options: Any) -> Any:
     return without_text(
-        diffusers.WanPipeline, transformer=wan_network(), vae=wan_vae(), scheduler=unipc()
+        diffusers.WanPipeline,
+        transformer=wan_network(),
+        vae=wan_vae(),
+        scheduler=unipc(),
+        **options,
     )
+
+
+def predict_expanded(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    """Wan 2.2 of 5 B: a time for each token, all of them the same."""
+    tokens = x[:, 0, :, ::2, ::2].flatten(1)
+    return predict_wan(pipe, x, t[:, None].expand_as(tokens), a)
 
 
 def wan22(**options: Any) -> Any:
@@ -92,6 +102,41 @@ def predict_wan22(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
     return network(  # type: ignore[no-any-return]
         hidden_states=x, timestep=t, encoder_hidden_states=a["prompt_embeds"]
     ).sample
+
+
+def wan22_of_images() -> Any:
+    """Beside the latents stands which frames are given, four of the video each, and their latents."""
+    return without_text(
+        diffusers.WanImageToVideoPipeline,
+        vae=wan_vae(),
+        scheduler=unipc(),
+        transformer=wan_network(in_channels=12),
+        transformer_2=wan_network(in_channels=12),
+        boundary_ratio=0.9,
+        image_encoder=None,
+        image_processor=None,
+    )
+
+
+def image_arguments() -> Arguments:
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    return wan_arguments() | {"guidance_scale_2": 3.0, "image": image}
+
+
+def predict_of_images(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
+    first = 2 * a["image"][:, :, None] - 1
+    video = torch.cat([first, first.new_zeros(1, 3, 4, 32, 32)], 2)
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1, 1)
+        for each in (config.latents_mean, config.latents_std)
+    )
+    with torch.no_grad():
+        latents = (pipe.vae.encode(video).latent_dist.mode() - mean) / std
+    is_given = torch.zeros_like(latents)
+    is_given[:, :, 0] = 1
+    beside = torch.cat([is_given, latents], 1).expand(len(x), -1, -1, -1, -1)
+    return predict_wan22(pipe, torch.cat([x, beside], 1), t, a)
 
 
 def wan_arguments() -> Arguments:
@@ -273,6 +318,22 @@ VIDEOS: tuple[PipelineCase, ...] = (
         latents=(4, 2, 4, 4),
         levels=(500, 800),
         residuals=3,
+    ),
+    PipelineCase(
+        "wan22-of-images",
+        wan22_of_images,
+        image_arguments,
+        predict_of_images,
+        latents=(4, 2, 4, 4),
+        levels=(500, 800),
+        residuals=3,
+    ),
+    PipelineCase(
+        "wan22-expanded",
+        lambda: wan(expand_timesteps=True),
+        wan_arguments,
+        predict_expanded,
+        latents=(4, 2, 4, 4),
     ),
     PipelineCase(
         "ltx",

@@ -37,8 +37,8 @@ class Called:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Those of the arguments that are a number, or one for each row."""
-        return {k: v for k, v in self.arguments.items() if _is_number(v)}
+        """Those of the arguments that are a number, or one for each row; of a time also each token."""
+        return {k: v for k, v in self.arguments.items() if _is_number(k, v)}
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,9 @@ def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(name: str, value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.ndim < 2 and value.numel() > 0
+        return value.ndim < (3 if "timestep" in name else 2) and value.numel() > 0
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

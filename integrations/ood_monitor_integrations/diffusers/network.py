@@ -73,6 +73,8 @@ class ReplayedNetwork(nn.Module):
         """What the denoiser, of several the expert, gives by a recipe: it holds the prediction."""
         place = self._reading.place
         timestep = _of_type(timestep, recipe.time, x)
+        if recipe.tokens is not None and timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, recipe.tokens)
         arguments = filled(recipe.arguments, condition, x)
         arguments |= self._control(recipe, x, timestep, condition)
         given = place.layout.put(x, condition.get(BESIDE))
