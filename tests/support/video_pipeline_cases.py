@@ -105,7 +105,7 @@ def predict_wan22(pipe: Any, x: Tensor, t: Tensor, a: Arguments) -> Tensor:
 
 
 def wan22_of_images() -> Any:
-    """Beside the latents stands which frames are given, four of the video each, and their latents."""
+    """Beside the latents stand which frames are given, four of the video each, and theirs."""
     return without_text(
         diffusers.WanImageToVideoPipeline,
         vae=wan_vae(),

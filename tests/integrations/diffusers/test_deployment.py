@@ -125,9 +125,26 @@ CACHES: dict[str, tuple[Callable[[Any, Any], None], Callable[[Any], Any]]] = {
             cache_interval=5, disable_cache_before_step=1, max_order=1
         ),
     ),
+    "magnitudes": (
+        diffusers.hooks.apply_mag_cache,
+        lambda pipe: diffusers.MagCacheConfig(
+            threshold=1e3, retention_ratio=0.0, num_inference_steps=3, mag_ratios=[1.0] * 3
+        ),
+    ),
+    "faster": (
+        diffusers.hooks.apply_faster_cache,
+        lambda pipe: diffusers.FasterCacheConfig(
+            spatial_attention_block_skip_range=3,
+            spatial_attention_timestep_skip_range=(-1, 990),  # not of the first step
+            current_timestep_callback=lambda: int(pipe._current_timestep),
+            attention_weight_callback=lambda module: 0.5,
+            is_guidance_distilled=True,
+        ),
+    ),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_flagged", [True, False], ids=["enabled", "applied"])
 @pytest.mark.parametrize("name", CACHES)
 def test_what_a_cache_makes_is_returned_and_scored_without_it(name: str, is_flagged: bool) -> None:
