@@ -37,7 +37,7 @@ class Called:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Those of the arguments that are a number, or one for each row; or a time for each token."""
+        """Those of the arguments that are a number, or one for each row or token."""
         return {k: v for k, v in self.arguments.items() if _is_number(k, v)}
 
 
