@@ -258,15 +258,25 @@ def added(row: Row) -> str:
 
 def diffusers_section(report: Report) -> list[str]:
     rows = [row for row in report["rows"] if "way" in row]
-    header = ["pipeline", "steps", "watched", "call, ms", "added, ms", "95 %", "share"]
+    header = [
+        "pipeline",
+        "steps",
+        "watched",
+        "call, ms",
+        "added, ms",
+        "95 %",
+        "share",
+        "of the CPU",
+    ]
     return [
         paragraph(
             "What watching adds to a call. Each watched call is beside an unwatched one just "
             "before: the median of what it takes more, its 95 % quantile, and the median of its "
             "share of the unwatched call; of a tenth of the samples, the mean of what they take "
             "more beside the mean call. The first call is scored but not timed. What the "
-            "background does after a call is not in its time, and the last call's may not be "
-            "counted yet."
+            "background does after a call is not in its time. The last share is of the "
+            "processor's time, the background's included, which other work on the machine changes "
+            "less than that of the clock."
         ),
         table([*header, "calls", "scored", "dropped"], [watched(row) for row in rows]),
         *unscored(rows),
@@ -277,7 +287,8 @@ def diffusers_section(report: Report) -> list[str]:
 def watched(row: Row) -> tuple[object, ...]:
     times = (f"{row[name]:.1f}" for name in ("call_ms", "added_ms_p50", "added_ms_p95"))
     counts = (row["calls"], row["scored"], row["dropped"])
-    return row["pipeline"], row["steps"], row["way"], *times, percent(row["share"]), *counts
+    shares = (percent(row["share"]), percent(row["cpu_share"]))
+    return row["pipeline"], row["steps"], row["way"], *times, *shares, *counts
 
 
 def unscored(rows: list[Row]) -> list[str]:
