@@ -287,7 +287,7 @@ def diffusers_section(report: Report) -> list[str]:
 def watched(row: Row) -> tuple[object, ...]:
     times = (f"{row[name]:.1f}" for name in ("call_ms", "added_ms_p50", "added_ms_p95"))
     counts = (row["calls"], row["scored"], row["dropped"])
-    shares = (percent(row["share"]), percent(row["cpu_share"]))
+    shares = (percent(row["share"]), percent(row["cpu_share"]) if "cpu_share" in row else "")
     return row["pipeline"], row["steps"], row["way"], *times, *shares, *counts
 
 
