@@ -134,7 +134,7 @@ def full(data: Path, names: list[str]) -> Iterator[Row]:
 
 
 def quick() -> Iterator[Row]:
-    sets = protocol.digits()
+    sets = protocol.digits(60)
     images = sets.pop("train")
     for name, watched in tiny().items():
         torch.manual_seed(0)

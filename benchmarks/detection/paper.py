@@ -305,7 +305,7 @@ def cases(data: Path) -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    sets = protocol.digits()
+    sets = protocol.digits(60)
     images = sets.pop("train")
     models = zoo.trained_tiny(images)
     return [Case("digits", model, watched, module, sets) for model, watched, module, _ in models]

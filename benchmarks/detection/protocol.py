@@ -75,12 +75,12 @@ def split(
     return found | {name: trained.drawn(images, sizes.ood) for name, images in others.items()}
 
 
-def digits() -> dict[str, Tensor]:
-    """The same of scikit-learn's digits, and what is trained on: for a quick run."""
-    images = trained.digits(fit=240, test=100, ood=40)
-    found = dict(images.sets)
+def digits(count: int = 120) -> dict[str, Tensor]:
+    """The same of scikit-learn's digits, so many of each, and what is trained on: a quick run's."""
+    images = trained.digits(fit=2 * count, test=100, ood=40)
+    found = {name: each[:count] if name != "fit" else each for name, each in images.sets.items()}
     fit = found.pop("fit")
-    return {"train": images.train, "fit": fit[:120], "calibration": fit[120:], **found}
+    return {"train": images.train, "fit": fit[:count], "calibration": fit[count:], **found}
 
 
 def unlike(images: Tensor, *others: Tensor) -> Tensor:

@@ -288,7 +288,7 @@ def full(data: Path, folder: Path, sizes: Sizes) -> Iterator[Row]:
 
 
 def quick_rows() -> Iterator[Row]:
-    sets = protocol.digits()
+    sets = protocol.digits(60)
     images, near = sets.pop("train"), ("inverted", "blurred")
     sets = {k: v if k in ("fit", "calibration") else v[:30] for k, v in sets.items()}
     for name in ("UNet", "VAE"):
