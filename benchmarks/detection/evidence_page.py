@@ -1,14 +1,15 @@
-"""One page of what was shown, made of what `make evidence` measured; nothing is measured here."""
+"""Pages of what was shown, made of what `make evidence` measured; nothing is measured here."""
 
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.detection import forward_page
+from benchmarks.detection import forward_page, summary
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER
 from benchmarks.harness import pages
 from benchmarks.harness.pages import auroc, table
@@ -16,14 +17,7 @@ from benchmarks.harness.pages import auroc, table
 Row = dict[str, Any]
 Report = dict[str, Any]
 
-INTRODUCTION = """\
-# Evidence
-
-The paper's experiments, its open questions and its competitors, on images. `make evidence`
-measures all of it, from the weights in `benchmarks/weights`, and writes this page;
-`python -m benchmarks.detection.evidence_page` writes it again from `benchmarks/results`. The models
-are small: they say how methods compare on the same model, not how well large ones detect.
-
+PROTOCOL = """\
 ## Protocol
 
 In code, in `benchmarks/detection/protocol.py`:
@@ -52,17 +46,28 @@ The models are trained by `python -m benchmarks.detection.train --data-dir DATA`
 and a half on one core, which goes on where it was interrupted."""
 
 
-def rendered(results: Path) -> str:
-    """The page of the results in a folder."""
-    blocks = [INTRODUCTION]
-    for name, section in SECTIONS.items():
-        file, command = results / f"{name}.json", f"`python -m benchmarks.detection.{name}`"
-        if file.exists():
-            report = json.loads(file.read_text())
-            blocks += section(report, f"{command}, on {pages.described(report['machine'])}.")
-        else:
-            blocks.append(f"Not measured yet: {command}.")
-    return "\n\n".join(blocks) + "\n"
+def rendered(results: Path) -> dict[str, str]:
+    """The pages of the results in a folder, by name."""
+    reports = read(results)
+    found = {"evidence.md": summary.rendered(reports)}
+    for page in PAGES:
+        blocks = [f"# {page.title}", *([PROTOCOL] if page.with_protocol else [])]
+        for name, section in page.sections.items():
+            command = f"`python -m benchmarks.detection.{name}`"
+            if name in reports:
+                machine = pages.described(reports[name]["machine"])
+                blocks += section(reports[name], f"{command}, on {machine}.")
+            else:
+                blocks.append(f"Not measured yet: {command}.")
+        found[page.file] = "\n\n".join(blocks) + "\n"
+    return found
+
+
+def read(results: Path) -> dict[str, Report]:
+    """What was measured, by the name of its command."""
+    names = [name for page in PAGES for name in page.sections]
+    files = {name: results / f"{name}.json" for name in names}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 # The table.
@@ -201,7 +206,7 @@ def paper(report: Report, measured: str) -> list[str]:
     return [
         "## What the paper shows and assumes",
         f"By {measured}",
-        "![Log squared gradient norms of two layers of each model](evidence-layers.png)",
+        "![Log squared gradient norms of two layers of each model](../evidence-layers.png)",
         pages.paragraph(
             "The law of the norms: the median distance (Kolmogorov-Smirnov) of log norms from a "
             "Normal fitted to other images; the degrees of freedom that their spread asks of a "
@@ -220,7 +225,7 @@ def paper(report: Report, measured: str) -> list[str]:
         selected(rows, "fisher"),
         "AUROC by a diffusion model's noise level, groups of five, mean of all pairs:",
         timesteps(rows),
-        "![Mean AUROC by the noise level of a diffusion model](evidence-timesteps.png)",
+        "![Mean AUROC by the noise level of a diffusion model](../evidence-timesteps.png)",
         pages.paragraph(
             "How images are stored: the flow's images scaled, shifted and turned upside down, by "
             "a map that the model knows of. Bits per dimension change, norms do not:"
@@ -271,7 +276,7 @@ def questions(report: Report, measured: str) -> list[str]:
             "Layers against cost, the UNet of Fashion-MNIST against MNIST and EMNIST letters, "
             "default density; the mean of three draws of the noise, and each of them:"
         ),
-        "![AUROC against forward passes](evidence-layers-cost.png)",
+        "![AUROC against forward passes](../evidence-layers-cost.png)",
         layers(rows),
         *pages.judged("### Claims of this part", report["claims"]),
         "Samples to fit on, mean AUROC against all sets:",
@@ -359,26 +364,52 @@ def attacks(rows: Sequence[Row]) -> str:
     return table(["model", "method", *names], lines)
 
 
-SECTIONS: dict[str, Callable[[Report, str], list[str]]] = {
-    "forward": forward_page.section,
-    "no_law": forward_page.no_law,
-    "denoisers": forward_page.denoisers,
-    "tables": forward_page.tables,
-    "evidence": evidence,
-    "colour": colour,
-    "paper": paper,
-    "questions": questions,
-    "shifts": shifts,
-}
+@dataclass(frozen=True)
+class Page:
+    """One of the further pages.
+
+    Attributes:
+        file: Under `docs`.
+        title: Of the page.
+        sections: Parts of it, by the command whose results they show.
+        with_protocol: Whether it says how is measured.
+    """
+
+    file: str
+    title: str
+    sections: dict[str, Callable[[Report, str], list[str]]]
+    with_protocol: bool = False
+
+
+PAGES = (
+    Page(
+        "evidence/images.md",
+        "Images",
+        {"forward": forward_page.section, "no_law": forward_page.no_law, "evidence": evidence},
+        with_protocol=True,
+    ),
+    Page("evidence/denoisers.md", "Denoisers", {"denoisers": forward_page.denoisers}),
+    Page("evidence/tables.md", "Rows of tables", {"tables": forward_page.tables}),
+    Page("evidence/cifar10.md", "Models of CIFAR-10", {"colour": colour}),
+    Page(
+        "evidence/layers.md",
+        "Layers, samples and training",
+        {"paper": paper, "questions": questions},
+    ),
+    Page("evidence/shifts.md", "Corruptions and attacks", {"shifts": shifts}),
+)
 
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of what was measured.")] = Path(
         "benchmarks/results"
     ),
-    page: Annotated[Path, typer.Option(help="What to write.")] = Path("docs/evidence.md"),
+    docs: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("docs"),
 ) -> None:
-    page.write_text(rendered(results))
+    for name, text in rendered(results).items():
+        (docs / name).parent.mkdir(exist_ok=True)
+        (docs / name).write_text(text)
+    summary.figure(read(results)).savefig(docs / "evidence.png", dpi=110)
 
 
 if __name__ == "__main__":

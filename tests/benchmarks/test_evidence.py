@@ -24,6 +24,7 @@ from benchmarks.detection import (
     kinds,
     methods,
     protocol,
+    summary,
     train,
     zoo,
 )
@@ -308,17 +309,28 @@ def test_a_group_is_as_likely_as_its_samples_are_on_average() -> None:
     assert len(grouped) == 2
 
 
-def test_the_committed_page_is_of_the_committed_results() -> None:
-    """Where it is not, `python -m benchmarks.detection.evidence_page` writes it anew."""
+def test_the_committed_pages_are_of_the_committed_results() -> None:
+    """Where they are not, `python -m benchmarks.detection.evidence_page` writes them anew."""
     root = Path(__file__).parents[2]
-    page = evidence_page.rendered(root / "benchmarks" / "results")
-    assert (root / "docs" / "evidence.md").read_text() == page
+    for name, text in evidence_page.rendered(root / "benchmarks" / "results").items():
+        assert (root / "docs" / name).read_text() == text
 
 
 def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
-    page = evidence_page.rendered(tmp_path)
-    for name in evidence_page.SECTIONS:
-        assert f"Not measured yet: `python -m benchmarks.detection.{name}`." in page
+    written = evidence_page.rendered(tmp_path)
+    for page in evidence_page.PAGES:
+        for name in page.sections:
+            text = f"Not measured yet: `python -m benchmarks.detection.{name}`."
+            assert text in written[page.file]
+
+
+def test_the_first_screen_is_one_figure_and_one_table_of_twelve_lines() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    page = evidence_page.rendered(results)["evidence.md"]
+    assert page.count("![") == 1
+    assert len([line for line in page.splitlines() if line.startswith("| ")]) == 1 + 12
+    assert len(page.split()) < 700
+    assert len(summary.figure(evidence_page.read(results)).axes) == len(summary.MODELS)
 
 
 def test_an_image_that_overflows_is_as_unlikely_as_can_be() -> None:
