@@ -1,0 +1,276 @@
+"""Drift in streams of real images: after how many samples deciders tell, at one false-alarm rate.
+
+The scores are a detector's of a VAE of Fashion-MNIST: its own test images, into which others come
+at once, slowly or in bursts. All deciders see the same scores. Ours keeps what it promises; of the
+others the one knob is set until they are as rarely wrong as ours was, on normal streams.
+alibi-detect's test is in `benchmarks.drift.e_detector` alone: it needs an environment of its own.
+
+    python -m benchmarks.drift.real_streams --data-dir FOLDER --json benchmarks/results/streams.json
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from scipy.stats import ks_2samp
+
+import ood_monitor as om
+from benchmarks.detection import datasets, protocol, zoo
+from benchmarks.detection.protocol import Sizes
+from benchmarks.drift.peers import KS_WINDOW, Start, Step, ours
+from benchmarks.harness.measurement import claim, conclude, machine
+from ood_monitor.densities.parts import Method
+from ood_monitor.drift import EDetector
+
+Array = NDArray[np.float64]
+Row = dict[str, Any]
+Share = Callable[[int], float]
+
+ON, MODEL, ERT = "Fashion-MNIST", "VAE", 1000
+METHODS: tuple[Method, ...] = ("forward", "gradient_norms")
+FOREIGN = ("EMNIST letters", "GTSRB")
+CALIBRATION, BEFORE, AFTER = 600, 300, 2000
+
+#: The share of foreign images, so many samples after the change.
+CHANGES: dict[str, Share] = {
+    "5 % at once": lambda i: 0.05,
+    "10 % at once": lambda i: 0.1,
+    "20 % at once": lambda i: 0.2,
+    "50 % at once": lambda i: 0.5,
+    "slowly, to 50 % after 1 000": lambda i: min(0.5, i / 2000),
+    "in bursts, half of 50 in 300": lambda i: 0.5 if i % 300 < 50 else 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How many streams: normal ones of each setting, and those with each change."""
+
+    normal: int = 40
+    changed: int = 40
+    settings: int = 7
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of normal images, and of foreign ones by name."""
+
+    normal: Array
+    foreign: Mapping[str, Array]
+
+    def stream(self, run: int) -> tuple[Array, np.random.Generator, Array]:
+        """Calibration scores, the stream's generator and the scores that it draws from."""
+        generator = np.random.default_rng([17, run])
+        shuffled = generator.permutation(self.normal)
+        return shuffled[:CALIBRATION], generator, shuffled[CALIBRATION:]
+
+
+# Deciders with one knob, from many alarms to few.
+
+
+def ks_rule(level: float) -> Start:
+    """Evidently's rule of full windows, at another level."""
+
+    def start(calibration: Array, seed: int) -> Step:
+        window: list[float] = []
+
+        def step(score: float) -> bool:
+            window.append(score)
+            if len(window) < KS_WINDOW:
+                return False
+            alarm = bool(ks_2samp(calibration, window).pvalue < level)
+            window.clear()
+            return alarm
+
+        return step
+
+    return start
+
+
+def river(name: str, **options: Any) -> Start:
+    """One of river's, which knows no calibration: it is shown the scores first."""
+    make = getattr(import_module("river.drift"), name)
+
+    def start(calibration: Array, seed: int) -> Step:
+        detector = make(seed=seed, **options) if name == "KSWIN" else make(**options)
+
+        def step(score: float) -> bool:
+            detector.update(score)
+            return bool(detector.drift_detected)
+
+        for score in calibration[-200:].tolist():
+            step(score)
+        return step
+
+    return start
+
+
+DECIDERS: dict[str, Callable[[float], Start]] = {
+    "river ADWIN": lambda knob: river("ADWIN", delta=10**-knob),
+    "river KSWIN": lambda knob: river("KSWIN", alpha=10**-knob),
+    "river PageHinkley": lambda knob: river("PageHinkley", threshold=10**knob),
+    "KS of windows of 100 (Evidently's rule)": lambda knob: ks_rule(10**-knob),
+}
+
+
+def run_length(start: Start, scores: Scores, run: int, cap: int) -> int:
+    """Samples of a normal stream to the first alarm; cap if there is none."""
+    calibration, generator, normal = scores.stream(run)
+    step = start(calibration, run)
+    drawn = generator.choice(normal, cap).tolist()
+    return next((i for i, score in enumerate(drawn, 1) if step(score)), cap)
+
+
+def mean_run(start: Start, scores: Scores, runs: int) -> float:
+    cap = 6 * ERT
+    return statistics.mean(run_length(start, scores, run, cap) for run in range(runs))
+
+
+def set_to(make: Callable[[float], Start], scores: Scores, target: float, runs: Runs) -> float:
+    """The knob of a decider whose mean run length is the target's, by halving."""
+    low, high = 0.5, 8.0
+    for _ in range(runs.settings):
+        middle = (low + high) / 2
+        is_rare = mean_run(make(middle), scores, runs.normal) >= target
+        low, high = (low, middle) if is_rare else (middle, high)
+    return high
+
+
+# Streams that change.
+
+
+def changed(scores: Scores, name: str, share: Share, run: int) -> tuple[Array, Array]:
+    """Calibration scores, and a stream of `BEFORE` normal samples and `AFTER` of the change."""
+    calibration, generator, normal = scores.stream(10_000 + run)
+    stream = generator.choice(normal, BEFORE + AFTER)
+    is_foreign = generator.random(AFTER) < [share(i) for i in range(AFTER)]
+    others = generator.choice(scores.foreign[name], AFTER)
+    stream[BEFORE:] = np.where(is_foreign, others, stream[BEFORE:])
+    return calibration, stream
+
+
+def delays(start: Start, scores: Scores, name: str, share: Share, runs: Runs) -> Row:
+    """Samples from the change to the first alarm after it; alarms before it are gone over."""
+    found = []
+    for run in range(runs.changed):
+        calibration, stream = changed(scores, name, share, run)
+        step = start(calibration, run)
+        alarms = (i - BEFORE for i, score in enumerate(stream.tolist(), 1) if step(score))
+        found.append(next((i for i in alarms if i > 0), math.inf))
+    median = statistics.median(found)
+    return {
+        "median delay": None if math.isinf(median) else median,
+        "undetected": round(statistics.mean(map(math.isinf, found)), 3),
+    }
+
+
+def since(scores: Scores, name: str, share: Share, runs: Runs) -> Row:
+    """How far from the change the evidence is said to begin, and how often its interval has it."""
+    errors, inside = [], []
+    for run in range(runs.changed):
+        calibration, stream = changed(scores, name, share, run)
+        detector = EDetector(calibration, ert=ERT, seed=run)
+        for i, score in enumerate(stream.tolist(), 1):
+            if detector.update(score).alarm:
+                if i > BEFORE:
+                    said = detector.since()
+                    back = i - (BEFORE + 1)
+                    errors.append(abs(said.estimate - back))
+                    inside.append(said.latest <= back <= said.earliest)
+                    break
+                detector.restart()
+    return {
+        "median distance": statistics.median(errors) if errors else None,
+        "coverage": round(statistics.mean(inside), 3) if inside else None,
+    }
+
+
+# The whole.
+
+
+def compared(scores: Scores, runs: Runs) -> Iterator[Row]:
+    """A row for each decider."""
+    own = mean_run(ours(ERT), scores, runs.normal)
+    knobs = {name: set_to(make, scores, own, runs) for name, make in DECIDERS.items()}
+    starts = {"ours": ours(ERT)} | {name: DECIDERS[name](knob) for name, knob in knobs.items()}
+    for name, start in starts.items():
+        yield {
+            "decider": name,
+            "knob": None if name == "ours" else round(knobs[name], 3),
+            "mean run length": round(mean_run(start, scores, runs.normal), 1),
+            "changes": {
+                f"{foreign}, {change}": delays(start, scores, foreign, share, runs)
+                | (since(scores, foreign, share, runs) if name == "ours" else {})
+                for foreign in scores.foreign
+                for change, share in CHANGES.items()
+            },
+        }
+
+
+def scored(data: Path, method: Method) -> Scores:
+    """A detector's of real images, fitted on images that no stream has."""
+    sets = protocol.sets(data, ON, Sizes(calibration=CALIBRATION, test=2000, ood=1000))
+    watched = zoo.zoo()[MODEL]
+    module, _ = zoo.load(watched, zoo.weights_file(ON, MODEL))
+    x = {name: watched.prepare(images) for name, images in sets.items()}
+    detector = om.Detector(watched.adapter(module), method=method, explain=0)
+    detector.fit(x.pop("fit").split(50), progress=False)
+
+    def of(name: str) -> Array:
+        found = [detector.score(part).score for part in x[name].split(50)]
+        return np.asarray(torch.cat(found).double().numpy())
+
+    normal = np.concatenate([of("calibration"), of("test")])
+    return Scores(normal, {name: of(name) for name in FOREIGN})
+
+
+def drawn() -> Scores:
+    """For a quick run, without files."""
+    generator = np.random.default_rng(0)
+    return Scores(generator.normal(size=1500), {"shifted": generator.normal(2, 1, 300)})
+
+
+def claims(rows: list[Row]) -> list[Row]:
+    """Against the best of the others, change by change."""
+    found = []
+    for method in dict.fromkeys(row["scores"] for row in rows):
+        own, *others = [row for row in rows if row["scores"] == method]
+        ratios = []
+        for change, its in own["changes"].items():
+            peers = [row["changes"][change]["median delay"] or math.inf for row in others]
+            ratios.append((its["median delay"] or AFTER) / min(*peers, AFTER))
+        text = f"{method}: median delay over the best other's, geometric mean of the changes"
+        found.append(claim(text, round(statistics.geometric_mean(ratios), 3), 1.0))
+        short = round(ERT - own["mean run length"], 1)
+        found.append(claim(f"{method}: mean run length below the promised", short, 0.0))
+    return found
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Drawn scores; needs no files.")] = False,
+    data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
+    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+) -> None:
+    torch.set_num_threads(1)
+    runs = Runs(1, 1, 1) if quick else Runs()
+    if not quick:
+        datasets.require(data_dir, datasets.SOURCES)
+    rows = []
+    for method in ("drawn",) if quick else METHODS:
+        scores = drawn() if method == "drawn" else scored(data_dir, method)
+        for row in compared(scores, runs):
+            typer.echo(f"{method}  {row['decider']}  mean run {row['mean run length']}")
+            rows.append({"scores": method} | row)
+    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
