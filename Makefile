@@ -105,6 +105,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.chosen_by --json benchmarks/results/chosen_by.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
+	$(BIN)/python -m benchmarks.drift.real_streams $(EVIDENCE)/real_streams.json
 	$(BIN)/python -m benchmarks.detection.evidence_page
 	$(BIN)/python -m benchmarks.detection.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
 	$(BIN)/python -m benchmarks.drift.history --json benchmarks/results/drift_history.json

@@ -11,6 +11,7 @@ import typer
 
 from benchmarks.detection import forward_page, summary
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER
+from benchmarks.drift import streams_page
 from benchmarks.harness import pages
 from benchmarks.harness.pages import auroc, table
 
@@ -53,7 +54,7 @@ def rendered(results: Path) -> dict[str, str]:
     for page in PAGES:
         blocks = [f"# {page.title}", *([PROTOCOL] if page.with_protocol else [])]
         for name, section in page.sections.items():
-            command = f"`python -m benchmarks.detection.{name}`"
+            command = f"`python -m benchmarks.{page.package}.{name}`"
             if name in reports:
                 machine = pages.described(reports[name]["machine"])
                 blocks += section(reports[name], f"{command}, on {machine}.")
@@ -373,12 +374,14 @@ class Page:
         title: Of the page.
         sections: Parts of it, by the command whose results they show.
         with_protocol: Whether it says how is measured.
+        package: Of benchmarks, where the commands are.
     """
 
     file: str
     title: str
     sections: dict[str, Callable[[Report, str], list[str]]]
     with_protocol: bool = False
+    package: str = "detection"
 
 
 PAGES = (
@@ -397,6 +400,12 @@ PAGES = (
         {"paper": paper, "questions": questions},
     ),
     Page("evidence/shifts.md", "Corruptions and attacks", {"shifts": shifts}),
+    Page(
+        "evidence/streams.md",
+        "Drift in real streams",
+        {"real_streams": streams_page.section},
+        package="drift",
+    ),
 )
 
 

@@ -90,6 +90,7 @@ Further pages:
 - [Models of CIFAR-10](evidence/cifar10.md)
 - [Which layers, how many samples, how much training, and the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
+- [Drift in streams of real images, beside other deciders](evidence/streams.md)
 
 ```{toctree}
 :hidden:
@@ -100,6 +101,7 @@ evidence/tables
 evidence/cifar10
 evidence/layers
 evidence/shifts
+evidence/streams
 ```"""
 
 

@@ -5,7 +5,8 @@ at once, slowly or in bursts. All deciders see the same scores. Ours keeps what 
 others the one knob is set until they are as rarely wrong as ours was, on normal streams.
 alibi-detect's test is in `benchmarks.drift.e_detector` alone: it needs an environment of its own.
 
-    python -m benchmarks.drift.real_streams --data-dir FOLDER --json benchmarks/results/streams.json
+    python -m benchmarks.drift.real_streams --data-dir FOLDER \\
+        --json benchmarks/results/real_streams.json
 """
 
 import math

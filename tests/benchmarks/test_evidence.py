@@ -320,7 +320,7 @@ def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None
     written = evidence_page.rendered(tmp_path)
     for page in evidence_page.PAGES:
         for name in page.sections:
-            text = f"Not measured yet: `python -m benchmarks.detection.{name}`."
+            text = f"Not measured yet: `python -m benchmarks.{page.package}.{name}`."
             assert text in written[page.file]
 
 
