@@ -5,7 +5,6 @@ evidence sees what too little training does, stay beside Lightning's checkpoint 
 """
 
 import math
-import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
@@ -101,17 +100,18 @@ def train(
         seconds: How long, instead of its number of steps.
         options: Of the Trainer.
     """
-    start, last = time.monotonic(), folder / "last.ckpt"
+    last, by_clock = folder / "last.ckpt", seconds is not None
     pl.seed_everything(0, verbose=False)
-    timer = None if seconds is None else Timer(timedelta(seconds=seconds))
-    model, some = Model(watched, timer), held_out[:1000].split(100)
+    # Whose time is in the checkpoint: what is told counts from the first start.
+    timer = Timer(timedelta(seconds=seconds) if seconds is not None else None)
+    model, some = Model(watched, timer if by_clock else None), held_out[:1000].split(100)
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=250, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
-        max_steps=-1 if timer else watched.steps,
+        max_steps=-1 if by_clock else watched.steps,
         gradient_clip_val=100.0,
         logger=False,
         enable_model_summary=False,
-        callbacks=[checkpoint, timer or Milestones(folder, watched.steps)],
+        callbacks=[checkpoint, timer, *([] if by_clock else [Milestones(folder, watched.steps)])],
         default_root_dir=folder,
         **options,
     )
@@ -127,7 +127,7 @@ def train(
         raise RuntimeError(f"Expected a loss below {untrained:.4g}, got {loss:.4g}: it diverged.")
     facts = {
         "steps": str(trainer.global_step),
-        "seconds": f"{time.monotonic() - start:.0f}",
+        "seconds": f"{timer.time_elapsed():.0f}",
         "held_out_loss": f"{loss:.4f}",
     }
     zoo.save(model.module, file, facts)

@@ -224,6 +224,16 @@ def test_training_keeps_weights_along_the_way_and_goes_on_where_it_was(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+def test_the_time_of_training_counts_from_its_first_start(tmp_path: Path) -> None:
+    file, folder = tmp_path / "weights.safetensors", tmp_path / "folder"
+    for _ in range(2):  # the second goes on from the last checkpoint, to the same end
+        train.train(tiny(0), images(40), images(8), folder, file, seconds=3.0)
+        _, facts = zoo.load(tiny(0), file)
+        assert float(facts["seconds"]) >= 3
+    assert (folder / "last.ckpt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 def test_models_of_colour_images_are_trained_by_the_clock_and_compared(tmp_path: Path) -> None:
     images, tested = colour.photographs()
     found = list(colour.rows("a photograph", colour.tiny(), images, tested, tmp_path, seconds=1.0))
