@@ -93,10 +93,12 @@ train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.train --data-dir $(DATA)
 	$(BIN)/python -m benchmarks.detection.no_law --data-dir $(DATA) --train runs/no-law
 	$(BIN)/python -m benchmarks.detection.kinds --data-dir $(DATA)
+	$(BIN)/python -m benchmarks.detection.colour_glow --data-dir $(DATA) --train runs/colour-glow
 
 evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json
 	$(BIN)/python -m benchmarks.detection.paper $(EVIDENCE)/paper.json --figures docs
+	$(BIN)/python -m benchmarks.detection.colour_glow $(EVIDENCE)/colour_glow.json --figures docs
 	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
