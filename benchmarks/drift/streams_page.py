@@ -9,10 +9,10 @@ Row = dict[str, Any]
 
 INTRODUCTION = (
     "Scores of a VAE of Fashion-MNIST, by two methods. Its own test images are a stream, into "
-    "which other images come after 300: at once, slowly, or in bursts. All deciders see the same scores. "
-    "Ours promises 1 000 samples to a false alarm on average; the knob of each other was set until "
-    "its mean run length was at least ours, since a decider that is wrong more often is early "
-    "for free. Median samples from the change to the alarm; in brackets the share of streams "
+    "which other images come after 300: at once, slowly, or in bursts. All deciders see the same "
+    "scores. Ours promises 1 000 samples to a false alarm on average; the knob of each other was "
+    "set until its mean run length was at least ours, since a decider that is wrong more often is "
+    "early for free. Median samples from the change to the alarm; in brackets the share of streams "
     "without one in 2 000 samples, where there are any."
 )
 
