@@ -1,0 +1,196 @@
+"""The paper's statements that no other benchmark measures, on the committed models.
+
+By part: `norms`, which are larger on foreign data, which density of them detects what, and which
+layers; `influence`, what a step on a sample changes; `flatness`, what disturbed parameters do;
+`fisher`, the Fisher information metric itself; `sizes`, flows by depth, width and training images,
+trained here. `docs/paper.md` answers each statement by these and the other results. A part of a
+model is kept in a folder as soon as it is measured, so that a run that was interrupted goes on. A
+full run takes half an hour on one core.
+
+    python -m benchmarks.detection.statements --data-dir FOLDER \
+        --json benchmarks/results/statements.json
+"""
+
+import functools
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.detection import (
+    datasets,
+    paper,
+    protocol,
+    statements_fisher,
+    statements_norms,
+    statements_sizes,
+    statements_steps,
+    zoo,
+)
+from benchmarks.detection.methods import PAPER
+from benchmarks.detection.paper import Case
+from benchmarks.detection.protocol import Sizes
+from benchmarks.detection.statements_norms import TYPICALITY
+from benchmarks.harness.measurement import claim, reported
+
+Row = dict[str, Any]
+Make = Callable[[], Iterable[Row]]
+
+#: By how much two AUROC may differ and count as equal.
+EQUAL = 0.005
+
+FEW_STEPS = statements_steps.Counts(known=15, foreign=6, others=5, draws=2)
+FEW_GRADIENTS = statements_fisher.Counts(fit=40, held_out=30, test=30, foreign=10)
+
+
+def parts_of(case: Case, *, quick: bool = False) -> dict[str, Make]:
+    """What is measured of a model, by part."""
+    steps = FEW_STEPS if quick else statements_steps.Counts()
+    fisher = FEW_GRADIENTS if quick else statements_fisher.Counts()
+    return {
+        "norms": functools.partial(statements_norms.rows_of, case),
+        "influence": functools.partial(statements_steps.influence, case, steps),
+        "flatness": functools.partial(statements_steps.flatness, case, steps),
+        "fisher": functools.partial(statements_fisher.rows_of, case, fisher),
+    }
+
+
+def kept(file: Path, make: Make) -> list[Row]:
+    """Rows of a file, else what is measured, kept there."""
+    if not file.exists():
+        rows = list(make())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = file.with_suffix(".part")
+        whole.write_text(json.dumps(rows))
+        whole.rename(file)
+    found: list[Row] = json.loads(file.read_text())
+    return found
+
+
+def rows_of(cases: Iterable[Case], sizes: Make, folder: Path, *, quick: bool) -> Iterator[Row]:
+    for case in cases:
+        named = {"on": case.on, "model": case.model}
+        for part, make in parts_of(case, quick=quick).items():
+            file = folder / f"{part}-{case.on}-{case.model}.json"
+            yield from (named | row for row in kept(file, make))
+    yield from kept(folder / "sizes.json", sizes)
+
+
+def full(data: Path, folder: Path) -> Iterator[Row]:
+    on = "Fashion-MNIST"
+
+    def sizes() -> Iterator[Row]:
+        images, _ = zoo.training_images(data, on)
+        sets = protocol.sets(data, on, Sizes(test=300, ood=150))
+        return statements_sizes.rows_of(on, images, sets, statements_sizes.Plan())
+
+    yield from rows_of(paper.cases(data), sizes, folder, quick=False)
+
+
+def quick_rows(folder: Path) -> Iterator[Row]:
+    sets = protocol.digits()
+    images = sets.pop("train")
+    make = functools.partial(
+        statements_sizes.rows_of, "digits", images, sets, statements_sizes.QUICK
+    )
+    yield from rows_of(paper.quick_cases(), make, folder, quick=True)
+
+
+def line(row: Row) -> str:
+    return "  ".join(f"{name} {value}" for name, value in row.items())
+
+
+# What is claimed.
+
+
+def compared(rows: Iterable[Row], method: str, other: str, group: int) -> tuple[int, int, int]:
+    """Of how many pairs of sets a method is better, equal and worse than another."""
+    found = {
+        (r["on"], r["model"], r["method"], name): value
+        for r in rows
+        if r["part"] == "table" and r["group"] == group
+        for name, value in r["auroc"].items()
+    }
+    lead = [
+        value - found[on, model, other, name]
+        for (on, model, its, name), value in found.items()
+        if its == method
+    ]
+    better, worse = (sum(sign * value > EQUAL for value in lead) for sign in (1, -1))
+    return better, len(lead) - better - worse, worse
+
+
+def of_part(rows: Iterable[Row], part: str) -> list[Row]:
+    return [row for row in rows if row["part"] == part]
+
+
+def every(rows: Iterable[Row], column: str) -> list[float]:
+    """The values of a column of mappings."""
+    return [value for row in rows for value in row[column].values()]
+
+
+def mean_of_form(rows: Iterable[Row], form: str) -> float:
+    """The mean AUROC of a quadratic form over models."""
+    return statistics.mean(r["mean"] for r in of_part(rows, "fisher") if r["form"] == form)
+
+
+def claims(rows: list[Row]) -> list[Row]:
+    """The paper's statements as figures that are at most a target."""
+    better, _, worse = compared(rows, PAPER, TYPICALITY, 1)
+    shares = every(of_part(rows, "larger"), "median")
+    ranks = [r["rank correlation"]["others"]["all"] for r in of_part(rows, "influence")]
+    flat = every(of_part(rows, "flatness"), "foreign to known")
+    full, norms = (mean_of_form(rows, name) for name in ("full, damping 1", "norms by layer"))
+    return [
+        claim(
+            "B = 1: pairs where typicality is above the paper's score, less the others",
+            worse - better,
+            0,
+        ),
+        claim(
+            "1 - mean share of layers that are larger on foreign data",
+            round(1 - statistics.mean(shares), 3),
+            0.5,
+        ),
+        claim(
+            "1 - median rank correlation of norm and change of others",
+            round(1 - statistics.median(ranks), 3),
+            0.5,
+        ),
+        claim(
+            "share of cases in which known data change more by a disturbance",
+            round(statistics.mean(v < 1 for v in flat), 3),
+            0.1,
+        ),
+        claim(
+            "mean AUROC of the Fisher metric less that of norms by layer",
+            round(full - norms, 4),
+            0.0,
+        ),
+    ]
+
+
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models of 8x8 digits; needs no files.")
+    ] = False,
+    data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
+    folder: Annotated[
+        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
+    ] = Path("runs/statements"),
+    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+) -> None:
+    if not quick:
+        datasets.require(data_dir, datasets.SOURCES)
+        reported(full(data_dir, folder), line, claims, output, sizes=vars(Sizes()))
+        return
+    with TemporaryDirectory() as temporary:
+        reported(quick_rows(Path(temporary)), line, claims, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
