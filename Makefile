@@ -14,7 +14,7 @@ help:
 	@echo "make test-spark a detector on Spark, in an environment of its own (needs Java 17)"
 	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
-	@echo "make evidence   what it claims of detection, with a page (hours, and data that each part says how to get)"
+	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
 
 install: $(INSTALLED)
@@ -108,8 +108,10 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.chosen_by --json benchmarks/results/chosen_by.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.drift.real_streams $(EVIDENCE)/real_streams.json
+	$(BIN)/python -m benchmarks.detection.statements $(EVIDENCE)/statements.json
 	$(BIN)/python -m benchmarks.detection.evidence_page
 	$(BIN)/python -m benchmarks.detection.text --data-dir $(DATA) --steps 999 --json benchmarks/results/text.json
+	$(BIN)/python -m benchmarks.detection.paper_page
 	$(BIN)/python -m benchmarks.drift.history --json benchmarks/results/drift_history.json
 	$(BIN)/python -m benchmarks.drift.correlation --json benchmarks/results/drift_correlation.json
 	$(BIN)/python -m benchmarks.drift.since --json benchmarks/results/drift_since.json

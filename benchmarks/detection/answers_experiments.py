@@ -27,11 +27,11 @@ from benchmarks.harness.pages import auroc, percent, ratio
 
 def path(results: Results) -> Answer:
     rows = where(results["evidence"], method=PAPER, group=1)
-    within = [row["nominal_within"] for row in rows]
+    good = [row["mean"] >= 0.9 for row in rows]
     return Answer(
-        of_cases(within),
-        f"Mean AUROC {auroc(mean_of(rows))}; {percent(mean(row['flagged'] for row in rows))} of "
-        f"known images flagged at .01",
+        of_cases(good),
+        f"Mean AUROC {auroc(mean_of(rows))}, above .9 on {sum(good)} of {len(good)} models; "
+        f"{percent(mean(row['flagged'] for row in rows))} of known images flagged at .01",
     )
 
 
@@ -162,10 +162,11 @@ def between_layers(rows: list[Row]) -> str:
 
 
 def fewest(row: Row) -> int:
-    """Evenly spaced layers that come within .01 of all."""
+    """Evenly spaced layers from which on as many and more are within .01 of all."""
     by_number: dict[str, float] = row["evenly spaced"]
     last = list(by_number.values())[-1]
-    return next(int(k) for k, value in by_number.items() if value >= last - 0.01)
+    short = [int(k) for k, value in by_number.items() if abs(value - last) > 0.01]
+    return next(int(k) for k in by_number if int(k) > max(short, default=0))
 
 
 def near(results: Results) -> Answer:

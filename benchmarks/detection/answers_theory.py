@@ -126,9 +126,9 @@ def represented(results: Results) -> Answer:
 def larger(results: Results) -> Answer:
     rows = where(results["statements"], part="larger")
     shares = [value for row in rows for value in row["median"].values()]
-    each = {r["model"]: [] for r in rows}  # type: dict[str, list[float]]
+    each: dict[str, list[float]] = {}
     for row in rows:
-        each[row["model"]] += row["median"].values()
+        each.setdefault(row["model"], []).extend(row["median"].values())
     told = ", ".join(f"{model} {percent(mean(found))}" for model, found in each.items())
     most = [share > 0.5 for share in shares]
     return Answer(
@@ -139,12 +139,14 @@ def larger(results: Results) -> Answer:
 
 def influential(results: Results) -> Answer:
     rows = where(results["statements"], part="influence")
-    ranks = {what: [r["rank correlation"][what]["all"] for r in rows] for what in ("own", "others")}
-    known = [row["rank correlation"]["others"]["in distribution"] for row in rows]
+    own, others = ([r["rank correlation"][what]["all"] for r in rows] for what in ("own", "others"))
+    more = [value > 0.5 for row in rows for value in row["auroc"].values()]
+    holds = [of_cases(value >= 0.5 for value in others) == HOLDS, of_cases(more) == HOLDS]
     return Answer(
-        of_cases(value >= 0.5 for value in ranks["others"]),
-        f"Rank correlation of norm and what a step changes: own {between(ranks['own'])}, of others "
-        f"{between(ranks['others'])} (within known samples {between(known)})",
+        [NOT_HERE, IN_PART, HOLDS][sum(holds)],
+        f"Rank correlation of norm and what a step changes: own {between(own)}, others' "
+        f"{between(others)}; but others change more by foreign data in {sum(more)} of "
+        f"{len(more)} pairs",
     )
 
 
@@ -195,8 +197,8 @@ def metric(results: Results) -> Answer:
     better = [gain > EQUAL for gain in gains(form(results, names[1]), norm)]
     return Answer(
         of_cases(better),
-        f"The metric {', '.join(map(auroc, full))} by damping, plain norm {auroc(mean_of(norm))}; "
-        f"better on {sum(better)} of {len(better)} models",
+        f"Of 500 known images, {', '.join(map(auroc, full))} by damping, plain norm "
+        f"{auroc(mean_of(norm))}; better on {sum(better)} of {len(better)} models",
     )
 
 

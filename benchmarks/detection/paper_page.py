@@ -37,7 +37,8 @@ of one like `python -m benchmarks.detection.statements`; `make evidence` runs al
 of single samples where nothing else is said; [evidence](evidence.md) has more by pair.
 
 A verdict is computed from the figures. Cases are models or pairs of sets: *holds* is in nine of
-ten, *in part* in a quarter, else *does not hold here*. AUROC within .005 count as equal."""
+ten, *in part* in a quarter, else *does not hold here*. AUROC within .005 count as equal. A UNet's
+typicality is of the loss that its score is of."""
 
 
 def rendered(results: Path) -> str:

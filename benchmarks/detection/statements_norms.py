@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import ood_monitor as om
 from benchmarks.detection import methods, protocol
@@ -211,7 +212,7 @@ def single_layers(logs: View) -> Array:
     return np.asarray(np.mean(each, axis=1))
 
 
-def mean_of(logs: View, columns: Array) -> float:
+def mean_of(logs: View, columns: NDArray[np.int_]) -> float:
     """The paper's score of some layers: the mean over the other sets."""
     chosen = {name: values[:, columns] for name, values in logs.items()}
     return float(aurocs(protocol.scored(om.DiagonalGaussian(), chosen))["mean"])
@@ -222,7 +223,7 @@ def numbers(count: int) -> list[int]:
     return [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
 
 
-def spaced(count: int, chosen: int) -> Array:
+def spaced(count: int, chosen: int) -> NDArray[np.int_]:
     """Indices in the middle of so many equal parts."""
     return np.asarray(((np.arange(chosen) + 0.5) * count / chosen).astype(int))
 
