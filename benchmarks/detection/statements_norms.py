@@ -6,7 +6,7 @@ model's is that of its loss at the least noise, as in the paper, and so is its t
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ Row = dict[str, Any]
 Found = Mapping[str, Measurements]
 
 TYPICALITY = "typicality"
-OURS: tuple[Literal["gradient_norms", "forward"], ...] = ("gradient_norms", "forward")
 
 #: Of log norms by layer; the degrees of freedom of the second chi-square are numbers of parameters.
 DENSITIES: dict[str, Callable[[Sequence[int]], protocol.Method]] = {
@@ -95,8 +94,14 @@ def table(case: Case, x: Mapping[str, Any], found: Found, group: int) -> Iterato
         yield row(group, method, protocol.scored(make(sizes), logs))
     values = {name: m.log_likelihood.sum(1) for name, m in found.items()}
     yield row(group, TYPICALITY, protocol.scored(Typicality(), values))
-    yield row(group, "gradient_norms", norms_scores(case, x, found, group))
+    if not has_levels(case):
+        yield row(group, "gradient_norms", norms_scores(case, x, found, group))
     yield row(group, "forward", forward_scores(case, x, group))
+
+
+def has_levels(case: Case) -> bool:
+    """Whether terms are levels of noise: `benchmarks.detection.evidence` has their default."""
+    return isinstance(methods.adapter_of(case.watched, case.module), om.DenoisingBound)
 
 
 def row(group: int, method: str, scores: Mapping[str, Array]) -> Row:
@@ -110,15 +115,12 @@ def parameters_of(case: Case, features: Sequence[str]) -> list[torch.nn.Paramete
 
 
 def norms_scores(case: Case, x: Mapping[str, Any], found: Found, group: int) -> Mapping[str, Array]:
-    """Of the method `gradient_norms`, which takes levels of noise apart, and other terms together.
+    """Of the method `gradient_norms`, whose default density sees the values of all terms too.
 
     A detector has no groups, so that its density is fitted on what it would have measured.
     """
     adapter = methods.adapter_of(case.watched, case.module)
-    if isinstance(adapter, om.DenoisingBound):
-        seen = {name: methods.measured(adapter, images, group) for name, images in x.items()}
-    else:
-        seen = {name: with_values(adapter, x[name], m, group) for name, m in found.items()}
+    seen = {name: with_values(adapter, x[name], m, group) for name, m in found.items()}
     return protocol.scored(methods.default(seen["fit"]), methods.default_view(seen))
 
 

@@ -27,15 +27,15 @@ class Plan:
     Attributes:
         depths: Steps of each of the flow's two levels.
         widths: Hidden channels of its couplings.
-        images: Of training, of the flow in the middle of these.
+        images: Of training, of the flow of least depth and middle width.
         steps: Of training, of each by depth and width; of each by images.
         factor: By which images are averaged to 8x8.
     """
 
-    depths: tuple[int, ...] = (2, 4, 8, 16)
+    depths: tuple[int, ...] = (2, 8, 16)
     widths: tuple[int, ...] = (4, 16, 64)
     images: tuple[int, ...] = (500, 5_000, 50_000)
-    steps: tuple[int, int] = (600, 2_000)
+    steps: tuple[int, int] = (400, 1_500)
     factor: int = 4
 
 
@@ -49,7 +49,7 @@ def rows_of(on: str, images: Tensor, sets: Mapping[str, Tensor], plan: Plan) -> 
         for width in plan.widths:
             case = flow(on, images, sets, depth, width, by_size, plan.factor)
             yield {"part": "sizes", "varied": "depth and width"} | judged(case, depth, width)
-    depth, width = plan.depths[len(plan.depths) // 2 - 1], plan.widths[len(plan.widths) // 2]
+    depth, width = plan.depths[0], plan.widths[len(plan.widths) // 2]
     for count in plan.images:
         case = flow(on, images[:count], sets, depth, width, by_images, plan.factor)
         named = {"part": "sizes", "varied": "training images", "images": count}
