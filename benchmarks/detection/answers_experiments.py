@@ -162,10 +162,10 @@ def between_layers(rows: list[Row]) -> str:
 
 
 def fewest(row: Row) -> int:
-    """Evenly spaced layers from which on as many and more are within .01 of all."""
+    """Evenly spaced layers from which on as many and more are no further than .01 below all."""
     by_number: dict[str, float] = row["evenly spaced"]
     last = list(by_number.values())[-1]
-    short = [int(k) for k, value in by_number.items() if abs(value - last) > 0.01]
+    short = [int(k) for k, value in by_number.items() if last - value > 0.01]
     return next(int(k) for k in by_number if int(k) > max(short, default=0))
 
 

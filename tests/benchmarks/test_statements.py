@@ -166,11 +166,18 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
     assert (ROOT / "docs" / "paper.md").read_text() == page
 
 
-def test_every_statement_has_its_row_and_nine_in_ten_are_measured() -> None:
+def test_every_statement_has_its_row_and_all_but_its_data_are_answered() -> None:
+    """Where results are there: three of the paper's sets are not."""
     assert list(paper_page.STATEMENTS) == list(range(1, 31))
     results = answers.loaded(ROOT / "benchmarks" / "results")
-    verdicts = [paper_page.answered(it, results).verdict for it in paper_page.STATEMENTS.values()]
-    assert sum(not verdict.startswith(answers.COULD_NOT) for verdict in verdicts) >= 27
+    there = {n: s for n, s in paper_page.STATEMENTS.items() if set(s.needs) <= results.keys()}
+    verdicts = {n: paper_page.answered(it, results).verdict for n, it in there.items()}
+    assert [n for n, it in verdicts.items() if it.startswith(answers.COULD_NOT)] == [30]
+
+
+def test_the_page_is_read_in_minutes() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text().replace("|", " ")
+    assert len(text.split()) <= 1_600
 
 
 def test_a_statement_whose_results_are_missing_says_which(tmp_path: Path) -> None:
