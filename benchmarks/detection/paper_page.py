@@ -9,12 +9,15 @@ import typer
 from benchmarks.detection import answers, answers_experiments, answers_theory
 from benchmarks.detection.answers import (
     COULD_NOT,
+    EQUAL,
     Answer,
     Results,
     Statement,
     between,
     counts,
+    gains,
     mean,
+    mean_of,
     slashed,
     table_of,
     where,
@@ -69,7 +72,7 @@ def disagreements(found: Results) -> Iterator[str]:
     """The three largest, with the probable cause."""
     if {"paper", "statements"} <= found.keys():
         yield "## Where we disagree most"
-        items = (no_better(found), not_larger(found), no_diagonal(found))
+        items = (no_better(found), total_tells(found), no_diagonal(found))
         yield "\n\n".join(pages.paragraph(f"{i}. {item}") for i, item in enumerate(items, 1))
 
 
@@ -84,15 +87,15 @@ def no_better(found: Results) -> str:
     )
 
 
-def not_larger(found: Results) -> str:
-    rows = where(found["statements"], part="larger", model="Glow")
-    shares = between((value for row in rows for value in row["median"].values()), percent)
-    total = [row for row in table_of(found, "total norm") if row["model"] == "Glow"]
+def total_tells(found: Results) -> str:
+    lead = gains(table_of(found, "total norm"), table_of(found, PAPER))
+    flow = where(table_of(found, "total norm"), on="Fashion-MNIST", model="Glow")
     return (
-        f"**Foreign data have larger norms.** In Glows {shares} of the layers do, and the total "
-        f"norm has an AUROC of {auroc(mean(row['mean'] for row in total))}. Probably since known "
-        "images are mostly black: there a flow's density is sharp, and moves with every weight; "
-        "natural images lie where it is flat. The score holds, since it is two-sided."
+        "**Layers tell more jointly than by their total.** The total norm is above the joint "
+        f"score on {sum(value > EQUAL for value in lead)} of {len(lead)} models, by up to "
+        f"{auroc(max(lead))}; the Glow of Fashion-MNIST, where it has {auroc(mean_of(flow))}, "
+        "makes the mean. Probably since layers' norms mostly rise together: a total takes that one "
+        "factor one-sided, the joint score two-sided and once for each layer."
     )
 
 
