@@ -56,7 +56,7 @@ from ood_monitor.adapters.base import (
     repeated,
     tensors_in,
 )
-from ood_monitor.adapters.predictions import prediction_of
+from ood_monitor.adapters.predictions import PREDICTIONS, prediction_of
 from ood_monitor.adapters.schedules import NoiseSchedule
 from ood_monitor.checks import flag, function, items, number, seed_of, whole, word
 from ood_monitor.modules import dtype_of
@@ -164,7 +164,8 @@ class DenoisingBound(Adapter):
         self.seed, self._draws = self._checked_seed(seed), whole("draws", draws, 1)
         self._antithetic = flag("antithetic", antithetic)
         self._loss: DenoisingLoss = word("loss", loss, get_args(DenoisingLoss))
-        self._prediction = prediction_of(prediction_type, schedule, self.schedule)
+        self._prediction_type = prediction_of(prediction_type, schedule, self.schedule)
+        self._prediction = PREDICTIONS[self._prediction_type]
         self._inputs, self._time = function("inputs", inputs), function("time", time)
         self._condition = function("condition", condition)
         self.levels = self._checked(levels)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ood_monitor.adapters.schedules import NoiseSchedule, stated_prediction
 
-__all__ = ["Prediction", "prediction_of"]
+__all__ = ["PREDICTIONS", "Prediction", "prediction_of"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prediction:
     scale: Callable[[float, float], float]
 
 
-_PREDICTIONS = {
+PREDICTIONS = {
     "epsilon": Prediction(
         lambda x, noise, alpha, sigma: noise,
         lambda alpha, sigma: sigma / alpha if alpha else math.inf,
@@ -48,8 +48,8 @@ _PREDICTIONS = {
 }
 
 
-def prediction_of(given: str | None, stated: Any, schedule: NoiseSchedule) -> Prediction:
-    """As the argument says, the foreign schedule of itself, or our own."""
+def prediction_of(given: str | None, stated: Any, schedule: NoiseSchedule) -> str:
+    """The name of what the argument says, the foreign schedule of itself, or our own."""
     name = stated_prediction(stated) if given is None else given
     silent = not isinstance(stated, Tensor) and schedule.prediction_type == "epsilon"
     if name is None and silent:
@@ -58,9 +58,9 @@ def prediction_of(given: str | None, stated: Any, schedule: NoiseSchedule) -> Pr
             "`prediction_type` or by `objective`, got neither: pass `prediction_type=`."
         )
     name = schedule.prediction_type if name is None else name
-    if not isinstance(name, str) or name not in _PREDICTIONS:
+    if not isinstance(name, str) or name not in PREDICTIONS:
         raise ValueError(
-            f"Expected a prediction type of {sorted(_PREDICTIONS)}, got {name!r}: pass "
+            f"Expected a prediction type of {sorted(PREDICTIONS)}, got {name!r}: pass "
             "`prediction_type=`."
         )
-    return _PREDICTIONS[name]
+    return name

@@ -22,7 +22,7 @@ from torch import Tensor
 from ood_monitor.adapters.base import describe
 from ood_monitor.checks import number, text, whole
 
-__all__ = ["FlowConvention", "NoiseSchedule", "stated_prediction"]
+__all__ = ["FlowConvention", "NoiseSchedule", "is_preconditioned", "stated_prediction"]
 
 #: What a network of flow matching predicts, and so which way its time runs.
 FlowConvention: TypeAlias = Literal["noise_minus_data", "data_minus_noise"]
@@ -222,7 +222,7 @@ class NoiseSchedule:
         if isinstance(schedule, NoiseSchedule):
             return schedule
         config = _config(schedule)
-        if _is_preconditioned(schedule):
+        if is_preconditioned(schedule):
             return _preconditioned(schedule, config)
         if _is_of_angles(schedule):
             return _of_angles(config["num_train_timesteps"])
@@ -249,7 +249,7 @@ def stated_prediction(schedule: Any) -> str | None:
     for name in _STATEMENTS:
         said = getattr(schedule, name, None) if said is None else said
     said = getattr(said, "value", said)  # of an enumeration
-    if _is_preconditioned(schedule):
+    if is_preconditioned(schedule):
         return _preconditioned(schedule, _config(schedule)).prediction_type
     if said is None:
         return "v_prediction" if _is_of_angles(schedule) else None
@@ -261,7 +261,7 @@ def _config(schedule: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _is_preconditioned(schedule: Any) -> bool:
+def is_preconditioned(schedule: Any) -> bool:
     """Whether a scheduler of diffusers scales what its network takes and gives, as EDM."""
     return all(hasattr(schedule, f"precondition_{name}") for name in ("inputs", "noise", "outputs"))
 

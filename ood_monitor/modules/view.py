@@ -359,7 +359,8 @@ def _has_no_copy(module: nn.Module) -> bool:
         isinstance(m, torch.jit.ScriptModule)
         or type(m).__name__ == "FullyShardedDataParallel"
         or "_hf_hook" in vars(m)
-        or vars(m).get("_diffusers_hook") is not None
+        # Without hooks it is what a pipeline's call leaves of every cache's context.
+        or getattr(vars(m).get("_diffusers_hook"), "hooks", None)
         for m in module.modules()
     )
 

@@ -133,8 +133,7 @@ def differences(fitted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
 def _plain(value: Any) -> Any:
     """A value as JSON, or ``_UNSAID``."""
     if isinstance(value, NoiseSchedule):
-        tensors = {name: getattr(value, name) for name in ("alpha", "sigma", "t")}
-        return {"levels": len(value), "digest": digest_of_tensors(tensors.items())}
+        return _schedule(value)
     if isinstance(value, list | tuple):
         short = len(value) <= _LONGEST and all(isinstance(item, _NUMBERS) for item in value)
         return [_scalar(item) for item in value] if short else _UNSAID
@@ -145,6 +144,17 @@ def _plain(value: Any) -> Any:
     own = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else {}
     numbers = {name: _scalar(it) for name, it in own.items() if isinstance(it, _NUMBERS)}
     return {"object": _name(value)} | numbers
+
+
+def _schedule(schedule: NoiseSchedule) -> dict[str, Any]:
+    """Its numbers' digest, and what they do not show; straight lines leave no choice of it."""
+    tensors = {name: getattr(schedule, name) for name in ("alpha", "sigma", "t")}
+    said: dict[str, Any] = {"levels": len(schedule), "digest": digest_of_tensors(tensors.items())}
+    if schedule.is_variance_preserving and schedule.prediction_type != "epsilon":
+        said["prediction_type"] = schedule.prediction_type
+    if schedule.sigma_data != 1:
+        said["sigma_data"] = schedule.sigma_data
+    return said
 
 
 def _scalar(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ood_monitor import Adapter, DenoisingBound, NoiseSchedule
 from ood_monitor.adapters.base import Batch, OnePass, SampleKind, describe
-from ood_monitor.adapters.schedules import stated_prediction
+from ood_monitor.adapters.schedules import is_preconditioned, stated_prediction
 from ood_monitor.checks import flag, items
 from ood_monitor_integrations.diffusers.arguments import (
     NULL_PREFIX,
@@ -32,6 +33,9 @@ __all__ = ["LEVELS", "SEED", "ReplayedBound"]
 #: Noise levels unless told otherwise, little noise to much. All samples share one draw of the noise
 #: a level, and a draw may hide what another shows: four are less at the mercy of luck than two.
 LEVELS = (20, 100, 300, 500)
+
+#: On a schedule of so many.
+_OF_LEVELS = 1000
 
 #: Of the noise, unless told otherwise. The same seed in a user's hands, with a level added, would
 #: start a pipeline from the very noise that its result is then tested with: none that people use.
@@ -96,7 +100,7 @@ class ReplayedBound(Adapter):
         self._ratios, self._condition_check = ratios, condition_check
         self.has_null_condition = condition_check
         self._reading, schedule = reading, reading.schedule
-        levels, ratios = of_both_experts(reading, levels, ratios)
+        levels, ratios = of_both_experts(reading, scaled(levels, len(schedule)), ratios)
         self._network = ReplayedNetwork(self.module, controlnet, reading)
         self._predicts = _prediction(scheduler, schedule)
         self._verified: set[Any] = set()
@@ -112,6 +116,7 @@ class ReplayedBound(Adapter):
             null_condition=_null_conditions if condition_check else None,
         )
         # For the record that a detector has of its adapter.
+        self._scheduler = replace(reading.levels, prediction_type=self._predicts)
         self._levels, self._seed = self._bound.levels, self._bound.seed
         self._verify_other(call, count, self.batch(call, count))
 
@@ -300,7 +305,13 @@ class ReplayedBound(Adapter):
                 f"was fitted, got {predicts!r}."
             )
         # Of straight lines another shift leaves out other levels, and trains no other network.
-        if levels.is_variance_preserving and not (
+        is_table = levels.is_variance_preserving and not is_preconditioned(scheduler)
+        if levels.sigma_data != fitted.sigma_data:
+            raise ValueError(
+                f"Expected a scheduler with sigma_data = {fitted.sigma_data:g}, as the detector "
+                f"was fitted, got {levels.sigma_data:g}."
+            )
+        if is_table and not (
             len(levels) == len(fitted) and torch.allclose(levels.alpha, fitted.alpha, rtol=1e-3)
         ):
             raise ValueError(
@@ -313,6 +324,13 @@ class ReplayedBound(Adapter):
     def compared(self, batch: Batch) -> Batch:
         """The samples: embeddings may be of prompts of any length."""
         return {SAMPLE: batch[SAMPLE]} if isinstance(batch, Mapping) else batch
+
+
+def scaled(levels: Sequence[int], length: int) -> Sequence[int]:
+    """The default levels on a schedule of another length; those of a user as they are."""
+    if tuple(levels) != LEVELS:
+        return levels
+    return [level * length // _OF_LEVELS for level in levels]
 
 
 def of_both_experts(

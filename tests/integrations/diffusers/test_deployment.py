@@ -104,6 +104,27 @@ def test_a_denoiser_compiled_in_place_is_scored_as_before(part: str, expected: o
     in_background.ood_monitor.detach()
 
 
+def test_a_denoiser_in_train_mode_is_watched_in_the_background() -> None:
+    """Its calls leave a registry of hooks without any hook."""
+    pipe = FLUX()
+    pipe.transformer.train()
+    watched = watch(pipe, FLUX, known(pipe, FLUX), mode="background", queue_size=8)
+    for _ in range(8):  # most of which find the one before being scored
+        call(watched, FLUX)
+    assert watched.ood_monitor.flush(60)
+    assert watched.ood_monitor.failures == {}
+    assert watched.ood_monitor.counts.scored == 16
+
+
+def test_a_cached_denoiser_in_train_mode_is_refused_in_the_background() -> None:
+    pipe = FLUX()
+    detector = known(pipe, FLUX)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e3))
+    pipe.transformer.train()
+    with pytest.raises(ValueError, match=r"eval mode with .* train mode: call its `eval\(\)`"):
+        watch(pipe, FLUX, detector, mode="background")
+
+
 #: Caches, each set so that a call's last step takes from an earlier one.
 CACHES: dict[str, tuple[Callable[[Any, Any], None], Callable[[Any], Any]]] = {
     "first block": (

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import ModularPipeline
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, ModularPipeline
 from ood_monitor_integrations.diffusers import (
     OODBlock,
     fit_pipeline,
@@ -20,7 +20,7 @@ from ood_monitor_integrations.diffusers import (
     replayed_bound,
 )
 from ood_monitor_integrations.diffusers.inputs import encoded
-from support.pipeline_cases import FEW, case_of, seeded_call
+from support.pipeline_cases import FEW, SD_SCHEDULE, case_of, seeded_call
 
 import ood_monitor as om
 from ood_monitor.testing import check_adapter
@@ -195,6 +195,36 @@ def test_a_saved_detector_scores_as_before(on_images: tuple[Any, Any], tmp_path:
     adapter = replayed_bound(other, call=TEXT.arguments(), levels=(500,))
     loaded = om.Detector.from_pretrained(tmp_path, adapter)
     assert torch.equal(scores(other, loaded).score, scores(pipe, detector).score)
+
+
+OTHERS: dict[str, tuple[Any, Any]] = {
+    "prediction": (
+        EulerDiscreteScheduler(**SD_SCHEDULE),
+        EulerDiscreteScheduler(prediction_type="v_prediction", **SD_SCHEDULE),
+    ),
+    "preconditioned": (EDMEulerScheduler(), EDMEulerScheduler(prediction_type="v_prediction")),
+    "scale": (EDMEulerScheduler(), EDMEulerScheduler(0.004, 160.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_detector_beside_a_scheduler_of_another_network_warns(name: str, tmp_path: Path) -> None:
+    pipe, (own, other) = TEXT(), OTHERS[name]
+    pipe.scheduler = own
+    call = TEXT.call_of_one() | {"num_inference_steps": 4}
+    fit_pipeline(
+        pipe, [TEXT.images(44)], call=call, explain=FEW, progress=False, watches="outputs"
+    ).save_pretrained(tmp_path)
+    om.Detector.from_pretrained(tmp_path, replayed_bound(pipe, call=call))  # warns of nothing
+    pipe.scheduler = other
+    with pytest.warns(UserWarning, match="Another adapter: .*scheduler="):
+        om.Detector.from_pretrained(tmp_path, replayed_bound(pipe, call=call))
+
+
+def test_default_levels_are_those_of_a_schedule_of_any_length() -> None:
+    pipe = TEXT()
+    pipe.scheduler = EDMEulerScheduler(num_train_timesteps=500)
+    assert replayed_bound(pipe, call=TEXT.arguments()).levels == (10, 50, 150, 250)
 
 
 @pytest.mark.slow
