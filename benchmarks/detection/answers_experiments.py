@@ -43,11 +43,15 @@ def full_or_norms(results: Results) -> Answer:
     names = ("full, damping 1", "block, damping 1 by layer", "diagonal, damping 1 by layer")
     full, block, diagonal = (mean_of(form(results, name)) for name in names)
     layers = mean_of(form(results, "norms by layer"))
+    ahead = [
+        gain > EQUAL for gain in gains(form(results, names[0]), form(results, "norms by layer"))
+    ]
     cheaper, as_good = min(times) > 1, max(full, block, diagonal) <= layers + EQUAL
     return Answer(
         [NOT_HERE, IN_PART, HOLDS][cheaper + as_good],
         f"{between(times, ratio)} times the time, "
-        f"{between((row['gradients, MB'] for row in rows), whole)} MB; {auroc(full)}, by layer "
+        f"{between((row['gradients, MB'] for row in rows), whole)} MB; {auroc(full)} "
+        f"(above the norms on {sum(ahead)} of {len(ahead)} models), by layer "
         f"{auroc(block)}, diagonal by layer {auroc(diagonal)}; norms {auroc(layers)}",
     )
 
