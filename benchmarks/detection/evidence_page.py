@@ -182,14 +182,15 @@ def delays(row: Row) -> str:
 def colour(report: Report, measured: str) -> list[str]:
     rows = report["rows"]
     return [
-        "## Models of CIFAR-10",
+        "## Models of the papers' sizes",
         f"By {measured}",
         pages.paragraph(
             "A Glow of the paper's size (K = 32, L = 3, 512 hidden channels) and the UNet of "
             "google/ddpm-cifar10-32, on colour images at their own 32x32 pixels. GTSRB and "
             "Chars74K were JPEG files and resized, which may tell them apart by itself: see the "
             "row of PNG size. Trained for minutes, where the papers take days: how methods compare "
-            "on models that have learned little. `make evidence` leaves this part out, since it is "
+            "on models that have learned little. The default of these rows is gradient norms by "
+            "term, as it was until 2026-11-26. `make evidence` leaves this part out, since it is "
             "for a GPU. " + report.get("note", "")
         ),
         trainings(rows),
@@ -393,7 +394,11 @@ PAGES = (
     ),
     Page("evidence/denoisers.md", "Denoisers", {"denoisers": forward_page.denoisers}),
     Page("evidence/tables.md", "Rows of tables", {"tables": forward_page.tables}),
-    Page("evidence/cifar10.md", "Models of CIFAR-10", {"colour": colour}),
+    Page(
+        "evidence/cifar10.md",
+        "Models of CIFAR-10",
+        {"colour_glow": forward_page.colour_glow, "colour": colour},
+    ),
     Page(
         "evidence/layers.md",
         "Layers, samples and training",

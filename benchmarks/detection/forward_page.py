@@ -200,3 +200,33 @@ def tables(report: Row, measured: str) -> list[str]:
         table(["method", *shifts, "all"], lines),
         *pages.judged("### Claims of tables", report["claims"]),
     ]
+
+
+def colour_glow(report: Row, measured: str) -> list[str]:
+    """The part of the page on a Glow of colour images that one core has trained."""
+    rows = [row for row in report["rows"] if row["shown"] == "detection"]
+    [likelihood] = [row for row in report["rows"] if row["shown"] == "likelihood"]
+    bits, of_paper = likelihood["bits_per_dimension"], likelihood["of_the_paper"]
+    names = list(rows[0]["auroc"])
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row["group"]: row for row in rows if row["method"] == method}
+        cells = [
+            f"{auroc(found[group]['auroc'][name])} ({pages.percent(found[group]['found'][name])})"
+            for group in (1, 5)
+            for name in names
+        ]
+        lines.append([method, *cells])
+    return [
+        "## A Glow of CIFAR-10",
+        f"By {measured}",
+        pages.paragraph(
+            f"Trained for an hour on half a core: {bits['test']:.2f} bits per dimension on test "
+            f"images, where published weights of the paper's size have {of_paper:.2f}. Chars74K "
+            "stands for SVHN, which cannot be had here. AUROC, and in brackets the share of "
+            "foreign images with p <= .01."
+        ),
+        "![Log squared gradient norms of four layers](../colour-glow-layers.png)",
+        table(["method", *(f"{name}, B = {group}" for group in (1, 5) for name in names)], lines),
+        *pages.judged("### Claims of this Glow", report["claims"]),
+    ]
