@@ -68,7 +68,8 @@ def test_code_of_a_bound_has_its_levels_loss_and_seed(
     adapter = om.DenoisingBound(network, schedule, levels=[3, 700], loss="l1", draws=2, seed=5)
     x = torch.rand(80, 1, 8, 8)
     detector = saved(tmp_path, adapter, x)
-    assert 'levels=[3, 700], loss="l1", draws=2, seed=5' in readme(tmp_path)
+    said = 'levels=[3, 700], prediction_type="epsilon", loss="l1", draws=2, seed=5'
+    assert said in readme(tmp_path)
     found = loader(tmp_path, monkeypatch)(network, schedule)
     assert torch.equal(found.score(x).score, detector.score(x).score)
 

@@ -328,7 +328,7 @@ class ReplayedBound(Adapter):
 
 def scaled(levels: Sequence[int], length: int) -> Sequence[int]:
     """The default levels on a schedule of another length; those of a user as they are."""
-    if tuple(levels) != LEVELS:
+    if tuple(items("levels", levels)) != LEVELS:
         return levels
     return [level * length // _OF_LEVELS for level in levels]
 

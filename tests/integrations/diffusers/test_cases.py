@@ -35,7 +35,7 @@ PLACES = {
     **dict.fromkeys(("flux2-klein", "chroma", "cogview4", "cogview4-unshifted"), (0, 2)),
     **dict.fromkeys(("z-image-unguided", "flux2", "marigold-depth", "latent-consistency"), (0, 1)),
     **dict.fromkeys(("stable-diffusion-pag", "sd3-skip-layers"), (1, 3)),
-    **dict.fromkeys(("wan", "wan22"), (0, 2)),
+    **dict.fromkeys(("wan", "wan22", "wan22-expanded", "wan22-of-images"), (0, 2)),
     **dict.fromkeys(("hunyuan-video", "kandinsky5-video", "kandinsky5-image"), (0, 2)),
     "animatediff-unguided": (0, 1),
     "instruct-pix2pix": (0, 3),
