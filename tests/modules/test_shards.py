@@ -9,6 +9,8 @@ from support import shard_processes
 from support.shard_processes import CASES
 from support.two_processes import reports
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(shard_processes.__file__)
 
 
@@ -22,7 +24,6 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.slow
 def test_scores_are_those_of_the_whole_model(ranks: list[dict[str, Any]], case: str) -> None:
     for rank in ranks:
         whole, shards = rank[case]["scores"]
@@ -32,7 +33,6 @@ def test_scores_are_those_of_the_whole_model(ranks: list[dict[str, Any]], case: 
     assert ranks[0][case]["scores"] != ranks[1][case]["scores"]  # each its own batch
 
 
-@pytest.mark.slow
 def test_a_process_may_take_fewer_passes(ranks: list[dict[str, Any]], case: str) -> None:
     assert [rank[case]["fewer"] for rank in ranks] == [1, 6]
 

@@ -256,7 +256,8 @@ def sample_in(called: Sequence[tuple[Step, Called]]) -> tuple[str, Layout, list[
     raise ValueError(
         "Expected one of the denoiser's arguments to be the scheduler's sample, up to a factor, "
         f"alone or with context before or behind it, got {describe(arguments)} for "
-        f"{describe(first.stepped)}."
+        f"{describe(first.stepped)}: where it is blended with an image, or made of several, give "
+        "`monitor_pipeline(batch=...)` with an adapter of your own."
     )
 
 

@@ -20,7 +20,10 @@ from torch import Tensor
 
 import ood_monitor as om
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 PIXELS, TEXT = case_of("ddim"), case_of("stable-diffusion")
 LEVEL = 500
@@ -267,7 +270,6 @@ class Handing(diffusers.DDIMPipeline):
 UNNAMED = (Unseeded, OfNumpy, Anything, Refusing, Handing)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNNAMED)
 def test_own_samples_differ_are_the_same_again_and_change_no_random_state(kind: Any) -> None:
     pipe = made_of(kind)

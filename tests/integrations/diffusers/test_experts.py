@@ -21,6 +21,8 @@ from support.video_pipeline_cases import VIDEOS, wan22
 import ood_monitor as om
 from ood_monitor.statistics import denoiser_statistics
 
+pytestmark = pytest.mark.slow
+
 CASE = next(case for case in VIDEOS if case.name == "wan22")
 
 #: Levels of little noise and of much, by whose transformer denoises them.
@@ -96,7 +98,6 @@ def test_another_second_transformer_is_refused() -> None:
         watched(**seeded_call(CASE.arguments()))
 
 
-@pytest.mark.slow
 def test_gradient_norms_are_of_the_parameters_that_a_term_reaches() -> None:
     pipe = CASE()
     detector = fitted(pipe, method="both", levels=(500, 800))

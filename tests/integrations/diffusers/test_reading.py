@@ -75,6 +75,7 @@ SCHEDULERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 def test_a_bound_is_the_training_loss_whatever_the_scheduler(kind: Any) -> None:
     pipe = TEXT()

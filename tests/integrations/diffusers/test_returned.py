@@ -28,7 +28,10 @@ from torch import Tensor
 
 import ood_monitor as om
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 LEVEL = 500
 TEXT, CONTROLLED = case_of("stable-diffusion"), case_of("controlnet")

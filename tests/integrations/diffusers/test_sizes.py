@@ -20,6 +20,7 @@ from torch import Tensor
 import ood_monitor as om
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     # Of the second adapter that a model gets.
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
@@ -125,7 +126,6 @@ def test_a_detector_of_one_size_refuses_another() -> None:
         assert "Expected samples as the detector was fitted on" in kind
 
 
-@pytest.mark.slow
 def test_images_of_several_sizes_are_fitted_with_their_own_calls() -> None:
     pairs = [
         (images(side, 12, seed=n), {"height": side, "width": side})
@@ -190,7 +190,6 @@ def test_adapters_are_told_by_name_and_scale() -> None:
     assert not adapters_in(unet)
 
 
-@pytest.mark.slow
 def test_adapters_that_are_on_are_groups(caplog: pytest.LogCaptureFixture) -> None:
     pipe = TEXT()
     styled(pipe.unet, "style", "line")
