@@ -304,8 +304,8 @@ def cases(data: Path) -> list[Case]:
     return found
 
 
-def quick_cases() -> list[Case]:
-    sets = protocol.digits(60)
+def quick_cases(count: int = 120) -> list[Case]:
+    sets = protocol.digits(count)
     images = sets.pop("train")
     models = zoo.trained_tiny(images)
     return [Case("digits", model, watched, module, sets) for model, watched, module, _ in models]
@@ -340,7 +340,7 @@ def main(
     if not quick:
         datasets.require(data_dir, datasets.SOURCES)
     samples, count = (64, 50) if quick else (1_024, 150)
-    every, rows = quick_cases() if quick else cases(data_dir), []
+    every, rows = quick_cases(60) if quick else cases(data_dir), []
     for case in every:
         for row in rows_of(case, samples, count):
             typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))

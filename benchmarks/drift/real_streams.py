@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +129,12 @@ DECIDERS: dict[str, Callable[[float], Start]] = {
 }
 
 
+def deciders() -> dict[str, Callable[[float], Start]]:
+    """Those that are installed here."""
+    is_there = find_spec("river") is not None
+    return {name: make for name, make in DECIDERS.items() if is_there or "river" not in name}
+
+
 def run_length(start: Start, scores: Scores, run: int, cap: int) -> int:
     """Samples of a normal stream to the first alarm; cap if there is none."""
     calibration, generator, normal = scores.stream(run)
@@ -206,8 +213,9 @@ def since(scores: Scores, name: str, share: Share, runs: Runs) -> Row:
 def compared(scores: Scores, runs: Runs) -> Iterator[Row]:
     """A row for each decider."""
     own = mean_run(ours(ERT), scores, runs.normal)
-    knobs = {name: set_to(make, scores, own, runs.of(name)) for name, make in DECIDERS.items()}
-    starts = {"ours": ours(ERT)} | {name: DECIDERS[name](knob) for name, knob in knobs.items()}
+    others = deciders()
+    knobs = {name: set_to(make, scores, own, runs.of(name)) for name, make in others.items()}
+    starts = {"ours": ours(ERT)} | {name: others[name](knob) for name, knob in knobs.items()}
     for name, start in starts.items():
         its = runs.of(name)
         yield {
@@ -278,7 +286,9 @@ def main(
         for row in compared(scores, runs):
             typer.echo(f"{method}  {row['decider']}  mean run {row['mean run length']}")
             rows.append({"scores": method} | row)
-    conclude({"machine": machine(), "rows": rows, "claims": claims(rows)}, output)
+    skipped = sorted(DECIDERS.keys() - deciders().keys())
+    report = {"machine": machine(), "rows": rows, "skipped": skipped, "claims": claims(rows)}
+    conclude(report, output)
 
 
 if __name__ == "__main__":
