@@ -4,10 +4,10 @@ A verdict is computed from figures, by a rule of its statement, so that it is ne
 """
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.harness.pages import auroc
@@ -71,11 +71,7 @@ def of_share(share: float) -> str:
 
 def of_cases(holds: Iterable[bool]) -> str:
     """The verdict by case."""
-    return of_share(statistics.mean(map(float, holds)))
-
-
-def mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
+    return of_share(mean(map(float, holds)))
 
 
 def between(values: Iterable[float], written: Callable[[float], str] = auroc) -> str:

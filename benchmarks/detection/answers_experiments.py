@@ -1,5 +1,7 @@
 """Answers to statements 16 to 30: the path, trade-offs, experiments, open questions, data."""
 
+from statistics import mean
+
 from benchmarks.detection.answers import (
     COULD_NOT,
     EQUAL,
@@ -13,7 +15,6 @@ from benchmarks.detection.answers import (
     between,
     by_model,
     gains,
-    mean,
     mean_of,
     of_cases,
     table_of,

@@ -1,5 +1,7 @@
 """Answers to statements 1 to 15: results, mechanisms, assumptions and what breaks them."""
 
+from statistics import mean
+
 from scipy.stats import spearmanr
 
 from benchmarks.detection.answers import (
@@ -15,7 +17,6 @@ from benchmarks.detection.answers import (
     by_model,
     counts,
     gains,
-    mean,
     mean_of,
     of_cases,
     of_share,

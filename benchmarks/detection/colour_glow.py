@@ -29,10 +29,10 @@ from benchmarks.detection.densities import png_bytes
 from benchmarks.detection.forward import caught, fitted
 from benchmarks.detection.methods import METHODS, PAPER
 from benchmarks.detection.protocol import Array, Sizes
-from benchmarks.detection.representations import CHANGES, Change, Represented, dequantised
+from benchmarks.detection.representations import CHANGES, Represented, dequantised, invariance
 from benchmarks.detection.train import train
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.harness.measurement import claim, reported
 from ood_monitor.densities.measurements import Measurements, Table
 from ood_monitor.detector.plan import planned
 
@@ -165,9 +165,9 @@ def representations(
 
 def changed(change: str, found: Mapping[str, Measurements]) -> Iterator[Row]:
     """A row for each method."""
-    for name, aurocs in of_represented(found):
+    for name, each in of_represented(found):
         case = {"shown": "representation", "change": change, "group": 1, "method": name}
-        yield case | {"auroc": aurocs, "mean": round(statistics.mean(aurocs.values()), 4)}
+        yield case | protocol.with_mean(each)
 
 
 def of_represented(found: Mapping[str, Measurements]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -177,37 +177,7 @@ def of_represented(found: Mapping[str, Measurements]) -> Iterator[tuple[str, dic
     }
     for name in REPRESENTED:
         method = METHODS[name]
-        scores = protocol.scored(method.make(found["fit"]), views[method.view])
-        yield (
-            name,
-            {of: round(protocol.auroc(scores["test"], scores[of]), 4) for of in others_of(found)},
-        )
-
-
-def others_of(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in found if name not in protocol.IN_DISTRIBUTION]
-
-
-def invariance(module: nn.Module, change: Change, x: Tensor) -> Row:
-    """In double precision: by how much norms differ, and likelihoods in bits per dimension."""
-    flow, x = module.double(), x.double()
-    plain = om.LogLikelihood(flow, lambda it, images: it.log_prob(images))
-    other = om.LogLikelihood(Represented(flow, change))
-    y = change.there(x)
-    before, after = (
-        torch.stack(list(om.gradient_norms(adapter, images, chunk_size=methods.CHUNK).values()))
-        for adapter, images in ((plain, x), (other, y))
-    )
-    bits = [adapter.bits_per_dimension(images) for adapter, images in ((plain, x), (other, y))]
-    module.float()
-    live = before > 1e-12 * before.max()
-    shift = bits[1] - bits[0]
-    return {
-        "images": len(x),
-        "norms_relative_difference": float(((after - before).abs() / before)[live].max()),
-        "bits_per_dimension": [round(float(each.mean()), 3) for each in bits],
-        "shift_mean_and_sd": layers.mean_and_sd(shift.numpy()),
-    }
+        yield name, protocol.aurocs(protocol.scored(method.make(found["fit"]), views[method.view]))
 
 
 # The whole.
@@ -306,12 +276,9 @@ def main(
     else:
         watched = model()
         module, facts = zoo.load(watched, FILE)
-    rows: list[Row] = []
-    for row in rows_of(watched, module, sets, figures):
-        typer.echo(line(row))
-        rows.append(row)
-    told = {"machine": machine(), "training": facts, "sizes": {k: len(v) for k, v in sets.items()}}
-    conclude({**told, "rows": rows, "claims": claims(rows)}, output)
+    counts = {name: len(each) for name, each in sets.items()}
+    rows = rows_of(watched, module, sets, figures)
+    reported(rows, line, claims, output, training=facts, sizes=counts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import ood_monitor as om
 from benchmarks.detection import datasets, methods, protocol, zoo
 from benchmarks.detection.corruptions import CORRUPTIONS, corrupted
 from benchmarks.detection.densities import png_bytes
-from benchmarks.detection.protocol import FPR, IN_DISTRIBUTION, Sizes
+from benchmarks.detection.protocol import FPR, Sizes, aurocs, others_of
 from benchmarks.detection.shifts import CHANGED
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim, peak_of_tensors, ratios, reported
@@ -170,15 +170,6 @@ def corruptions(
         yield {"model": model, "method": name, "corrupted": each, "mean": mean}
 
 
-def aurocs(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Of each other set against the test images."""
-    return {
-        name: round(protocol.auroc(scores["test"], values), 4)
-        for name, values in scores.items()
-        if name not in IN_DISTRIBUTION
-    }
-
-
 def fitted(plan: Plan, measured: Measurements) -> Joined:
     """The parts of a detector, fitted on all of these samples."""
     return Joined.fit(plan.parts, measured, torch.finfo(torch.float32).eps)
@@ -188,9 +179,7 @@ def caught(scores: Mapping[str, Any]) -> dict[str, float]:
     """The share of each other set that has a p-value of at most FPR."""
     p_value = ConformalPValue.fit(scores["calibration"]).p_value
     return {
-        name: round(float(np.mean(p_value(values) <= FPR)), 4)
-        for name, values in scores.items()
-        if name not in IN_DISTRIBUTION
+        name: round(float(np.mean(p_value(scores[name]) <= FPR)), 4) for name in others_of(scores)
     }
 
 

@@ -7,24 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import kstest, norm
 
-from benchmarks.detection import protocol
-from benchmarks.detection.protocol import Array
-from ood_monitor.densities.features import LogNorms
+from benchmarks.detection.methods import live_log_norms
+from benchmarks.detection.protocol import Array, others_of
 from ood_monitor.densities.measurements import Measurements
 
 Row = dict[str, Any]
-
-
-def log_norms(found: Mapping[str, Measurements]) -> tuple[tuple[str, ...], dict[str, Array]]:
-    """Names of the L layers whose norm is alive, and of each set log norms (N, L)."""
-    fit = found["fit"]
-    logs = LogNorms.fit(fit.features, fit.norms, torch.finfo(torch.float32).eps)
-    return logs.live_names, {name: logs(it.norms) for name, it in found.items()}
 
 
 def four(count: int) -> list[int]:
@@ -34,7 +25,7 @@ def four(count: int) -> list[int]:
 
 def rows(found: Mapping[str, Measurements], group: int) -> Iterator[Row]:
     """Of four layers how their log norms lie, then figures of all."""
-    names, logs = log_norms(found)
+    names, logs = live_log_norms(found)
     normal = fits(logs["fit"], logs["test"])
     for i in four(len(names)):
         moments = {of: mean_and_sd(each[:, i]) for of, each in logs.items()}
@@ -74,7 +65,7 @@ def larger(logs: Mapping[str, Array]) -> dict[str, float]:
     return {
         name: round(float((each.mean(0) > own).mean()), 4)
         for name, each in logs.items()
-        if name not in protocol.IN_DISTRIBUTION
+        if name in others_of(logs)
     }
 
 
@@ -89,8 +80,8 @@ def short(layer: str) -> str:
 
 def figure(found: Mapping[str, Measurements]) -> Figure:
     """Log norms of the four layers by set, each with the Gaussian of its mean and deviation."""
-    names, logs = log_norms(found)
-    others = {name: each for name, each in logs.items() if name not in protocol.IN_DISTRIBUTION}
+    names, logs = live_log_norms(found)
+    others = {name: logs[name] for name in others_of(logs)}
     shown = {"in distribution": logs["test"]} | others
     whole = Figure(figsize=(9, 6), layout="constrained")
     panels: list[Axes] = list(whole.subplots(2, 2).flat)

@@ -188,9 +188,14 @@ def varying_only(view: View) -> View:
 
 
 def log_norms(found: Mapping[str, Measurements]) -> View:
+    return live_log_norms(found)[1]
+
+
+def live_log_norms(found: Mapping[str, Measurements]) -> tuple[tuple[str, ...], View]:
+    """Names of the L layers whose norm is alive, and of each set log norms (N, L)."""
     fit = found["fit"]
     logs = LogNorms.fit(fit.features, fit.norms, torch.finfo(torch.float32).eps)
-    return {name: logs(m.norms) for name, m in found.items()}
+    return logs.live_names, {name: logs(m.norms) for name, m in found.items()}
 
 
 def default_view(found: Mapping[str, Measurements]) -> View:

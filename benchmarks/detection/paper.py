@@ -25,6 +25,7 @@ import ood_monitor as om
 from benchmarks.detection import datasets, methods, protocol, trained, zoo
 from benchmarks.detection.pixelcnn import PixelCNN
 from benchmarks.detection.protocol import Array, Sizes
+from benchmarks.detection.representations import invariance, stored
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.adapters.base import checked_terms
@@ -202,36 +203,10 @@ def mean_auroc(method: protocol.Method, view: protocol.View) -> float:
 # Representation.
 
 
-class Represented(nn.Module):
-    """A flow of images that come as T(x) = a x + b, their rows in reverse order."""
-
-    def __init__(self, flow: nn.Module, scale: float, shift: float) -> None:
-        super().__init__()
-        self.flow, self.scale, self.shift = flow, scale, shift
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        original = (x.flip(2) - self.shift) / self.scale
-        likelihood: Tensor = self.flow.log_prob(original)  # type: ignore[operator]
-        return likelihood - x[0].numel() * float(np.log(self.scale))
-
-
-def representation(case: Case, scale: float = 1.7, shift: float = -1.0) -> Row:
+def representation(case: Case) -> Row:
     """What changes if the same images are stored otherwise: the likelihood, not its gradient."""
-    x = case.prepared("test")[:100].double()
-    flow = case.module.double()
-    plain = om.LogLikelihood(flow, lambda module, images: module.log_prob(images))
-    other = om.LogLikelihood(Represented(flow, scale, shift))
-    images = scale * x.flip(2) + shift
-    before = torch.stack(list(om.gradient_norms(plain, x).values()))
-    after = torch.stack(list(om.gradient_norms(other, images).values()))
-    likelihood = plain.bits_per_dimension(x), other.bits_per_dimension(images)
-    case.module.float()
-    live = before > 1e-12 * before.max()
-    return {
-        "shown": "representation",
-        "norms_relative_difference": float(((after - before).abs() / before)[live].max()),
-        "bits_per_dimension": [round(float(value.mean()), 3) for value in likelihood],
-    }
+    found = invariance(case.module, stored(), case.prepared("test")[:100])
+    return {"shown": "representation"} | found
 
 
 # Figures.

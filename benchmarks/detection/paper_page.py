@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import typer
@@ -16,7 +17,6 @@ from benchmarks.detection.answers import (
     between,
     counts,
     gains,
-    mean,
     mean_of,
     slashed,
     table_of,

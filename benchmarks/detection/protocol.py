@@ -128,14 +128,26 @@ def scored(method: Method, view: View) -> dict[str, Array]:
     return {name: method.score(values) for name, values in view.items() if name != "fit"}
 
 
+def others_of(found: Mapping[str, Any]) -> list[str]:
+    """Names of the sets that are not of the training distribution."""
+    return [name for name in found if name not in IN_DISTRIBUTION]
+
+
+def aurocs(scores: Mapping[str, Array]) -> dict[str, float]:
+    """Of each other set against the test images, with four decimals."""
+    return {name: round(auroc(scores["test"], scores[name]), 4) for name in others_of(scores)}
+
+
+def with_mean(each: Mapping[str, float]) -> dict[str, Any]:
+    """As columns of a row."""
+    return {"auroc": dict(each), "mean": round(statistics.mean(each.values()), 4)}
+
+
 def judged(scores: Mapping[str, Array], resamples: int = 200) -> dict[str, Any]:
     """What is reported of a method's scores of `calibration`, `test` and the other sets."""
-    odd = {name: values for name, values in scores.items() if name not in IN_DISTRIBUTION}
+    odd = {name: scores[name] for name in others_of(scores)}
     normal = scores["test"]
-    aurocs = {name: round(auroc(normal, values), 4) for name, values in odd.items()}
-    return {
-        "auroc": aurocs,
-        "mean": round(statistics.mean(aurocs.values()), 4),
+    return with_mean(aurocs(scores)) | {
         "interval": {
             name: [round(end, 4) for end in interval(normal, values, resamples)]
             for name, values in odd.items()

@@ -1,19 +1,22 @@
-"""Invertible changes of colour images with their log-determinants, and a flow of what they give."""
+"""Invertible changes of images with their log-determinants, and a flow of what they give."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+import ood_monitor as om
+from benchmarks.detection.layers import mean_and_sd
+from benchmarks.detection.methods import CHUNK
 from ood_monitor.adapters.base import uniform_draw
 
 
 @dataclass(frozen=True)
 class Change:
-    """y = T(x), of images x in (0, 1), (B, 3, H, W).
+    """y = T(x), of images x in (0, 1), (B, C, H, W).
 
     Attributes:
         there: T.
@@ -37,6 +40,28 @@ class Represented(nn.Module):
         x = self.change.back(y)
         likelihood: Tensor = self.flow.log_prob(x)  # type: ignore[operator]
         return likelihood - self.change.log_det(x)
+
+
+def invariance(module: nn.Module, change: Change, x: Tensor) -> dict[str, Any]:
+    """In double precision: by how much norms differ, and likelihoods in bits per dimension."""
+    flow, x = module.double(), x.double()
+    plain = om.LogLikelihood(flow, lambda it, images: it.log_prob(images))
+    other = om.LogLikelihood(Represented(flow, change))
+    pairs = [(plain, x), (other, change.there(x))]
+    before, after = (
+        torch.stack(list(om.gradient_norms(adapter, images, chunk_size=CHUNK).values()))
+        for adapter, images in pairs
+    )
+    bits = [adapter.bits_per_dimension(images) for adapter, images in pairs]
+    module.float()
+    live = before > 1e-12 * before.max()
+    shift = bits[1] - bits[0]
+    return {
+        "images": len(x),
+        "norms_relative_difference": float(((after - before).abs() / before)[live].max()),
+        "bits_per_dimension": [round(float(each.mean()), 3) for each in bits],
+        "shift_mean_and_sd": mean_and_sd(shift.numpy()),
+    }
 
 
 def dequantised(x: Tensor, seed: int = 0) -> Tensor:
@@ -74,6 +99,20 @@ def logit_log_det(x: Tensor) -> Tensor:
     return -(x.log() + torch.log1p(-x)).flatten(1).sum(1)
 
 
+def stored(scale: float = 1.7, shift: float = -1.0) -> Change:
+    """Scaled and shifted, with rows in reverse order."""
+    return Change(
+        lambda x: scale * x.flip(2) + shift,
+        lambda y: ((y - shift) / scale).flip(2),
+        lambda x: of_scale(x, scale),
+    )
+
+
+def of_scale(x: Tensor, scale: float) -> Tensor:
+    """The log-determinant of a scale of all values."""
+    return x.new_full((len(x),), x[0].numel() * math.log(scale))
+
+
 def turned(scale: float = 1.7, shift: float = -1.0) -> Change:
     """Colours by a random rotation of theirs, scaled and shifted; images mirrored."""
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +124,7 @@ def turned(scale: float = 1.7, shift: float = -1.0) -> Change:
     return Change(
         lambda x: scale * mixed(matrix, x) + shift,
         lambda y: mixed(matrix.T, (y - shift) / scale),
-        lambda x: x.new_full((len(x),), x[0].numel() * math.log(scale)),
+        lambda x: of_scale(x, scale),
     )
 
 

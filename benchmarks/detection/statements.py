@@ -31,6 +31,7 @@ from benchmarks.detection import (
     statements_steps,
     zoo,
 )
+from benchmarks.detection.answers import counts, table_of, where
 from benchmarks.detection.methods import PAPER
 from benchmarks.detection.paper import Case
 from benchmarks.detection.protocol import Sizes
@@ -39,9 +40,6 @@ from benchmarks.harness.measurement import claim, reported
 
 Row = dict[str, Any]
 Make = Callable[[], Iterable[Row]]
-
-#: By how much two AUROC may differ and count as equal.
-EQUAL = 0.005
 
 FEW_STEPS = statements_steps.Counts(known=15, foreign=6, others=5, draws=2)
 #: Of a UNet, which in double precision takes ten times the time of a flow.
@@ -120,27 +118,6 @@ def line(row: Row) -> str:
 # What is claimed.
 
 
-def compared(rows: Iterable[Row], method: str, other: str, group: int) -> tuple[int, int, int]:
-    """Of how many pairs of sets a method is better, equal and worse than another."""
-    found = {
-        (r["on"], r["model"], r["method"], name): value
-        for r in rows
-        if r["part"] == "table" and r["group"] == group
-        for name, value in r["auroc"].items()
-    }
-    lead = [
-        value - found[on, model, other, name]
-        for (on, model, its, name), value in found.items()
-        if its == method
-    ]
-    better, worse = (sum(sign * value > EQUAL for value in lead) for sign in (1, -1))
-    return better, len(lead) - better - worse, worse
-
-
-def of_part(rows: Iterable[Row], part: str) -> list[Row]:
-    return [row for row in rows if row["part"] == part]
-
-
 def every(rows: Iterable[Row], column: str) -> list[float]:
     """The values of a column of mappings."""
     return [value for row in rows for value in row[column].values()]
@@ -148,15 +125,16 @@ def every(rows: Iterable[Row], column: str) -> list[float]:
 
 def mean_of_form(rows: Iterable[Row], form: str) -> float:
     """The mean AUROC of a quadratic form over models."""
-    return statistics.mean(r["mean"] for r in of_part(rows, "fisher") if r["form"] == form)
+    return statistics.mean(r["mean"] for r in where(rows, part="fisher", form=form))
 
 
 def claims(rows: list[Row]) -> list[Row]:
     """The paper's statements as figures that are at most a target."""
-    better, _, worse = compared(rows, PAPER, TYPICALITY, 1)
-    shares = every(of_part(rows, "larger"), "median")
-    ranks = [r["rank correlation"]["others"]["all"] for r in of_part(rows, "influence")]
-    flat = every(of_part(rows, "flatness"), "foreign to known")
+    paper, typicality = (table_of({"statements": rows}, name) for name in (PAPER, TYPICALITY))
+    better, _, worse = counts(paper, typicality)
+    shares = every(where(rows, part="larger"), "median")
+    ranks = [r["rank correlation"]["others"]["all"] for r in where(rows, part="influence")]
+    flat = every(where(rows, part="flatness"), "foreign to known")
     full, norms = (mean_of_form(rows, name) for name in ("full, damping 1", "norms by layer"))
     return [
         claim(

@@ -23,7 +23,7 @@ import ood_monitor as om
 from benchmarks.detection import methods, protocol
 from benchmarks.detection.paper import Case
 from benchmarks.detection.protocol import Array
-from benchmarks.detection.statements_norms import aurocs, whole_of
+from benchmarks.detection.statements_norms import whole_of
 from benchmarks.detection.statements_steps import gradient
 from ood_monitor.densities.baselines import LowLikelihood, Typicality
 
@@ -139,7 +139,7 @@ def rows_of(case: Case, counts: Counts) -> Iterator[Row]:
     parts = dict(zip(names, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
     scores = dict(scored(forms, parts, sum(layer.shape[1] for layer in by_layer)))
     for name, found in scores.items():
-        yield {"part": "fisher", "form": name} | aurocs(found)
+        yield {"part": "fisher", "form": name} | protocol.with_mean(protocol.aurocs(found))
     yield structure(forms, scores, taken) | {
         "norms, seconds a sample": cost_of_norms(adapter, x["test"]),
         "gradients, MB": round(sum(layer.nbytes for layer in by_layer) / 1e6),

@@ -4,7 +4,6 @@ One pass over all sets at each size of groups, of the whole likelihood's gradien
 model's is that of its loss at the least noise, as in the paper, and so is its typicality.
 """
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +15,13 @@ import ood_monitor as om
 from benchmarks.detection import methods, protocol
 from benchmarks.detection.evidence import GROUPS
 from benchmarks.detection.forward import fitted
-from benchmarks.detection.methods import PAPER
+from benchmarks.detection.layers import correlation
+from benchmarks.detection.methods import PAPER, live_log_norms
 from benchmarks.detection.paper import Case
-from benchmarks.detection.protocol import Array, View
+from benchmarks.detection.protocol import Array, View, aurocs, others_of, with_mean
 from ood_monitor.adapters.base import term_values
 from ood_monitor.densities import FisherCombination, StudentT
 from ood_monitor.densities.baselines import ChiSquare, OneClassSVM, TotalNorm, Typicality
-from ood_monitor.densities.features import LogNorms
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.detector.plan import planned
 
@@ -66,29 +65,12 @@ def whole_of(case: Case) -> om.Adapter:
     return methods.whole(methods.adapter_of(case.watched, case.module))
 
 
-def logs_of(found: Found) -> tuple[tuple[str, ...], View]:
-    """Names of the live layers, and their log norms (N, L) of each set."""
-    fit = found["fit"]
-    logs = LogNorms.fit(fit.features, fit.norms, torch.finfo(torch.float32).eps)
-    return logs.live_names, {name: logs(m.norms) for name, m in found.items()}
-
-
-def aurocs(scores: Mapping[str, Array]) -> Row:
-    """Of each other set against the test images, and their mean."""
-    each = {
-        name: round(protocol.auroc(scores["test"], values), 4)
-        for name, values in scores.items()
-        if name not in protocol.IN_DISTRIBUTION
-    }
-    return {"auroc": each, "mean": round(statistics.mean(each.values()), 4)}
-
-
 # One table.
 
 
 def table(case: Case, x: Mapping[str, Any], found: Found, group: int) -> Iterator[Row]:
     """A row for each density of the same norms, for typicality and for our methods."""
-    names, logs = logs_of(found)
+    names, logs = live_log_norms(found)
     sizes = [p.numel() for p in parameters_of(case, names)]
     for method, make in DENSITIES.items():
         yield row(group, method, protocol.scored(make(sizes), logs))
@@ -105,7 +87,7 @@ def has_levels(case: Case) -> bool:
 
 
 def row(group: int, method: str, scores: Mapping[str, Array]) -> Row:
-    return {"part": "table", "group": group, "method": method} | aurocs(scores)
+    return {"part": "table", "group": group, "method": method} | with_mean(aurocs(scores))
 
 
 def parameters_of(case: Case, features: Sequence[str]) -> list[torch.nn.Parameter]:
@@ -152,8 +134,8 @@ def forward_scores(case: Case, x: Mapping[str, Any], group: int) -> Mapping[str,
 
 def larger(found: Found) -> Row:
     """The share of layers whose norm is larger on each other set than on the test images."""
-    _, logs = logs_of(found)
-    others = [name for name in logs if name not in protocol.IN_DISTRIBUTION]
+    _, logs = live_log_norms(found)
+    others = others_of(logs)
     medians = {name: np.median(logs[name], 0) - np.median(logs["test"], 0) for name in others}
     means = {name: logs[name].mean(0) - logs["test"].mean(0) for name in others}
     return {
@@ -170,7 +152,7 @@ def larger(found: Found) -> Row:
 
 def layers(found: Found) -> Row:
     """AUROC of single layers, of parts of the network, and of so many layers evenly spaced."""
-    names, logs = logs_of(found)
+    names, logs = live_log_norms(found)
     single = single_layers(logs)
     order = np.argsort(-single)
     every = np.arange(len(names))
@@ -182,7 +164,7 @@ def layers(found: Found) -> Row:
     return {
         "part": "layers",
         "layers": len(names),
-        "correlation": round(mean_correlation(logs["fit"]), 3),
+        "correlation": round(correlation(logs["fit"]), 3),
         "orders of magnitude": round(orders(logs["fit"]), 2),
         "best": names[order[0]].split("/", 1)[1],
         "best alone": round(float(single[order[0]]), 4),
@@ -206,7 +188,7 @@ def single_layers(logs: View) -> Array:
     """The mean AUROC (L,) of each layer by itself, by its distance from its mean."""
     fit = logs["fit"]
     away = {name: np.abs(values - fit.mean(0)) for name, values in logs.items()}
-    others = [name for name in logs if name not in protocol.IN_DISTRIBUTION]
+    others = others_of(logs)
     each = [
         [protocol.auroc(away["test"][:, i], away[name][:, i]) for name in others]
         for i in range(fit.shape[1])
@@ -217,7 +199,8 @@ def single_layers(logs: View) -> Array:
 def mean_of(logs: View, columns: NDArray[np.int_]) -> float:
     """The paper's score of some layers: the mean over the other sets."""
     chosen = {name: values[:, columns] for name, values in logs.items()}
-    return float(aurocs(protocol.scored(om.DiagonalGaussian(), chosen))["mean"])
+    found: float = with_mean(aurocs(protocol.scored(om.DiagonalGaussian(), chosen)))["mean"]
+    return found
 
 
 def numbers(count: int) -> list[int]:
@@ -228,9 +211,3 @@ def numbers(count: int) -> list[int]:
 def spaced(count: int, chosen: int) -> NDArray[np.int_]:
     """Indices in the middle of so many equal parts."""
     return np.asarray(((np.arange(chosen) + 0.5) * count / chosen).astype(int))
-
-
-def mean_correlation(logs: Array) -> float:
-    """Mean absolute correlation between two layers."""
-    found = np.abs(np.corrcoef(logs.T))
-    return float(found[~np.eye(len(found), dtype=bool)].mean())

@@ -13,8 +13,10 @@ from torch import Tensor
 
 import ood_monitor as om
 from benchmarks.detection import methods, protocol, trained
+from benchmarks.detection.methods import live_log_norms
 from benchmarks.detection.paper import Case
-from benchmarks.detection.statements_norms import TYPICALITY, aurocs, layers, logs_of, whole_of
+from benchmarks.detection.protocol import aurocs, with_mean
+from benchmarks.detection.statements_norms import TYPICALITY, layers, whole_of
 from ood_monitor.densities.baselines import Typicality
 
 Row = dict[str, Any]
@@ -79,7 +81,7 @@ def judged(case: Case, depth: int, width: int) -> Row:
     """Of single samples: correlation of layers, AUROC of the paper's score and beside it."""
     names = [name for name in case.sets if name != "calibration"]
     found = {name: methods.measured(whole_of(case), case.prepared(name), 1) for name in names}
-    _, logs = logs_of(found)
+    _, logs = live_log_norms(found)
     values = {name: m.log_likelihood.sum(1) for name, m in found.items()}
     by_layer = layers(found)
     spaced: dict[str, float] = by_layer["evenly spaced"]
@@ -89,9 +91,9 @@ def judged(case: Case, depth: int, width: int) -> Row:
         "layers": by_layer["layers"],
         "correlation": by_layer["correlation"],
         "held-out nats": round(-float(values["fit"].mean()), 2),
-        TYPICALITY: aurocs(protocol.scored(Typicality(), values))["mean"],
-        methods.PAPER: aurocs(protocol.scored(om.DiagonalGaussian(), logs))["mean"],
-        "half-shrunk": aurocs(protocol.scored(om.ShrunkGaussian(), logs))["mean"],
+        TYPICALITY: with_mean(aurocs(protocol.scored(Typicality(), values)))["mean"],
+        methods.PAPER: with_mean(aurocs(protocol.scored(om.DiagonalGaussian(), logs)))["mean"],
+        "half-shrunk": with_mean(aurocs(protocol.scored(om.ShrunkGaussian(), logs)))["mean"],
         "best alone": by_layer["best alone"],
         "best number": int(max(spaced, key=lambda k: spaced[k])),
     }

@@ -17,9 +17,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import ood_monitor as om
-from benchmarks.detection import protocol
 from benchmarks.detection.paper import Case
-from benchmarks.detection.protocol import IN_DISTRIBUTION, Array
+from benchmarks.detection.protocol import Array, aurocs
 from benchmarks.detection.statements_norms import whole_of
 from ood_monitor.adapters.base import checked_terms
 
@@ -115,8 +114,8 @@ def influence(case: Case, counts: Counts) -> Iterator[Row]:
         "rate": rate,
         "rank correlation": ranks,
         "median change of others": {k: float(np.median(v)) for k, v in changed.items()},
-        "auroc": judged(changed),
-        "auroc of the norm": judged(norms),
+        "auroc": aurocs(changed),
+        "auroc of the norm": aurocs(norms),
     }
 
 
@@ -171,15 +170,6 @@ def by_kind(norms: Mapping[str, Array], changes: Mapping[str, Array]) -> dict[st
             3,
         )
         for kind, names in kinds.items()
-    }
-
-
-def judged(values: Mapping[str, Array]) -> dict[str, float]:
-    """AUROC of each foreign set, the larger the more anomalous."""
-    return {
-        name: round(protocol.auroc(values["test"], it), 4)
-        for name, it in values.items()
-        if name not in IN_DISTRIBUTION
     }
 
 

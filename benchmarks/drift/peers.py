@@ -71,35 +71,47 @@ def ours(ert: float) -> Start:
     return start
 
 
-def river(name: str) -> Start:
-    """A detector of river's with its defaults; it starts anew by itself, and needs no reference."""
+def river(name: str, *, shown: int = 0, **options: Any) -> Start:
+    """A detector of river's, which starts anew by itself and needs no reference.
+
+    Args:
+        name: Of its class.
+        shown: So many of the latest calibration scores come before the stream.
+        options: Other than its defaults.
+    """
     make = getattr(import_module("river.drift"), name)
 
     def start(calibration: Array, seed: int) -> Step:
-        detector = make(seed=seed) if name == "KSWIN" else make()
+        detector = make(**({"seed": seed} if name == "KSWIN" else {}), **options)
 
         def step(score: float) -> bool:
             detector.update(score)
             return bool(detector.drift_detected)
 
+        for score in calibration[len(calibration) - shown :].tolist():
+            step(score)
         return step
 
     return start
 
 
-def evidently_rule(calibration: Array, seed: int) -> Step:
+def evidently_rule(level: float = KS_LEVEL) -> Start:
     """Every full window against the calibration scores, without memory."""
-    window: list[float] = []
 
-    def step(score: float) -> bool:
-        window.append(score)
-        if len(window) < KS_WINDOW:
-            return False
-        alarm = ks_2samp(calibration, window).pvalue < KS_LEVEL
-        window.clear()
-        return bool(alarm)
+    def start(calibration: Array, seed: int) -> Step:
+        window: list[float] = []
 
-    return step
+        def step(score: float) -> bool:
+            window.append(score)
+            if len(window) < KS_WINDOW:
+                return False
+            alarm = ks_2samp(calibration, window).pvalue < level
+            window.clear()
+            return bool(alarm)
+
+        return step
+
+    return start
 
 
 def alibi_cvm(bootstraps: int) -> Start:
@@ -139,7 +151,7 @@ def cvm_step(detector: Any) -> Step:
 
 def peers(quick: bool) -> tuple[list[Method], list[str]]:
     """The peers that are installed, and a line for each that is not."""
-    methods = [Method(f"KS p < {KS_LEVEL} every {KS_WINDOW} (Evidently's rule)", evidently_rule)]
+    methods = [Method(f"KS p < {KS_LEVEL} every {KS_WINDOW} (Evidently's rule)", evidently_rule())]
     skipped = []
     if find_spec("river"):
         methods += [

@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +21,13 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from scipy.stats import ks_2samp
 
 import ood_monitor as om
 from benchmarks.detection import datasets, protocol, zoo
 from benchmarks.detection.protocol import Sizes
-from benchmarks.drift.peers import KS_WINDOW, Start, Step, ours
-from benchmarks.harness.measurement import claim, conclude, machine
+from benchmarks.drift.e_detector import delay, resampled, run_length
+from benchmarks.drift.peers import Start, evidently_rule, ours, river
+from benchmarks.harness.measurement import claim, reported
 from ood_monitor.densities.parts import Method
 from ood_monitor.drift import EDetector
 
@@ -40,6 +39,7 @@ ON, MODEL, ERT = "Fashion-MNIST", "VAE", 1000
 METHODS: tuple[Method, ...] = ("forward", "gradient_norms")
 FOREIGN = ("EMNIST letters", "GTSRB")
 CALIBRATION, BEFORE, AFTER = 600, 300, 2000
+CAP, SHOWN = 6 * ERT, 200
 SLOW = "river KSWIN"
 
 #: The share of foreign images, so many samples after the change.
@@ -81,51 +81,12 @@ class Scores:
         return shuffled[:CALIBRATION], generator, shuffled[CALIBRATION:]
 
 
-# Deciders with one knob, from many alarms to few.
-
-
-def ks_rule(level: float) -> Start:
-    """Evidently's rule of full windows, at another level."""
-
-    def start(calibration: Array, seed: int) -> Step:
-        window: list[float] = []
-
-        def step(score: float) -> bool:
-            window.append(score)
-            if len(window) < KS_WINDOW:
-                return False
-            alarm = bool(ks_2samp(calibration, window).pvalue < level)
-            window.clear()
-            return alarm
-
-        return step
-
-    return start
-
-
-def river(name: str, **options: Any) -> Start:
-    """One of river's, which knows no calibration: it is shown the scores first."""
-    make = getattr(import_module("river.drift"), name)
-
-    def start(calibration: Array, seed: int) -> Step:
-        detector = make(seed=seed, **options) if name == "KSWIN" else make(**options)
-
-        def step(score: float) -> bool:
-            detector.update(score)
-            return bool(detector.drift_detected)
-
-        for score in calibration[-200:].tolist():
-            step(score)
-        return step
-
-    return start
-
-
+#: With one knob each, from many alarms to few. River's know no calibration: they are shown some.
 DECIDERS: dict[str, Callable[[float], Start]] = {
-    "river ADWIN": lambda knob: river("ADWIN", delta=10**-knob),
-    SLOW: lambda knob: river("KSWIN", alpha=10**-knob),
-    "river PageHinkley": lambda knob: river("PageHinkley", threshold=10**knob),
-    "KS of windows of 100 (Evidently's rule)": lambda knob: ks_rule(10**-knob),
+    "river ADWIN": lambda knob: river("ADWIN", shown=SHOWN, delta=10**-knob),
+    SLOW: lambda knob: river("KSWIN", shown=SHOWN, alpha=10**-knob),
+    "river PageHinkley": lambda knob: river("PageHinkley", shown=SHOWN, threshold=10**knob),
+    "KS of windows of 100 (Evidently's rule)": lambda knob: evidently_rule(10**-knob),
 }
 
 
@@ -135,17 +96,13 @@ def deciders() -> dict[str, Callable[[float], Start]]:
     return {name: make for name, make in DECIDERS.items() if is_there or "river" not in name}
 
 
-def run_length(start: Start, scores: Scores, run: int, cap: int) -> int:
-    """Samples of a normal stream to the first alarm; cap if there is none."""
-    calibration, generator, normal = scores.stream(run)
-    step = start(calibration, run)
-    drawn = generator.choice(normal, cap).tolist()
-    return next((i for i, score in enumerate(drawn, 1) if step(score)), cap)
-
-
 def mean_run(start: Start, scores: Scores, runs: int) -> float:
-    cap = 6 * ERT
-    return statistics.mean(run_length(start, scores, run, cap) for run in range(runs))
+    """Samples of normal streams to the first alarm."""
+    return statistics.mean(
+        run_length(start(calibration, run), resampled(normal), generator, CAP)
+        for run in range(runs)
+        for calibration, generator, normal in [scores.stream(run)]
+    )
 
 
 def set_to(make: Callable[[float], Start], scores: Scores, target: float, runs: Runs) -> float:
@@ -176,9 +133,8 @@ def delays(start: Start, scores: Scores, name: str, share: Share, runs: Runs) ->
     found = []
     for run in range(runs.changed):
         calibration, stream = changed(scores, name, share, run)
-        step = start(calibration, run)
-        alarms = (i - BEFORE for i, score in enumerate(stream.tolist(), 1) if step(score))
-        found.append(next((i for i in alarms if i > 0), math.inf))
+        before, after = stream[:BEFORE].tolist(), stream[BEFORE:].tolist()
+        found.append(delay(start(calibration, run), before, after)[1])
     median = statistics.median(found)
     return {
         "median delay": None if math.isinf(median) else median,
@@ -271,6 +227,21 @@ def claims(rows: list[Row]) -> list[Row]:
     return found
 
 
+def full(data: Path, runs: Runs) -> Iterator[Row]:
+    for method in METHODS:
+        for row in compared(scored(data, method), runs):
+            yield {"scores": method} | row
+
+
+def quick_rows(runs: Runs) -> Iterator[Row]:
+    for row in compared(drawn(), runs):
+        yield {"scores": "drawn"} | row
+
+
+def line(row: Row) -> str:
+    return f"{row['scores']}  {row['decider']}  mean run {row['mean run length']}"
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="Drawn scores; needs no files.")] = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
@@ -280,15 +251,9 @@ def main(
     runs = Runs(1, 1, 1) if quick else Runs()
     if not quick:
         datasets.require(data_dir, datasets.SOURCES)
-    rows = []
-    for method in ("drawn",) if quick else METHODS:
-        scores = drawn() if method == "drawn" else scored(data_dir, method)
-        for row in compared(scores, runs):
-            typer.echo(f"{method}  {row['decider']}  mean run {row['mean run length']}")
-            rows.append({"scores": method} | row)
     skipped = sorted(DECIDERS.keys() - deciders().keys())
-    report = {"machine": machine(), "rows": rows, "skipped": skipped, "claims": claims(rows)}
-    conclude(report, output)
+    rows = quick_rows(runs) if quick else full(data_dir, runs)
+    reported(rows, line, claims, output, skipped=skipped)
 
 
 if __name__ == "__main__":

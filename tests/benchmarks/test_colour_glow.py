@@ -12,7 +12,13 @@ from torch import Tensor
 
 import ood_monitor as om
 from benchmarks.detection import colour_glow, layers
-from benchmarks.detection.representations import CHANGES, Represented, dequantised, to_hsv
+from benchmarks.detection.representations import (
+    CHANGES,
+    Represented,
+    dequantised,
+    invariance,
+    to_hsv,
+)
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.densities.measurements import Measurements
 
@@ -51,7 +57,7 @@ def test_the_same_flow_of_changed_images_has_the_same_norms_and_another_likeliho
     name: str,
 ) -> None:
     x = dequantised(images(4))
-    found = colour_glow.invariance(flow(), CHANGES[name], x)
+    found = invariance(flow(), CHANGES[name], x)
     assert found["norms_relative_difference"] < 1e-9
     before, after = found["bits_per_dimension"]
     mean, _ = found["shift_mean_and_sd"]
