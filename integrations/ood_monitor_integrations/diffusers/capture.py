@@ -256,6 +256,7 @@ def _signature(kind: Any) -> inspect.Signature:
 
 def _is_number(name: str, value: Any) -> bool:
     if isinstance(value, Tensor):
+        # By name, since to look at every pooled embedding would make a GPU wait at each step.
         return value.ndim < (3 if "timestep" in name else 2) and value.numel() > 0
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -76,11 +76,10 @@ def check_deployment(pipe: Any, module: nn.Module, mode: Mode, detector: Detecto
             _check_floating(module)
     elif mode == "background" and (moves := _moves(module)):
         raise ValueError(f"Expected mode='sync' with {moves}, which calls rely on.")
-    if mode == "background" and module.training and _all_registered(module):
+    if mode == "background" and module.training and (hooks := _all_registered(module)):
         raise ValueError(
-            f"Expected a denoiser in eval mode with mode='background' and "
-            f"{', '.join(sorted(_all_registered(module)))}, got {type(module).__name__} in train "
-            "mode: call its `eval()`."
+            f"Expected a denoiser in eval mode with mode='background' and {sorted(hooks)}, got "
+            f"{type(module).__name__} in train mode: call its `eval()`."
         )
     if mode == "background" and _is_offloaded(pipe):
         raise ValueError("Expected mode='sync' with model offloading, which calls rely on.")

@@ -349,6 +349,18 @@ def test_a_scheduler_of_other_levels_is_refused(name: str) -> None:
         bound.check_scheduler(diffusers.DDIMScheduler.from_config(config, **options))
 
 
+def test_edm_may_sample_otherwise_but_not_of_another_scale() -> None:
+    pipe = case_of("sdxl-edm")()
+    bound = replayed_bound(pipe, call=case_of("sdxl-edm").arguments())
+    config = dict(pipe.scheduler.config)
+    for options in ({"sigma_max": 120.0}, {"rho": 5.0}, {"sigma_schedule": "exponential"}):
+        bound.check_scheduler(diffusers.EDMEulerScheduler.from_config(config, **options))
+    # The same levels, of data that are twice as large.
+    options = {"sigma_min": 0.004, "sigma_max": 160.0, "sigma_data": 1.0}
+    with pytest.raises(ValueError, match=r"sigma_data = 0\.5, as the detector was fitted, got 1"):
+        bound.check_scheduler(diffusers.EDMEulerScheduler.from_config(config, **options))
+
+
 class Renamed(diffusers.DDIMScheduler):
     """A scheduler whose step has names of its own."""
 
