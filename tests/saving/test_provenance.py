@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,7 @@ def test_secrets_data_and_whole_objects_stay_out_of_the_files(tmp_path: Path) ->
         ({"draws": 2}, "draws=1, got 2"),
         ({"levels": [50, 501]}, r"levels=\[50, 500\], got \[50, 501\]"),
         ({"end": 0.02}, "schedule="),
+        ({"prediction_type": "sample"}, "prediction_type='epsilon', got 'sample'"),
     ],
     ids=str,
 )
@@ -216,6 +218,13 @@ def test_another_adapter_of_the_same_model_is_told(
     with pytest.warns(UserWarning, match=f"Another adapter: .*{told}") as caught:
         om.Detector.from_pretrained(saved, bound(**options))
     assert caught[0].filename == __file__
+
+
+def test_a_schedule_is_told_with_what_its_levels_do_not_show() -> None:
+    schedule = om.NoiseSchedule.variance_preserving(torch.linspace(0.9, 0.1, 4))
+    kinds = [schedule, replace(schedule, prediction_type="sample"), replace(schedule, sigma_data=2)]
+    said = [recipe(om.DenoisingBound(nn.Identity(), each, levels=[1])) for each in kinds]
+    assert len({str(each["arguments"]["schedule"]) for each in said}) == len(kinds)
 
 
 def test_the_same_adapter_is_not_told(saved: Path) -> None:

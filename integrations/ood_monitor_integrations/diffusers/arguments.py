@@ -55,7 +55,6 @@ class Recipe:
         time: The type of the time that the denoiser is told, if it is no whole number.
         output: Where the prediction stands in what the denoiser gives. Without its cache it may
             give more than it gave in the call.
-        tokens: Of each sample, if the denoiser is told a time for each of them (Wan 2.2 of 5 B).
     """
 
     reading: Reading
@@ -63,7 +62,6 @@ class Recipe:
     control: Control | None
     time: torch.dtype | None
     output: Layout
-    tokens: int | None = None
 
     def check_same(self, other: "Recipe", *, of_another_size: bool = False) -> None:
         """Refuse another call's recipe if it differs.
@@ -156,9 +154,9 @@ def _recipe(
     beside = place.layout.beside(called.arguments[place.sample], shape)
     if beside is not None:
         found[BESIDE] = rows.of(beside)
-    time = called.arguments[place.time]
-    tokens = time.shape[1] if isinstance(time, Tensor) and time.ndim > 1 else None
-    return Recipe(reading, arguments, control, _type_of(time), reading.output, tokens)
+    return Recipe(
+        reading, arguments, control, _type_of(called.arguments[place.time]), reading.output
+    )
 
 
 def _type_of(time: Any) -> torch.dtype | None:

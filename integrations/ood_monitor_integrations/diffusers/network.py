@@ -73,8 +73,6 @@ class ReplayedNetwork(nn.Module):
         """What the denoiser, of several the expert, gives by a recipe: it holds the prediction."""
         place = self._reading.place
         timestep = _of_type(timestep, recipe.time, x)
-        if recipe.tokens is not None and timestep.ndim == 1:
-            timestep = timestep[:, None].expand(-1, recipe.tokens)
         arguments = filled(recipe.arguments, condition, x)
         arguments |= self._control(recipe, x, timestep, condition)
         given = place.layout.put(x, condition.get(BESIDE))
@@ -136,6 +134,7 @@ def verified(
     x = rows.of(reading.place.layout.taken(called.arguments[reading.place.sample], shape))
     time = torch.as_tensor(called.arguments[reading.place.time], device=x.device)
     time = rows.of(time) if time.ndim and len(time) == rows.total else time.expand(count)
+    time = time.reshape(count, -1)[:, 0]  # of a time for each token: all are the same
     expected = rows.of(reading.output.taken(prediction_in(called.output), shape))
     chosen = [[0], list(range(count))] if count > 1 else [[0, 0], [0]] if twice else [[0]]
     for these in chosen:
