@@ -95,6 +95,7 @@ Further pages:
 - [Which layers, how many samples, how much training, and the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
 - [Drift in streams of real images, beside other deciders](evidence/streams.md)
+- [Text, densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
 
 ```{toctree}
 :hidden:
@@ -106,6 +107,7 @@ evidence/cifar10
 evidence/layers
 evidence/shifts
 evidence/streams
+evidence/other
 ```"""
 
 
