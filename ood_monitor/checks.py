@@ -1,5 +1,6 @@
 """Options are checked where they are given: never at the hundredth sample."""
 
+import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ __all__ = [
     "function",
     "having",
     "items",
+    "meant",
     "number",
     "path_of",
     "range_of",
@@ -148,8 +150,21 @@ def word(name: str, value: _T, of: Iterable[str]) -> _T:
     """
     words = tuple(of)
     if not isinstance(value, str) or value not in words:
-        raise ValueError(f"Expected {name} of {words}, got {value!r}.")
+        raise ValueError(f"Expected {name} of {words}, got {value!r}.{meant(value, words)}")
     return value
+
+
+def meant(value: Any, words: Iterable[str]) -> str:
+    """A question after a word that is none of these, " Did you mean 'x'?"; empty if none is near.
+
+    Args:
+        value: What was given.
+        words: What could have been.
+    """
+    given, known = str(value).lower(), list(words)
+    near = [each for each in known if given and each.startswith((given, given[:3]))]
+    near = difflib.get_close_matches(given, known, n=1) or near
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def flag(name: str, value: Any) -> bool:

@@ -69,3 +69,21 @@ def test_what_gives_batches_is_a_loader(value: Any) -> None:
 def test_a_word_in_the_place_of_several_is_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"as several items, got 'val'. For one alone give \['val'"):
         checks.items("watch", "val")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("gradients", " Did you mean 'gradient_norms'?"),
+        ("Forward", " Did you mean 'forward'?"),
+        ("for", " Did you mean 'forward'?"),
+        ("paper", ""),
+        ("", ""),
+        (3, ""),
+    ],
+)
+def test_a_word_that_is_near_is_asked_for(value: Any, told: str) -> None:
+    words = ("gradient_norms", "forward")
+    with pytest.raises(ValueError, match="Expected method of") as caught:
+        checks.word("method", value, words)
+    assert str(caught.value) == f"Expected method of {words}, got {value!r}.{told}"

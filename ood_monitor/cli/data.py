@@ -1,11 +1,13 @@
-"""Samples to fit on or to score: a folder of images, an npz, a Hugging Face dataset on disk."""
+"""Samples to fit on or to score: a folder of images, an npz, a csv, a Hugging Face dataset."""
 
+import csv
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import ZipFile, ZipInfo
@@ -86,6 +88,23 @@ class Arrays:
         return _row(self._rows[index])
 
 
+class Rows:
+    """Rows of numbers in a .csv, whose first line may name the columns."""
+
+    def __init__(self, path: Path, key: str | None, images: ImageFormat) -> None:
+        if key is not None:
+            raise ValueError(f"Expected no `--key` of a .csv, which is read whole, got {key!r}.")
+        self._rows = _rows(path)
+        if not len(self._rows):
+            raise ValueError(f"Expected samples in {path}, got a file without any row of numbers.")
+        self.ids: Sequence[str] = [str(i) for i in range(len(self._rows))]
+        self.images = images.like(self.read(0).shape)
+
+    def read(self, index: int) -> Tensor:
+        """One row, (D,), in the default type."""
+        return torch.from_numpy(self._rows[index]).to(torch.get_default_dtype())
+
+
 class StoredDataset:
     """What `datasets.Dataset.save_to_disk` wrote."""
 
@@ -145,8 +164,11 @@ def open_samples(
         return ImageFolder(path, images)
     if path.suffix == ".npz":
         return Arrays(path, key, images)
+    if path.suffix == ".csv":
+        return Rows(path, key, images)
     raise ValueError(
-        f"Expected a folder of images, an .npz file or a Hugging Face dataset on disk, got {path}."
+        "Expected a folder of images, an .npz file, a .csv of numbers or a Hugging Face dataset on "
+        f"disk, got {path}."
     )
 
 
@@ -218,6 +240,32 @@ def _check_header(archive: ZipFile, member: ZipInfo) -> None:
             f"Expected an array of at most {_most_bytes():,} bytes, half of this machine's memory, "
             f"got {said:,}: give a folder of images, or fewer samples."
         )
+
+
+def _rows(path: Path) -> np.ndarray:
+    """The numbers of a .csv, (N, D); what is no number is refused by its row and column."""
+    with open_regular(path, _most_bytes()) as file, TextIOWrapper(file, "utf-8-sig") as lines:
+        skipped = 0 if _are_numbers(next(csv.reader([lines.readline()]), [])) else 1
+        lines.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a file without rows
+                return np.loadtxt(
+                    lines, delimiter=",", ndmin=2, skiprows=skipped, quotechar='"', comments=None
+                )
+        except ValueError as error:
+            after = ", after the line of names" if skipped else ""
+            raise ValueError(
+                f"{path}: expected numbers alone, and as many in each row, counted from 0{after}: "
+                f"{error}"
+            ) from error
+
+
+def _are_numbers(cells: Sequence[str]) -> bool:
+    try:
+        return bool([float(cell) for cell in cells])
+    except ValueError:
+        return False
 
 
 def _most_bytes() -> int:

@@ -41,7 +41,8 @@ Data = Annotated[
     Path,
     typer.Argument(
         metavar="DATA",
-        help="A folder of images, an .npz file, or a Hugging Face dataset on disk.",
+        help="A folder of images, an .npz file, a .csv of numbers, or a Hugging Face dataset on "
+        "disk.",
     ),
 ]
 Argument = Annotated[

@@ -131,6 +131,10 @@ class Detector(Pretrained):
         source: str = "",
         explain: int = 100,
     ) -> None:
+        if not isinstance(adapter, Adapter):
+            raise TypeError(
+                f"Expected an adapter, such as `om.LogLikelihood(model)`, got {type(adapter)}."
+            )
         self.adapter, self.trim = adapter, number("trim", trim, 0, 0.5, ends="[)")
         self.method = checked_method(method, density, parts, granularity)
         self.density, self.parts = density, parts

@@ -139,8 +139,8 @@ class Pretrained(abc.ABC):
 
         Raises:
             FileNotFoundError: A file or the repository is missing, or not yours to read.
-            ValueError: A damaged file, a newer format, a model with other layers, or groups where
-                there were none, or none where there were.
+            ValueError: A file where a folder was expected, a damaged file, a newer format, a model
+                with other layers, or groups where there were none, or none where there were.
 
         Warns:
             UserWarning: The model's weights are not those that the detector was fitted on, or of
@@ -148,6 +148,11 @@ class Pretrained(abc.ABC):
                 seed, other noise levels or the like.
         """
         directory = path_of("name_or_path", name_or_path)
+        if directory.is_file():
+            raise ValueError(
+                f"Expected the folder of a detector, or a repository on the Hub, got the file "
+                f"{directory}: the detector in a checkpoint is read by `from_checkpoint`."
+            )
         if not directory.is_dir() and hub.is_repository(name_or_path):
             repository = hub.Repository(str(name_or_path), revision, token)
             directory = repository.pull(local_files_only=local_files_only, cache_dir=cache_dir)

@@ -127,6 +127,8 @@ class Monitor:
         explain_budget: float = 5.0,
         explain_keep: int = 8,
     ) -> None:
+        if not isinstance(detector, Detector):
+            raise TypeError(f"Expected a fitted `om.Detector` to watch by, got {type(detector)}.")
         fitted = detector.fitted
         rules = Rules(
             name=name,

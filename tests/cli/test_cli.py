@@ -18,6 +18,7 @@ from ood_monitor.cli import app
 from ood_monitor.cli.options import Scoring
 
 FLOW = "support.cli_cases:flow"
+COLUMNS = "support.cli_cases:columns"
 
 
 #: Commands of a detector that is there.
@@ -172,6 +173,38 @@ def test_fit_on_arrays_of_floats_takes_them_as_they_are(tmp_path: Path) -> None:
     rows = lines(succeeded("score", tmp_path / "d", tmp_path / "data.npz").stdout)
     assert [row["id"] for row in rows[:2]] == ["0", "1"]
     assert all(row["valid"] for row in rows)
+
+
+@pytest.mark.parametrize("names", ["", "first,second\n", '"one, two",three\n', "\ufeffa,b\n"])
+def test_rows_of_a_csv_are_those_of_an_array(names: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(240, 2)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", rows)
+    text = "\n".join(",".join(map(str, row.tolist())) for row in rows)
+    (tmp_path / "data.csv").write_text(names + text + "\n", encoding="utf-8")
+    scores = []
+    for kind in ("npz", "csv"):
+        succeeded("fit", COLUMNS, tmp_path / f"data.{kind}", tmp_path / kind)
+        scores.append(succeeded("score", tmp_path / kind, tmp_path / f"data.{kind}").stdout)
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        ("a,b\n1,2\n3,x\n", (), "after the line of names: could not convert string 'x'"),
+        ("1,2\n3\n", (), "as many in each row"),
+        ("1,2\n,3\n", (), "could not convert string ''"),
+        ("a,b\n", (), "without any row of numbers"),
+        ("", (), "without any row of numbers"),
+        ("1,2\n", ("--key", "a"), "Expected no `--key` of a .csv"),
+    ],
+)
+def test_a_csv_of_other_than_numbers_is_refused(
+    text: str, options: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data.csv").write_text(text)
+    assert told in failed("fit", COLUMNS, tmp_path / "data.csv", tmp_path / "d", *options)
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("images", [grey_images(240), grey_images(240)[:, None] / 255])

@@ -419,3 +419,9 @@ def test_energies_are_of_the_chosen_layers() -> None:
     assert inputs
     assert all(name.startswith("up_blocks.") for name in inputs)
     assert any("/band" in name for name in columns)
+
+
+@pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), om.LogLikelihood, None])
+def test_what_is_no_adapter_is_refused_with_one(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected an adapter, such as `om\.LogLikelihood"):
+        om.Detector(given)

@@ -888,3 +888,9 @@ def test_scores_taken_before_are_observed_as_their_batch_would_be() -> None:
     assert kinds(later.observe(scores)) == kinds(at_once.update(batch))
     assert remembered(at_once) == remembered(later)
     assert (later.invalid, later.status) == (1, "ALERT")
+
+
+@pytest.mark.parametrize("given", [None, "runs/detector", om.Detector])
+def test_what_is_no_detector_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected a fitted `om\.Detector` to watch by"):
+        om.Monitor(given)

@@ -328,3 +328,11 @@ def test_digest_takes_any_parameter(dtype: torch.dtype, shape: tuple[int, ...]) 
     before = digest(module)
     module.weight.data.zero_()
     assert (digest(module) == before) == (shape == (0,))
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_with_what_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"got the file .*last\.ckpt: .* by `from_checkpoint`"):
+        om.Detector.from_pretrained(
+            tmp_path / "last.ckpt", om.LogLikelihood(om.models.Glow(channels=1, size=4))
+        )

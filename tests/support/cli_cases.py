@@ -26,6 +26,26 @@ def flow(hidden: int = 4) -> om.Adapter:
     return om.LogLikelihood(model)
 
 
+class Columns(torch.nn.Module):
+    """The second of two columns from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
+        )
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.split(1, 1)
+        return -0.5 * torch.cat([first, second - self.net(first)], 1).square().sum(1)
+
+
+def columns() -> om.Adapter:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return om.LogLikelihood(Columns())
+
+
 def other_flow() -> om.Adapter:
     adapter = flow()
     with torch.no_grad():

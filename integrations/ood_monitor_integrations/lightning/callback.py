@@ -1,7 +1,7 @@
 """The callback: its options, and what it has found."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from ood_monitor.checks import (
     flag,
     function,
     items,
+    meant,
     number,
     path_of,
     text,
@@ -53,6 +54,7 @@ __all__ = ["OODMonitor"]
 Stage = Literal["train", "val", "validate", "test", "predict"]
 
 _STAGES = ("train", "val", "test", "predict")
+_OTHER_NAMES: Mapping[Any, Any] = {"validate": "val", "validation": "val"}
 
 _NAME = "OODMonitor"
 
@@ -331,9 +333,12 @@ class OODMonitor(Hooks):
 
 
 def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
-    stages = ["val" if stage == "validate" else stage for stage in items("watch", watch)]
+    stages = [_OTHER_NAMES.get(stage, stage) for stage in items("watch", watch)]
     if unknown := [stage for stage in stages if stage not in _STAGES]:
-        raise ValueError(f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}.")
+        raise ValueError(
+            f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}."
+            f"{meant(unknown[0], _STAGES)}"
+        )
     return frozenset(stages)
 
 

@@ -50,6 +50,7 @@ def test_a_module_without_likelihood_is_refused_before_training() -> None:
             {"watch": ["fit"]},
             r"Expected stages of train, val, test, predict to watch, got \['fit'\]",
         ),
+        ({"watch": ["prediction"]}, r"got \['prediction'\]. Did you mean 'predict'\?"),
         ({"every_n_batches": 0}, "Expected every_n_batches of at least 1, got 0"),
     ],
 )
