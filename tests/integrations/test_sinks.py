@@ -14,11 +14,12 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
 from mlflow import MlflowClient
-from ood_monitor_integrations.lightning.failures import Failures
-from ood_monitor_integrations.lightning.loggers import LeftOpen
-from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks
+from ood_monitor_integrations.lightning.telling import logger_sinks
 from ood_monitor_integrations.mlflow import MLflowSink
 from ood_monitor_integrations.prometheus import PrometheusSink
+from ood_monitor_integrations.training.console import ConsoleSink
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.figures import LeftOpen
 from prometheus_client import CollectorRegistry, generate_latest
 from pytorch_lightning.loggers import CSVLogger
 from support.alert_cases import ALERT, LONG, summary

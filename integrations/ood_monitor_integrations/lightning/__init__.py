@@ -10,7 +10,7 @@ watched. It works with both names of Lightning, `pytorch_lightning` and `lightni
 """
 
 from ood_monitor_integrations.lightning.callback import OODMonitor
-from ood_monitor_integrations.lightning.stage_scores import StageScores
-from ood_monitor_integrations.lightning.training import FlaggedBatch
+from ood_monitor_integrations.training.gradients import FlaggedBatch
+from ood_monitor_integrations.training.stage_scores import StageScores
 
 __all__ = ["FlaggedBatch", "OODMonitor", "StageScores"]

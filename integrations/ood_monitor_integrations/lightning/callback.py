@@ -22,27 +22,25 @@ from ood_monitor.checks import (
 )
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
-from ood_monitor_integrations.lightning.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.detectors import Detectors, check_method
-from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.hooks import Hooks
-from ood_monitor_integrations.lightning.loggers import (
-    LeftOpen,
-)
 from ood_monitor_integrations.lightning.namespaces import callback_class
 from ood_monitor_integrations.lightning.predictions import Predictions
 from ood_monitor_integrations.lightning.saving import Checkpoints, Policy
-from ood_monitor_integrations.lightning.stage_scores import StageScores
 from ood_monitor_integrations.lightning.trainer_monitor import (
     FAILED,
     Settings,
     TrainerMonitor,
 )
-from ood_monitor_integrations.lightning.training import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.lightning.worlds import begun
 from ood_monitor_integrations.metrics import prefix_of, word_of
+from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
+from ood_monitor_integrations.training.detectors import Detectors, check_method
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.figures import LeftOpen
+from ood_monitor_integrations.training.gradients import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.training.stage_scores import StageScores
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -57,6 +55,11 @@ _STAGES = ("train", "val", "test", "predict")
 _OTHER_NAMES: Mapping[Any, Any] = {"validate": "val", "validation": "val"}
 
 _NAME = "OODMonitor"
+
+_REMEDY = (
+    "Give the checkpoint that they are from as `ckpt_path=` or `detector=`, or make one by "
+    "`OODMonitor.calibrate`."
+)
 
 _HANDED_OVER = (
     "was fitted in a process that the Trainer's strategy has launched, and has its state from "
@@ -188,7 +191,7 @@ class OODMonitor(Hooks):
             batch=batch,
             detector=detector if isinstance(detector, Detector) else None,
         )
-        self._detectors = Detectors(model, detector, method, layers, name)
+        self._detectors = Detectors(model, detector, method, layers, name, _REMEDY)
         self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
         self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)
@@ -301,7 +304,7 @@ class OODMonitor(Hooks):
         """
         self._take_over()  # what is older than this
         trainer.strategy.barrier("OODMonitor.calibrate")  # raises where a process has ended
-        World.begin(trainer)
+        begun(trainer)
         source = None if loader is None else batches("loader", loader)
         return self._calibrator.fit(trainer, pl_module, source)
 

@@ -4,19 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 from ood_monitor.modules import is_sharded
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.detectors import Detectors
-from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.loading import fetches_itself
 from ood_monitor_integrations.lightning.loggers import write
 from ood_monitor_integrations.lightning.monitored import refuse_unfed_monitors
 from ood_monitor_integrations.lightning.namespaces import callback_class
+from ood_monitor_integrations.lightning.optimizers import step_of_gradients
 from ood_monitor_integrations.lightning.predictions import Predictions
 from ood_monitor_integrations.lightning.saving import Checkpoints
 from ood_monitor_integrations.lightning.sharding import refuse_strategy
 from ood_monitor_integrations.lightning.trainer_monitor import REFUSED, TrainerMonitor
-from ood_monitor_integrations.lightning.training import TrainingWatch
+from ood_monitor_integrations.lightning.worlds import begun
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.detectors import Detectors
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.gradients import TrainingWatch
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -73,7 +75,7 @@ class Hooks(Callback):
         """
         self._is_broken = False
         self._take_over()
-        World.begin(trainer)
+        begun(trainer)
         _move_behind_others(trainer)
         try:
             refuse_strategy(trainer.strategy, watches_training="train" in self._stages)
@@ -134,7 +136,9 @@ class Hooks(Callback):
         if "train" not in self._stages or self._is_off:
             return
         with self._failures.contained("could not score a training batch"):
-            score = self._training.take(trainer, pl_module, optimizer, self._batch_idx)
+            score = self._training.take(
+                pl_module, step_of_gradients(trainer, optimizer, self._batch_idx)
+            )
             every = getattr(trainer, "log_every_n_steps", 0)
             # Not by `self.log`, which takes longer than the score does.
             if score is not None and every and self._training.scored % every == 0:

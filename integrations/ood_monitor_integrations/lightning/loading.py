@@ -1,22 +1,19 @@
 """Batches that are loaded beside the Trainer's own loops, as its validation loads them."""
 
-import copy
 import inspect
 import math
-import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from ood_monitor.adapters.base import Batch, map_tensors, tensors_in
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.generators import kept_generators
-from ood_monitor_integrations.lightning.indices import Positions
+from ood_monitor.adapters.base import Batch
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.generators import kept_generators
+from ood_monitor_integrations.training.indices import Positions
+from ood_monitor_integrations.training.loading import Evenly, beside, kept_global_state, length_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -24,11 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "HeldOut",
     "as_in_validation",
-    "beside",
     "fetches_itself",
-    "first",
     "own_data",
-    "samples_in",
     "validation_data",
 ]
 
@@ -76,38 +70,12 @@ class HeldOut:
         self, trainer: "Trainer", pl_module: "LightningModule", most: int
     ) -> Iterator[tuple[Batch, int, int]]:
         size, rank = self.world.size, self.world.rank
-        chosen = _Evenly(None if self.count is None else -(-self.count // size), most)
+        chosen = Evenly(None if self.count is None else -(-self.count // size), most)
         for number, (batch, index, at) in enumerate(self.loader):
             if number % size == rank and chosen.takes(number // size, batch):
                 yield _transferred(chosen.cut(batch), at, trainer, pl_module), index, at
             if chosen.is_full:
                 return
-
-
-class _Evenly:
-    """Which of so many batches are taken, where all have about as many samples as the first."""
-
-    def __init__(self, count: int | None, most: int) -> None:
-        self._count, self._left, self._wanted = count, most, 0
-
-    @property
-    def is_full(self) -> bool:
-        return self._left <= 0
-
-    def takes(self, number: int, batch: Batch) -> bool:
-        size = samples_in(batch)
-        if not self._wanted:
-            self._wanted = max(1, self._left // max(size, 1))
-        if self._count is None or self._count <= self._wanted:
-            return True
-        # Where a line of slope wanted / count reaches the next whole number.
-        before, after = (-(-n * self._wanted // self._count) for n in (number, number + 1))
-        return after > before
-
-    def cut(self, batch: Batch) -> Batch:
-        left, size = self._left, samples_in(batch)
-        self._left -= max(size, 1)
-        return batch if size <= left else first(batch, left)
 
 
 def validation_data(trainer: "Trainer", world: World) -> HeldOut:
@@ -149,23 +117,8 @@ def own_data(source: Any, world: World) -> HeldOut:
     # A sampler made for several processes has shared them out.
     is_shared = getattr(getattr(source, "sampler", None), "num_replicas", 1) > 1
     if is_shared:
-        return HeldOut(batches, _length(source), World(), Positions(source, world), [source])
-    return HeldOut(batches, _length(source), world, Positions(source, World()), [source])
-
-
-def beside(loader: Any) -> Any:
-    """A loader of the same batches, whose workers and draws are its own.
-
-    The Trainer may stand in the middle of the other, and be about to go on.
-    """
-    if not isinstance(loader, DataLoader):
-        return loader
-    other = copy.copy(loader)
-    # Past the check of `DataLoader`, which takes no such change of one that is in use.
-    other.__dict__.update(_iterator=None, persistent_workers=False)
-    if loader.generator is not None:
-        other.__dict__["generator"] = loader.generator.clone_state()
-    return other
+        return HeldOut(batches, length_of(source), World(), Positions(source, world), [source])
+    return HeldOut(batches, length_of(source), world, Positions(source, World()), [source])
 
 
 def _combined_again(combined: Any) -> Any:
@@ -176,7 +129,7 @@ def _combined_again(combined: Any) -> Any:
 
 def _count(combined: Any, limits: list[float] | None) -> int | None:
     """Batches of a combined loader, which is not asked since it tells only while it is iterated."""
-    lengths = [_length(loader) for loader in combined.flattened]
+    lengths = [length_of(loader) for loader in combined.flattened]
     known = [math.inf if length is None else length for length in lengths]
     counts = known if limits is None else list(map(min, known, limits))
     of_all: dict[str, Callable[[list[float]], float]] = {"sequential": sum, "min_size": min}
@@ -211,7 +164,7 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
     stage, modes = trainer.state.stage, [(m, m.training) for m in wrapped.modules()]
     trainer.validating = True
     try:
-        with _kept_random_state(), torch.no_grad():
+        with kept_global_state(), torch.no_grad():
             if getattr(pl_module, "_trainer", None) is None:  # no Trainer has run it yet
                 pl_module.eval()
             else:
@@ -223,18 +176,6 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
             module.training = mode
 
 
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Python's, numpy's and torch's as before afterwards: making an iterator of a loader draws."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
 def _transferred(
     batch: Any, dataloader_idx: int, trainer: "Trainer", pl_module: "LightningModule"
 ) -> Any:
@@ -242,21 +183,3 @@ def _transferred(
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-
-
-def first(batch: Batch, count: int) -> Batch:
-    """The first samples of a batch."""
-    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, batch)
-
-
-def samples_in(batch: Batch) -> int:
-    """B, of which fields that all samples share tell nothing."""
-    return max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        length = len(loader)
-    except (TypeError, NotImplementedError):  # a dataset without a length, an iterator
-        return None
-    return None if length == float("inf") else int(length)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.metrics import prefix_of
+from ood_monitor_integrations.training.failures import Failures
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ood_monitor import Scores
 from ood_monitor.adapters.base import batch_size
-from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.training.failures import Failures
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule

@@ -14,10 +14,10 @@ from ood_monitor.saving import CONFIG, TENSORS
 from ood_monitor.saving.checkpoints import State, folder_beside
 from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.lightning.calibration import Calibrator
-from ood_monitor_integrations.lightning.detectors import Detectors
-from ood_monitor_integrations.lightning.failures import Failures
-from ood_monitor_integrations.lightning.swapping import holding, places
 from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
+from ood_monitor_integrations.training.detectors import Detectors
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.swapping import holding, places
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

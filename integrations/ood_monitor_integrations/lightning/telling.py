@@ -4,61 +4,25 @@ None of these sinks raises: a logger that fails is warned of once, and the other
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import fsspec
-from tqdm.auto import tqdm
 
 from ood_monitor import Alert
 from ood_monitor.alerts import Sink
 from ood_monitor.alerts.sink import alert_line
 from ood_monitor.escaping import markdown_text, terminal
 from ood_monitor_integrations.alert_files import figure_of, place_of
-from ood_monitor_integrations.lightning.failures import Failures
+from ood_monitor_integrations.training.failures import Failures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pytorch_lightning import Trainer
 
-__all__ = ["ConsoleSink", "LoggerSink", "logger_sinks", "step_of"]
-
-#: Lines of a stage about single samples that were flagged, of which a share `fpr` always is.
-_LINES = 20
-_MORE = " (no more lines of flagged samples in this stage)"
+__all__ = ["LoggerSink", "logger_sinks", "step_of"]
 
 _COLUMNS = ["kind", "severity", "samples_seen", "message", "id"]
-
-
-class ConsoleSink:
-    """Prints a line per alert of a stage, above the progress bar if there is one.
-
-    Of single samples that are flagged, of which there are some in every long stream, the first
-    twenty lines; the last of them says so.
-    """
-
-    def __init__(self) -> None:
-        self._ids: set[str] = set()
-        self._lines = 0
-
-    def __call__(self, alert: Alert, /) -> None:
-        """Print `alert`."""
-        if alert.id in self._ids:
-            return
-        self._ids.add(alert.id)
-        is_usual = alert.kind == "sample" and alert.severity == "warning"
-        self._lines += is_usual
-        if is_usual and self._lines > _LINES:
-            return
-        more = _MORE if is_usual and self._lines == _LINES else ""
-        _print(f"ood-monitor {alert.severity}: {alert_line(alert)}{more}")
-
-
-def _print(line: str) -> None:
-    # To the output of now, which Rich's bar replaces; tqdm's own bars make room for it.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class _Book(Protocol):

@@ -11,21 +11,22 @@ from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
 from ood_monitor.modules import is_sharded
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.detectors import Detectors, Ready
-from ood_monitor_integrations.lightning.failures import Failures
-from ood_monitor_integrations.lightning.indices import Positions
 from ood_monitor_integrations.lightning.loggers import (
-    LeftOpen,
-    figures,
     is_mlflow,
     mlflow_sinks,
     write,
 )
-from ood_monitor_integrations.lightning.stage_monitor import StageMonitor
-from ood_monitor_integrations.lightning.stage_scores import StageScores, are_those_of
-from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks, step_of
+from ood_monitor_integrations.lightning.telling import logger_sinks, step_of
+from ood_monitor_integrations.lightning.worlds import world_of
 from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.console import ConsoleSink
+from ood_monitor_integrations.training.detectors import Detectors, Ready
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.figures import LeftOpen, figures
+from ood_monitor_integrations.training.indices import Positions
+from ood_monitor_integrations.training.stage_monitor import StageMonitor
+from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -123,10 +124,10 @@ class TrainerMonitor:
             self._predicted += self.monitor.samples_seen
         self.current, self._stage, self._written = None, stage, 0
         self.recorded.pop(stage, None)  # those of the run before
-        self.positions = Positions(loaders, World.of(trainer))
+        self.positions = Positions(loaders, world_of(trainer))
         if stage not in self._settings.stages:
             return
-        world = World.of(trainer)
+        world = world_of(trainer)
         same = self._is_same(world) if is_sharded(pl_module) else True
         monitor = self._made(trainer, pl_module, stage) if same else None
         everywhere = self._is_everywhere(monitor, world)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from ood_monitor_integrations.lightning.adapters import WatchedModel
+from ood_monitor_integrations.training.adapters import WatchedModel
 from pytorch_lightning.demos.boring_classes import BoringModel
 from support.lightning_cases import QUIET, Flow, images
 from torch import Tensor, nn

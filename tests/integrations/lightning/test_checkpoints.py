@@ -9,9 +9,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.collectives import World
 from ood_monitor_integrations.lightning.loading import own_data
-from ood_monitor_integrations.lightning.swapping import holding
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.swapping import holding
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from pytorch_lightning.utilities import CombinedLoader
 from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher

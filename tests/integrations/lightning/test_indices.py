@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.indices import Positions, numbered
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.indices import Positions, numbered
 from support.lightning_cases import QUIET, Flow, images, trainer, watcher
 from torch import Tensor
 from torch.utils.data import (

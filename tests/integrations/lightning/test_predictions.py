@@ -11,8 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.failures import Failures
 from ood_monitor_integrations.lightning.predictions import Predictions
+from ood_monitor_integrations.training.failures import Failures
 from pytorch_lightning.callbacks import BasePredictionWriter
 from support import prediction_processes
 from support.lightning_cases import QUIET, Flow, images, loader, trainer, watcher

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from ood_monitor_integrations.lightning.rebinding import bound_to
+from ood_monitor_integrations.training.rebinding import bound_to
 from support.foreign_cases import FOREIGN
 from support.model_case import Model
 from torch import Tensor, nn

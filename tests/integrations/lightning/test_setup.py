@@ -16,7 +16,8 @@ import torch.distributed as dist
 import yaml
 from ood_monitor_integrations.autoload import VARIABLE, callbacks
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.sharding import refuse_shards_of_others, refuse_strategy
+from ood_monitor_integrations.lightning.sharding import refuse_strategy
+from ood_monitor_integrations.training.sharding import refuse_shards_of_others
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.strategies import (

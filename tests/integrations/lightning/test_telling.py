@@ -13,8 +13,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.failures import Failures
-from ood_monitor_integrations.lightning.telling import ConsoleSink, logger_sinks
+from ood_monitor_integrations.lightning.telling import logger_sinks
+from ood_monitor_integrations.training.console import ConsoleSink
+from ood_monitor_integrations.training.failures import Failures
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
 from support.alert_cases import ALERT

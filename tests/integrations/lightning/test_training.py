@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ood_monitor_integrations.lightning import OODMonitor
-from ood_monitor_integrations.lightning.training import squared_norms
+from ood_monitor_integrations.training.gradients import squared_norms
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from support.lightning_cases import QUIET, Flow, images, loader, trainer

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -12,23 +12,20 @@ from torch import nn
 
 from ood_monitor.modules import Lockstep
 
-if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
-
 __all__ = ["World"]
 
 _FAILED = -1
 
-#: How long a process waits for the others where the Trainer's strategy does not say.
+#: How long a process waits for the others where nobody says.
 _LIMIT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that a Trainer runs in.
+    """The processes that a training runs in.
 
     They meet by connections of their own on CPUs (gloo), so that nothing here can meet a collective
-    of the training. A wait lasts at most the `timeout` of the Trainer's strategy, half an hour by
+    of the training. A wait lasts as long as the training's own processes wait, half an hour by
     default, and ends at once when another process has failed or ended. After a wait in vain none
     waits again before the next run.
 
@@ -41,22 +38,26 @@ class World:
     size: int = 1
 
     @classmethod
-    def of(cls, trainer: "Trainer") -> Self:
-        """That of a Trainer; one process unless `torch.distributed` connects them.
+    def of(cls, size: int, limit: timedelta | None = None) -> Self:
+        """That of so many; one process unless `torch.distributed` connects them.
 
         All must call it as often where they are not connected yet.
+
+        Args:
+            size: How many the trainer says that there are.
+            limit: How long its own processes wait for each other, if it says so.
         """
-        if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        if size == 1 or not (dist.is_available() and dist.is_initialized()):
             return cls()
         if _Line.current is None or _Line.current.parent is not dist.group.WORLD:
-            _Line.current = _Line(_limit(trainer))
+            _Line.current = _Line(limit or _LIMIT)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @classmethod
-    def begin(cls, trainer: "Trainer") -> Self:
-        """That of a Trainer at the begin of a run, connected anew; all must call it."""
+    def begin(cls, size: int, limit: timedelta | None = None) -> Self:
+        """As :meth:`of` at the begin of a run, connected anew; all must call it."""
         before, _Line.current = _Line.current, None
-        world = cls.of(trainer)
+        world = cls.of(size, limit)
         if before is not None:  # of which one process may have seen the end and another not
             before.leave("another run has begun")
         return world
@@ -180,16 +181,10 @@ class _Line:
 
     def _lost(self) -> RuntimeError:
         return RuntimeError(
-            f"Expected all processes to meet within {self._limit}, the `timeout` of the Trainer's "
-            f"strategy, got a process that has failed, ended or come too late ({self._cause}). "
-            "They do not meet again in this run."
+            f"Expected all processes to meet within {self._limit}, as long as the training's own "
+            f"wait, got a process that has failed, ended or come too late ({self._cause}). They do "
+            "not meet again in this run."
         )
-
-
-def _limit(trainer: "Trainer") -> timedelta:
-    """How long its own processes wait for each other."""
-    found = getattr(trainer.strategy, "_timeout", None)
-    return found if isinstance(found, timedelta) else _LIMIT
 
 
 def _check(told: list[int]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_monitor import Scores
 from ood_monitor.densities import Array
-from ood_monitor_integrations.lightning.indices import Indices, numbered
+from ood_monitor_integrations.training.indices import Indices, numbered
 
 __all__ = ["StageScores", "are_those_of"]
 

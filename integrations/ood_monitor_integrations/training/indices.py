@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from ood_monitor_integrations.lightning.collectives import World
+from ood_monitor_integrations.training.collectives import World
 
 __all__ = ["Indices", "Positions", "flattened", "numbered"]
 

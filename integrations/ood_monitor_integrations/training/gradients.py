@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from ood_monitor import TrainingStream
 from ood_monitor.drift import TrainingScore
 from ood_monitor.gradients.layers import Layers, selection
 
-if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
-
-__all__ = ["FlaggedBatch", "TrainingWatch"]
+__all__ = ["FlaggedBatch", "Step", "TrainingWatch"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +47,28 @@ class FlaggedBatch:
     layers: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimiser's step that is about to be made.
+
+    Attributes:
+        optimizer: Has the parameters that it steps, as `param_groups`.
+        which: Number of the optimiser, where a training has several.
+        epoch: Of the batch, from 0.
+        batch_idx: In the epoch, from 0.
+        skips_infinite: Whether the step is left out where a gradient is not finite, as the gradient
+            scaler of mixed precision does while it looks for its scale.
+        is_told: Whether this process writes what it finds to the log.
+    """
+
+    optimizer: Any
+    which: int
+    epoch: int
+    batch_idx: int
+    skips_infinite: bool
+    is_told: bool
+
+
 class TrainingWatch:
     """Compares each step's gradient with those of the steps before, one stream per optimiser.
 
@@ -78,22 +97,20 @@ class TrainingWatch:
         """Training begins, maybe of another model."""
         self._parameters: dict[int, list[tuple[str, nn.Parameter]]] = {}
 
-    def take(
-        self, trainer: "Trainer", pl_module: nn.Module, optimizer: Any, batch_idx: int
-    ) -> TrainingScore | None:
+    def take(self, module: nn.Module, step: Step) -> TrainingScore | None:
         """Score the gradient that an optimiser is about to use; None if nothing is said of it."""
-        which = _which(trainer.optimizers, optimizer)
+        which = step.which
         if which not in self._parameters:
-            self._parameters[which] = _of(optimizer, pl_module, self._layers)
+            self._parameters[which] = _of(step.optimizer, module, self._layers)
         norms = squared_norms(self._parameters[which])
         if not norms:
             return None
         score = self._score(which, norms)
-        if math.isnan(score.score) or _skips_infinite(trainer, score):
+        if math.isnan(score.score) or (step.skips_infinite and math.isinf(score.score)):
             return None
         self.scored, self._total = self.scored + 1, self._total + min(score.score, _LARGEST)
         if score.flagged:
-            self._flag(trainer, batch_idx, score)
+            self._flag(step, score)
         return score
 
     def summary(self) -> dict[str, float]:
@@ -125,12 +142,12 @@ class TrainingWatch:
             self._streams[which] = copy.deepcopy(self._template)
             return self._streams[which].observe(norms)
 
-    def _flag(self, trainer: "Trainer", batch_idx: int, score: TrainingScore) -> None:
+    def _flag(self, step: Step, score: TrainingScore) -> None:
         furthest = sorted(score.z.items(), key=lambda item: -abs(item[1]))[:_NAMED_LAYERS]
-        batch = FlaggedBatch(trainer.current_epoch, batch_idx, score.score, tuple(furthest))
+        batch = FlaggedBatch(step.epoch, step.batch_idx, score.score, tuple(furthest))
         self.flagged.append(batch)
         self.count += 1
-        if trainer.is_global_zero and self.count <= _LINES:
+        if step.is_told and self.count <= _LINES:
             _log.warning(
                 "%s: unusual gradient of training batch %d in epoch %d, score %.1f, most in %s.",
                 *(self._name, batch.batch_idx, batch.epoch, batch.score),
@@ -166,14 +183,3 @@ def _of(optimizer: Any, module: nn.Module, layers: Layers) -> list[tuple[str, nn
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     chosen = selection(module, layers)
     return [(name, p) for name, p in module.named_parameters() if id(p) in own and chosen(name)]
-
-
-def _which(optimizers: list[Any], optimizer: Any) -> int:
-    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it where steps are manual
-    return next((i for i, other in enumerate(optimizers) if other is inner), 0)
-
-
-def _skips_infinite(trainer: "Trainer", score: TrainingScore) -> bool:
-    """Whether it is the gradient scaler of mixed precision that looks for its scale."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and math.isinf(score.score)

@@ -3,9 +3,9 @@
 from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import Batch
 from ood_monitor.modules import Lockstep
-from ood_monitor_integrations.lightning.collectives import World
-from ood_monitor_integrations.lightning.indices import Positions
-from ood_monitor_integrations.lightning.stage_scores import StageScores, dataset_order
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.indices import Positions
+from ood_monitor_integrations.training.stage_scores import StageScores, dataset_order
 
 __all__ = ["StageMonitor"]
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, getattr_static
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -12,25 +12,22 @@ from ood_monitor import Adapter, Detector, LogLikelihood
 from ood_monitor.adapters.base import Batch, Condition, describe, keywords_of, tensors_in
 from ood_monitor.checks import function
 
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
-
 __all__ = ["AdapterLike", "WatchedModel"]
 
 #: An adapter, or a function `(module, x, **condition) -> (B,)` that gives log-likelihoods in nats.
 AdapterLike: TypeAlias = Adapter | Callable[..., Tensor]
 
-#: Methods of a LightningModule that :class:`~ood_monitor.LogLikelihood` calls, the first that is.
+#: Methods of a module that :class:`~ood_monitor.LogLikelihood` calls, the first that is.
 _METHODS = ("log_prob_elements", "log_prob_terms", "log_prob")
 
 
 class WatchedModel:
-    """Where the model of a LightningModule is, and which parts of a batch it takes.
+    """Where the model of a module in training is, and which parts of a batch it takes.
 
     Args:
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function
             ``(module, x, **condition) -> (B,)`` giving log-likelihoods in nats; or None for the
-            LightningModule's own ``adapter()``, ``log_prob_terms`` or ``log_prob``.
+            module's own ``adapter()``, ``log_prob_terms`` or ``log_prob``.
         inputs: Takes the sample x, shape (B, ...), from a batch; by default the batch itself, or
             the first item of a list or tuple.
         condition: Gives the further keywords of the function or method from a batch, such as
@@ -76,8 +73,8 @@ class WatchedModel:
         """
         return batch if self._batch is None else self._batch(batch)
 
-    def adapter_for(self, pl_module: "LightningModule") -> Adapter:
-        """The module's model: the given adapter, `pl_module.adapter()`, or its `log_prob`.
+    def adapter_for(self, module: nn.Module) -> Adapter:
+        """The module's model: the given adapter, `module.adapter()`, or its `log_prob`.
 
         Raises:
             ValueError: The module has no log-likelihood, its ``adapter()`` fails or gives none, or
@@ -85,12 +82,12 @@ class WatchedModel:
         """
         if self._adapter is not None:
             return self._adapter
-        if (own := self._factory(pl_module)) is not None:
-            self._refuse_beside(f"{type(pl_module).__name__}.adapter()")
-            return _made(pl_module, own)
-        return LogLikelihood(pl_module, self._function, **self._options)
+        if (own := self._factory(module)) is not None:
+            self._refuse_beside(f"{type(module).__name__}.adapter()")
+            return _made(module, own)
+        return LogLikelihood(module, self._function, **self._options)
 
-    def check_batch(self, pl_module: "LightningModule", batch: Batch) -> None:
+    def check_batch(self, module: nn.Module, batch: Batch) -> None:
         """Refuse a first batch, as :meth:`prepared`, of which labels would be dropped in silence.
 
         It has several tensors, and the model can take more than the sample, but nobody said what.
@@ -98,11 +95,11 @@ class WatchedModel:
         Raises:
             ValueError: It is one.
         """
-        is_given = self._adapter is not None or self._factory(pl_module) is not None
+        is_given = self._adapter is not None or self._factory(module) is not None
         count = len(tensors_in(batch)) if isinstance(batch, list | tuple) else 0
         if self._options or is_given or count < 2:
             return
-        name, further = _further(pl_module, self._function)
+        name, further = _further(module, self._function)
         if further:
             keyword = "y" if further[0].startswith("*") else further[0]
             raise ValueError(
@@ -112,12 +109,12 @@ class WatchedModel:
                 "say that x alone is meant."
             )
 
-    def _factory(self, pl_module: "LightningModule") -> Callable[[], Any] | None:
+    def _factory(self, module: nn.Module) -> Callable[[], Any] | None:
         """The module's own ``adapter``, if it is a method or a function and no part of it."""
-        is_property = isinstance(getattr_static(type(pl_module), "adapter", None), property)
+        is_property = isinstance(getattr_static(type(module), "adapter", None), property)
         if self._function is not None or is_property:
             return None
-        own = getattr(pl_module, "adapter", None)
+        own = getattr(module, "adapter", None)
         return own if inspect.isroutine(own) else None
 
     def _refuse_beside(self, what: str, *more: str) -> None:
@@ -133,7 +130,7 @@ def _checked(adapter: AdapterLike | None) -> AdapterLike | None:
     if isinstance(adapter, type):
         raise TypeError(
             f"Expected adapter as an adapter or a function, got the class {adapter.__name__}: "
-            f"make one, `{adapter.__name__}(module)`, or let the LightningModule's `adapter()` "
+            f"make one, `{adapter.__name__}(module)`, or let the module's own `adapter()` "
             "make it."
         )
     if isinstance(adapter, nn.Module):
@@ -145,8 +142,8 @@ def _checked(adapter: AdapterLike | None) -> AdapterLike | None:
     return adapter if is_checked else function("adapter", adapter)
 
 
-def _made(pl_module: "LightningModule", own: Callable[[], Any]) -> Adapter:
-    name = f"{type(pl_module).__name__}.adapter()"
+def _made(module: nn.Module, own: Callable[[], Any]) -> Adapter:
+    name = f"{type(module).__name__}.adapter()"
     try:
         found = own()
     except Exception as error:  # of any kind: it is the user's code

@@ -1,4 +1,4 @@
-"""The detectors of a LightningModule, by the weights that each is of."""
+"""The detectors of a module in training, by the weights that each is of."""
 
 import hashlib
 import weakref
@@ -6,10 +6,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ood_monitor import Adapter, Detector
 from ood_monitor.checks import path_of
@@ -26,15 +26,12 @@ from ood_monitor.saving.checkpoints import (
 )
 from ood_monitor.saving.fingerprints import digest, digest_of_tensors
 from ood_monitor.saving.fitted import CONFIG, Fitted
-from ood_monitor_integrations.lightning.adapters import WatchedModel
-from ood_monitor_integrations.lightning.rebinding import bound_to
-from ood_monitor_integrations.lightning.sharding import (
+from ood_monitor_integrations.training.adapters import WatchedModel
+from ood_monitor_integrations.training.rebinding import bound_to
+from ood_monitor_integrations.training.sharding import (
     refuse_gradients_of_shards,
     refuse_shards_of_others,
 )
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
 
 __all__ = ["Detectors", "Ready", "check_method"]
 
@@ -66,6 +63,7 @@ class Detectors:
         method: Of a detector to be made.
         layers: Likewise.
         name: Of the callback, whose detector a checkpoint is to have.
+        remedy: How to get one of other weights, in words.
 
     Attributes:
         model: Says what is watched.
@@ -79,10 +77,12 @@ class Detectors:
         method: Method | None,
         layers: Layers,
         name: str,
+        remedy: str,
     ) -> None:
         self.model, self._method, self._layers, self._name = model, method, layers, name
+        self._remedy = remedy
         self._adapter: Adapter | None = None
-        self._of: weakref.ref[LightningModule] | None = None
+        self._of: weakref.ref[nn.Module] | None = None
         self._template = given if isinstance(given, Detector) else None
         is_saved = given is not None and self._template is None
         self._saved = path_of("detector", given) if is_saved else None
@@ -103,31 +103,31 @@ class Detectors:
         is_fitted = self._template is not None and self._template.is_fitted
         return is_fitted or self._saved is not None
 
-    def check(self, pl_module: "LightningModule") -> None:
+    def check(self, module: nn.Module) -> None:
         """Refuse what could never be monitored.
 
         Raises:
             ValueError: The module has no log-likelihood and none was given.
             FileNotFoundError: No detector was saved there.
         """
-        self.model.adapter_for(pl_module)  # not for good: parts may be made after this
+        self.model.adapter_for(module)  # not for good: parts may be made after this
         if self._saved is not None:
             check_there(self._saved, self._name)
 
-    def adapter(self, pl_module: "LightningModule") -> Adapter:
+    def adapter(self, module: nn.Module) -> Adapter:
         """The module's model, the same object each time, with the module's own part in it.
 
         Raises:
             ValueError: The module has none, or it cannot be told which part of it is meant.
         """
-        if self._of is None or self._of() is not pl_module or self._adapter is None:
-            self._adapter = bound_to(self.model.adapter_for(pl_module), pl_module)
-            self._of = weakref.ref(pl_module)
+        if self._of is None or self._of() is not module or self._adapter is None:
+            self._adapter = bound_to(self.model.adapter_for(module), module)
+            self._of = weakref.ref(module)
         return self._adapter
 
-    def new(self, pl_module: "LightningModule") -> Detector:
+    def new(self, module: nn.Module) -> Detector:
         """A detector to be fitted."""
-        adapter = self.adapter(pl_module)
+        adapter = self.adapter(module)
         if self._template is not None:
             return _checked(self._template.on(adapter))
         return _checked(Detector(adapter, method=self._method, layers=self._layers))
@@ -186,7 +186,7 @@ class Detectors:
             if ((folder := folder_beside(path, self._name)) / CONFIG).is_file():
                 self.load_state_dict(states_of(folder, self._name)[0])
 
-    def ready(self, pl_module: "LightningModule") -> "Ready | None":
+    def ready(self, module: nn.Module) -> "Ready | None":
         """The detector to watch a module with, None if there is none.
 
         It is that of the module's weights that was fitted here; else the one that was given; else
@@ -194,7 +194,7 @@ class Detectors:
 
         Its weights are read, which of shards takes all processes: :meth:`mark` is to be the same.
         """
-        adapter = self.adapter(pl_module)
+        adapter = self.adapter(module)
         model = digest(adapter.module)
         before = self._loaded
         found = self._fitted.get(model) or self._given(adapter)
@@ -222,8 +222,7 @@ class Detectors:
                 return f"buffers were written to after the detector was fitted: {', '.join(other)}."
         return (
             "the model has other weights than the detector was fitted on, and no detector of them "
-            "is at hand. Give the checkpoint that they are from as `ckpt_path=` or `detector=`, or "
-            "make one by `OODMonitor.calibrate`."
+            f"is at hand. {self._remedy}"
         )
 
     def mark(self) -> bytes:
