@@ -294,6 +294,8 @@ CASES: dict[str, Case] = {
             "padding": Kind((1.0, "0", True), (0, -100, None)),
             "padding_is_end": Kind(FLAG.bad[1:], (False, None)),
             "given": COUNT.but(good=(0, 3, lambda batch: batch)),
+            "ignore_index": Kind((1.0, "0", True), (0, -100, None)),
+            "labels": CALLABLE,
             "inputs": CALLABLE,
             "condition": CALLABLE,
             "scale": CALLABLE,

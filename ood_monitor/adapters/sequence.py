@@ -18,11 +18,9 @@ from ood_monitor.adapters.base import (
     SampleKind,
     checked_sample,
     describe,
-    first_tensor,
     images_in,
     keywords_of,
     map_tensors,
-    no_condition,
 )
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.adapters.laws import categorical
@@ -36,6 +34,7 @@ from ood_monitor.adapters.padding import (
     starts_of,
     text_with_end,
 )
+from ood_monitor.adapters.tokens import condition_in, labels_in, scored_by, tokens_in
 from ood_monitor.checks import flag, function, whole
 from ood_monitor.modules import Passes, scored
 
@@ -49,7 +48,7 @@ class _Given:
     Attributes:
         tokens: Shape (B, T) or (B, ...).
         text: Which are no padding, bool, of that shape.
-        counted: Which are neither padding nor a prompt, bool, of that shape.
+        counted: Which are neither padding nor a prompt nor ignored, bool, of that shape.
         condition: Keywords.
     """
 
@@ -89,9 +88,16 @@ class SequenceLikelihood(Adapter):
             given these, which are not scored. A number, or a function that takes it for each
             sample, integers of shape (B,), from a batch. They count from the text's first token,
             after any padding.
+        ignore_index: The label of tokens that are not scored, -100 in transformers' collators: a
+            prompt whose completion alone is trained on, whatever its place in the text. Labels are
+            the tokens themselves elsewhere, not shifted, as causal models of transformers take
+            them.
+        labels: Takes these, of the tokens' shape, from a batch; by default its ``"labels"``.
         inputs: Takes the tokens, integers, shape (B, T) or (B, ...), from a batch as the loader
-            yields it.
-        condition: Gives the module's further keywords from a batch.
+            yields it; by default its ``"input_ids"`` if it is a mapping, else as the other
+            adapters do.
+        condition: Gives the module's further keywords from a batch; by default the
+            ``"attention_mask"`` of a mapping, if it has one.
         scale: What the module takes for the tokens, if not themselves: pixels as real numbers.
         sample: What a sample is. By default ``"sequence"`` for tokens (B, T), and ``"image"`` for
             those of grey or colour images, (B, C, H, W).
@@ -124,8 +130,10 @@ class SequenceLikelihood(Adapter):
         padding: int | None = None,
         padding_is_end: bool | None = None,
         given: int | Callable[[Batch], Tensor] = 0,
-        inputs: Callable[[Batch], Tensor] = first_tensor,
-        condition: Condition = no_condition,
+        ignore_index: int | None = None,
+        labels: Callable[[Batch], Tensor] = labels_in,
+        inputs: Callable[[Batch], Tensor] = tokens_in,
+        condition: Condition = condition_in,
         scale: Callable[[Tensor], Tensor] = lambda tokens: tokens,
         sample: SampleKind | None = None,
     ) -> None:
@@ -139,6 +147,9 @@ class SequenceLikelihood(Adapter):
         is_end = None if padding_is_end is None else flag("padding_is_end", padding_is_end)
         self._padding_is_end = is_end
         self._given = given if callable(given) else whole("given", given)
+        # Any whole number, as of padding.
+        self._ignored = None if ignore_index is None else whole("ignore_index", ignore_index, None)
+        self._labels = function("labels", labels)
         self._inputs, self._condition = function("inputs", inputs), function("condition", condition)
         self._scale = function("scale", scale)
         self.sample = checked_sample(sample)
@@ -152,7 +163,8 @@ class SequenceLikelihood(Adapter):
         Raises:
             ValueError: What are no tokens, a text longer than the model's context or without a
                 token to predict, padding that leaves open what the text is, given tokens that are
-                no numbers from 0 on, one a text, or logits of another shape.
+                no numbers from 0 on, one a text, labels that are other tokens, several texts in one
+                row, or logits of another shape.
 
         Warns:
             UserWarning: Whether the padding token also ends texts is not known: a transformers
@@ -206,9 +218,17 @@ class SequenceLikelihood(Adapter):
         tokens, condition = self._inputs(batch), self._condition(batch)
         self._check(tokens)
         text = self._text(tokens, condition)
+        scored = self._scored(batch, tokens)
         if tokens.ndim == 2:
-            tokens, text, condition = self._text_first(tokens, text, condition)
-        return _Given(tokens, text, self._counted(text, self._given_in(batch, tokens)), condition)
+            tokens, text, scored, condition = self._text_first(tokens, text, scored, condition)
+        counted = self._counted(text, scored, self._given_in(batch, tokens))
+        return _Given(tokens, text, counted, condition)
+
+    def _scored(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Which tokens no label leaves out, bool, of their shape."""
+        if self._ignored is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return scored_by(self._labels(batch), tokens, self._ignored)
 
     def _logits(self, given: _Given) -> Tensor:
         """Of shape (*tokens.shape, V)."""
@@ -229,10 +249,12 @@ class SequenceLikelihood(Adapter):
     def padded_length(self, batch: Batch) -> int | None:
         """T of tokens (B, T) that padding may fill up to any width, or None.
 
-        None where nothing tells padding from text, neither ``padding`` nor a mask, and for images.
+        None where nothing tells padding from text, neither ``padding`` nor a mask nor labels, and
+        for images.
         """
         tokens = self._inputs(batch)
-        told = self._padding is not None or self._condition(batch).get("attention_mask") is not None
+        told = self._padding is not None or self._ignored is not None
+        told = told or self._condition(batch).get("attention_mask") is not None
         return tokens.shape[1] if told and tokens.ndim == 2 else None
 
     def with_padding(self, *, left: int = 0, right: int = 0) -> Self:
@@ -248,6 +270,8 @@ class SequenceLikelihood(Adapter):
         other._condition = lambda batch: padded(
             self._condition(batch), self._inputs(batch).shape[1], left, right
         )
+        if (ignored := self._ignored) is not None:
+            other._labels = lambda batch: F.pad(self._labels(batch), (left, right), value=ignored)
         return other
 
     def _check(self, tokens: Tensor) -> None:
@@ -309,17 +333,18 @@ class SequenceLikelihood(Adapter):
             )
 
     def _text_first(
-        self, tokens: Tensor, text: Tensor, condition: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
-        """All three with every text's first token in the first column, within the context."""
+        self, tokens: Tensor, text: Tensor, scored: Tensor, condition: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Any]]:
+        """All four with every text's first token in the first column, within the context."""
         start, length = starts_of(run_of(text)), tokens.shape[1]
         width = min(length, self._width(text.sum(1)))
         if width == length and not start.any():
-            return tokens, text, condition
+            return tokens, text, scored, condition
         columns = torch.arange(width, device=tokens.device)
         index = (columns + start.unsqueeze(1)) % length
         condition = moved(condition, start, index, length)
-        return tokens.gather(1, index), text.gather(1, index), condition
+        moved_to_start = (each.gather(1, index) for each in (tokens, text, scored))
+        return *moved_to_start, condition
 
     def _width(self, lengths: Tensor) -> int:
         """The most columns that a model takes for texts of these lengths, (B,)."""
@@ -358,21 +383,21 @@ class SequenceLikelihood(Adapter):
             )
         return number.view(-1, 1)
 
-    def _counted(self, text: Tensor, given: Tensor | int) -> Tensor:
+    def _counted(self, text: Tensor, scored: Tensor, given: Tensor | int) -> Tensor:
         """Which tokens are predicted, bool, of the shape of a text that comes first in its row.
 
         Raises:
             ValueError: A sequence has none to predict.
         """
-        counted = text
+        counted = text & scored
         if text.ndim == 2:
-            counted = text & (torch.arange(text.shape[1], device=text.device) >= given)
+            counted = counted & (torch.arange(text.shape[1], device=text.device) >= given)
         predicted = counted[:, 1:] if self._shifted else counted
         empty = ~predicted.flatten(1).any(1)
         if empty.any():
             raise ValueError(
                 "Expected a token to predict in every sequence, got padding only, one token or "
-                f"only given ones in {int(empty.sum())} of {len(text)}, first at index "
+                f"only given or ignored ones in {int(empty.sum())} of {len(text)}, first at index "
                 f"{int(empty.int().argmax())}."
             )
         return counted

@@ -1,5 +1,6 @@
 """Likelihoods of sequences against a loop of cross-entropies."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,73 @@ def test_a_mask_keeps_the_end_token_that_pads_and_ends() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0]] * 2)
     found = log_likelihood(masked(module), {"input_ids": x, "attention_mask": mask})
     torch.testing.assert_close(found, cross_entropies(module, x[:, :4]))
+
+
+# Labels, as transformers' collators give them
+
+
+def labelled(x: Tensor, ignored: list[list[int]], left: int = 0, right: int = 0) -> dict[str, Any]:
+    """A padded batch, of which some tokens of each row are ignored."""
+    labels = x.clone()
+    for row, columns in enumerate(ignored):
+        labels[row, columns] = -100
+    mask = F.pad(torch.ones_like(x), (left, right))
+    return {
+        "input_ids": F.pad(x, (left, right), value=9),
+        "attention_mask": mask,
+        "labels": F.pad(labels, (left, right), value=-100),
+    }
+
+
+#: Columns that are ignored in each of two rows: prompts, a turn in between, the first token alone.
+IGNORED = {"prompts": [[0, 1, 2], [0]], "turns": [[0, 1, 4, 5], [0, 3]], "first": [[0], [0]]}
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 3), (3, 0), (2, 2)])
+def test_tokens_whose_labels_are_ignored_are_not_scored(
+    ignored: list[list[int]], left: int, right: int
+) -> None:
+    module, x = gpt2(), tokens(2)
+    batch = labelled(x, ignored, left, right)
+    found = log_likelihood(om.SequenceLikelihood(module, ignore_index=-100), batch)
+    expected = torch.zeros(2, dtype=found.dtype)
+    for row, columns in enumerate(ignored):
+        log_prob = module(x[[row]]).logits[0].log_softmax(-1)
+        kept = [t for t in range(1, x.shape[1]) if t not in columns]
+        expected[row] = sum(log_prob[t - 1, x[row, t]] for t in kept)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_of_transformers_is_the_mean_over_the_same_tokens() -> None:
+    module, batch = gpt2(), labelled(tokens(2), IGNORED["turns"], right=1)
+    adapter = om.SequenceLikelihood(module, ignore_index=-100)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    loss = -log_likelihood(adapter, batch).sum() / count
+    torch.testing.assert_close(loss.float(), module(**batch).loss)  # which it takes in float32
+
+
+#: What makes a batch of labels none, and what is said.
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "shifted": (lambda b: {**b, "labels": b["labels"].roll(-1, 1)}, "labels that are the tokens"),
+    "shape": (lambda b: {**b, "labels": b["labels"][:, 1:]}, "labels of the tokens' shape"),
+    "none": (lambda b: {k: v for k, v in b.items() if k != "labels"}, "a tensor 'labels'"),
+    "all ignored": (lambda b: {**b, "labels": b["labels"] * 0 - 100}, "only given or ignored"),
+    "further": (lambda b: {**b, "pixel_values": torch.zeros(2, 3)}, "got pixel_values beside"),
+    "no tokens": (lambda b: {"labels": b["labels"]}, "a tensor 'input_ids'"),
+    "packed": (
+        lambda b: {**b, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)},
+        "one text a row",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_labels_that_mean_something_else_are_refused(change: str) -> None:
+    made, told = WRONG[change]
+    batch = made(labelled(tokens(2), IGNORED["first"]))
+    with pytest.raises(ValueError, match=told):
+        log_likelihood(om.SequenceLikelihood(gpt2(), ignore_index=-100), batch)
 
 
 # Pixels
