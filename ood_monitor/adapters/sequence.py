@@ -343,8 +343,8 @@ class SequenceLikelihood(Adapter):
         columns = torch.arange(width, device=tokens.device)
         index = (columns + start.unsqueeze(1)) % length
         condition = moved(condition, start, index, length)
-        moved_to_start = (each.gather(1, index) for each in (tokens, text, scored))
-        return *moved_to_start, condition
+        tokens, text, scored = (each.gather(1, index) for each in (tokens, text, scored))
+        return tokens, text, scored, condition
 
     def _width(self, lengths: Tensor) -> int:
         """The most columns that a model takes for texts of these lengths, (B,)."""

@@ -26,12 +26,13 @@ def tokens_in(batch: Batch) -> Tensor:
     """
     if not isinstance(batch, Mapping):
         return first_tensor(batch)
-    if not isinstance(batch.get("input_ids"), Tensor):
+    tokens = batch.get("input_ids")
+    if not isinstance(tokens, Tensor):
         raise ValueError(
             f"Expected a mapping with a tensor 'input_ids', got {sorted(map(str, batch))}. Pass "
             "`inputs=` to say where the tokens are."
         )
-    return batch["input_ids"]
+    return tokens
 
 
 def labels_in(batch: Batch) -> Tensor:

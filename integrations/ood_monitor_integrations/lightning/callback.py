@@ -22,11 +22,11 @@ from ood_monitor.checks import (
 )
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
-from ood_monitor_integrations.lightning.calibration import Calibrator
 from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.hooks import Hooks
 from ood_monitor_integrations.lightning.namespaces import callback_class
 from ood_monitor_integrations.lightning.predictions import Predictions
+from ood_monitor_integrations.lightning.runs import LightningRun
 from ood_monitor_integrations.lightning.saving import Checkpoints, Policy
 from ood_monitor_integrations.lightning.trainer_monitor import (
     FAILED,
@@ -36,6 +36,7 @@ from ood_monitor_integrations.lightning.trainer_monitor import (
 from ood_monitor_integrations.lightning.worlds import begun
 from ood_monitor_integrations.metrics import prefix_of, word_of
 from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
+from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.figures import LeftOpen
@@ -306,7 +307,7 @@ class OODMonitor(Hooks):
         trainer.strategy.barrier("OODMonitor.calibrate")  # raises where a process has ended
         begun(trainer)
         source = None if loader is None else batches("loader", loader)
-        return self._calibrator.fit(trainer, pl_module, source)
+        return self._calibrator.fit(LightningRun(trainer, pl_module), source)
 
     @property
     def state_key(self) -> str:

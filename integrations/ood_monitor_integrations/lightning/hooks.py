@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from ood_monitor.modules import is_sharded
-from ood_monitor_integrations.lightning.calibration import Calibrator
 from ood_monitor_integrations.lightning.handover import Handover
 from ood_monitor_integrations.lightning.loading import fetches_itself
 from ood_monitor_integrations.lightning.loggers import write
@@ -11,10 +10,12 @@ from ood_monitor_integrations.lightning.monitored import refuse_unfed_monitors
 from ood_monitor_integrations.lightning.namespaces import callback_class
 from ood_monitor_integrations.lightning.optimizers import step_of_gradients
 from ood_monitor_integrations.lightning.predictions import Predictions
+from ood_monitor_integrations.lightning.runs import LightningRun
 from ood_monitor_integrations.lightning.saving import Checkpoints
 from ood_monitor_integrations.lightning.sharding import refuse_strategy
 from ood_monitor_integrations.lightning.trainer_monitor import REFUSED, TrainerMonitor
 from ood_monitor_integrations.lightning.worlds import begun
+from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.failures import Failures
@@ -286,7 +287,7 @@ class Hooks(Callback):
             return False
         self._calibrated_in = epoch
         with self._failures.contained("was not calibrated before a validation"):
-            self._calibrator.fit(trainer, pl_module)
+            self._calibrator.fit(LightningRun(trainer, pl_module))
         return True
 
     def _may_calibrate(self, trainer: "Trainer") -> bool:
@@ -310,7 +311,7 @@ class Hooks(Callback):
             return
         self._is_rehearsed = True
         try:
-            self._calibrator.rehearse(trainer, pl_module, batch, self._fpr)
+            self._calibrator.rehearse(LightningRun(trainer, pl_module), batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
             told = f"could not be calibrated: {type(error).__name__}"
             if self._strict:

@@ -2,27 +2,25 @@
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ood_monitor.adapters.base import Batch
 from ood_monitor_integrations.training.collectives import World
-from ood_monitor_integrations.training.generators import kept_generators
+from ood_monitor_integrations.training.held_out import HeldOut, own_data
 from ood_monitor_integrations.training.indices import Positions
-from ood_monitor_integrations.training.loading import Evenly, beside, kept_global_state, length_of
+from ood_monitor_integrations.training.loading import beside, kept_global_state, length_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = [
-    "HeldOut",
     "as_in_validation",
+    "combined_or_own",
     "fetches_itself",
-    "own_data",
+    "transferred",
     "validation_data",
 ]
 
@@ -32,50 +30,6 @@ _STEPS = {
     "test": "test_step",
     "predict": "predict_step",
 }
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A loader, and how many batches of it one process takes.
-
-    Attributes:
-        loader: Gives (batch, its index, its dataloader's index), as Lightning's `CombinedLoader`.
-        count: Batches that it gives; None where that is not known.
-        world: The processes that take turns, batch by batch; one if the loader shares out already.
-        positions: Where the samples stand.
-        sources: The loaders, whose generators are to stay where they are.
-    """
-
-    loader: Iterable[tuple[Batch, int, int]]
-    count: int | None
-    world: World
-    positions: Positions
-    sources: Sequence[Any]
-
-    def batches(
-        self, trainer: "Trainer", pl_module: "LightningModule", most: int
-    ) -> Generator[tuple[Batch, int, int], None, None]:
-        """This process's batches on its device, each with its index and its dataloader's.
-
-        Args:
-            trainer: Whose hooks a batch goes through.
-            pl_module: Likewise.
-            most: Samples, of all batches together; of more, batches are left out evenly, since
-                neighbours in a dataset are often alike.
-        """
-        with kept_generators(self.sources):
-            yield from self._batches(trainer, pl_module, most)
-
-    def _batches(
-        self, trainer: "Trainer", pl_module: "LightningModule", most: int
-    ) -> Iterator[tuple[Batch, int, int]]:
-        size, rank = self.world.size, self.world.rank
-        chosen = Evenly(None if self.count is None else -(-self.count // size), most)
-        for number, (batch, index, at) in enumerate(self.loader):
-            if number % size == rank and chosen.takes(number // size, batch):
-                yield _transferred(chosen.cut(batch), at, trainer, pl_module), index, at
-            if chosen.is_full:
-                return
 
 
 def validation_data(trainer: "Trainer", world: World) -> HeldOut:
@@ -108,17 +62,12 @@ def _loaded(loop: Any) -> bool:
     return loop._combined_loader is not None
 
 
-def own_data(source: Any, world: World) -> HeldOut:
+def combined_or_own(source: Any, world: World) -> HeldOut:
     """Batches of one's own, of which each process takes its share."""
     if hasattr(source, "flattened"):  # Lightning's CombinedLoader
         again, positions = _combined_again(source), Positions(source.flattened, World())
         return HeldOut(again, _count(source, None), world, positions, source.flattened)
-    batches = _Numbered(beside(source))
-    # A sampler made for several processes has shared them out.
-    is_shared = getattr(getattr(source, "sampler", None), "num_replicas", 1) > 1
-    if is_shared:
-        return HeldOut(batches, length_of(source), World(), Positions(source, world), [source])
-    return HeldOut(batches, length_of(source), world, Positions(source, World()), [source])
+    return own_data(source, world)
 
 
 def _combined_again(combined: Any) -> Any:
@@ -135,16 +84,6 @@ def _count(combined: Any, limits: list[float] | None) -> int | None:
     of_all: dict[str, Callable[[list[float]], float]] = {"sequential": sum, "min_size": min}
     found = of_all.get(combined._mode, max)(counts)
     return None if math.isinf(found) else int(found)
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """Batches of one loader, in the form of a combined one."""
-
-    source: Iterable[Batch]
-
-    def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
-        return ((batch, index, 0) for index, batch in enumerate(iter(self.source)))
 
 
 def fetches_itself(pl_module: "LightningModule", trainer: "Trainer") -> bool:
@@ -176,7 +115,7 @@ def as_in_validation(trainer: "Trainer", pl_module: "LightningModule") -> Iterat
             module.training = mode
 
 
-def _transferred(
+def transferred(
     batch: Any, dataloader_idx: int, trainer: "Trainer", pl_module: "LightningModule"
 ) -> Any:
     """As the loops do before a step, by the hooks of the module or of its DataModule."""

@@ -13,8 +13,9 @@ import torch
 from ood_monitor.saving import CONFIG, TENSORS
 from ood_monitor.saving.checkpoints import State, folder_beside
 from ood_monitor.saving.fitted import digest
-from ood_monitor_integrations.lightning.calibration import Calibrator
+from ood_monitor_integrations.lightning.runs import LightningRun
 from ood_monitor_integrations.lightning.training_end import ends_training, is_last_validation
+from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.swapping import holding, places
@@ -208,7 +209,7 @@ class Checkpoints:
         if is_due and model not in self._tried and not self._detectors.knows(model):
             self._tried[model] = "it could not be calibrated"
             try:
-                self._calibrator.fit(trainer, pl_module)
+                self._calibrator.fit(LightningRun(trainer, pl_module))
                 del self._tried[model]
             except Exception as error:  # the training must not end on a monitor's account
                 self._tried[model] = f"{type(error).__name__}: {error}"

@@ -35,6 +35,8 @@ class WatchedModel:
         batch: Makes a batch of what the loader yields, before anything else sees it: of objects
             that are no tensors, lists, tuples, mappings or dataclasses of them.
         detector: A detector of the user's, whose adapter is the model.
+        make: Makes an adapter of the module where none is given, or gives None where it cannot,
+            before the module's own methods are asked for.
 
     Raises:
         ValueError: ``inputs`` or ``condition`` beside an adapter or a detector, which have their
@@ -50,7 +52,9 @@ class WatchedModel:
         condition: Condition | None = None,
         batch: Callable[[Any], Batch] | None = None,
         detector: Detector | None = None,
+        make: Callable[[nn.Module], Adapter | None] | None = None,
     ) -> None:
+        self._make = make
         given = {"inputs": inputs, "condition": condition}
         self._options: dict[str, Any] = {
             k: function(k, v) for k, v in given.items() if v is not None
@@ -85,6 +89,10 @@ class WatchedModel:
         if (own := self._factory(module)) is not None:
             self._refuse_beside(f"{type(module).__name__}.adapter()")
             return _made(module, own)
+        makes = self._make if self._function is None else None
+        if makes is not None and (made := makes(module)) is not None:
+            self._refuse_beside(f"an adapter that is made of {type(module).__name__}")
+            return made
         return LogLikelihood(module, self._function, **self._options)
 
     def check_batch(self, module: nn.Module, batch: Batch) -> None:
