@@ -1,9 +1,10 @@
-"""Detectors in checkpoints of PyTorch Lightning: in a callback's state, or in a folder beside.
+"""Detectors in checkpoints: of PyTorch Lightning in a callback's state, or in a folder beside.
 
 The callback keeps in a checkpoint what ``state_dict`` of a detector gives. A checkpoint of weights
 alone has no callbacks: what belongs to it is in the folder ``<checkpoint>.detector``, as
-``save_pretrained`` writes it. Nothing here takes Lightning, and nothing is unpickled but what
-``weights_only`` allows.
+``save_pretrained`` writes it. A checkpoint of transformers' Trainer is itself a folder, with a file
+of the model of the same name, so that a detector is in a folder inside it. Nothing here takes
+Lightning or transformers, and nothing is unpickled but what ``weights_only`` allows.
 """
 
 import pickle
@@ -20,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from ood_monitor.saving.fingerprints import digest
 from ood_monitor.saving.fitted import CONFIG, TENSORS, Fitted
 
-__all__ = ["State", "check_there", "folder_beside", "of_weights", "states_of"]
+__all__ = ["State", "check_there", "folder_beside", "folder_inside", "of_weights", "states_of"]
 
 #: What ``state_dict`` of a detector gives: "config", a text, and "tensors", bytes.
 State: TypeAlias = Mapping[str, Any]
@@ -44,6 +45,12 @@ def folder_beside(path: Path, name: str = _USUAL) -> Path:
     return path.parent / f"{path.name}{own}.detector"
 
 
+def folder_inside(path: Path, name: str = _USUAL) -> Path:
+    """The folder of the detector of a checkpoint that is a folder, of each name its own."""
+    own = "" if name == _USUAL else f".{_FOREIGN.sub('_', name)}"
+    return path / f"ood_monitor{own}"
+
+
 def check_there(path: Path, name: str = _USUAL) -> None:
     """Refuse a path where nothing is that could hold a detector.
 
@@ -51,7 +58,8 @@ def check_there(path: Path, name: str = _USUAL) -> None:
         FileNotFoundError: It is one.
     """
     beside = _saved_beside(path, name)
-    folders = [folder for folder in (path, beside) if (folder / CONFIG).is_file()]
+    inside = _saved_inside(path, name)
+    folders = [folder for folder in (inside, path, beside) if (folder / CONFIG).is_file()]
     if not folders and _file_of(path) is None:
         raise FileNotFoundError(
             f"Expected a checkpoint in {path}, or a saved detector there or in {beside}, got no "
@@ -76,8 +84,9 @@ def states_of(path: Path, name: str) -> tuple[State, ...]:
             does not load as weights only.
     """
     check_there(path, name)
-    if (path / CONFIG).is_file():
-        return (_of_folder(path),)
+    for folder in (_saved_inside(path, name), path):
+        if (folder / CONFIG).is_file():
+            return (_of_folder(folder),)
     file, beside = _file_of(path), _saved_beside(path, name)
     callbacks = {} if file is None else _callbacks(file)
     found = [state for own, state in _detectors(callbacks) if own == repr(name)]
@@ -107,6 +116,12 @@ def _saved_beside(path: Path, name: str) -> Path:
     """The folder of a name, else the usual one, which people save into themselves."""
     places = [folder_beside(at, of) for at in (path, path.resolve()) for of in (name, _USUAL)]
     return next((place for place in places if (place / CONFIG).is_file()), folder_beside(path))
+
+
+def _saved_inside(path: Path, name: str) -> Path:
+    """Likewise of a checkpoint that is a folder."""
+    places = [folder_inside(path, of) for of in (name, _USUAL)]
+    return next((place for place in places if (place / CONFIG).is_file()), places[0])
 
 
 def _file_of(path: Path) -> Path | None:

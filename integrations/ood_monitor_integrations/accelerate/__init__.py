@@ -1,0 +1,1 @@
+"""Accelerate: loops of one's own, in one process or in several."""

@@ -1,0 +1,263 @@
+"""Evaluations and predictions of a Trainer: scored batch by batch, decided on at their end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ood_monitor import Alert, Monitor
+from ood_monitor.adapters.base import batch_size
+from ood_monitor.alerts import Sink
+from ood_monitor_integrations.accelerate.positions import PreparedPositions, positions_of
+from ood_monitor_integrations.metrics import STATUSES
+from ood_monitor_integrations.training.buffered import BufferedStage
+from ood_monitor_integrations.training.collectives import World
+from ood_monitor_integrations.training.console import ConsoleSink
+from ood_monitor_integrations.training.detectors import Detectors, Ready
+from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.figures import LeftOpen, figures
+from ood_monitor_integrations.training.indices import Indices, Positions
+from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
+from ood_monitor_integrations.transformers.batches import Texts
+from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
+from ood_monitor_integrations.transformers.models import plain_forward
+from ood_monitor_integrations.transformers.runs import TransformersRun
+
+__all__ = ["FAILED", "REFUSED", "Evaluations", "Settings"]
+
+#: Kinds of failure.
+FAILED, REFUSED = "could not score a batch", "will not watch"
+
+#: Samples between two looks at whether the weights are still the detector's.
+_WEIGHTS_EVERY = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose; see :class:`~ood_monitor_integrations.transformers.OODCallback`.
+
+    Attributes:
+        ert: Expected run time to a false drift alarm, in samples.
+        fpr: False-positive rate of single samples.
+        every: Score every n-th batch.
+        sinks: Told of alerts, and left open.
+        scores_dir: Where to write scores, if anywhere.
+        log_alerts: Whether the MLflow run that the Trainer reports to is told too.
+        console: Whether a line is printed of each alert.
+        name: Of the streams.
+    """
+
+    ert: float
+    fpr: float
+    every: int
+    sinks: Sequence[LeftOpen]
+    scores_dir: Path | None
+    log_alerts: bool
+    console: bool
+    name: str
+
+
+class Evaluations:
+    """One evaluation after the other.
+
+    Args:
+        settings: What the user chose.
+        detectors: Where the detector comes from.
+        failures: Told of failures.
+        mlflow_run: That the Trainer reports to.
+        texts: Makes samples of batches.
+
+    Attributes:
+        monitor: That of the latest one that was decided on.
+        alerts: All alerts so far.
+        recorded: What the latest of each stage has given.
+        mlflow_run: That the Trainer reports to.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        detectors: Detectors,
+        failures: Failures,
+        mlflow_run: MLflowRun,
+        texts: Texts,
+    ) -> None:
+        self.monitor: Monitor | None = None
+        self.alerts: list[Alert] = []
+        self.recorded: dict[str, StageScores] = {}
+        self._settings, self._detectors, self._failures = settings, detectors, failures
+        self.mlflow_run, self._texts = mlflow_run, texts
+        self._seen: dict[str, int] = {}  # samples of a stage so far: a run's steps only grow
+        self._told: set[str] = set()
+        self.drop()
+
+    def drop(self, loader: Any = None) -> None:
+        """Forget an evaluation that was not ended, as one that has failed.
+
+        Args:
+            loader: That of the next one.
+        """
+        self._stage: BufferedStage | None = None
+        self._loader = loader
+        self._positions: Positions | PreparedPositions = Positions(None, World())
+        self._batch_idx = 0
+        if loader is None:
+            self._given: list[Mapping[str, Any]] = []
+
+    def give(self, batch: Mapping[str, Any]) -> None:
+        """The model is given a batch, of which it is not known yet whether it is evaluated."""
+        self._given = [*self._given[-1:], batch]
+
+    def given(self) -> list[Mapping[str, Any]]:
+        """The latest batches, two at most, that the model was given since this was last asked."""
+        given, self._given = self._given, []
+        # Before the first the model may have run for anybody.
+        return given if self._batch_idx else given[-1:]
+
+    def is_of(self, loader: Any) -> bool:
+        """Whether the evaluation that runs goes through this loader."""
+        return self._loader is loader
+
+    def begin(self, run: TransformersRun) -> None:
+        """The first batch of an evaluation is through."""
+        with self._failures.contained(REFUSED):
+            self._positions = positions_of(self._loader, run.world)
+            ready = self._ready(run)
+            if ready is not None:
+                lockstep = run.world.lockstep(ready.detector.adapter.module)
+                self._stage = BufferedStage(ready.detector, lockstep)
+
+    def _ready(self, run: TransformersRun) -> Ready | None:
+        ready = self._detectors.ready(run.module)
+        if ready is None:
+            self._failures.tell(REFUSED, "it is not calibrated.")
+        elif ready.is_stale and ready.detector.fitted.fingerprint not in self._told:
+            self._told.add(ready.detector.fitted.fingerprint)
+            if not ready.is_read:  # else the detector has told of it itself
+                self._failures.tell("watches with a stale calibration", self._detectors.changed())
+        return ready
+
+    def take(self, run: TransformersRun, given: list[Mapping[str, Any]]) -> None:
+        """A batch is through: score it.
+
+        Args:
+            run: The training.
+            given: What :meth:`given` gave of it.
+        """
+        index, self._batch_idx = self._batch_idx, self._batch_idx + 1
+        if self._stage is None or index % self._settings.every:
+            return
+        with self._failures.contained(FAILED), plain_forward(run.model):
+            self._score(self._stage, given, index)
+        self._given = []  # a model that has no copy for scoring has run itself
+
+    def _score(self, stage: BufferedStage, given: list[Mapping[str, Any]], index: int) -> None:
+        if len(given) != 1:
+            got = "none" if not given else "several"
+            raise ValueError(
+                "Expected one pass of the model by keywords for each batch of an evaluation, got "
+                f"{got}: of a first evaluation before any training give the callback as "
+                "`Trainer(callbacks=[...])`, and none of generation is scored."
+            )
+        (batch,) = given
+        samples = self._texts(batch)
+        scores = stage.detector.score(samples)
+        if not scores.valid.all():
+            self._failures.tell("could not score samples", "values that are not finite.")
+        dataset, rows = self._places(index, batch_size(samples))
+        stage.take(scores, dataset, rows)
+
+    def _places(self, index: int, count: int) -> tuple[Indices, Indices]:
+        """Where the samples of a batch stand, and which of them count.
+
+        Of rows without a token to score there are none, and the others keep their places.
+        """
+        kept = np.arange(count) if self._texts.rows is None else np.array(self._texts.rows)
+        total = count if self._texts.rows is None else self._texts.count
+        dataset = self._positions.of(index, 0, total)
+        counted = self._positions.counted(index, 0, total)
+        return dataset[kept], np.flatnonzero(np.isin(kept, counted))
+
+    def finish(self, run: TransformersRun, stage: str, *, is_fit: bool) -> dict[str, float]:
+        """It is over, and known by its name: decide, tell, and give its figures."""
+        current, self._stage = self._stage, None
+        self.recorded.pop(stage, None)
+        found: dict[str, float] = {}
+        with self._failures.contained("could not finish a stage"), torch.inference_mode(False):
+            if self._is_watched_everywhere(run.world, current) and current is not None:
+                found = self._decided(run, current, stage, is_fit=is_fit)
+        self.drop()
+        return found
+
+    def _is_watched_everywhere(self, world: World, current: BufferedStage | None) -> bool:
+        """Whether all processes have scores; one that has none leaves the others without.
+
+        Raises:
+            RuntimeError: Some have.
+        """
+        told = world.numbers(0 if current is None else 1)
+        if 0 < sum(told) < world.size:
+            raise RuntimeError(
+                f"Expected all {world.size} processes to watch an evaluation, got {sum(told)}."
+            )
+        return sum(told) > 0
+
+    def _decided(
+        self, run: TransformersRun, current: BufferedStage, stage: str, *, is_fit: bool
+    ) -> dict[str, float]:
+        whole = current.gathered(run.world)
+        size = self._positions.batch_size(0)
+        first = self._seen.get(stage, 0)
+        with self._monitor(run, current, stage, first, is_fit=is_fit) as monitor:
+            self.monitor = monitor
+            self.alerts += current.decide(monitor, whole, size)
+            self.recorded[stage] = current.recorded
+            self._tell_of_calibration(current)
+            if monitor.samples_seen:
+                monitor.summarise()
+            self._seen[stage] = first + monitor.samples_seen
+            found = figures(current.recorded, self._settings.fpr)
+            status = float(STATUSES[monitor.status])
+        if self._settings.scores_dir is not None and _is_first(run):
+            current.recorded.write(self._settings.scores_dir, stage.replace("/", "-"))
+        return {"status": status, **found, "log_e_value": current.log_e_value}
+
+    def _monitor(
+        self, run: TransformersRun, current: BufferedStage, stage: str, first: int, *, is_fit: bool
+    ) -> Monitor:
+        settings = self._settings
+        return Monitor(
+            current.detector,
+            ert=settings.ert,
+            fpr=settings.fpr,
+            name=f"{settings.name}/{stage}",
+            sinks=self._sinks(run, stage, first),
+            weights_every=0 if is_fit else _WEIGHTS_EVERY,
+        )
+
+    def _sinks(self, run: TransformersRun, stage: str, first: int) -> list[Sink]:
+        if not _is_first(run):
+            return []
+        sinks: list[Sink] = [*self._settings.sinks]
+        sinks += [ConsoleSink()] if self._settings.console else []
+        if self._settings.log_alerts:
+            with self._failures.contained("could not reach MLflow"):
+                sinks += self.mlflow_run.sinks(stage, first)
+        return sinks
+
+    def _tell_of_calibration(self, current: BufferedStage) -> None:
+        """Warn of samples that are no news, since they have calibrated the detector."""
+        scores = current.recorded.scores
+        calibration = current.detector.fitted.calibration.scores
+        if are_those_of(calibration, scores.score[scores.valid].double().numpy()):
+            self._failures.tell(
+                "has scored the samples that calibrated its detector",
+                "their p-values say nothing of new data. Give others, or `held_out=`.",
+            )
+
+
+def _is_first(run: TransformersRun) -> bool:
+    return run.state is None or run.state.is_world_process_zero
