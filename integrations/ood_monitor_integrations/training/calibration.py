@@ -15,7 +15,7 @@ from ood_monitor_integrations.training.collection import Collection
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.held_out import HeldOut
-from ood_monitor_integrations.training.loading import first, samples_in
+from ood_monitor_integrations.training.loading import first, kept_global_state, samples_in
 
 __all__ = ["Calibrator", "Run"]
 
@@ -75,9 +75,10 @@ class Calibrator:
             Exception: What made this one fail.
         """
         start = time.perf_counter()
-        collection = self._collection(run)
-        self._pass(collection, run, source)
-        detector = collection.fitted()
+        with kept_global_state():  # modules that are first needed now may draw while they load
+            collection = self._collection(run)
+            self._pass(collection, run, source)
+            detector = collection.fitted()
         self._detectors.put(detector)
         spent = time.perf_counter() - start
         samples = detector.fitted.fit_count + len(detector.fitted.calibration.scores)

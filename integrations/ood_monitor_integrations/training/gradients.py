@@ -179,7 +179,9 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _of(optimizer: Any, module: nn.Module, layers: Layers) -> list[tuple[str, nn.Parameter]]:
-    """The chosen parameters that an optimiser steps."""
+    """The chosen parameters that an optimiser steps; by default all, a tuner's own among them."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if layers is None:
+        return [(name, p) for name, p in module.named_parameters() if id(p) in own]
     chosen = selection(module, layers)
     return [(name, p) for name, p in module.named_parameters() if id(p) in own and chosen(name)]

@@ -10,6 +10,7 @@ from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.gradients import Step, TrainingWatch
+from ood_monitor_integrations.training.loading import kept_global_state
 from ood_monitor_integrations.transformers.checkpoints import Checkpoints
 from ood_monitor_integrations.transformers.evaluations import REFUSED, Evaluations
 from ood_monitor_integrations.transformers.models import check_causal
@@ -127,7 +128,8 @@ class Events(TrainerCallback):
             self._args = args
             self._begin(run, loader)
             given = given[-1:]
-        self._evaluations.take(run, given)
+        with kept_global_state():
+            self._evaluations.take(run, given)
 
     def on_evaluate(
         self,
@@ -164,7 +166,7 @@ class Events(TrainerCallback):
         """Put a detector of its weights into the checkpoint that was saved."""
         if self._may_calibrate or "train" in self._stages:
             run = self._run(args, state, control, kwargs["model"])
-            with self._failures.contained("could not look at a checkpoint"):
+            with self._failures.contained("could not look at a checkpoint"), kept_global_state():
                 self._checkpoints.save(run, self._training.state_dict())
 
     def on_train_end(
@@ -173,7 +175,7 @@ class Events(TrainerCallback):
         """Have a detector of the weights that training ends with, be it the best ones."""
         if self._may_calibrate:
             run = self._run(args, state, control, kwargs["model"])
-            with self._failures.contained("could not look at a checkpoint"):
+            with self._failures.contained("could not look at a checkpoint"), kept_global_state():
                 self._checkpoints.finish(run)
         self._is_fit = False
 
@@ -224,7 +226,8 @@ class Events(TrainerCallback):
         if self._is_fit and self._every_n is not None and self._evaluated % self._every_n == 0:
             with self._failures.contained("was not calibrated before an evaluation"):
                 self._calibrator.fit(run)
-        self._evaluations.begin(run)
+        with kept_global_state():
+            self._evaluations.begin(run)
 
     @property
     def _is_watched_now(self) -> bool:
@@ -240,7 +243,8 @@ class Events(TrainerCallback):
             self._evaluations.drop()
             return
         name = stage if prefix in ("eval", "test") else prefix
-        found = self._evaluations.finish(run, name, is_fit=self._is_fit)
+        with kept_global_state():
+            found = self._evaluations.finish(run, name, is_fit=self._is_fit)
         metrics |= {f"{prefix}_ood_{key}": value for key, value in found.items()}
 
     def _place(self, state: TrainerState) -> tuple[int, int]:
