@@ -52,7 +52,8 @@ test-spark: .venv-spark/.installed
 
 # Likewise: Lightning takes TensorBoard for its logger where it is installed.
 test-loggers: .venv-loggers/.installed
-	OMP_NUM_THREADS=1 .venv-loggers/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py
+	OMP_NUM_THREADS=1 .venv-loggers/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py \
+		tests/integrations/accelerate/test_foreign_trackers.py
 
 .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt
 	$(PYTHON) -m venv $(@D)

@@ -10,7 +10,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from ood_monitor_integrations.training.collectives import World
-from ood_monitor_integrations.training.indices import Indices, Positions
+from ood_monitor_integrations.training.indices import Indices, Places, Positions
 
 __all__ = ["PreparedPositions", "positions_of"]
 
@@ -45,8 +45,10 @@ class PreparedPositions:
         for turn in range(max(map(len, everywhere))):
             for other, batches in enumerate(everywhere):
                 batch = batches[turn] if turn < len(batches) else []
-                rows = [row for row, index in enumerate(batch) if index not in seen]
-                seen.update(batch)
+                rows = []
+                for row, index in enumerate(batch):  # which may have an index twice itself
+                    rows += [row] if index not in seen else []
+                    seen.add(index)
                 if other == rank:
                     self._batches.append(np.array(batch, dtype=np.int64))
                     self._counted.append(np.array(rows, dtype=np.int64))
@@ -82,7 +84,7 @@ class PreparedPositions:
         return found
 
 
-def positions_of(loader: Any, world: World) -> Positions | PreparedPositions:
+def positions_of(loader: Any, world: World) -> Places:
     """Places of the samples of a loader, in one process or in several.
 
     Raises:

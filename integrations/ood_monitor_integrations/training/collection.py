@@ -10,7 +10,7 @@ from ood_monitor.adapters.base import Batch
 from ood_monitor.densities.measurements import Measurements
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.training.collectives import World
-from ood_monitor_integrations.training.indices import Indices, Positions
+from ood_monitor_integrations.training.indices import Indices, Places
 from ood_monitor_integrations.training.stage_scores import dataset_order
 
 __all__ = ["Collection"]
@@ -39,7 +39,7 @@ class Collection:
         except Exception as error:  # not here, in a hook: where all can hear of it
             self._failure = error
 
-    def add(self, batch: Batch, batch_idx: int, dataloader_idx: int, positions: Positions) -> None:
+    def add(self, batch: Batch, batch_idx: int, dataloader_idx: int, positions: Places) -> None:
         """Measure one batch. A failure is kept for :meth:`fitted`, where all can hear of it."""
         try:
             with self._lockstep.passes():

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from ood_monitor.adapters.base import Batch
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.generators import kept_generators
-from ood_monitor_integrations.training.indices import Positions
+from ood_monitor_integrations.training.indices import Places, Positions
 from ood_monitor_integrations.training.loading import Evenly, beside, length_of
 
 __all__ = ["HeldOut", "Transfer", "own_data"]
@@ -31,7 +31,7 @@ class HeldOut:
     loader: Iterable[tuple[Batch, int, int]]
     count: int | None
     world: World
-    positions: Positions
+    positions: Places
     sources: Sequence[Any]
 
     def batches(

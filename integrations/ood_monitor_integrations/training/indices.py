@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from ood_monitor_integrations.training.collectives import World
 
-__all__ = ["Indices", "Positions", "flattened", "numbered"]
+__all__ = ["Indices", "Places", "Positions", "flattened", "numbered"]
 
 #: (N,), int64.
 Indices: TypeAlias = NDArray[np.int64]
@@ -18,6 +18,19 @@ Indices: TypeAlias = NDArray[np.int64]
 #: A place from here on is no index: it is `_UNKNOWN + (turn << _ROWS) + row of the batch`, which no
 #: two samples of a dataloader share.
 _UNKNOWN, _ROWS = 1 << 62, 32
+
+
+class Places(Protocol):
+    """Where the samples of each batch that this process loads stand, and which of them count."""
+
+    def of(self, batch_idx: int, dataloader_idx: int, count: int) -> Indices:
+        """Places (B,)."""
+
+    def counted(self, batch_idx: int, dataloader_idx: int, count: int) -> Indices:
+        """Rows (B',) without those that only fill a batch up."""
+
+    def batch_size(self, dataloader_idx: int) -> int | None:
+        """B as one process would load it, None where batches have several sizes."""
 
 
 class Positions:

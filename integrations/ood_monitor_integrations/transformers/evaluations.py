@@ -11,7 +11,8 @@ import torch
 from ood_monitor import Alert, Monitor
 from ood_monitor.adapters.base import batch_size
 from ood_monitor.alerts import Sink
-from ood_monitor_integrations.accelerate.positions import PreparedPositions, positions_of
+from ood_monitor_integrations.accelerate.forward import plain_forward
+from ood_monitor_integrations.accelerate.positions import positions_of
 from ood_monitor_integrations.metrics import STATUSES
 from ood_monitor_integrations.training.buffered import BufferedStage
 from ood_monitor_integrations.training.collectives import World
@@ -19,11 +20,10 @@ from ood_monitor_integrations.training.console import ConsoleSink
 from ood_monitor_integrations.training.detectors import Detectors, Ready
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.figures import LeftOpen, figures
-from ood_monitor_integrations.training.indices import Indices, Positions
+from ood_monitor_integrations.training.indices import Indices, Places, Positions
 from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 from ood_monitor_integrations.transformers.batches import Texts
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
-from ood_monitor_integrations.transformers.models import plain_forward
 from ood_monitor_integrations.transformers.runs import TransformersRun
 
 __all__ = ["FAILED", "REFUSED", "Evaluations", "Settings"]
@@ -102,7 +102,7 @@ class Evaluations:
         """
         self._stage: BufferedStage | None = None
         self._loader = loader
-        self._positions: Positions | PreparedPositions = Positions(None, World())
+        self._positions: Places = Positions(None, World())
         self._batch_idx = 0
         if loader is None:
             self._given: list[Mapping[str, Any]] = []

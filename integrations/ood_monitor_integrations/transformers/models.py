@@ -1,7 +1,6 @@
 """What a Trainer trains, as an adapter: a causal language model, whole or with a tuner (PEFT)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from ood_monitor.adapters.elements import Elements
 from ood_monitor.modules import Passes, gradless, scored
 from ood_monitor_integrations.training.loading import first
 
-__all__ = ["IGNORED", "adapter_of_model", "check_causal", "plain_forward"]
+__all__ = ["IGNORED", "adapter_of_model", "check_causal"]
 
 #: The label that transformers' losses ignore.
 IGNORED = -100
@@ -110,17 +109,3 @@ def _log_probabilities(adapter: Adapter, batch: Batch) -> Tensor:
         return elements.log_prob[elements.counted].detach().float()
 
     return scored(found, adapter, adapter.module)
-
-
-@contextmanager
-def plain_forward(module: nn.Module) -> Iterator[None]:
-    """A model without the mixed precision that accelerate has put around their forward.
-
-    It is bound to the model itself, which a copy for scoring would then run; and a detector that
-    was fitted with it would find other scores in the model once it is saved and loaded.
-    """
-    with ExitStack() as stack:
-        for own in map(vars, module.modules()):
-            if "_original_forward" in own and "forward" in own:
-                stack.callback(own.__setitem__, "forward", own.pop("forward"))
-        yield

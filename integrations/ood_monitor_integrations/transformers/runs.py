@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ood_monitor.adapters.base import Batch
+from ood_monitor_integrations.accelerate.forward import plain_forward
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.held_out import HeldOut, own_data
 from ood_monitor_integrations.training.indices import Positions
 from ood_monitor_integrations.training.loading import kept_global_state, length_of
-from ood_monitor_integrations.transformers.models import plain_forward
 
 __all__ = ["Loaders", "TransformersRun", "begun", "is_dataset", "trial_batch", "world_of"]
 
