@@ -59,6 +59,7 @@ class Step:
         skips_infinite: Whether the step is left out where a gradient is not finite, as the gradient
             scaler of mixed precision does while it looks for its scale.
         is_told: Whether this process writes what it finds to the log.
+        factor: What gradients were multiplied with, as by clipping, before they are seen.
     """
 
     optimizer: Any
@@ -67,6 +68,7 @@ class Step:
     batch_idx: int
     skips_infinite: bool
     is_told: bool
+    factor: float = 1.0
 
 
 class TrainingWatch:
@@ -105,6 +107,8 @@ class TrainingWatch:
         norms = squared_norms(self._parameters[which])
         if not norms:
             return None
+        if step.factor != 1:
+            norms = {name: norm / step.factor**2 for name, norm in norms.items()}
         score = self._score(which, norms)
         if math.isnan(score.score) or (step.skips_infinite and math.isinf(score.score)):
             return None

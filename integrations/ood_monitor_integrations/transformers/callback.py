@@ -55,8 +55,8 @@ class OODCallback(Events):
 
     The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
     without a promise: see :class:`~ood_monitor.TrainingStream`. A Trainer shows them after it has
-    clipped them, which `max_grad_norm=1.0` does by default: of a clipped gradient the shares of the
-    layers tell, and not its size. `max_grad_norm=0` shows all.
+    clipped them (`max_grad_norm`, 1 by default). In one process their size before is told by two of
+    them; in several, and with `fp16`, only the shares of the layers are left of a clipped gradient.
 
     Args:
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(model, x) -> (B,)``

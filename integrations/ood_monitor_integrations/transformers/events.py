@@ -12,6 +12,7 @@ from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.gradients import Step, TrainingWatch
 from ood_monitor_integrations.training.loading import kept_global_state
 from ood_monitor_integrations.transformers.checkpoints import Checkpoints
+from ood_monitor_integrations.transformers.clipping import Clipping
 from ood_monitor_integrations.transformers.evaluations import REFUSED, Evaluations
 from ood_monitor_integrations.transformers.models import check_causal
 from ood_monitor_integrations.transformers.refusals import refuse_arguments
@@ -51,6 +52,7 @@ class Events(TrainerCallback):
         self._loaders = Loaders()
         self._args: TrainingArguments | None = None
         self._tap = Tap(self._given)
+        self._clipping = Clipping()
         self._is_off = self._is_fit = self._cannot_calibrate = False
         self._batches, self._evaluated = 0, 0  # of this step, and in this training
 
@@ -83,6 +85,10 @@ class Events(TrainerCallback):
         self._evaluations.drop()
         if self._is_off:
             return
+        # One process has the gradients that will be clipped, and not in other units (fp16).
+        is_known = args.world_size == 1 and getattr(kwargs["optimizer"], "scaler", None) is None
+        if "train" in self._stages and args.max_grad_norm and is_known:
+            self._clipping.attach(kwargs["model"])
         run = self._run(args, state, control, kwargs["model"])
         with self._failures.contained("could not resume its training stream"):
             self._training.load_state_dict(self._checkpoints.begin(run))
@@ -105,18 +111,22 @@ class Events(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the gradients, which are unscaled and clipped here."""
+        """Look at the gradients, which are unscaled and clipped here, and take that back."""
         if "train" not in self._stages or self._is_off:
             return
         with self._failures.contained("could not score a training batch"):
             epoch, batch_idx = self._place(state)
             optimizer = kwargs["optimizer"]
-            is_scaled = getattr(optimizer, "scaler", None) is not None
-            told = state.is_world_process_zero
-            self._training.take(
-                kwargs["model"],
-                Step(optimizer, 0, epoch, batch_idx, skips_infinite=is_scaled, is_told=told),
+            step = Step(
+                optimizer,
+                0,
+                epoch,
+                batch_idx,
+                skips_infinite=getattr(optimizer, "scaler", None) is not None,
+                is_told=state.is_world_process_zero,
+                factor=self._clipping.factor(),
             )
+            self._training.take(kwargs["model"], step)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,6 +187,7 @@ class Events(TrainerCallback):
             run = self._run(args, state, control, kwargs["model"])
             with self._failures.contained("could not look at a checkpoint"), kept_global_state():
                 self._checkpoints.finish(run)
+        self._clipping.detach()
         self._is_fit = False
 
     @property

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ood_monitor import Adapter, SequenceLikelihood
 from ood_monitor.adapters.base import Batch, checked_elements, map_tensors, usable_by
 from ood_monitor.adapters.elements import Elements
-from ood_monitor.modules import Passes, gradless, scored
+from ood_monitor.modules import Passes, dtype_of, gradless, scored
 from ood_monitor_integrations.training.loading import first
 
 __all__ = ["IGNORED", "adapter_of_model", "check_causal"]
@@ -90,7 +90,8 @@ def check_causal(adapter: Adapter, batch: Batch) -> None:
     other["input_ids"][0, last] = other["labels"][0, last] = int(one["input_ids"][0, last] == 0)
     before, after = (_log_probabilities(adapter, each) for each in (one, other))
     kept = slice(0, -1)  # the last that is scored is the one that was changed
-    if not torch.allclose(before[kept], after[kept], rtol=1e-2, atol=1e-2):
+    rounding = 8 * torch.finfo(dtype_of(adapter.module)).eps
+    if not torch.allclose(before[kept], after[kept], rtol=rounding, atol=rounding):
         raise ValueError(
             f"Expected a causal language model, got {type(adapter.module).__name__}, whose "
             "predictions change with tokens that come later: a decoder may have to be told, as by "

@@ -56,7 +56,12 @@ class Situation:
     is_saved_first: bool = False
 
 
-BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+#: The loss falls, so that the first is the best.
+BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
 SITUATIONS: dict[str, Situation] = {
     "epochs": Situation(model=gpt2),
     "max_steps": Situation(
@@ -65,14 +70,14 @@ SITUATIONS: dict[str, Situation] = {
     "resume": Situation(
         {"save_strategy": "steps", "save_steps": 4}, gpt2, resumes=True, is_saved_first=True
     ),
-    "best model at end": Situation({**BEST, "learning_rate": 0.3, "save_total_limit": 1}),
+    "best model at end": Situation({**BEST, "save_total_limit": 1}),
     "LoRA": Situation({**BEST, "activation_checkpointing": True}, lora),
     "accumulation": Situation({"gradient_accumulation_steps": 4}, gpt2),
     "evaluation every k steps": Situation(
         {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
     ),
     "early stopping": Situation(
-        {**BEST, "learning_rate": 1.0, "num_train_epochs": 4},
+        {**BEST, "num_train_epochs": 4},
         others=(lambda: EarlyStoppingCallback(1),),
     ),
     "predict": Situation(act=predict),
