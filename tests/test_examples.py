@@ -10,11 +10,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 #: By file: arguments. `make demo` runs the other one.
 ARGUMENTS: dict[str, list[str]] = {
+    "accelerate_loop.py": [],
     "diffusers_digits.py": [],
     "diffusers_service.py": [],
     "lightning_cli.py": ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml")],
     "lightning_corrupt_shard.py": [],
     "lightning_diffusion.py": [],
+    "transformers_sft.py": [],
 }
 
 

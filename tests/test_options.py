@@ -13,8 +13,9 @@ import numpy as np
 import ood_monitor_integrations
 import pytest
 import torch
+from accelerate import Accelerator
+from ood_monitor_integrations import accelerate, lightning, mlflow, prometheus, transformers
 from ood_monitor_integrations import diffusers as watched
-from ood_monitor_integrations import lightning, mlflow, prometheus
 from ood_monitor_integrations.mlflow import flavour, pipelines, traces
 from support import flavour_cases
 from support.flavour_cases import FACTORY
@@ -606,6 +607,51 @@ CASES: dict[str, Case] = {
             "strict": FLAG,
         },
     ),
+    "OODCallback": Case(
+        transformers.OODCallback,
+        options={
+            "adapter": Kind((3, "x")),
+            "adapter_of": CALLABLE.or_none(),
+            "batch": CALLABLE.or_none(),
+            "detector": Kind((3, "", b"x"), ("folder", Path("folder"), None)),
+            "held_out": Kind((3, "", "train", b"x", X, iter([X])), ([X], None)),
+            "calibrate": Kind((3, "", "first", b"x"), ("best", "never", None)),
+            "calibrate_samples": POSITIVE_COUNT,
+            "calibrate_every_n_evaluations": Kind((0, -1, 1.5, "x")),
+            "watch": Kind((None, 3, "eval", ["nonsense"], [3]), (["eval"], ("train", "predict"))),
+            "ert": ERT,
+            "fpr": RATE,
+            "every_n_batches": POSITIVE_COUNT,
+            "method": METHOD,
+            "layers": LAYERS,
+            "training": OBJECT.but(om.TrainingStream, good=(om.TrainingStream(), None)),
+            "sinks": Kind((None, 3, "x", [3]), ([], (print,))),
+            "scores_dir": PATH.or_none(),
+            "log_alerts": FLAG,
+            "console": FLAG,
+            "name": TEXT,
+            "progress": FLAG,
+            "strict": FLAG,
+        },
+    ),
+    "AcceleratorMonitor": Case(
+        accelerate.AcceleratorMonitor,
+        lambda: {"accelerator": Accelerator(cpu=True), "model": nn.Linear(2, 2)},
+        {
+            "adapter": Kind((3, "x")),
+            "batch": CALLABLE.or_none(),
+            "detector": Kind((3, "", b"x"), ("folder", None)),
+            "calibrate_samples": POSITIVE_COUNT,
+            "method": METHOD,
+            "layers": LAYERS,
+            "ert": ERT,
+            "fpr": RATE,
+            "sinks": Kind((None, 3, "x", [3]), ([], (print,))),
+            "name": TEXT,
+            "progress": FLAG,
+        },
+    ),
+    "FileTracker": Case(accelerate.FileTracker, options={"folder": PATH}),
     "monitor_pipeline": Case(
         monitoring,
         lambda: {"monitor": pipe_detector()},
@@ -732,7 +778,7 @@ WITHOUT = {
     *("latents_and_log_det", "models", "observations"),
     *("Called", "Counts", "DenoiserCall", "Step", "PipelineMonitor", "PlanCost", "ReplayedBound"),
     *("FlaggedBatch", "StageScores", "WatchingPlan", "score_buckets"),
-    *("FLAVOR_NAME", "traced_update"),
+    *("FLAVOR_NAME", "traced_update", "AcceleratorSink", "unpacked"),
 }
 
 
@@ -776,7 +822,18 @@ def test_an_option_that_is_one_is_taken(
 
 
 def test_everything_public_is_here() -> None:
-    modules = (om, watched, lightning, mlflow, flavour, pipelines, traces, prometheus)
+    modules = (
+        om,
+        watched,
+        lightning,
+        transformers,
+        accelerate,
+        mlflow,
+        flavour,
+        pipelines,
+        traces,
+        prometheus,
+    )
     public = {name for module in modules for name in module.__all__}
     public |= set(densities.DENSITIES) - {"FisherCombination", "OneSided"}
     named = {name.rpartition(".")[2] for name in CASES}

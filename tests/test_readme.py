@@ -20,6 +20,7 @@ SNIPPETS: dict[str, int] = {
     "docs/alerts.md": 2,
     "docs/choosing.md": 6,
     "docs/index.md": 1,
+    "docs/recipes/accelerate.md": 2,
     "docs/recipes/diffusers-service.md": 5,
     "docs/recipes/fabric.md": 2,
     "docs/recipes/lightning.md": 4,
@@ -27,6 +28,7 @@ SNIPPETS: dict[str, int] = {
     "docs/recipes/replicas.md": 1,
     "docs/recipes/spark.md": 1,
     "docs/recipes/tables.md": 3,
+    "docs/recipes/transformers.md": 3,
     "docs/recipes/your-own-model.md": 4,
     "docs/tour.md": 6,
 }
