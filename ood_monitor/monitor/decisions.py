@@ -160,6 +160,7 @@ class Decisions:
         """Begin a new episode: what the stream is now is what it should be."""
         memory = self.memory
         self._begin_anew()
+        memory.log_e_value = -math.inf  # what was found is no evidence any more
         memory.disturb("OK")
         memory.needed, memory.blind, memory.since_told, memory.valid_run = 0, False, None, None
         memory.validity.clear()
@@ -299,7 +300,7 @@ class Decisions:
 
     def _begin_anew(self, *, grow: bool = True) -> None:
         self.test.restart(grow=grow)
-        self.memory.episode, self.memory.log_e_value = Episode(), -math.inf
+        self.memory.episode = Episode()
 
     def _drift_alert(self, evidence: Evidence, since: Since) -> Alert:
         """With the figures, layers and flagged samples since the evidence began."""

@@ -156,7 +156,8 @@ class Memory:
         status: OK, WARN or ALERT, of the samples alone.
         samples_seen: Samples so far, the invalid ones included.
         invalid: Those.
-        log_e_value: Of the drift test.
+        log_e_value: Of the drift test after the latest sample that it has seen, before it may have
+            begun anew; -inf before the first.
         quiet: Samples since the last alarm or flag.
         valid_run: Samples since the last invalid one; None before the first.
         since_told: Samples since the last sample alert; None before the first.

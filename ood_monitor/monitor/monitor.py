@@ -196,7 +196,11 @@ class Monitor:
 
     @property
     def log_e_value(self) -> float:
-        """Natural logarithm of the drift test's e-value; an alarm is raised at log(ert)."""
+        """Natural logarithm of the drift test's e-value; an alarm is raised at log(ert).
+
+        It is that of the latest tested sample, an alarm's own included; -inf before the first, and
+        after :meth:`accept`.
+        """
         return self._decisions.memory.log_e_value
 
     @property

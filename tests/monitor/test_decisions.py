@@ -284,6 +284,33 @@ def test_threads_share_one_order() -> None:
     assert places == sorted(places)
 
 
+# The evidence
+
+
+def test_the_evidence_after_an_alarm_is_what_raised_it() -> None:
+    """Until the next sample; so in the figures, in the state, and after a recovery."""
+    watch = monitor()
+    for value in stream(300, 2.0):
+        alerts = watch.observe(scores([value]))
+        if "drift" in kinds(alerts):
+            break
+    [alert] = [alert for alert in alerts if alert.kind == "drift"]
+    assert watch.log_e_value == watch.figures.log_e_value == alert.evidence.log_e_value
+    assert watch.log_e_value >= math.log(watch.ert)
+    resumed = monitor()
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed.log_e_value == watch.log_e_value
+    found = watch.observe(scores(stream(1, 2.0, seed=1)))
+    assert found == []
+    assert watch.log_e_value < math.log(watch.ert)
+    for value in stream(2000, seed=2):
+        found = watch.observe(scores([value]))
+        assert math.isfinite(watch.log_e_value)
+        if "recovered" in kinds(found):
+            break
+    assert found[-1].evidence.log_e_value == watch.log_e_value
+
+
 # What an operator does
 
 
