@@ -15,7 +15,7 @@ from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.data import Samples, batches
 from ood_monitor.cli.models import Model
-from ood_monitor.cli.options import Directory, Ert, Fpr, Scoring, asking_for_scoring
+from ood_monitor.cli.options import Directory, Ert, Scoring, asking_for_scoring
 from ood_monitor.cli.recipe import RECIPE, Recipe
 from ood_monitor.cli.scoring import scored
 from ood_monitor.cli.showing import facts_of
@@ -27,6 +27,9 @@ __all__ = ["report"]
 
 #: Samples that a diagnosis looks at, at least and at most: it makes several passes.
 _FEWEST, _DIAGNOSED = 100, 400
+
+#: Of a report of nothing that was flagged before.
+_FPR = 0.01
 
 
 @checked
@@ -44,7 +47,14 @@ def report(
     stream: Annotated[
         Path | None, typer.Option(help="Data to score now, in their order, in place of --scores.")
     ] = None,
-    fpr: Fpr = 0.01,
+    fpr: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of normal samples that may be flagged, between 0 and 1; by default that of "
+            "the file of --scores, or 0.01.",
+            show_default=False,
+        ),
+    ] = None,
     ert: Ert = 10_000,
     title: Annotated[str, typer.Option(help="The heading.")] = "Out-of-distribution report",
     *,
@@ -70,6 +80,8 @@ def report(
     page = _page()
     fitted, _ = Fitted.load(directory)
     rows = None if scores is None else read_rows(scores)
+    told = None if rows is None else _fpr_of(rows, scores)
+    fpr = fpr if fpr is not None else told or _FPR
     seen = None
     if held_out is not None or stream is not None:
         scorer = _Scorer(*scoring.detector(directory), scoring)
@@ -82,7 +94,7 @@ def report(
         fitted,
         facts=facts_of(fitted) | _origin(directory),
         held_out=seen,
-        stream=None if rows is None else _stream(page, str(scores or stream), rows),
+        stream=None if rows is None else _stream(page, str(scores or stream), rows, told),
         fpr=fpr,
         ert=ert,
         title=title,
@@ -113,22 +125,21 @@ class _Scorer:
         ids, parts = zip(*found, strict=True)
         return [name for names in ids for name in names], Scores.together(parts)
 
-    def diagnosis(self, source: Samples) -> Diagnosis | None:
-        """Of some of the samples; None if there are too few, or one cannot be read, and why."""
-        if len(source.ids) < _FEWEST:
-            say(
-                f"no diagnosis of the model: expected at least {_FEWEST} samples, got "
-                f"{len(source.ids)}."
-            )
-            return None
-        order = np.random.default_rng(0).permutation(len(source.ids))[:_DIAGNOSED].tolist()
-        size = max(1, min(self.scoring.batch_size, len(order) // 4))
+    def diagnosis(self, source: Samples) -> Diagnosis | str:
+        """Of some of the samples; why there is none, if there are too few or one is unreadable."""
         try:
-            held_out = [self.model.batch(batch) for batch in batches(source, order, size)]
-            return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)
+            return self._diagnosis(source)
         except ValueError as error:
             say(f"no diagnosis of the model: {error}")
-            return None
+            return f"No diagnosis: {error}"
+
+    def _diagnosis(self, source: Samples) -> Diagnosis:
+        if len(source.ids) < _FEWEST:
+            raise ValueError(f"expected at least {_FEWEST} samples, got {len(source.ids)}.")
+        order = np.random.default_rng(0).permutation(len(source.ids))[:_DIAGNOSED].tolist()
+        size = max(1, min(self.scoring.batch_size, len(order) // 4))
+        held_out = [self.model.batch(batch) for batch in batches(source, order, size)]
+        return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)
 
 
 def _page() -> ModuleType:
@@ -158,7 +169,23 @@ def _origin(directory: Path) -> dict[str, str]:
     }
 
 
-def _stream(page: ModuleType, name: str, rows: Sequence[Row]) -> Any:
+def _fpr_of(rows: Sequence[Row], path: Path | None) -> float | None:
+    """By which the rows of a file are flagged, if it says so.
+
+    Raises:
+        ValueError: By several: the file is put together of others.
+    """
+    found = {row.fpr for row in rows if row.fpr is not None}
+    if len(found) > 1:
+        told = ", ".join(f"{fpr:g}" for fpr in sorted(found))
+        raise ValueError(
+            f"Expected scores that are flagged at one fpr in {path}, got {told}: score the data "
+            "anew, or make a report of each."
+        )
+    return found.pop() if found else None
+
+
+def _stream(page: ModuleType, name: str, rows: Sequence[Row], fpr: float | None) -> Any:
     def column(values: Iterable[float | None]) -> np.ndarray:
         return np.array([np.nan if value is None else value for value in values])
 
@@ -168,4 +195,13 @@ def _stream(page: ModuleType, name: str, rows: Sequence[Row]) -> Any:
         score=column(row.score for row in rows),
         p_value=column(row.p_value for row in rows),
         top_layers=[row.top_layer for row in rows],
+        groups=_groups(rows),
+        fpr=fpr,
     )
+
+
+def _groups(rows: Sequence[Row]) -> np.ndarray | None:
+    """The group of each; None unless each one that has a score has one."""
+    if not rows or any(row.group is None for row in rows if row.score is not None):
+        return None
+    return np.array([-1 if row.group is None else row.group for row in rows], dtype=np.int64)

@@ -42,7 +42,8 @@ def score(
 
     Columns: id (the file, or the number), score (higher = more anomalous), p_value,
     log_likelihood (nats), flagged (p_value <= fpr), valid (false for one that cannot be read or
-    scored), top_layer and top_z (the layer furthest from what is usual, in standard deviations).
+    scored), top_layer and top_z (the layer furthest from what is usual, in standard deviations),
+    group (of a detector with groups), fpr (by which it is flagged).
 
     \b
     Example:

@@ -44,6 +44,8 @@ class Row:
         valid: Whether it could be scored.
         top_layer: The layer furthest from what is usual.
         top_z: How far, in standard deviations.
+        group: Its group, as :class:`~ood_monitor.Scores` has it; None of a detector without.
+        fpr: The false-positive rate by which it is flagged; None in files of before it was written.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Row:
     valid: bool
     top_layer: str | None
     top_z: float | None
+    group: int | None = None
+    fpr: float | None = None
 
 
 #: Takes rows.
@@ -63,6 +67,7 @@ Write = Callable[[Sequence[Row]], None]
 def rows_of(ids: Sequence[str], scores: Scores, fpr: float) -> list[Row]:
     """A row for each sample."""
     names, z = _furthest(scores)
+    groups = [None] * len(ids) if scores.group is None else scores.group.tolist()
     columns = (scores.score, scores.p_value, scores.log_likelihood)
     values = zip(*(column.tolist() for column in columns), strict=True)
     return [
@@ -75,6 +80,8 @@ def rows_of(ids: Sequence[str], scores: Scores, fpr: float) -> list[Row]:
             valid=bool(scores.valid[i]),
             top_layer=names[i],
             top_z=_number(z[i]),
+            group=groups[i],
+            fpr=fpr,
         )
         for i, (score, p_value, log_likelihood) in enumerate(values)
     ]
@@ -154,6 +161,7 @@ def _parquet_writer(path: Path, stack: ExitStack) -> Write:
     arrow, parquet = _pyarrow()
     text, truth, number = arrow.string(), arrow.bool_(), arrow.float64()
     kinds = dict.fromkeys(_TEXTS, text) | {"flagged": truth, "valid": truth}
+    kinds["group"] = arrow.int64()
     schema = arrow.schema([(field.name, kinds.get(field.name, number)) for field in fields(Row)])
     file = stack.enter_context(path.open("xb"))
     writer = stack.enter_context(parquet.ParquetWriter(file, schema))
@@ -199,7 +207,9 @@ def _of_parquet(file: BinaryIO) -> list[dict[str, Any]]:
             f"at most {_MOST_ROWS:,} rows of {_MOST_BYTES:,} bytes are read, it has "
             f"{said.num_rows:,} of {size:,}"
         )
-    rows: list[dict[str, Any]] = table.read([field.name for field in fields(Row)]).to_pylist()
+    rows: list[dict[str, Any]] = table.read(
+        [field.name for field in fields(Row) if field.name in table.schema_arrow.names]
+    ).to_pylist()
     return rows
 
 
@@ -207,6 +217,9 @@ def _parsed(record: dict[str, Any]) -> Row:
     numbers = ("score", "p_value", "log_likelihood", "top_z")
     values = {k: None if record[k] is None else _finite(record[k]) for k in numbers}
     flags = {k: str(record[k]) in ("True", "true") for k in ("flagged", "valid")}
+    # Files of before they were written have neither a rate nor a group.
+    values["fpr"] = None if record.get("fpr") is None else _finite(record["fpr"])
+    values["group"] = None if record.get("group") is None else int(record["group"])
     top = record["top_layer"]
     return Row(id=str(record["id"]), top_layer=top, **values, **flags)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """The page itself: figures as text of the file, and a template in which every name is escaped."""
 
 import base64
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,8 +17,9 @@ from matplotlib.figure import Figure
 from ood_monitor import __version__, plots
 from ood_monitor.checks import number, text
 from ood_monitor.escaping import html, terminal
-from ood_monitor.report.findings import findings_of
-from ood_monitor.report.samples import Drift, HeldOut, Stream, drift_of
+from ood_monitor.report.course import Drift, drift_of
+from ood_monitor.report.findings import can_flag, findings_of
+from ood_monitor.report.samples import HeldOut, Stream
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["html_report"]
@@ -68,7 +70,7 @@ def html_report(
     text("title", title)
     held_out, stream = _drawable(held_out, stream)
     has_valid = stream is not None and bool(stream.valid.any())
-    drift = drift_of(fitted, stream, ert) if stream is not None and has_valid else None
+    drift = None if stream is None else drift_of(fitted, stream, ert=ert, fpr=fpr)
     template = _environment().from_string(
         (files("ood_monitor.report") / "template.html").read_text(encoding="utf-8")
     )
@@ -80,11 +82,13 @@ def html_report(
         dropped=fitted.joined.dropped,
         findings=findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert),
         scores=_shown_scores(fitted, stream if has_valid else None),
+        held_out=held_out,
         fit=[] if held_out is None else _shown_fit(held_out),
         drift=None if drift is None else _shown_drift(drift, ert),
         layers=None if stream is None else _shown_layers(stream, fpr),
         stream=stream,
         flagged=[] if stream is None else stream.flagged(fpr)[:_ROWS],
+        can_flag=can_flag(fitted, fpr),
         fpr=fpr,
     )
 
@@ -153,13 +157,13 @@ def _shown_fit(held_out: HeldOut) -> list[_Shown]:
 
 
 def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
-    if len(held_out.z) < 2 or held_out.count < 3:
+    names, correlation = held_out.correlation()
+    if not names:
         return []
-    figure = plots.correlation_figure(list(held_out.z), held_out.correlation())
     return [
         _shown(
-            figure,
-            f"Heat map of the correlation between {len(held_out.z):,} layers.",
+            plots.correlation_figure(names, correlation),
+            f"Heat map of the correlation between {len(names):,} layers.",
             "Layers that say the same. The paper's density takes them as independent; the default "
             "density of this library does not.",
         )
@@ -168,10 +172,11 @@ def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
 
 def _shown_drift(drift: Drift, ert: float) -> _Shown:
     figure = plots.evidence_figure(drift.log_e_values, ert=ert, alarms=drift.alarms)
+    last = "" if not drift.last else f" at e^{drift.value(drift.last):.1f} at the end"
     said = (
         f"It first crosses the threshold at sample {drift.alarms[0]:,}."
         if drift.alarms
-        else "It stays below the threshold."
+        else f"It stays below the threshold of e^{math.log(ert):.1f},{last}."
     )
     return _shown(
         figure,

@@ -1,23 +1,18 @@
 """What a report is about beside the detector: held-out samples, and a stream of scored ones."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.densities import Array
-from ood_monitor.drift.e_detector import EDetector
-from ood_monitor.saving.fitted import Fitted
 
-__all__ = ["Drift", "HeldOut", "Stream", "drift_of"]
-
-#: Samples without an alarm after which the next one is news, as a monitor's `recovery`.
-_RECOVERY = 500
+__all__ = ["HeldOut", "Stream"]
 
 #: What :func:`~ood_monitor.diagnose` takes for a bad fit, too.
 _POOR = 0.2
@@ -29,14 +24,15 @@ class HeldOut:
 
     Attributes:
         z: ``{layer: (N,)}``, deviations in fitted standard deviations.
-        diagnosis: What :func:`~ood_monitor.diagnose` says, if it was asked.
+        diagnosis: What :func:`~ood_monitor.diagnose` says; or why it says nothing, in words; None
+            if it was not asked.
     """
 
     z: Mapping[str, Array]
-    diagnosis: Diagnosis | None = None
+    diagnosis: Diagnosis | str | None = None
 
     @classmethod
-    def of(cls, scores: Scores, diagnosis: Diagnosis | None = None) -> Self:
+    def of(cls, scores: Scores, diagnosis: Diagnosis | str | None = None) -> Self:
         """Of scored samples, the valid ones."""
         valid = scores.valid.numpy()
         return cls({name: z.numpy()[valid] for name, z in scores.z.items()}, diagnosis)
@@ -56,19 +52,38 @@ class HeldOut:
 
         return max(_POOR, float(kstwo.isf(0.01, max(self.count, 1))))
 
+    @property
+    def unknown(self) -> list[str]:
+        """Layers without any finite deviation, of which nothing can be said."""
+        return [name for name, values in self.z.items() if not np.isfinite(values).any()]
+
     def distances(self) -> dict[str, float]:
-        """Kolmogorov-Smirnov distance of each layer's z from a standard normal."""
+        """Kolmogorov-Smirnov distance of each known layer's z from a standard normal."""
         from scipy.stats import kstest
 
         return {
             name: float(kstest(values[np.isfinite(values)], "norm").statistic)
-            for name, values in self.z.items()
+            for name, values in self._known().items()
         }
 
-    def correlation(self) -> Array:
-        """Between layers, (L, L)."""
-        matrix = np.atleast_2d(np.corrcoef(np.stack(list(self.z.values()))))
-        return np.nan_to_num(matrix)
+    def correlation(self) -> tuple[list[str], Array]:
+        """Known layers, L of them, and the correlation between them, (L, L).
+
+        Of the samples in which all of these are finite; no layer if there are fewer than three.
+        """
+        known = self._known()
+        if len(known) < 2:
+            return [], np.zeros((0, 0))
+        columns = np.stack(list(known.values()))
+        columns = columns[:, np.isfinite(columns).all(0)]
+        if columns.shape[1] < 3:
+            return [], np.zeros((0, 0))
+        with np.errstate(invalid="ignore", divide="ignore"):  # of a layer that is constant here
+            return list(known), np.nan_to_num(np.atleast_2d(np.corrcoef(columns)))
+
+    def _known(self) -> dict[str, Array]:
+        unknown = set(self.unknown)
+        return {name: values for name, values in self.z.items() if name not in unknown}
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,9 @@ class Stream:
         score: (N,), nan for a sample that could not be scored.
         p_value: (N,).
         top_layers: The layer of each that deviates most, where it is known.
+        groups: (N,), int, the group of each as :class:`~ood_monitor.Scores` has it, where the
+            detector has groups; None where it is not known.
+        fpr: The false-positive rate by which its file says what is flagged, if it says any.
     """
 
     name: str
@@ -88,9 +106,12 @@ class Stream:
     score: Array
     p_value: Array
     top_layers: Sequence[str | None]
+    groups: NDArray[np.int64] | None = None
+    fpr: float | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(self.ids), len(self.score), len(self.p_value), len(self.top_layers)]
+        lengths += [] if self.groups is None else [len(self.groups)]
         if len(set(lengths)) > 1:
             raise ValueError(f"Expected one value of each kind a sample, got {lengths}.")
 
@@ -108,37 +129,3 @@ class Stream:
         """Flagged samples by the layer that deviates most, for so many layers."""
         layers = (self.top_layers[i] for i in self.flagged(fpr))
         return dict(Counter(layer for layer in layers if layer).most_common(most))
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What the drift test says of a stream.
-
-    Attributes:
-        log_e_values: After each valid sample.
-        alarms: Valid samples seen at each alarm that is news.
-    """
-
-    log_e_values: Array
-    alarms: tuple[int, ...]
-
-
-def drift_of(fitted: Fitted, stream: Stream, ert: float) -> Drift:
-    """The drift test on a stream, as a :class:`~ood_monitor.Monitor` makes it.
-
-    Raises:
-        ValueError: An ``ert`` below 2.
-    """
-    test = EDetector(fitted.calibration.scores, ert=ert)
-    values: list[float] = []
-    alarms: list[int] = []
-    last = -math.inf
-    for seen, score in enumerate(stream.score[stream.valid].tolist(), 1):
-        evidence = test.update(score)
-        values.append(evidence.log_e_value)
-        if evidence.alarm:
-            if seen - last > _RECOVERY:
-                alarms.append(seen)
-            last = seen
-            test.restart()
-    return Drift(np.array(values), tuple(alarms))

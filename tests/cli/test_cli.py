@@ -248,9 +248,10 @@ def test_score_gives_a_row_for_each_file(detector: Path, new: Path) -> None:
     assert rows["blank.png"]["p_value"] == pytest.approx(1 / 121)
     assert str(rows["blank.png"]["top_layer"]).startswith(("values/", "expected_norms/levels."))
     assert rows["broken.png"] == {
-        **dict.fromkeys(("score", "p_value", "log_likelihood", "top_layer", "top_z")),
+        **dict.fromkeys(("score", "p_value", "log_likelihood", "top_layer", "top_z", "group")),
         "id": "broken.png",
         "flagged": False,
+        "fpr": 0.01,
         "valid": False,
     }
     assert "broken.png" in result.stderr

@@ -2,11 +2,13 @@ import base64
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +18,9 @@ from typer.testing import CliRunner, Result
 
 import ood_monitor as om
 from ood_monitor.cli import app
+from ood_monitor.cli.tables import read_rows
 from ood_monitor.report import HeldOut, Stream, html_report
-from ood_monitor.report.samples import drift_of
+from ood_monitor.report.course import drift_of
 from ood_monitor.saving import Fitted
 
 NASTY = "<script>alert(1)</script> & \"quotes\" 'single' $x$.png"
@@ -94,7 +97,7 @@ def whole(root: Path) -> Page:
 def test_a_report_shows_all_that_it_was_given(whole: Page) -> None:
     for part in (
         "Histogram of the anomaly scores of 120 calibration samples",
-        "Evidence of drift over 60 samples. It first crosses",
+        "Evidence of drift over 61 samples. It first crosses",
         "Layers that deviate most in flagged samples",
         "Kolmogorov-Smirnov distance of",
         "Heat map of the correlation",
@@ -219,10 +222,17 @@ def test_the_drift_of_a_report_is_what_a_monitor_says(root: Path) -> None:
             alerts += monitor.update(sample)
             evidence.append(monitor.log_e_value)
     scores = detector.score(batch).score.tolist()
-    drift = drift_of(detector.fitted, stream_of(detector.fitted, scores), monitor.ert)
+    stream = stream_of(detector.fitted, scores)
+    drift = drift_of(detector.fitted, stream, ert=monitor.ert, fpr=monitor.fpr)
+    assert drift is not None
+    said = [(a.kind, a.samples_seen, a.message, a.evidence.since) for a in alerts]
+    assert [(a.kind, a.samples_seen, a.message, a.evidence.since) for a in drift.alerts] == [
+        it for it in said if it[0] != "explanation"
+    ]
+    assert drift.status == monitor.status == "ALERT"
     at = [alert.samples_seen for alert in alerts if alert.kind == "drift"]
     assert list(drift.alarms) == at
-    np.testing.assert_allclose(drift.log_e_values[: at[0] - 1], evidence[: at[0] - 1])
+    np.testing.assert_allclose(drift.log_e_values, evidence)
 
 
 def test_a_stream_as_usual_is_called_good(root: Path) -> None:
@@ -230,7 +240,7 @@ def test_a_stream_as_usual_is_called_good(root: Path) -> None:
     scores = np.random.default_rng(0).choice(fitted.calibration.scores, 100).tolist()
     page = Page(html_report(fitted, stream=stream_of(fitted, scores), fpr=0.05))
     assert "Problem" not in page.text
-    assert "No drift: the evidence reached" in page.text
+    assert "The stream looks like the samples that were called normal" in page.text
 
 
 def test_samples_that_could_not_be_scored_leave_a_report(root: Path) -> None:
@@ -268,6 +278,45 @@ def test_few_samples_alone_do_not_make_a_bad_fit(count: int, root: Path) -> None
     z = np.random.default_rng(0).normal(size=(20, count))
     held_out = HeldOut({f"layer {i}": values for i, values in enumerate(z)})
     assert "Problem" not in Page(html_report(fitted_of(root), held_out=held_out)).text
+
+
+def test_a_report_judges_by_the_rate_of_its_file_or_says_that_it_does_not(
+    root: Path, tmp_path: Path
+) -> None:
+    scores = tmp_path / "s.jsonl"
+    made = run("score", root / "detector", root / "stream", "-o", scores, "--fpr", "0.2")
+    assert made.exit_code == 0, made.output
+    flagged = sum(json.loads(line)["flagged"] for line in scores.read_text().splitlines())
+    page = reported(root, tmp_path / "r.html", "--scores", scores)
+    assert f"{flagged} of 60 samples are flagged" in page.text
+    assert "at most 20.00% on average" in page.text
+    assert "other samples anomalous than the file" not in page.text
+    other = reported(root, tmp_path / "o.html", "--scores", scores, "--fpr", "0.05")
+    assert "flagged at fpr 0.2; this report was asked for fpr 0.05" in other.text
+    both = tmp_path / "both.jsonl"
+    both.write_text(scores.read_text() + scores.read_text().replace('"fpr": 0.2', '"fpr": 0.1'))
+    refused = run("report", root / "detector", tmp_path / "no.html", "--scores", both)
+    assert refused.exit_code == 1
+    assert "got 0.1, 0.2" in refused.stderr
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_scores_of_before_they_had_a_rate_are_read(suffix: str, root: Path, tmp_path: Path) -> None:
+    made, old = tmp_path / f"new.{suffix}", tmp_path / f"old.{suffix}"
+    assert run("score", root / "detector", root / "stream", "-o", made).exit_code == 0
+    lines = [] if suffix == "parquet" else made.read_text().splitlines()
+    if suffix == "parquet":
+        rows = parquet.read_table(made)
+        parquet.write_table(rows.drop_columns(["fpr", "group"]), old)
+    elif suffix == "csv":
+        old.write_text("".join(f"{row.rsplit(',', 2)[0]}\n" for row in lines))
+    else:
+        records = [json.loads(line) for line in lines]
+        kept = [{k: v for k, v in r.items() if k not in ("fpr", "group")} for r in records]
+        old.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    new = read_rows(made)
+    assert {row.fpr for row in new} == {0.01}
+    assert read_rows(old) == [replace(row, fpr=None) for row in new]
 
 
 ERRORS: dict[str, tuple[list[str], str]] = {
@@ -311,4 +360,4 @@ def test_colour_images_are_reported_too(tmp_path: Path, root: Path) -> None:
     folder.mkdir()
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i}.png")
-    assert "No drift" in reported(root, tmp_path / "r.html", "--stream", folder).text
+    assert "No drift alarm" in reported(root, tmp_path / "r.html", "--stream", folder).text
