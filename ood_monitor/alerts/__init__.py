@@ -19,6 +19,7 @@ from ood_monitor.alerts.alert import (
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.figures import Reading, Summary
+from ood_monitor.alerts.guidance import Guidance, guidance_of
 from ood_monitor.alerts.sink import LoggingSink, MeterSink, Sink, SummarySink
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.alerts.webhook import WebhookError, WebhookRefused, WebhookSink, verify
@@ -29,6 +30,7 @@ __all__ = [
     "AlertKind",
     "Dispatcher",
     "FlaggedSample",
+    "Guidance",
     "LayerShare",
     "LoggingSink",
     "MeterSink",
@@ -46,6 +48,7 @@ __all__ = [
     "WebhookError",
     "WebhookRefused",
     "WebhookSink",
+    "guidance_of",
     "severity_of",
     "verify",
 ]

@@ -40,9 +40,9 @@ Status = Literal["OK", "WARN", "ALERT"]
 DriftOf = Literal["data", "mix"]
 
 #: Version of an alert's JSON; 1 had no status, terms or samples, 2 not what a drift is of, 3 no
-#: number, trace or explanations.
-_FORMAT = 4
-_READ = (1, 2, 3, _FORMAT)
+#: number, trace or explanations, 4 no help.
+_FORMAT = 5
+_READ = (1, 2, 3, 4, _FORMAT)
 
 #: Characters of a sample's id that an alert carries.
 _LONGEST_ID = 256
@@ -257,9 +257,15 @@ class Alert:
         make_whole(self, "samples_seen", "number")
         make_text(self, "stream", "message")
 
+    @property
+    def help(self) -> str:
+        """Where the documentation says what this kind of alert means, and what to do now."""
+        return f"docs/alerts.md#{self.kind}"
+
     def to_json(self, *, indent: int | None = None) -> str:
         """The alert as one JSON object; `from_json` gives an equal alert back."""
         record = {"format": _FORMAT, **vars(self), "time": self.time.isoformat()}
+        record["help"] = self.help
         return json.dumps(record, indent=indent, allow_nan=False, default=vars)
 
     @classmethod
@@ -300,6 +306,7 @@ def _usual_status(kind: AlertKind) -> Status:
 
 def _parsed(record: dict[str, Any]) -> dict[str, Any]:
     version = record.pop("format")
+    record.pop("help", None)  # which the kind says
     if version not in _READ:
         raise ValueError(f"its format is {version!r}, and this release reads {_READ}")
     return record | {

@@ -79,5 +79,6 @@ def alert_line(alert: Alert) -> str:
     if alert.top_terms:
         parts.append(f"top term {alert.top_terms[0].term}")
     where = f"stream {alert.stream}, sample {alert.samples_seen}"
-    line = f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] id {alert.id}"
+    line = f"{alert.kind} ({where}): {alert.message} [{'; '.join(parts)}] help {alert.help} "
+    line += f"id {alert.id}"
     return terminal(" ".join(line.split()))

@@ -30,6 +30,7 @@ for _command in (
     hub.push,
     hub.pull,
     showing.show,
+    showing.guide,
     showing.version,
 ):
     app.command(help=help_of(_command))(_command)

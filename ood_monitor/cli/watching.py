@@ -17,6 +17,7 @@ import typer
 from torch import Tensor
 
 from ood_monitor.alerts.alert import Alert, Status
+from ood_monitor.alerts.guidance import told
 from ood_monitor.checks import text
 from ood_monitor.cli.console import AsJson, Debug, checked, say
 from ood_monitor.cli.images import ImageFormat, no_image
@@ -76,7 +77,8 @@ def watch(
 ) -> None:
     r"""Watch a folder that fills with images, or paths on stdin, and print alerts.
 
-    Each alert is a line of JSON on stdout. A file that cannot be read is said on stderr and counts
+    Each alert is a line of JSON on stdout, and on stderr a line for people: what it is, since when,
+    and what to do now. A file that cannot be read is said on stderr and counts
     as an invalid sample; nothing stops the watch but the end of stdin, --once, --idle, Ctrl-C or a
     TERM signal. With --json the last line is a summary, {"summary": ...}.
 
@@ -180,6 +182,8 @@ class _Watch:
         for alert in alerts:
             typer.echo(alert.to_json())
         sys.stdout.flush()
+        for alert in alerts:
+            say(told(alert))
         self._alerts += len(alerts)
 
     def _update(self, files: Sequence[Path]) -> list[Alert]:

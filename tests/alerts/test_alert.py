@@ -110,7 +110,7 @@ def test_unknown_words_are_refused(change: dict[str, str], message: str) -> None
         "[]",
         "3",
         "{}",
-        ALERT.to_json().replace('"format": 4', '"format": 99'),
+        ALERT.to_json().replace('"format": 5', '"format": 99'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": 1.5'),
         ALERT.to_json().replace('"samples_seen": 1234', '"samples_seen": Infinity'),
         ALERT.to_json().replace('"kind"', '"sort"'),
@@ -194,7 +194,7 @@ def test_json_follows_the_schema_in_the_docs(alert: Alert) -> None:
 def test_the_schema_has_every_field_and_no_other(part: str, record: Any) -> None:
     schema = SCHEMA if part == "top" else SCHEMA["properties"][part]
     properties = schema.get("items", schema)["properties"]
-    assert properties.keys() - {"format"} == {field.name for field in fields(record)}
+    assert properties.keys() - {"format", "help"} == {field.name for field in fields(record)}
 
 
 def test_the_schema_has_the_words_of_the_class() -> None:
@@ -221,10 +221,10 @@ def test_what_does_not_follow_would_be_noticed(change: dict[str, Any], where: st
 
 
 @pytest.mark.parametrize(
-    ("version", "lacks"), [(1, ("status", "top_terms", "samples")), (2, ()), (3, ())]
+    ("version", "lacks"), [(1, ("status", "top_terms", "samples")), (2, ()), (3, ()), (4, ())]
 )
 def test_the_json_of_formats_before_is_read(version: int, lacks: tuple[str, ...]) -> None:
-    lacks += ("trace", "number", "explains")
+    lacks += ("help",) if version == 4 else ("trace", "number", "explains", "help")
     record = json.loads(ALERT.to_json()) | {"format": version}
     before = {name: value for name, value in record.items() if name not in lacks}
     usual = {f.name: f.default for f in fields(Alert) if f.name in lacks and f.name != "status"}
@@ -232,8 +232,8 @@ def test_the_json_of_formats_before_is_read(version: int, lacks: tuple[str, ...]
 
 
 def test_a_newer_format_is_refused_by_its_number() -> None:
-    text = ALERT.to_json().replace('"format": 4', '"format": 5')
-    with pytest.raises(ValueError, match="its format is 5, and this release reads"):
+    text = ALERT.to_json().replace('"format": 5', '"format": 6')
+    with pytest.raises(ValueError, match="its format is 6, and this release reads"):
         Alert.from_json(text)
 
 

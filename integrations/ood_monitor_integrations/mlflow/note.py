@@ -3,6 +3,7 @@
 import re
 
 from ood_monitor.alerts import Alert, FlaggedSample, LayerShare, TermShare
+from ood_monitor.alerts.guidance import guidance_of, since_of
 from ood_monitor.escaping import markdown_code, markdown_text
 
 __all__ = ["note_with"]
@@ -32,10 +33,21 @@ def _block(alert: Alert) -> str:
     text = (
         f"**ood-monitor: {alert.status}** ({alert.kind}, stream {markdown_code(alert.stream)}, "
         f"{alert.samples_seen:,} samples seen, {time})\n\n{markdown_text(alert.message)}\n\n"
+        f"**Since** {markdown_text(since_of(alert))}\n\n{_now(alert)}"
         f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
-        f"Evidence: {markdown_code(f'ood/alerts/{alert.id}.json')}"
+        f"Evidence: {markdown_code(f'ood/alerts/{alert.id}.json')}, picture: "
+        f"{markdown_code(f'ood/alerts/{alert.id}.png')}, help: {markdown_code(alert.help)}"
     )
     return f"{_BEGIN}\n{text}\n{_END}"
+
+
+def _now(alert: Alert) -> str:
+    """What to do, and what it does not mean."""
+    guidance = guidance_of(alert.kind)
+    return (
+        f"**Do now:** {markdown_text(guidance.do)}\n\n{markdown_code(guidance.command)}\n\n"
+        f"{markdown_text(guidance.means_not)}\n\n"
+    )
 
 
 def _layers(layers: tuple[LayerShare, ...]) -> str:

@@ -36,7 +36,7 @@ def test_a_note_of_any_name_is_the_notes_own_elements() -> None:
         assert note is not None, name
         note.encode("utf-8")
         assert elements(note) <= own, name
-        assert (note.count("<"), note.count("`")) == (2, 34), name
+        assert (note.count("<"), note.count("`")) == (2, 40), name
 
 
 def test_a_note_of_any_name_is_replaced_whole_and_leaves_room() -> None:
