@@ -559,6 +559,11 @@ CASES: dict[str, Case] = {
             "capacity": POSITIVE_COUNT,
         },
     ),
+    "PageSink": Case(
+        om.alerts.PageSink,
+        lambda: {"path": "page.html"},
+        {"path": PATH, "title": TEXT, "refresh": Kind((None, "x", 0, 86_401), (1, 86_400.0))},
+    ),
     # Files, reports, tests.
     "Repository": Case(
         Repository, lambda: {"name": "a/b"}, {"name": TEXT, "revision": TEXT.or_none()}

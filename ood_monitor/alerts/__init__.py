@@ -20,6 +20,7 @@ from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.alerts.guidance import Guidance, guidance_of
+from ood_monitor.alerts.page_sink import PageSink
 from ood_monitor.alerts.sink import LoggingSink, MeterSink, Sink, SummarySink
 from ood_monitor.alerts.spool import Spool
 from ood_monitor.alerts.webhook import WebhookError, WebhookRefused, WebhookSink, verify
@@ -34,6 +35,7 @@ __all__ = [
     "LayerShare",
     "LoggingSink",
     "MeterSink",
+    "PageSink",
     "Reading",
     "Refused",
     "Severity",

@@ -28,6 +28,9 @@ class Summary:
         invalid: Samples that could not be scored so far, by cause.
         number: As an alert's: what a monitor says is numbered in one order.
         time: When these were the figures, as UTC.
+        ert: Promised mean number of samples between false drift alarms; the test alarms at its
+            logarithm.
+        fpr: Promised share of in-distribution samples that are flagged, between 0 and 1.
     """
 
     stream: str
@@ -40,10 +43,12 @@ class Summary:
     invalid: Mapping[str, int] = field(default_factory=dict)
     number: int = 0
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ert: float | None = None
+    fpr: float | None = None
 
     def __post_init__(self) -> None:
         check_word("status", self.status, get_args(Status))
-        make_plain(self, "score_mean", "score_p95", "flagged_rate", "log_e_value")
+        make_plain(self, "score_mean", "score_p95", "flagged_rate", "log_e_value", "ert", "fpr")
         make_whole(self, "samples_seen", "number")
         make_text(self, "stream")
 

@@ -1,6 +1,7 @@
 """`ood-monitor watch`: a stream of images, alerts as lines, and a status to exit with."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ood_monitor.alerts.alert import Alert, Status
 from ood_monitor.alerts.guidance import told
+from ood_monitor.alerts.page_sink import PageSink
 from ood_monitor.checks import text
 from ood_monitor.cli.console import AsJson, Debug, checked, say
 from ood_monitor.cli.images import ImageFormat, no_image
@@ -48,6 +50,9 @@ EXIT_CODES: Mapping[Status, int] = {"OK": 0, "WARN": 3, "ALERT": 4}
 #: Seconds between two writings of the state while nothing is alerted.
 _SAVE_EVERY = 1.0
 
+#: Seconds between two words to the page while nothing comes, so that it is known to be watched.
+_SHOW_EVERY = 20.0
+
 
 @checked
 def watch(
@@ -69,6 +74,10 @@ def watch(
     poll: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks.")] = 1.0,
     batch_size: BatchSize = 32,
     name: Annotated[str, typer.Option(help="The stream's name in alerts.")] = "stream",
+    page: Annotated[
+        Path | None,
+        typer.Option(help="An HTML file to rewrite with how the stream stands, maybe with others."),
+    ] = None,
     model: ModelOverride = None,
     argument: Argument = None,
     device: Device = None,
@@ -81,6 +90,9 @@ def watch(
     and what to do now. A file that cannot be read is said on stderr and counts
     as an invalid sample; nothing stops the watch but the end of stdin, --once, --idle, Ctrl-C or a
     TERM signal. With --json the last line is a summary, {"summary": ...}.
+
+    With --page a file of HTML shows, without a server or a script, the status, since when, the
+    evidence, rates, last alerts and what to do; watches that are given the same file share it.
 
     With --state a watch goes on where it ended, also after a crash: alerts are printed before the
     state is written, so that none is lost, and the last batch's may come twice. The state is for
@@ -96,7 +108,7 @@ def watch(
 
     \b
     Examples:
-        ood-monitor watch runs/detector inbox --state watch.json
+        ood-monitor watch runs/detector inbox --state watch.json --page status.html
         find inbox -name '*.png' | ood-monitor watch runs/detector - >> alerts.jsonl
     """
     source: Source = (
@@ -110,9 +122,11 @@ def watch(
         detector, loaded, recipe = load_detector(
             directory, model=model, arguments=argument, device=device
         )
-        monitor = stack.enter_context(Monitor(detector, ert=ert, fpr=fpr, name=utf8(name)))
+        sinks = [] if page is None else [PageSink(page)]
+        monitor = Monitor(detector, ert=ert, fpr=fpr, name=utf8(name), sinks=sinks)
+        stack.enter_context(monitor)
         stop = stack.enter_context(_stopped_by_signals())
-        watched = _Watch(monitor, loaded, recipe.images, source, kept)
+        watched = _Watch(monitor, loaded, recipe.images, source, kept, has_page=page is not None)
         watched.run(stop, batch_size, Quiet(idle))
     watched.summarise(as_json=as_json)
     raise typer.Exit(EXIT_CODES[monitor.status])
@@ -128,6 +142,8 @@ class _Watch:
         images: ImageFormat,
         source: Source,
         state: StateFile | None,
+        *,
+        has_page: bool,
     ) -> None:
         self._monitor, self._model, self._images = monitor, model, images
         self._source, self._state = source, state
@@ -136,6 +152,8 @@ class _Watch:
         self._alerts = self._unreadable = 0
         if state is not None and state.is_there:
             self._resume(state)
+        self._has_page, self._shown = has_page, -math.inf
+        self._show(came=True)
         if state is not None:
             self._save()  # a place that cannot be written to is told of at once
 
@@ -149,8 +167,10 @@ class _Watch:
             # Also while nothing comes: what came last must not wait for the next file.
             if self._unsaved and time.monotonic() - self._saved >= _SAVE_EVERY:
                 self._save()
+            self._show(came=bool(files))
             if quiet.is_over(came=bool(files)):
                 break
+        self._show(came=True, last=True)
         self._save()
 
     def summarise(self, *, as_json: bool) -> None:
@@ -177,6 +197,13 @@ class _Watch:
         self._unsaved = True
         if alerts:
             self._save()
+
+    def _show(self, *, came: bool, last: bool = False) -> None:
+        """Have the page say how the stream stands, now and then also while nothing comes."""
+        waited = time.monotonic() - self._shown
+        if self._has_page and (last or waited >= (_SAVE_EVERY if came else _SHOW_EVERY)):
+            self._monitor.summarise()
+            self._shown = time.monotonic()
 
     def _print(self, alerts: Sequence[Alert]) -> None:
         for alert in alerts:

@@ -196,6 +196,8 @@ class Decisions:
             flagged_rate=evidence.flagged_rate,
             log_e_value=evidence.log_e_value,
             invalid={"not scored": memory.invalid},
+            ert=self.rules.ert,
+            fpr=self.rules.fpr,
         )
 
     def summary(self) -> Summary:

@@ -59,6 +59,20 @@ def unended(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["watch", *map(str, arguments)])
 
 
+def test_a_page_shows_how_the_stream_stands(detector: Path, tmp_path: Path) -> None:
+    page, folder = tmp_path / "status.html", drifted(tmp_path / "inbox")
+    result = unended(detector, folder, "--once", "--page", page, "--name", "uploads")
+    assert result.exit_code == ALERT
+    text = page.read_text(encoding="utf-8")
+    for part in ("uploads", "ALERT", "Since", "Do now:", "Its watch ended at", "60, 0 of them"):
+        assert part in text
+    assert "ALERT drift (stream uploads): Drift" in result.stderr
+    assert "More: ood-monitor guide drift" in result.stderr
+    refused = unended(detector, folder, "--once", "--page", tmp_path / "nowhere" / "p.html")
+    assert refused.exit_code == 1
+    assert "Expected a file in a folder that is there" in refused.stderr
+
+
 def watched(*arguments: object) -> Result:
     """A run in this process, of a folder as it is."""
     return unended(*arguments, "--once")
