@@ -35,13 +35,13 @@ class Guidance:
 
 _BY_KIND: Mapping[AlertKind, Guidance] = {
     "sample": Guidance(
-        means="One sample is further from the normal ones than a share fpr of them ever is.",
-        means_not="It does not say that the sample is wrong: of normal samples a share fpr is "
+        means="One sample looks stranger than all but a few of the normal ones.",
+        means_not="It does not say that the sample is wrong: of normal samples a promised share is "
         "flagged too, one in a hundred by default.",
         causes=(
-            "A normal sample that is rare: at the rate fpr these come whatever happens.",
+            "A normal sample that is rare: at the promised rate these come whatever happens.",
             "One sample of another kind or damaged: a wrong file, a wrong crop, noise.",
-            "The first samples of a drift, where flags begin to come more often than fpr.",
+            "The first samples of a drift, where flags begin to come more often than promised.",
         ),
         do="Look at the flagged samples beside normal ones; one alone needs nothing else.",
         command="ood-monitor report DETECTOR report.html --stream FOLDER --held-out NORMAL",
@@ -49,7 +49,7 @@ _BY_KIND: Mapping[AlertKind, Guidance] = {
     "drift": Guidance(
         means="The stream as a whole is no longer like the samples that were called normal.",
         means_not="It does not say that the model is worse on it, nor that any one sample is "
-        "wrong; once in ert normal samples it is a false alarm.",
+        "wrong; now and then, as seldom as was promised, it is a false alarm.",
         causes=(
             "What comes before the model has changed: a resize, a crop, a codec or a sensor.",
             "The world has changed: another season, product, user or language.",
@@ -152,7 +152,9 @@ def since_of(alert: Alert) -> str:
     if alert.kind == "sample" and places:
         return f"sample {places[0]:,}" + (f" to {places[-1]:,}" if len(places) > 1 else "")
     if alert.kind == "stale_calibration":
-        return f"sample {alert.samples_seen:,} or before, when the weights were looked at"
+        seen = alert.samples_seen
+        where = f"sample {seen:,} or before" if seen else "the first sample or before"
+        return f"{where}, when the weights were looked at"
     return f"sample {alert.samples_seen:,}"
 
 

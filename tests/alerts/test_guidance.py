@@ -90,6 +90,10 @@ SINCE: dict[str, tuple[Alert, str]] = {
         replace(ALERT, kind="stale_calibration", samples_seen=3),
         "sample 3 or before, when the weights were looked at",
     ),
+    "weights that were stale at the start": (
+        replace(ALERT, kind="stale_calibration", samples_seen=0),
+        "the first sample or before, when the weights were looked at",
+    ),
     "a recovery": (replace(ALERT, kind="recovered", samples_seen=3), "sample 3"),
 }
 
