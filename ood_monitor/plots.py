@@ -24,6 +24,8 @@ _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", _BLACK)
 _BINS = 40
 _WIDE = 100  # times the first group's spread, from where an axis is logarithmic
 _COLUMNS = 3  # panels beside each other
+_POINTS = 200  # of a panel of quantiles
+_STRETCHES = 60  # of a stream over time
 _NAMED = 20  # layers that a heat map has room to name
 
 
@@ -187,6 +189,52 @@ def evidence_figure(log_e_values: ArrayLike, *, ert: float, alarms: Sequence[int
     return figure
 
 
+def stream_figure(score: ArrayLike, flagged: ArrayLike, *, fpr: float) -> Figure:
+    """A stream over time: its scores, and the share of it that is flagged, by stretches.
+
+    Args:
+        score: Anomaly scores in the order of the stream, (N,); nan for an invalid sample, which
+            counts nowhere.
+        flagged: Which samples are flagged, (N,), bool.
+        fpr: The promised share of normal samples that are flagged.
+
+    Raises:
+        ValueError: The two are not of shape (N,), no score is finite, or ``fpr`` is not in (0, 1).
+    """
+    values, flags = np.asarray(score, dtype=np.float64), np.asarray(flagged, dtype=bool)
+    if values.ndim != 1 or flags.shape != values.shape:
+        raise ValueError(f"Expected scores and flags of (N,), got {values.shape}, {flags.shape}.")
+    if not 0 < fpr < 1:
+        raise ValueError(f"Expected an fpr in (0, 1), got {fpr}.")
+    _finite("the stream", values)
+    figure = _figure(6.0, 4.0)
+    figure.suptitle("The stream over time", fontsize="medium")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    stretches = [
+        (int(rows[0]) + 1, int(rows[-1]) + 1, rows[np.isfinite(values[rows])])
+        for rows in np.array_split(np.arange(len(values)), min(len(values), _STRETCHES))
+    ]
+    known = [(first, last, rows) for first, last, rows in stretches if len(rows)]
+    middle = [(first + last) / 2 for first, last, _ in known]
+    low, mean, high = np.array(
+        [np.quantile(values[rows], [0.05, 0.5, 0.95]) for _, _, rows in known]
+    ).T
+    above.fill_between(middle, low, high, color=_BLUE, alpha=0.25, label="nine tenths")
+    above.plot(middle, mean, color=_BLUE, marker="." if len(known) < 2 else "", label="median")
+    above.set_ylabel("anomaly score (no unit)", fontsize="small")
+    above.legend(fontsize="small")
+    below.step(middle, [flags[rows].mean() for _, _, rows in known], color=_ORANGE, where="mid")
+    below.axhline(fpr, color=_BLACK, linestyle="--", linewidth=0.8, label=f"promised {fpr:g}")
+    below.set_ylim(0, None)
+    figure.supxlabel("samples seen", fontsize="medium")
+    below.set_ylabel("share flagged", fontsize="small")
+    below.legend(fontsize="small")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def quantile_figure(z: Mapping[str, ArrayLike]) -> Figure:
     """A panel per layer: the quantiles of its deviations against those of a standard normal.
 
@@ -203,6 +251,7 @@ def quantile_figure(z: Mapping[str, ArrayLike]) -> Figure:
     for axes, (layer, values) in zip(panels, z.items(), strict=True):
         finite = np.sort(_finite(layer, values)[0])
         theory = ndtri((np.arange(len(finite)) + 0.5) / len(finite))
+        theory, finite = _evenly(theory, finite)
         ends = [min(theory[0], finite[0]), max(theory[-1], finite[-1])]
         axes.plot(ends, ends, color=_BLACK, linewidth=0.8, label="as fitted")
         axes.plot(theory, finite, ".", color=_BLUE, markersize=3, label="held-out samples")
@@ -367,6 +416,16 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     for axes in panels[count:]:
         axes.set_axis_off()
     return figure, panels[:count]
+
+
+def _evenly(
+    theory: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of many points some, evenly along the line, with all of the outermost: it looks the same."""
+    if len(theory) <= _POINTS:
+        return theory, values
+    kept = np.unique(np.searchsorted(theory, np.linspace(theory[0], theory[-1], _POINTS)))
+    return theory[kept], values[kept]
 
 
 def _tidy(axes: Axes, layer: str) -> None:

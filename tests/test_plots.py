@@ -22,6 +22,7 @@ from ood_monitor.plots import (
     misfit_figure,
     quantile_figure,
     score_histogram,
+    stream_figure,
     top_layer_figure,
 )
 
@@ -73,6 +74,7 @@ FIGURES = {
     "alert": lambda: alert_figure(ALERT),
     "evidence": lambda: evidence_figure(normal(0), ert=1000, alarms=[3]),
     "quantiles": lambda: quantile_figure({"w": normal(0)}),
+    "stream": lambda: stream_figure(normal(0), normal(0) > 1, fpr=0.1),
     "misfit": lambda: misfit_figure({"w": 0.1, "b": 0.4}, limit=0.2),
     "correlation": lambda: correlation_figure([LONG, "b"], [[1, -0.5], [-0.5, 1]]),
     "top layers": lambda: top_layer_figure({LONG: 3, "b": 7}),
@@ -302,7 +304,7 @@ def test_quantile_figure_is_on_the_line_for_a_normal_and_off_it_for_another() ->
         line, points = axes.lines
         assert line.get_xdata().tolist() == line.get_ydata().tolist()
         x, y = points.get_data()
-        assert len(x) == 1999
+        assert 100 < len(x) <= 200
         assert np.polyfit(x, y, 1)[0] == pytest.approx(slope, rel=0.05)
 
 
@@ -325,6 +327,27 @@ def test_correlation_figure_shows_every_pair_with_its_sign() -> None:
     assert not any(label.get_text().startswith("layer") for label in many.get_yticklabels())
 
 
+def test_many_points_of_a_quantile_figure_become_few_with_the_outermost() -> None:
+    values = np.random.default_rng(0).normal(size=20_000)
+    (axes,) = quantile_figure({"w": values}).axes
+    _, points = axes.get_lines()
+    assert len(points.get_xdata()) <= 200
+    ends = np.sort(values)
+    np.testing.assert_array_equal(np.asarray(points.get_ydata())[[0, -1]], ends[[0, -1]])
+
+
+def test_stream_figure_shows_what_is_flagged_when() -> None:
+    scores, flags = np.zeros(600), np.arange(600) >= 300
+    scores[:10] = np.nan
+    above, below = stream_figure(scores, flags, fpr=0.01).axes
+    (line, _) = below.get_lines()
+    at, share = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert set(share[at < 300]) == {0.0}
+    assert set(share[at > 301]) == {1.0}
+    assert len(at) == 59  # of sixty stretches one has no score
+    assert above.get_ylabel() == "anomaly score (no unit)"
+
+
 def test_top_layer_figure_has_the_most_on_top() -> None:
     (axes,) = top_layer_figure({"a": 3, "b": 7, "c": 1}).axes
     assert [bar.get_width() for bar in axes.patches] == [1, 3, 7]  # the last is on top
@@ -336,6 +359,9 @@ def test_top_layer_figure_has_the_most_on_top() -> None:
     [
         (lambda: quantile_figure({}), "at least one layer"),
         (lambda: quantile_figure({"w": [np.nan]}), "finite value of 'w'"),
+        (lambda: stream_figure([np.nan], [False], fpr=0.1), "finite value of 'the stream'"),
+        (lambda: stream_figure([1.0], [False, True], fpr=0.1), r"got \(1,\), \(2,\)"),
+        (lambda: stream_figure([1.0], [False], fpr=1.0), r"fpr in \(0, 1\)"),
         (lambda: misfit_figure({}, limit=0.2), "at least one layer"),
         (lambda: correlation_figure([], []), r"\(0, 0\) correlations"),
         (lambda: correlation_figure(["a"], np.eye(2)), r"\(1, 1\) correlations, got \(2, 2\)"),

@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
+from torch import Tensor
 
+from ood_monitor.alerts.alert import Alert
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
 from ood_monitor.calibration.scores import Scores
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts, say
 from ood_monitor.cli.data import Samples, batches
+from ood_monitor.cli.files import open_regular
 from ood_monitor.cli.models import Model
 from ood_monitor.cli.options import Directory, Ert, Scoring, asking_for_scoring
 from ood_monitor.cli.recipe import RECIPE, Recipe
@@ -27,6 +31,12 @@ __all__ = ["report"]
 
 #: Samples that a diagnosis looks at, at least and at most: it makes several passes.
 _FEWEST, _DIAGNOSED = 100, 400
+
+#: Samples that are shown of each kind.
+_SHOWN = 8
+
+#: Of a file of alerts, at most; and what the line begins with that `watch --json` ends with.
+_MOST_BYTES, _SUMMARY = 2**28, '{"summary"'
 
 #: Of a report of nothing that was flagged before.
 _FPR = 0.01
@@ -57,6 +67,16 @@ def report(
     ] = None,
     ert: Ert = 10_000,
     title: Annotated[str, typer.Option(help="The heading.")] = "Out-of-distribution report",
+    images: Annotated[
+        bool,
+        typer.Option(
+            "--images/--no-images",
+            help="Show samples of --stream and --held-out: the file then holds data.",
+        ),
+    ] = False,
+    alerts: Annotated[
+        Path | None, typer.Option(help="What `watch` printed: the status is then what it said.")
+    ] = None,
     *,
     scoring: Scoring,
     as_json: AsJson = False,
@@ -64,40 +84,40 @@ def report(
 ) -> None:
     r"""Write one HTML file that says what a detector is, how well it fits, and what it found.
 
-    The file needs no network and runs no script. Without data it shows the calibration; with
-    --scores (or --stream) the scores, the evidence of drift over time and the layers that alerts
-    come from; with --held-out the fit of each layer, their correlation and a diagnosis of the
-    model. The model is needed for --held-out and --stream alone.
+    It begins with the status, since when, and what to do now. The file needs no network and runs no
+    script. Without data it shows the calibration; with --scores (or --stream) the scores, the
+    evidence of drift over time and the layers that alerts come from; with --held-out the fit of
+    each layer, their correlation and a diagnosis of the model. The model is needed for --held-out
+    and --stream alone. With --images, off by default since no alert holds data, it shows the eight
+    most anomalous samples of --stream, and typical ones of --held-out beside them, with the places
+    that surprise the model.
 
     \b
     Examples:
         ood-monitor report runs/detector report.html --scores scores.csv
         ood-monitor report runs/detector report.html --held-out data/held_out --stream data/new
+        ood-monitor report runs/detector report.html --stream data/new --images
     """
-    if scores is not None and stream is not None:
-        raise ValueError("Expected one of `--scores` and `--stream`, got both.")
+    _check_given(scores, stream, images=images)
     _check_place(output)
-    page = _page()
+    page, said = _page(), [] if alerts is None else _alerts(alerts)
     fitted, _ = Fitted.load(directory)
-    rows = None if scores is None else read_rows(scores)
+    rows: Sequence[Row] | None = None if scores is None else read_rows(scores)
     told = None if rows is None else _fpr_of(rows, scores)
     fpr = fpr if fpr is not None else told or _FPR
-    seen = None
+    seen = dict[str, Any]()
     if held_out is not None or stream is not None:
-        scorer = _Scorer(*scoring.detector(directory), scoring)
-        if stream is not None:
-            rows = rows_of(*scorer.scores(scorer.open(stream)), fpr)
-        if held_out is not None:
-            source = scorer.open(held_out)
-            seen = page.HeldOut.of(scorer.scores(source)[1], scorer.diagnosis(source))
+        scorer = _Scorer(*scoring.detector(directory), scoring, page, images)
+        rows, seen = scorer.seen(stream, held_out, rows, fpr, ert)
     text = page.html_report(
         fitted,
         facts=facts_of(fitted) | _origin(directory),
-        held_out=seen,
         stream=None if rows is None else _stream(page, str(scores or stream), rows, told),
         fpr=fpr,
         ert=ert,
         title=title,
+        alerts=said,
+        **seen,
     )
     output.write_text(text, encoding="utf-8")
     if as_json:
@@ -114,6 +134,33 @@ class _Scorer:
     model: Model
     recipe: Recipe
     scoring: Scoring
+    page: ModuleType
+    images: bool
+
+    def seen(
+        self,
+        stream: Path | None,
+        held_out: Path | None,
+        rows: Sequence[Row] | None,
+        fpr: float,
+        ert: float,
+    ) -> tuple[Sequence[Row] | None, dict[str, Any]]:
+        """Rows of a stream, or those that are there, and what else the page shows."""
+        found: dict[str, Any] = {"is_stale": self.detector.is_stale}
+        shown: dict[str, Any] = {}
+        if stream is not None:
+            source = self.open(stream)
+            ids, scores = self.scores(source)
+            rows = rows_of(ids, scores, fpr)
+            shown |= self.anomalous(source, scores, rows, fpr, ert) if self.images else {}
+        if held_out is not None:
+            source = self.open(held_out)
+            _, scores = self.scores(source)
+            found["held_out"] = self.page.HeldOut.of(scores, self.diagnosis(source))
+            if self.images:
+                order = (scores.p_value - 0.5).abs()
+                shown["typical"] = self.exhibits(source, scores, order, scores.valid)
+        return rows, found | ({"gallery": self.page.Gallery(**shown)} if self.images else {})
 
     def open(self, path: Path) -> Samples:
         return self.scoring.samples(path, self.recipe)
@@ -124,6 +171,31 @@ class _Scorer:
         found = scored(self.detector, self.model, source, size, progress=progress)
         ids, parts = zip(*found, strict=True)
         return [name for names in ids for name in names], Scores.together(parts)
+
+    def anomalous(
+        self, source: Samples, scores: Scores, rows: Sequence[Row], fpr: float, ert: float
+    ) -> dict[str, Any]:
+        """The most anomalous samples; of a stream that has drifted those since it has."""
+        stream = _stream(self.page, "stream", rows, None)
+        drift = self.page.drift_of(self.detector.fitted, stream, ert=ert, fpr=fpr)
+        since = 1 if drift is None else drift.since
+        came = scores.valid & (torch.arange(len(scores.valid)) >= since - 1)
+        return {"anomalous": self.exhibits(source, scores, -scores.score, came), "since": since}
+
+    def exhibits(self, source: Samples, scores: Scores, order: Tensor, of: Tensor) -> Any:
+        """Of some samples, (N,), the first in an order, (N,), as the page shows them."""
+        some = of.nonzero().flatten()
+        rows = some[order[some].argsort(stable=True)][:_SHOWN].tolist()
+        if not rows:
+            return ()
+        samples = torch.stack([source.read(row) for row in rows])
+        return self.page.Exhibit.each(
+            self.detector,
+            self.model.batch(samples),
+            ids=[source.ids[row] for row in rows],
+            p_values=scores.p_value[rows].tolist(),
+            images=samples,
+        )
 
     def diagnosis(self, source: Samples) -> Diagnosis | str:
         """Of some of the samples; why there is none, if there are too few or one is unreadable."""
@@ -142,6 +214,17 @@ class _Scorer:
         return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)
 
 
+def _alerts(path: Path) -> list[Alert]:
+    """What `watch` printed, a line each; its summary is none.
+
+    Raises:
+        ValueError: Another file.
+    """
+    with open_regular(path, _MOST_BYTES) as file:
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return [Alert.from_json(line) for line in lines if line and not line.startswith(_SUMMARY)]
+
+
 def _page() -> ModuleType:
     try:
         return importlib.import_module("ood_monitor.report")
@@ -150,6 +233,13 @@ def _page() -> ModuleType:
             f"Expected matplotlib and jinja2 for a report: pip install 'ood-monitor[plots]' "
             f"({error})."
         ) from error
+
+
+def _check_given(scores: Path | None, stream: Path | None, *, images: bool) -> None:
+    if scores is not None and stream is not None:
+        raise ValueError("Expected one of `--scores` and `--stream`, got both.")
+    if images and stream is None:
+        raise ValueError("Expected `--stream` beside `--images`: scores hold no samples.")
 
 
 def _check_place(output: Path) -> None:

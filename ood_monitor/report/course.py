@@ -50,6 +50,15 @@ class Drift:
         return tuple(alert.samples_seen for alert in self.drifts)
 
     @property
+    def since(self) -> int:
+        """The sample since which the stream is as it is at its end: of a drift that stands; else 1.
+
+        What a person should look at came then.
+        """
+        stands = self.status == "ALERT" and self.drifts
+        return (self.drifts[-1].evidence.since if stands else None) or 1
+
+    @property
     def highest(self) -> int:
         """The sample with the most evidence, from 1; 0 if none has any."""
         known = np.nan_to_num(self.log_e_values, nan=-math.inf, neginf=-math.inf)

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -15,10 +15,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ood_monitor import __version__, plots
-from ood_monitor.checks import number, text
+from ood_monitor.alerts.alert import Alert
+from ood_monitor.calibration.conformal import binomial_interval
+from ood_monitor.calibration.groups import OTHERS
+from ood_monitor.checks import flag, number, text
 from ood_monitor.escaping import html, terminal
+from ood_monitor.report.banner import banner_of
 from ood_monitor.report.course import Drift, drift_of
-from ood_monitor.report.findings import can_flag, findings_of
+from ood_monitor.report.findings import Finding, can_flag, findings_of
+from ood_monitor.report.gallery import MOST, Exhibit, Gallery, mapped, marked, picture
 from ood_monitor.report.samples import HeldOut, Stream
 from ood_monitor.saving.fitted import Fitted
 
@@ -26,6 +31,12 @@ __all__ = ["html_report"]
 
 #: Panels, bars and rows that a page has room for.
 _PANELS, _BARS, _ROWS = 6, 10, 10
+
+_STALE = Finding(
+    "problem",
+    "The model has other weights than the detector was fitted on: no figure here can be trusted.",
+    "Fit the detector again on normal samples, or bring the old weights back.",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,9 @@ def html_report(
     fpr: float = 0.01,
     ert: float = 10_000,
     title: str = "Out-of-distribution report",
+    gallery: Gallery | None = None,
+    alerts: Sequence[Alert] = (),
+    is_stale: bool = False,
 ) -> str:
     """The report of a detector as one HTML document.
 
@@ -58,6 +72,9 @@ def html_report(
         fpr: Share of normal samples that may be flagged.
         ert: Mean number of normal samples between two false drift alarms.
         title: The heading.
+        gallery: Samples to show. The page then holds data, which no alert does.
+        alerts: What a monitor has said of the stream, in place of what it would have said.
+        is_stale: Whether the model has other weights than the detector was fitted on.
 
     Returns:
         The document, which needs nothing but itself.
@@ -68,9 +85,13 @@ def html_report(
     """
     fpr, ert = number("fpr", fpr, 0, 1, ends="()"), number("ert", ert, 2, ends="[)")
     text("title", title)
+    stale = flag("is_stale", is_stale)
     held_out, stream = _drawable(held_out, stream)
     has_valid = stream is not None and bool(stream.valid.any())
     drift = None if stream is None else drift_of(fitted, stream, ert=ert, fpr=fpr)
+    findings = findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert)
+    if stale:
+        findings.insert(0, _STALE)
     template = _environment().from_string(
         (files("ood_monitor.report") / "template.html").read_text(encoding="utf-8")
     )
@@ -80,11 +101,16 @@ def html_report(
         version=__version__,
         facts=dict(facts or {}),
         dropped=fitted.joined.dropped,
-        findings=findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert),
+        banner=banner_of(findings, drift, alerts, is_stale=stale),
+        findings=findings,
+        gallery=None if gallery is None else _shown_gallery(gallery),
         scores=_shown_scores(fitted, stream if has_valid else None),
         held_out=held_out,
         fit=[] if held_out is None else _shown_fit(held_out),
         drift=None if drift is None else _shown_drift(drift, ert),
+        course=_shown_stream(stream, fpr) if stream is not None and has_valid else None,
+        groups=[] if stream is None else _groups(fitted, stream, fpr),
+        alerts=list(alerts)[-_ROWS:][::-1] or ([] if drift is None else drift.alerts[:_ROWS]),
         layers=None if stream is None else _shown_layers(stream, fpr),
         stream=stream,
         flagged=[] if stream is None else stream.flagged(fpr)[:_ROWS],
@@ -183,6 +209,50 @@ def _shown_drift(drift: Drift, ert: float) -> _Shown:
         f"Evidence of drift over {len(drift.log_e_values):,} samples. {said}",
         "Evidence against the calibration data, sample by sample. It starts anew after an alarm.",
     )
+
+
+def _shown_stream(stream: Stream, fpr: float) -> _Shown:
+    flagged = stream.p_value <= fpr
+    return _shown(
+        plots.stream_figure(stream.score, flagged, fpr=fpr),
+        f"Scores and share flagged over {len(stream.ids):,} samples in their order; in all "
+        f"{int(flagged.sum()):,} are flagged.",
+        "The stream over time: the scores, and how often samples are flagged. Of normal samples it "
+        "is the dashed line on average.",
+    )
+
+
+def _groups(fitted: Fitted, stream: Stream, fpr: float) -> list[tuple[str, int, int, float, float]]:
+    """Of each group its name, valid and flagged samples, and the interval of their rate."""
+    if fitted.grouped is None or stream.groups is None:
+        return []
+    found = []
+    for index, name in enumerate([*fitted.grouped.large, OTHERS]):
+        own = stream.valid & (stream.groups == index)
+        flagged, count = int((stream.p_value[own] <= fpr).sum()), int(own.sum())
+        if count:
+            found.append((name, count, flagged, *binomial_interval(flagged, count)))
+    return found
+
+
+def _shown_gallery(gallery: Gallery) -> dict[str, Any]:
+    """Pictures and marked texts, as the template takes them."""
+
+    def shown(exhibit: Exhibit) -> dict[str, Any]:
+        return {
+            "id": exhibit.id,
+            "p_value": exhibit.p_value,
+            "picture": picture(exhibit),
+            "map": mapped(exhibit, gallery.full),
+            "tokens": list(marked(exhibit, gallery.full)),
+        }
+
+    return {
+        "has_maps": gallery.has_maps,
+        "since": gallery.since,
+        "anomalous": [shown(each) for each in gallery.anomalous[:MOST]],
+        "typical": [shown(each) for each in gallery.typical[:MOST]],
+    }
 
 
 def _shown_layers(stream: Stream, fpr: float) -> _Shown | None:
