@@ -51,10 +51,7 @@ class Drift:
 
     @property
     def since(self) -> int:
-        """The sample since which the stream is as it is at its end: of a drift that stands; else 1.
-
-        What a person should look at came then.
-        """
+        """The sample with which a drift that stands began; 1 if none does."""
         stands = self.status == "ALERT" and self.drifts
         return (self.drifts[-1].evidence.since if stands else None) or 1
 
@@ -83,7 +80,7 @@ def drift_of(fitted: Fitted, stream: Stream, *, ert: float, fpr: float) -> Drift
     """What a :class:`~ood_monitor.Monitor` says of a stream, one sample after the other.
 
     Returns:
-        None where nothing can be said: no sample is valid, or the detector has groups and the
+        None where nothing can be said, as no sample is valid, or the detector has groups and the
         stream does not say which sample is of which.
 
     Raises:

@@ -126,7 +126,7 @@ class Gallery:
 
     @property
     def full(self) -> float:
-        """At which a place is marked in full: of nats, what few places of typical samples reach."""
+        """What marks a place in full; of nats what few places of typical samples reach."""
         shown = [*self.typical, *self.anomalous]
         if any(each.unit == "sd" for each in shown):
             return _FULL
