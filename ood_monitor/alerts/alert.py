@@ -40,7 +40,7 @@ Status = Literal["OK", "WARN", "ALERT"]
 DriftOf = Literal["data", "mix"]
 
 #: Version of an alert's JSON; 1 had no status, terms or samples, 2 not what a drift is of, 3 no
-#: number, trace or explanations, 4 no help.
+#: number, trace or explanations, 4 no help, and not what stands.
 _FORMAT = 5
 _READ = (1, 2, 3, 4, _FORMAT)
 
@@ -212,6 +212,9 @@ class Alert:
         number: Its place in all that its monitor has said, running figures included. Numbers only
             grow, also across restarts, whatever the clock does; 0 where nobody has numbered it.
         explains: Of an explanation, the id of the alert that it is of.
+        standing: The kinds that stand with this alert, itself included, the gravest first: a stale
+            calibration, under which nothing else can be trusted, a drift, many samples that could
+            not be scored. What is not among them is over, or was of single samples.
         detector: Fingerprint of the detector.
         model: Fingerprint of the model.
         method: What the detector goes by, such as ``"gradient_norms"`` or ``"forward"``; None in
@@ -237,6 +240,7 @@ class Alert:
     trace: tuple[TracePoint, ...] = ()
     number: int = 0
     explains: str | None = None
+    standing: tuple[AlertKind, ...] = ()
     detector: str
     model: str
     method: str | None = None
@@ -252,8 +256,10 @@ class Alert:
         if self.time.utcoffset() is None:
             raise ValueError(f"Expected a time with a time zone, got {self.time!r}.")
         object.__setattr__(self, "time", self.time.astimezone(UTC))
-        for name in _LISTS:
+        for name in (*_LISTS, "standing"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for kind in self.standing:
+            check_word("standing", kind, get_args(AlertKind))
         make_whole(self, "samples_seen", "number")
         make_text(self, "stream", "message")
 

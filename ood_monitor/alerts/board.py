@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 #: Alerts of a stream that are shown, and points of its curves.
 _ALERTS, _POINTS = 10, 240
 
+#: What of a stream is alerts.
+_TOLD = ("alerts", "causes")
+
 #: Kinds that no status other than OK is of.
 _NO_CAUSE = ("explanation", "accepted", "recovered")
 
@@ -40,6 +43,7 @@ class Shown:
         stream: Its name.
         summary: The latest figures; None before the first.
         alerts: The latest alerts, the latest first, without their traces.
+        causes: Of the kinds that stand, the alerts that told so, the gravest first.
         points: Of the latest summaries samples seen, evidence in nats and flagged rate, any of the
             last two None.
         status: The latest.
@@ -54,6 +58,7 @@ class Shown:
     stream: str
     summary: Summary | None = None
     alerts: tuple[Alert, ...] = ()
+    causes: tuple[Alert, ...] = ()
     points: tuple[tuple[int, float | None, float | None], ...] = ()
     status: Status = "OK"
     since_sample: int = 0
@@ -69,7 +74,7 @@ class Shown:
         if alert.kind == "explanation":
             known = [_explained(it, alert) for it in known]
         shown = sorted([replace(alert, trace=()), *known], key=_order, reverse=True)[:_ALERTS]
-        return self._said(alert, alerts=tuple(shown))
+        return self._said(alert, alerts=tuple(shown), causes=self._causes(alert))
 
     def with_summary(self, summary: Summary) -> Self:
         """With figures; late ones leave what is there."""
@@ -85,17 +90,23 @@ class Shown:
 
     @property
     def standing(self) -> Alert | None:
-        """The alert that its status is of, the gravest; None while it is OK, or if none told so."""
+        """The alert to act on first; None while the status is OK, or if none told of it."""
         if self.status == "OK":
             return None
-        told = [
-            it
-            for it in self.alerts
-            if it.kind not in _NO_CAUSE
-            and it.status == self.status
-            and it.samples_seen >= self.since_sample
-        ]
-        return max(told, key=lambda it: (it.severity == "critical", *_order(it)), default=None)
+        flags = [it for it in self.alerts if it.kind not in _NO_CAUSE and it.status != "OK"]
+        recent = [it for it in flags if it.samples_seen >= self.since_sample]
+        # Of before alerts said what stands, the gravest of the latest.
+        gravest = max(recent, key=lambda it: (it.severity == "critical", *_order(it)), default=None)
+        return next(iter(self.causes), gravest)
+
+    def _causes(self, alert: Alert) -> tuple[Alert, ...]:
+        """What stands by the latest alert, each with the alert that began it where it is known."""
+        if alert.number and alert.number < self.said:
+            return self.causes
+        known = {it.kind: it for it in [*reversed(self.alerts), *self.causes]}
+        known |= {alert.kind: replace(alert, trace=())}
+        causes = [known[kind] for kind in alert.standing if kind in known]
+        return tuple(_explained(it, alert) for it in causes)
 
     def dump(self) -> str:
         """As JSON."""
@@ -103,7 +114,7 @@ class Shown:
             {
                 **vars(self),
                 "format": _FORMAT,
-                "alerts": [json.loads(alert.to_json()) for alert in self.alerts],
+                **{name: [json.loads(it.to_json()) for it in vars(self)[name]] for name in _TOLD},
                 "summary": None if self.summary is None else _plain(self.summary),
                 "since": self.since.isoformat(),
                 "written": self.written.isoformat(),
@@ -201,7 +212,7 @@ def _parsed(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary
         and Summary(**summary | {"time": datetime.fromisoformat(summary["time"])}),
-        "alerts": tuple(Alert.from_json(json.dumps(alert)) for alert in record["alerts"]),
+        **{name: tuple(Alert.from_json(json.dumps(it)) for it in record[name]) for name in _TOLD},
         "points": tuple(_point(*point) for point in record["points"]),
         "since": datetime.fromisoformat(record["since"]),
         "written": datetime.fromisoformat(record["written"]),

@@ -11,7 +11,7 @@ from ood_monitor.alerts.alert import Alert, AlertKind
 from ood_monitor.checks import text
 from ood_monitor.escaping import terminal
 
-__all__ = ["Guidance", "guidance_of", "since_of", "told"]
+__all__ = ["Guidance", "gravest_of", "guidance_of", "since_of", "told"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,11 @@ def guidance_of(kind: AlertKind) -> Guidance:
     return _BY_KIND[kind]
 
 
+def gravest_of(alert: Alert) -> AlertKind:
+    """The kind to act on first: of all that stands with an alert the gravest, or its own."""
+    return alert.standing[0] if alert.standing else alert.kind
+
+
 def since_of(alert: Alert) -> str:
     """Since when an alert's cause is there, as far as the alert knows, in words."""
     evidence, places = alert.evidence, [sample.position for sample in alert.samples]
@@ -160,9 +165,11 @@ def since_of(alert: Alert) -> str:
 
 def told(alert: Alert) -> str:
     """An alert's answer to what, since when and what now, as one line for a terminal."""
+    first = gravest_of(alert)
+    stands = "" if first == alert.kind else f"{first} stands: {guidance_of(first).means} "
     line = (
         f"{alert.status} {alert.kind} (stream {alert.stream}): {alert.message} Since "
-        f"{since_of(alert)}. Do now: {guidance_of(alert.kind).do} More: ood-monitor guide "
-        f"{alert.kind}"
+        f"{since_of(alert)}. {stands}Do now: {guidance_of(first).do} More: ood-monitor guide "
+        f"{first}"
     )
     return terminal(" ".join(line.split()))

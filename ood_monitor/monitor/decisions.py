@@ -392,6 +392,7 @@ class Decisions:
             detector=self.fitted.fingerprint,
             model=self.fitted.model,
             method=self.fitted.method,
+            standing=self.memory.standing,
             status=self.memory.overall,
         )
 

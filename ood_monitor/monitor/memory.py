@@ -14,6 +14,7 @@ import torch
 from ood_monitor.alerts.alert import (
     Alert,
     AlertEvidence,
+    AlertKind,
     FlaggedSample,
     LayerShare,
     Status,
@@ -211,6 +212,16 @@ class Memory:
     def overall(self) -> Status:
         """The status, of samples, weights and input together."""
         return overall(self.status, blind=self.blind, stale=self.stale)
+
+    @property
+    def standing(self) -> tuple[AlertKind, ...]:
+        """The kinds of alerts that stand, the gravest first."""
+        stands: dict[AlertKind, bool] = {
+            "stale_calibration": self.stale,
+            "drift": self.status == "ALERT",
+            "invalid_input": self.blind,
+        }
+        return tuple(kind for kind, is_so in stands.items() if is_so)
 
     def dump(self) -> dict[str, Any]:
         """All of it, as primitives that JSON can hold."""

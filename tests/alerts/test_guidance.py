@@ -14,6 +14,7 @@ from ood_monitor.alerts import Alert, AlertKind, FlaggedSample, guidance_of
 from ood_monitor.alerts.guidance import since_of, told
 from ood_monitor.alerts.sink import alert_line
 from ood_monitor.cli import app
+from ood_monitor_integrations.mlflow.note import note_with
 
 ROOT = Path(__file__).parents[2]
 KINDS = get_args(AlertKind)
@@ -108,3 +109,13 @@ def test_an_alert_says_since_when(name: str) -> None:
     assert guidance_of(alert.kind).do in line
     assert line.isprintable()
     assert alert.help in alert_line(alert)
+
+
+def test_what_to_do_is_what_the_gravest_that_stands_asks_for() -> None:
+    flags = replace(ALERT, kind="sample", standing=("stale_calibration", "drift"))
+    line, note = told(flags), note_with("", flags)
+    for text in (line, note):
+        assert text is not None
+        assert guidance_of("stale_calibration").do in text
+        assert guidance_of("stale_calibration").means in text
+        assert guidance_of("sample").do not in text

@@ -168,16 +168,64 @@ def test_what_is_told_late_or_twice_changes_nothing(tmp_path: Path) -> None:
     assert page.text.count(drift.message) == 2  # of the drift and of the recovery, in the table
 
 
-def test_the_gravest_alert_that_stands_is_the_story(tmp_path: Path) -> None:
-    said = [
-        told("sample", "WARN", 50, message="old"),
-        told("recovered", "OK", 60, message="over"),
-        told("drift", "ALERT", 100, message="the drift"),
-        told("stale_calibration", "ALERT", 120, message="the weights"),
-    ]
-    page = shown(tmp_path / "p.html", said)
-    assert page.text.index("the drift") < page.text.index("the weights")
-    assert guidance_of("drift").means in page.text
+STANDING: dict[str, tuple[list[Alert], AlertKind | None]] = {
+    "stale weights under a drift": (
+        [
+            told("drift", "ALERT", 100, standing=("drift",)),
+            told("stale_calibration", "ALERT", 120, standing=("stale_calibration", "drift")),
+        ],
+        "stale_calibration",
+    ),
+    "flags after stale weights": (
+        [
+            told("stale_calibration", "WARN", 10, standing=("stale_calibration",)),
+            told("sample", "WARN", 20, standing=("stale_calibration",)),
+        ],
+        "stale_calibration",
+    ),
+    "a drift that is left when the weights are right again": (
+        [
+            told("drift", "ALERT", 100, standing=("drift",)),
+            told("stale_calibration", "ALERT", 120, standing=("stale_calibration", "drift")),
+            told("recovered", "ALERT", 140, standing=("drift",)),
+        ],
+        "drift",
+    ),
+    "flags after a drift that is over": (
+        [
+            told("drift", "ALERT", 100, standing=("drift",)),
+            told("recovered", "OK", 200),
+            told("sample", "WARN", 210),
+        ],
+        "sample",
+    ),
+    "a drift of before alerts said what stands": (
+        [told("drift", "ALERT", 100), told("invalid_input", "ALERT", 120)],
+        "drift",
+    ),
+    "nothing that is left": (
+        [told("drift", "ALERT", 100, standing=("drift",)), told("recovered", "OK", 200)],
+        None,
+    ),
+    "a drift that many flags came before, and an explanation after": (
+        [
+            *(told("sample", "WARN", seen) for seen in range(10, 40)),
+            told("drift", "ALERT", 100, standing=("drift",)),
+            told("explanation", "ALERT", 101, standing=("drift",)),
+        ],
+        "drift",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_the_gravest_that_stands_is_the_story(name: str, tmp_path: Path) -> None:
+    alerts, kind = STANDING[name]
+    page = shown(tmp_path / "p.html", alerts)
+    first = page.text.partition("Last alerts")[0]
+    others = {guidance_of(alert.kind).means for alert in alerts}
+    expected = set[str]() if kind is None else {guidance_of(kind).means}
+    assert {means for means in others if means in first} == expected
 
 
 def test_a_layer_of_an_explanation_joins_the_alert(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from support.small_cases import SMALL
 import ood_monitor as om
 from ood_monitor.alerts import Alert
 from ood_monitor.monitor import decisions as decisions_module
+from ood_monitor.monitor.memory import rows_of
+from ood_monitor.monitor.rules import Rules
 
 BRANCHES = SMALL["branches"]
 
@@ -309,6 +311,26 @@ def test_the_evidence_after_an_alarm_is_what_raised_it() -> None:
         if "recovered" in kinds(found):
             break
     assert found[-1].evidence.log_e_value == watch.log_e_value
+
+
+def test_an_alert_says_what_stands_the_gravest_first() -> None:
+    rules = Rules(name="s", fpr=0.01, ert=10_000)
+    decisions = decisions_module.Decisions.of(rules, detector().fitted, seed=0)
+    names = detector().fitted.layers
+
+    def take(values: Any, *, stale: bool | None = None) -> list[tuple[str, tuple[str, ...]]]:
+        before = len(decisions.memory.owed)
+        decisions.take(rows_of(scores(values), names, None), stale=stale)
+        alerts = list(decisions.memory.owed)[before:]
+        return [(alert.kind, alert.standing) for alert in alerts if alert.kind != "sample"]
+
+    assert take(stream(100, 2.0)) == [("drift", ("drift",))]
+    both = ("stale_calibration", "drift")
+    assert take(stream(1), stale=True) == [("stale_calibration", both)]
+    blind = take(np.full(20, math.nan))
+    assert blind[-1] == ("invalid_input", (*both, "invalid_input"))
+    assert take(stream(1), stale=False) == [("recovered", ("drift", "invalid_input"))]
+    assert take(stream(100, seed=5))[0] == ("recovered", ("drift",))
 
 
 # What an operator does

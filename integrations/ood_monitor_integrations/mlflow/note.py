@@ -3,7 +3,7 @@
 import re
 
 from ood_monitor.alerts import Alert, FlaggedSample, LayerShare, TermShare
-from ood_monitor.alerts.guidance import guidance_of, since_of
+from ood_monitor.alerts.guidance import gravest_of, guidance_of, since_of
 from ood_monitor.escaping import markdown_code, markdown_text
 
 __all__ = ["note_with"]
@@ -42,10 +42,13 @@ def _block(alert: Alert) -> str:
 
 
 def _now(alert: Alert) -> str:
-    """What to do, and what it does not mean."""
-    guidance = guidance_of(alert.kind)
+    """What to do first, and what it does not mean."""
+    first = gravest_of(alert)
+    guidance = guidance_of(first)
+    stands = f"**{first.replace('_', ' ')} stands:** {markdown_text(guidance.means)}\n\n"
     return (
-        f"**Do now:** {markdown_text(guidance.do)}\n\n{markdown_code(guidance.command)}\n\n"
+        f"{'' if first == alert.kind else stands}**Do now:** {markdown_text(guidance.do)}\n\n"
+        f"{markdown_code(guidance.command)}\n\n"
         f"{markdown_text(guidance.means_not)}\n\n"
     )
 
