@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 from markdown_it import MarkdownIt
+from ood_monitor_integrations.mlflow.note import note_with
 from support.alert_cases import ALERT
 from typer.testing import CliRunner
 
@@ -14,7 +15,6 @@ from ood_monitor.alerts import Alert, AlertKind, FlaggedSample, guidance_of
 from ood_monitor.alerts.guidance import since_of, told
 from ood_monitor.alerts.sink import alert_line
 from ood_monitor.cli import app
-from ood_monitor_integrations.mlflow.note import note_with
 
 ROOT = Path(__file__).parents[2]
 KINDS = get_args(AlertKind)
