@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark test-loggers check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark test-loggers test-foreign check docs format bench benchmark-peers train evidence clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-spark a detector on Spark, in an environment of its own (needs Java 17)"
 	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
+	@echo "make test-foreign norms of other packages' models, and what they cost, in an environment of its own"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
@@ -54,6 +55,20 @@ test-spark: .venv-spark/.installed
 test-loggers: .venv-loggers/.installed
 	OMP_NUM_THREADS=1 .venv-loggers/bin/pytest -m slow tests/integrations/lightning/test_foreign_loggers.py \
 		tests/integrations/accelerate/test_foreign_trackers.py
+
+# Likewise: some of these packages register plugins of others. What it measures is committed.
+test-foreign: .venv-foreign/.installed
+	OMP_NUM_THREADS=1 .venv-foreign/bin/pytest tests/foreign
+	.venv-foreign/bin/python -m benchmarks.cost.foreign --json benchmarks/results/foreign.json
+	.venv-foreign/bin/python -m benchmarks.cost.performance
+
+# Those packages without their dependencies, after all else and with torch held.
+.venv-foreign/.installed: pyproject.toml requirements.lock requirements-foreign.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps \
+		--requirement requirements-foreign.txt
+	touch $@
 
 .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt
 	$(PYTHON) -m venv $(@D)
@@ -131,4 +146,4 @@ benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) .venv-spark .venv-loggers build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-spark .venv-loggers .venv-foreign build dist runs .mypy_cache .pytest_cache .ruff_cache
