@@ -91,7 +91,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: benchmark-peers
+bench: benchmark-peers .venv-foreign/.installed
 	$(BIN)/python -m benchmarks.integrations.lightning --json benchmarks/results/lightning.json
 	$(BIN)/python -m benchmarks.integrations.diffusers --part latency --json benchmarks/results/diffusers_latency.json
 	$(BIN)/python -m benchmarks.integrations.real_sizes --scale 0.1 --model 'SD 1.5' --rounds 3 \
@@ -99,6 +99,7 @@ bench: benchmark-peers
 	$(BIN)/python -m benchmarks.cost.factor_forms --json benchmarks/results/factor_forms.json
 	$(BIN)/python -m benchmarks.cost.gradient_norms --json benchmarks/results/gradient_norms.json \
 		--figure docs/gradient-norms-cost.png
+	.venv-foreign/bin/python -m benchmarks.cost.foreign --json benchmarks/results/foreign.json
 	$(BIN)/python -m benchmarks.drift.e_detector --json benchmarks/results/drift.json --figure docs/drift.png
 	$(BIN)/python -m benchmarks.cost.performance
 

@@ -21,9 +21,10 @@ INTRODUCTION = """\
 
 What the library costs in time and memory. `make bench` measures it and writes this page;
 `python -m benchmarks.cost.performance` writes it again from what was measured, in
-`benchmarks/results`. What a network costs depends on its sizes, so weights are random. A ratio is
-of runs in one process, one just before or after the other, so that other work on the machine counts
-little in it; it does show in milliseconds and quantiles."""
+`benchmarks/results`, as `make test-foreign` does once it has measured models of other packages.
+What a network costs depends on its sizes, so weights are random. A ratio is of runs in one process,
+one just before or after the other, so that other work on the machine counts little in it; it does
+show in milliseconds and quantiles."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ PARTS = [
         "cost.gradient_norms --figure docs/gradient-norms-cost.png",
         sections.norms_figures,
         sections.norms_section,
+    ),
+    Part(
+        "foreign",
+        "Models of other packages",
+        "cost.foreign",
+        sections.foreign_figures,
+        sections.foreign_section,
     ),
     Part(
         "factor_forms",

@@ -361,3 +361,70 @@ def real_size(row: Row) -> tuple[object, ...]:
 
 def peak(row: Row) -> tuple[object, ...]:
     return sized(row), row["weights_mib"], row["peak_mib"], row["added_mib"], f"{row['peak']:.3f}"
+
+
+def foreign_figures(report: Report) -> list[Figure]:
+    """Of all models, and of those of which nothing is left to the loop."""
+    rows = report["rows"]
+    fast = [row for row in rows if not row["by the loop"]]
+    found = [(f"median of {len(rows)} models", rows)]
+    if fast:
+        found.append((f"median of the {len(fast)} of which nothing is left to the loop", fast))
+    return [
+        (what, f"{median_of(among, 'ours')} plain passes", besides(among)) for what, among in found
+    ]
+
+
+def besides(rows: list[Row]) -> str:
+    found = [(name, [r for r in rows if "time" in r[name]]) for name in FOREIGN_PEERS]
+    return ", ".join(
+        f"{name} {median_of(ran, name)} on the {len(ran)} where it runs"
+        for name, ran in found
+        if ran
+    )
+
+
+def median_of(rows: list[Row], name: str) -> str:
+    return ratio(statistics.median(row[name]["time"] for row in rows))
+
+
+FOREIGN_PEERS = ("vmap(grad)", "loop", "Opacus")
+
+
+def foreign_section(report: Report) -> list[str]:
+    before, targets = report["before"], report["targets"]
+    times = before.get("times", {})
+    worst = max(report["rows"], key=lambda row: float(row["error"]))
+    lines = [
+        (
+            row["model"],
+            row["package"],
+            row["batch"],
+            f"{row['plain pass, ms']:.1f}",
+            ratio(times[row["model"]]) if row["model"] in times else None,
+            *(timed(row[name]) for name in ("ours", *FOREIGN_PEERS)),
+            targets.get(row["model"]),
+            f"{row['by the loop']} of {row['parameters']}",
+        )
+        for row in report["rows"]
+    ]
+    earlier = f"before ({before['date']})" if before else "before"
+    header = ["model", "of", "B", "plain pass, ms", earlier, "now", *FOREIGN_PEERS, "target"]
+    return [
+        paragraph(
+            "Models of other packages, with random weights, and norms of the whole log-likelihood. "
+            "Times are in units of a plain pass, as above. The loop is of `torch.autograd.grad` "
+            "over the samples. The first time stands for an earlier build, measured on the day "
+            "that it names. A method fails where it raises, and gets a tensor wrong as above; "
+            "`benchmarks/results/foreign.json` says why it fails. The last column counts the "
+            "parameters whose norms we leave to a loop. In double precision, at smaller sizes and "
+            "against such a loop, the largest relative error of a norm is "
+            f"{worst['error']:.1e}, of {worst['model']}."
+        ),
+        table([*header, "left to the loop"], lines),
+        *left_out(report["absent"]),
+    ]
+
+
+def left_out(absent: list[str]) -> list[str]:
+    return [paragraph(f"Not installed, and left out: {', '.join(absent)}.")] if absent else []

@@ -220,7 +220,7 @@ CASES: tuple[Foreign, ...] = (
     Foreign("sbi MAF", "sbi", partial(sbi, builder="build_maf")),
     Foreign("sbi MAF with splines", "sbi", partial(sbi, builder="build_maf_rqs")),
     Foreign("sbi mixture density network", "sbi", partial(sbi, builder="build_mdn")),
-    Foreign("sbi NSF of zuko", "sbi", partial(sbi, builder="build_zuko_nsf")),
+    Foreign("sbi NSF of zuko", "sbi", partial(sbi, builder="build_zuko_nsf"), target=4),
     Foreign("nflows NSF + BN", "nflows", partial(nflow, layer=nsf_and_batch_norm), target=4),
     Foreign("nflows autoregressive NSF", "nflows", partial(nflow, layer=autoregressive_nsf)),
     Foreign("nflows MAF + LU", "nflows", partial(nflow, layer=maf_and_lu), target=4),
