@@ -1,9 +1,9 @@
 """Time of `gradient_norms` on models of other packages, in units of a plain pass of the same model.
 
-On one thread, methods interleaved, of the whole log-likelihood. `vmap(grad)`, Opacus and a loop of
-`torch.autograd.grad` stand beside it. What an earlier build took on the same machine is kept with
-the results: `--before` writes this run's times as those. `make test-foreign` installs the packages;
-models of others that are absent are named and left out.
+Processor time of one thread, methods interleaved, of the whole log-likelihood. `vmap(grad)`, Opacus
+and a loop of `torch.autograd.grad` stand beside it. What an earlier build took on the same machine
+is kept with the results: `--before` writes the times of this run as those. `make test-foreign`
+installs the packages; models of others that are absent are named and left out.
 """
 
 import copy
@@ -26,7 +26,14 @@ from benchmarks.cost.peers import METHODS, Norms, plain
 from benchmarks.foreign import FOREIGN, Foreign
 from benchmarks.foreign.case import Density, exact_norms, worst_error
 from benchmarks.foreign.language import log_probability
-from benchmarks.harness.measurement import Row, claim, conclude, machine, ratios, seconds
+from benchmarks.harness.measurement import (
+    Row,
+    claim,
+    conclude,
+    machine,
+    processor_seconds,
+    ratios,
+)
 from ood_monitor.adapters.base import Batch, checked_terms
 from ood_monitor.gradients import norms
 
@@ -83,11 +90,11 @@ def measured(case: Foreign, quick: bool) -> Row:
     ours, by_autograd = METHODS["ours"](whole, batch), loop(whole, batch)
     unit, exact = plain(whole, batch), by_autograd()
     found, runs = tried({"ours": ours} | peers(case) | {"loop": by_autograd}, exact)
-    spent = seconds(unit) + sum(seconds(run) + seconds(unit) for run in runs.values())
+    spent = sum(processor_seconds(run) + processor_seconds(unit) for run in runs.values())
     rounds = 1 if quick else min(MOST, max(FEWEST, round(SECONDS / spent)))
-    for name, ratio in ratios(unit, runs, rounds).items():
+    for name, ratio in ratios(unit, runs, rounds, processor_seconds).items():
         found[name]["time"] = round(ratio, 2)
-    milliseconds = 1e3 * statistics.median(seconds(unit) for _ in range(rounds))
+    milliseconds = 1e3 * min(processor_seconds(unit) for _ in range(rounds))
     facts = {
         "model": case.name,
         "package": case.package,
@@ -174,13 +181,13 @@ def claims(rows: list[Row], cases: dict[str, Foreign]) -> list[Row]:
     ]
 
 
-def before(path: Path | None, rows: list[Row], now: bool) -> Row:
-    """An earlier build's times, by model, as this run or the file of an earlier one has them."""
-    if now or path is None or not path.exists():
-        times = {row["model"]: row["ours"]["time"] for row in rows} if now else {}
-        return {"date": date.today().isoformat(), "times": times} if now else {}
-    found: Row = json.loads(path.read_text()).get("before", {})
-    return found
+def before(path: Path | None, rows: list[Row], as_before: bool) -> Row:
+    """An earlier build's times, by model: those of the file, with this run's where it is one."""
+    kept: Row = json.loads(path.read_text())["before"] if path is not None and path.exists() else {}
+    if not as_before:
+        return kept
+    times = {row["model"]: row["ours"]["time"] for row in rows}
+    return {"date": date.today().isoformat(), "times": kept.get("times", {}) | times}
 
 
 def line(row: Row) -> str:
@@ -210,6 +217,8 @@ def main(
     warnings.filterwarnings("ignore")  # of packages, and of hooks and their speed
     asked = [c for c in FOREIGN if only in c.name and (not quick or c.name in QUICK)]
     cases = {case.name: case for case in asked if case.is_installed}
+    if not cases:
+        raise typer.BadParameter(f"Expected a name of a model that is installed, got {only!r}.")
     rows = list(told(cases.values(), quick))
     report = {
         "machine": machine(),

@@ -45,13 +45,25 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def ratios(plain: Run, methods: Mapping[str, Run], rounds: int) -> dict[str, float]:
+def processor_seconds(run: Run) -> float:
+    """Of all threads of this process on the processor, which other work there changes little."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def ratios(
+    plain: Run,
+    methods: Mapping[str, Run],
+    rounds: int,
+    timed: Callable[[Run], float] = seconds,
+) -> dict[str, float]:
     """Median time of each method in units of the plain runs just before and after it."""
     found: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
-        before = seconds(plain)
+        before = timed(plain)
         for name, run in methods.items():
-            taken, after = seconds(run), seconds(plain)
+            taken, after = timed(run), timed(plain)
             found[name].append(2 * taken / (before + after))
             before = after
     return {name: statistics.median(values) for name, values in found.items()}
