@@ -254,7 +254,7 @@ def _compare(
     values, exact = loop_norms(passes, probe, n, every, _by_row)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
-    done = fast.left_over | wrong_before
+    done = fast.left_over.keys() | wrong_before
     with torch._C.DisableTorchFunction():  # no calls of the model's, which are watched
         wrong = disagreeing(fast.norms, exact, dtypes, done)
         unsettled = _without_verdict(exact, dtypes)

@@ -1,9 +1,11 @@
 """The fast path: one recorded forward pass, and one plain backward pass per term."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import Adapter, Batch, OnePass, checked_terms, tensors_in
 from ood_monitor.gradients.factors import Granularity, count_of, full_precision
@@ -20,14 +22,16 @@ class Recorded:
     Attributes:
         log_likelihood: ``{term: (B,)}``, in nats.
         norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``; zero where no gradient came.
-        left_over: Parameters that only the loop gets right.
+        left_over: Parameters that only the loop gets right, and why.
+        found_owners: Parameters whose rows' owners were found in weighted passes.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
         constant: Terms without any graph, which are values alone.
     """
 
     log_likelihood: dict[str, Tensor]
     norms: dict[str, Tensor]
-    left_over: set[str]
+    left_over: dict[str, str]
+    found_owners: set[str]
     last_of_graph: frozenset[str]
     constant: frozenset[str] = frozenset()
 
@@ -51,8 +55,59 @@ def recorded_norms(
         last_of_graph: As an earlier pass found it: their backward pass frees the graph as it goes,
             which saves the memory that the gradients then take.
     """
+    rows = tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
+    if passes.holder not in _shapes:
+        _shapes[passes.holder] = _Seen()
+    seen: _Seen = _shapes[passes.holder]
+    key = n, rows
+    found, recorder = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key)
+    if recorder.guessed and (recorder.refuted or recorder.left_over):
+        seen.not_by_size.add(key)
+        found, recorder = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key)
+    if len(seen.confirmed) < _MOST_SHAPES:
+        seen.confirmed.add(key)
+    return found
+
+
+@dataclass
+class _Seen:
+    """What passes of an adapter over batches of some shapes have shown.
+
+    Attributes:
+        confirmed: Those of which owners were found twice.
+        not_by_size: Those of which a size is the batch's by chance.
+    """
+
+    confirmed: set[Any] = field(default_factory=set)
+    not_by_size: set[Any] = field(default_factory=set)
+
+
+_shapes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+#: Shapes remembered of an adapter; further ones are confirmed each time.
+_MOST_SHAPES = 1000
+
+
+def _recorded(
+    passes: Passes[Adapter],
+    batch: Batch,
+    n: int,
+    selected: Callable[[str], bool],
+    by: Callable[[str], Granularity],
+    last_of_graph: frozenset[str],
+    seen: _Seen,
+    key: Any,
+) -> tuple[Recorded, Recorder]:
     adapter = passes.fresh()
-    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by)
+    recorder = Recorder(
+        adapter.module,
+        selected,
+        tensors_in(batch),
+        n,
+        by,
+        by_size=key not in seen.not_by_size,
+        confirms=key not in seen.confirmed,
+    )
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     constant: set[str] = set()
@@ -63,7 +118,8 @@ def recorded_norms(
         norms |= {f"{term}/{name}": squared for name, squared in found.items()}
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
-    return Recorded(values, norms, recorder.left_over, last, frozenset(constant))
+    left, owned = recorder.left_over, recorder.found_owners - recorder.left_over.keys()
+    return Recorded(values, norms, left, owned, last, frozenset(constant)), recorder
 
 
 def recorded_rows(
@@ -91,7 +147,7 @@ def recorded_rows(
         for term, part in zip(one.terms, squared.chunk(count), strict=True)
     }
     values = dict(zip(one.terms, value.detach().chunk(count), strict=True))
-    return Recorded(values, norms, recorder.left_over, frozenset())
+    return Recorded(values, norms, recorder.left_over, recorder.found_owners, frozenset())
 
 
 def _squared_norms(

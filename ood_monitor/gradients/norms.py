@@ -276,7 +276,7 @@ def _chunk_norms(
         if at_once
         else recorded_norms(passes, chunk, n, by_rule, by, facts.last_of_graph)
     )
-    slow = by_loop | fast.left_over
+    slow = by_loop | fast.left_over.keys()
     norms = fast.norms
     if slow:
         norms = norms | loop_norms(passes, chunk, n, slow.__contains__, by)[1]

@@ -12,13 +12,16 @@ graph, so that the backward pass computes no weight gradient, and a hook on its 
 output's gradient to the operation's rule. Gradients of a derived tensor then go back to its
 parameters through its own small graph.
 
-What no rule covers is put on the list `left_over`, for the loop over samples: exact, only slower.
+Where it is not known whose the rows of an operation are, the graph gets a second backward pass, of
+weighted terms, which shows it (:mod:`~ood_monitor.gradients.owners`).
+
+What no rule covers is put on the list `left_over`, with the reason, for the loop over samples:
+exact, only slower.
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +37,10 @@ from ood_monitor.gradients.factors import (
     norms_by,
 )
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
-from ood_monitor.gradients.rules import (
-    JOINING,
-    POINTWISE,
-    REWRITES,
-    RULES,
-    is_of_each_sample,
-    joined,
-    pointwise,
-)
+from ood_monitor.gradients.owners import Owners, Weighted, weights_of
+from ood_monitor.gradients.rules import POINTWISE, REWRITES, RULES, SPREADING
 from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tensors_of
+from ood_monitor.gradients.uses import Covered, Given, Rows, covered, spread_along
 
 __all__ = ["Recorder"]
 
@@ -69,15 +66,28 @@ class _Use:
 
     term: int  # that was being computed, counted from 0
     sources: list[_Source]
-    factors: Callable[[Tensor], list[Factor]]
+    form: Covered | None
+    dimension: int | None  # along which its rows are in order, as far as is known
     saved: list[tuple[Tensor, int]]  # the data it took, and their versions then
 
     def forget(self) -> None:
         """Let go of the data, which the hook would keep until the whole graph is freed."""
-        self.factors, self.saved = lambda g: [], []
+        self.form, self.saved = None, []
 
     def is_intact(self) -> bool:
         return all(tensor._version == version for tensor, version in self.saved)
+
+    def factors(self, g: Tensor, rows: Rows) -> list[Factor]:
+        return [] if self.form is None else self.form.factors(g, rows)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A use whose rows' owners are not found yet, and what backward passes brought to it."""
+
+    full: Tensor  # the gradient of the operation's result
+    g: Tensor  # as rows
+    passes: list[Weighted]
 
 
 #: Puts other data under a tensor, past its graph.
@@ -97,6 +107,9 @@ class Recorder(TorchFunctionMode):
         data: The tensors of the batch.
         n: Number of gradients: the batch size, or the number of groups.
         by: The granularity of each.
+        by_size: Whether what is put in as many rows as the batch has is taken for the samples'
+            rows, as a learned start state. Where it is not that, order is lost.
+        confirms: Whether owners of rows are found twice.
     """
 
     def __init__(
@@ -106,15 +119,24 @@ class Recorder(TorchFunctionMode):
         data: Iterable[Tensor],
         n: int,
         by: Callable[[str], Granularity],
+        *,
+        by_size: bool = True,
+        confirms: bool = True,
     ) -> None:
         super().__init__()
-        self.left_over: set[str] = set()
+        #: Parameters that only the loop gets right, and why.
+        self.left_over: dict[str, str] = {}
+        #: Parameters whose rows' owners were found in weighted passes.
+        self.found_owners: set[str] = set()
+        #: Whether rows were taken for the samples' by their number, and whether that was wrong.
+        self.guessed, self.refuted = False, False
         #: The followed parameters that met data, in the order of their first use.
         self.used: dict[str, None] = {}
         #: Terms, counted from 0, whose graph a later one needs.
         self.shared: set[int] = set()
         self._term = 0
         self._n, self._by = n, by
+        self._by_size, self._confirms = by_size, confirms
         #: The followed parameters by name, in module order.
         self.leaves: dict[str, Tensor] = {}
         # By identity; of a derived tensor, which its source keeps alive, or of a parameter.
@@ -126,19 +148,25 @@ class Recorder(TorchFunctionMode):
             self._plain[id(parameter)] = value
             if selected(name) and (parameter.is_floating_point() or parameter.is_complex()):
                 if parameter.is_complex():  # the rules are those of real numbers
-                    self.left_over.add(name)
+                    self.left_over[name] = "complex numbers"
                 leaf = value.detach().requires_grad_()
                 self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
         self._parameters = list(module.parameters())  # keeps the ids above valid
         self._data = DataMarks()
+        self._rows = 0
         for tensor in data:
             self._data.set(tensor, Data(dimension=0, anchored=False))
-        #: Parameters that met data of rows created alone.
-        self._met_created: set[str] = set()
+            self._rows = len(tensor)
+        #: Uses of data of rows created alone, and those whose owners have to be found.
+        self._of_created: list[weakref.ref[_Use]] = []
+        self._unordered: weakref.WeakSet[_Use] = weakref.WeakSet()
         self._uses: dict[str, weakref.WeakSet[_Use]] = {}
         self._anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._keep_graph, self._backward = True, False
+        #: The weights of the pass that is being made; None of the plain one.
+        self._weights: Tensor | None = None
+        self._waiting: dict[_Use, _Waiting] = {}
         self._collected: list[tuple[_Source, Factor]] = []
         self._norms: dict[str, Tensor] = {}
 
@@ -152,7 +180,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside `torch.func`, whose tensors stand for others, as do their gradients.
-            self._leave(self._sources.values())
+            self._leave(self._sources.values(), "a transform of `torch.func`")
             return func(*self._substituted(args), **self._substituted(kwargs))
         if func in REWRITES:
             with self:  # so that what it is made of comes here too
@@ -165,9 +193,14 @@ class Recorder(TorchFunctionMode):
             sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
             data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
             if any(self._is_unknown(tensor) for tensor in tensors) or (data and func == _SET_DATA):
-                self._leave(self._sources.values())
+                self._leave(self._sources.values(), "a write that no call shows")
             if sources and data and not torch.is_grad_enabled():
-                self._leave(sources)  # as in the forward of an `autograd.Function`
+                # As in the forward of an `autograd.Function`.
+                self._leave(sources, "a call without gradients")
+            if sources and not data and self._by_size and self._n > 1 and torch.is_grad_enabled():
+                if func in SPREADING:
+                    return self._spread(func, args, kwargs, sources)
+                data = self._created_by_size(func, tensors)
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
         consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
@@ -182,7 +215,6 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             dimensions = self._dimensions(func, args, kwargs, changed, data)
         if consumed:
-            self.used |= dict.fromkeys(name for source in sources for name in source.names)
             result = self._consume(func, (args, kwargs), plain, result, sources, data, dimensions)
             changed = args[0] if func is Tensor.__setitem__ else result
         with torch._C.DisableTorchFunction():
@@ -202,22 +234,52 @@ class Recorder(TorchFunctionMode):
         """
         self._collected, self._norms = [], {}
         if id(value) in self._sources:
-            self._leave([self._sources[id(value)]])
+            self._leave([self._sources[id(value)]], "a term that is no function of the data")
         elif value.requires_grad and self._anchors:
-            # Asking for the gradients of the anchors alone drives the whole backward pass.
-            anchors = list(self._anchors.values())
-            self._keep_graph, self._backward = keep_graph, True
-            try:
-                torch.autograd.grad(
-                    value.sum(), anchors, retain_graph=keep_graph, allow_unused=True
-                )
-            except CheckpointError:  # gradient checkpointing runs a forward pass unrecorded
-                self._leave(self._sources.values())
-            finally:
-                self._backward = False
+            self._keep_graph = keep_graph or bool(self._unordered)
+            self._differentiate(value, None)
+            self._settle(value)
         self._sum_up_uses()
         self._term += 1
         return self._norms
+
+    def _differentiate(self, value: Tensor, weights: Tensor | None) -> None:
+        """One backward pass; the hooks of uses see what it brings."""
+        # Asking for the gradients of the anchors alone drives the whole backward pass.
+        anchors = list(self._anchors.values())
+        self._weights, self._backward = weights, True
+        ones = torch.ones_like(value) if weights is None else weights
+        each = ones.repeat_interleave(len(value) // len(ones))
+        try:
+            torch.autograd.grad(
+                value, anchors, each, retain_graph=self._keep_graph, allow_unused=True
+            )
+        except CheckpointError:  # gradient checkpointing runs a forward pass unrecorded
+            self._leave(self._sources.values(), "gradient checkpointing")
+        finally:
+            self._weights, self._backward = None, False
+
+    def _settle(self, value: Tensor) -> None:
+        """Find the owners of the rows that wait for them, by passes of weighted terms."""
+        for number in (1, 2):
+            if self._waiting:
+                self._differentiate(value, weights_of(self._n, number).to(value))
+                self._waiting = self._still_open(confirms=number == 1 and self._confirms)
+
+    def _still_open(self, *, confirms: bool) -> dict[_Use, _Waiting]:
+        """Those of which a further pass has to tell; the factors of the others are taken."""
+        still: dict[_Use, _Waiting] = {}
+        for use, each in self._waiting.items():
+            with torch._C.DisableTorchFunction():
+                owners = Owners.found(each.g, each.passes) if each.passes else None
+            if owners is None:
+                self._leave(use.sources, "rows that are of no sample alone")
+            elif confirms or not (owners.certain or len(each.passes) > 1):
+                still[use] = each
+            else:
+                self.found_owners.update(name for s in use.sources for name in s.names)
+                self._take(use, each.full, owners)
+        return still
 
     # The forward pass.
 
@@ -240,12 +302,19 @@ class Recorder(TorchFunctionMode):
         changed: Any,
         data: list[tuple[Tensor, Data]],
     ) -> list[int | None]:
-        """The sample dimension of each tensor of ``changed``; left over is what it refutes."""
+        """The sample dimension of each tensor of ``changed``."""
         known = [(tensor, d.dimension) for tensor, d in data]
         found = sample_dimensions(func, args, kwargs, tensors_of((changed,)), self._n, known)
         if None in found and func not in CREATING and any(d.created for _, d in data):
-            self.left_over |= self._met_created
+            self._refute()
         return found
+
+    def _refute(self) -> None:
+        """Rows that were created may be no longer those of the samples, in order."""
+        self.refuted = True
+        for use in filter(None, (each() for each in self._of_created)):
+            use.dimension = None
+            self._unordered.add(use)
 
     def _mark(
         self,
@@ -275,6 +344,40 @@ class Recorder(TorchFunctionMode):
                     self._sources[id(tensor)] = _Source(tensor, names)
         return result
 
+    def _created_by_size(
+        self, func: Callable[..., Any], tensors: list[Tensor]
+    ) -> list[tuple[Tensor, Data]]:
+        """Constants among a call's tensors that have a row for each sample, as data."""
+        own = [t for t in tensors if id(t) in self._sources]
+        if func in RULES:
+            given = [t for t in tensors[:1] if t.ndim]
+        elif func in POINTWISE:  # a mask of a weight has the weight's own rows
+            given = [t for t in tensors if all(_is_above(t.shape, p.shape) for p in own)]
+        else:
+            return []
+        found = [t for t in given if self._is_constant(t) and len(t) == self._rows]
+        self.guessed |= bool(found)
+        return [(t, Data(dimension=0, anchored=False, created=True)) for t in found]
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        known = id(tensor) in self._sources or id(tensor) in self._plain
+        return not known and tensor.ndim > 0 and not tensor.requires_grad
+
+    def _spread(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
+    ) -> Any:
+        """A derived tensor put in rows: its use, if there are as many as the batch has."""
+        plain = self._substituted(args), self._substituted(kwargs)
+        result = func(*plain[0], **plain[1])
+        d = spread_along(sources[0].tensor, result, self._rows)
+        if d is None or sources[0].tensor.is_complex():
+            return self._constant_or_derived(func, args, kwargs, sources)
+        self.guessed = True
+        result = self._consume(func, (args, kwargs), plain, result, sources, [], [d])
+        with torch._C.DisableTorchFunction():
+            self._mark(func, result, [], [d])
+        return result
+
     def _consume(
         self,
         func: Callable[..., Any],
@@ -285,85 +388,65 @@ class Recorder(TorchFunctionMode):
         data: list[tuple[Tensor, Data]],
         dimensions: list[int | None],
     ) -> Any:
-        changed_in_place = any(result is tensor for tensor in tensors_of(plain))
-        numbers = [source.tensor for source in sources] + tensors_of((result,))
-        real = not any(tensor.is_complex() for tensor in numbers)
-        covered = real and dimensions == [0] and isinstance(result, Tensor) and not changed_in_place
-        factors = self._factors(func, given, plain, result) if covered else None
-        if factors is None:  # exact all the same: the loop takes these parameters
-            self._leave(sources)
+        self.used |= dict.fromkeys(name for source in sources for name in source.names)
+        if _is_checkpointed():
+            # Its second forward pass, unrecorded, may save other tensors of the same shapes.
+            self._leave(self._sources.values(), "gradient checkpointing")
+        form = self._form(func, given, plain, result, sources, dimensions)
+        if isinstance(form, str):  # exact all the same: the loop takes these parameters
+            self._leave(sources, form)
             return result
-        if all(known.created for _, known in data):
-            self._met_created.update(name for source in sources for name in source.names)
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
-            self._data.set(result, Data(0, anchored=True))
+            self._data.set(result, Data(dimensions[0], anchored=True))
         saved = [(tensor.detach(), tensor._version) for tensor, _ in data]
-        use = _Use(self._term, sources, factors, saved)
+        use = _Use(self._term, sources, form, form.dimension, saved)
+        if form.dimension is None:
+            self._unordered.add(use)
+        if all(known.created for _, known in data):
+            self._of_created.append(weakref.ref(use))
         for name in {name for source in sources for name in source.names}:
             self._uses.setdefault(name, weakref.WeakSet()).add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
         return result
 
-    def _factors(
-        self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
-    ) -> Callable[[Tensor], list[Factor]] | None:
-        """What gives the factors of the sources in order, or None if no rule covers the call."""
-        if func in POINTWISE:
-            return self._pointwise_factors(func, given, plain, result)
-        if func in JOINING:
-            return self._joined_factors(given, result)
-        return self._rule_factors(func, given, plain) if func in RULES else None
+    def _form(
+        self,
+        func: Callable[..., Any],
+        given: Any,
+        plain: Any,
+        result: Any,
+        sources: list[_Source],
+        dimensions: list[int | None],
+    ) -> Covered | str:
+        """The closed form of a call, or why it has none."""
+        name = getattr(func, "__name__", str(func))
+        if not isinstance(result, Tensor) or result.ndim == 0:
+            return f"`{name}`, which has no rule"
+        if any(result is tensor for tensor in tensors_of(plain)):
+            return f"`{name}`, which writes in place"
+        numbers = [source.tensor for source in sources] + [result]
+        if any(tensor.is_complex() for tensor in numbers):
+            return "complex numbers"
+        (d,) = dimensions
+        call = Given(
+            func,
+            given[0],
+            given[1],
+            plain,
+            result,
+            self._n,
+            lambda v: id(v) in self._sources,
+            lambda v: self._sources[id(v)].is_parameter,
+            self._dimension_of,
+            d if d is not None and result.shape[d] > 0 == result.shape[d] % self._n else None,
+        )
+        found = covered(call)
+        return f"`{name}`, which has no rule for this" if found is None else found
 
-    def _rule_factors(
-        self, func: Callable[..., Any], given: Any, plain: Any
-    ) -> Callable[[Tensor], list[Factor]] | None:
-        rule, n = RULES[func], self._n
-        arguments = dict(zip(rule.arguments, given[0], strict=False)) | given[1]
-        values = dict(zip(rule.arguments, plain[0], strict=False)) | plain[1]
-        values = map_arguments(Tensor.detach, values)
-        names = [
-            k for k, v in arguments.items() if isinstance(v, Tensor) and id(v) in self._sources
-        ]
-        x = arguments["input"]
-        if not set(names) <= {"weight", "bias"} or not self._is_batch_first(x):
-            return None
-
-        def factors(g: Tensor) -> list[Factor]:
-            by_name = rule.factors(n, g, map_arguments(full_precision, values))
-            return [by_name[name] for name in names]
-
-        return factors
-
-    def _pointwise_factors(
-        self, func: Callable[..., Any], given: Any, plain: Any, result: Tensor
-    ) -> Callable[[Tensor], list[Factor]] | None:
-        (args, _), (values, options) = given, map_arguments(Tensor.detach, plain)
-        tensors = {i: v for i, v in enumerate(args) if isinstance(v, Tensor)}
-        followed = any(v.ndim == result.ndim and self._is_batch_first(v) for v in tensors.values())
-        taken = {i: s for i, v in tensors.items() if (s := self._sources.get(id(v))) is not None}
-        # A parameter of so many rows as the batch has would not fit any other batch.
-        fixed = any(s.is_parameter and is_of_each_sample(args[i], result) for i, s in taken.items())
-        if fixed or not taken or not followed:
-            return None
-        operation, n = partial(func, **options), self._n
-
-        def factors(g: Tensor) -> list[Factor]:
-            arguments = map_arguments(full_precision, values)
-            return [pointwise(operation, n, g, arguments, i) for i in taken]
-
-        return factors
-
-    def _joined_factors(
-        self, given: Any, result: Tensor
-    ) -> Callable[[Tensor], list[Factor]] | None:
-        (tensors, *rest), options = given
-        dim = (rest[0] if rest else options.get("dim", options.get("axis", 0))) % result.ndim
-        if dim == 0 or any(len(tensor) != len(result) for tensor in tensors):
-            return None
-        sizes, n = [tensor.shape[dim] for tensor in tensors], self._n
-        positions = [i for i, tensor in enumerate(tensors) if id(tensor) in self._sources]
-        return lambda g: [joined(n, g, dim, sizes, i) for i in positions]
+    def _dimension_of(self, tensor: Tensor) -> int | None:
+        known = self._data.get(tensor)
+        return None if known is None else known.dimension
 
     def _follow(self, func: Callable[..., Any], tensor: Tensor, result: Any) -> None:
         """Know of writes past a tensor's version: by its data, which has its own, or in NumPy."""
@@ -372,11 +455,6 @@ class Recorder(TorchFunctionMode):
                 self._data.follow(tensor, result)
             else:
                 self._data.lose(tensor)
-
-    def _is_batch_first(self, tensor: Tensor) -> bool:
-        known = self._data.get(tensor)
-        whole = tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self._n == 0
-        return whole and known is not None and known.dimension == 0
 
     def _anchor(self, like: Tensor) -> Tensor:
         """A zero that requires a gradient: what makes a result part of the graph."""
@@ -392,27 +470,40 @@ class Recorder(TorchFunctionMode):
         known = id(tensor) in self._sources or id(tensor) in self._plain
         return not known and self._data.get(tensor) is None
 
-    def _leave(self, sources: Iterable[_Source]) -> None:
-        self.left_over.update(name for source in sources for name in source.names)
+    def _leave(self, sources: Iterable[_Source], reason: str) -> None:
+        for name in (name for source in sources for name in source.names):
+            self.left_over.setdefault(name, reason)
 
     # The backward pass.
 
     def _on_gradient(self, use: _Use, g: Tensor) -> None:
+        if self._weights is not None:
+            waiting = self._waiting.get(use)
+            if waiting is not None and use.form is not None:
+                rows = use.form.rows(full_precision(g.detach()))
+                waiting.passes.append(Weighted(rows, self._weights))
+            return
         self.shared.update(range(use.term, self._term))
         if not self._backward:  # a gradient in the forward pass: its own gradient is not seen
-            self._leave(self._sources.values())
-            return
-        if not use.is_intact():
-            self._leave(use.sources)
-            return
+            self._leave(self._sources.values(), "a gradient taken in the forward pass")
+        elif not use.is_intact():
+            self._leave(use.sources, "data that was written over")
+        elif use.dimension is not None or use.form is None:
+            self._take(use, full_precision(g.detach()), use.dimension or 0)
+            if not self._keep_graph:
+                use.forget()
+        else:
+            full = full_precision(g.detach())
+            self._waiting[use] = _Waiting(full, use.form.rows(full), [])
+
+    def _take(self, use: _Use, g: Tensor, rows: Rows) -> None:
+        """Take the norms of a use's gradients, or keep its factors where there are further uses."""
         try:
             with torch._C.DisableTorchFunction():
-                factors = use.factors(full_precision(g.detach()))
-        except NotImplementedError:
-            self._leave(use.sources)
+                factors = use.factors(g, rows)
+        except NotImplementedError as error:
+            self._leave(use.sources, str(error))
             return
-        if not self._keep_graph:
-            use.forget()
         for source, factor in zip(use.sources, factors, strict=True):
             name = source.names[0]
             if source.is_parameter and len(self._uses[name]) == 1:
@@ -459,3 +550,14 @@ def _to_parameters(
     )
     pairs = zip(source.names, parts, strict=True)
     return {name: full_precision(part) for name, part in pairs if part is not None}
+
+
+def _is_above(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether the first dimension of a shape is one along which another broadcasts to it."""
+    return len(shape) > len(other) or (len(shape) == len(other) > 0 and other[0] == 1)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what the backward pass needs is not saved but computed again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__

@@ -5,7 +5,7 @@ pass brings, the gradient of sample i with respect to w needs only x_i and G_i. 
 :mod:`factors <ood_monitor.gradients.factors>`, which give norms by the cheapest exact form.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from ood_monitor.gradients.factors import (
     EmbeddingWeight,
     Factor,
     Materialised,
-    OfEachSample,
     Outer,
     Shifted,
 )
@@ -28,10 +27,8 @@ __all__ = [
     "POINTWISE",
     "REWRITES",
     "RULES",
+    "SPREADING",
     "Rule",
-    "is_of_each_sample",
-    "joined",
-    "pointwise",
 ]
 
 
@@ -41,10 +38,15 @@ class Rule:
 
     ``factors(n, g, arguments)`` gives factors by argument name, or raises NotImplementedError for
     a variant that it does not know; the engine then loops over the samples.
+
+    ``leading(arguments)`` is the number of the input's first dimensions along which the operation
+    does the same to each element on its own: the batch alone for an image, all but the last for a
+    linear map.
     """
 
     arguments: tuple[str, ...]
     factors: Callable[[int, Tensor, Mapping[str, Any]], dict[str, Factor]]
+    leading: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
 
 
 def _summed(n: int, values: Tensor, keep: int) -> Materialised:
@@ -54,6 +56,8 @@ def _summed(n: int, values: Tensor, keep: int) -> Materialised:
 
 def _linear(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     x, weight = a["input"], a["weight"]
+    if weight.ndim != 2:
+        raise NotImplementedError("a linear map to a single number")
     outer = Outer(g.reshape(n, -1, g.shape[-1]), x.reshape(n, -1, x.shape[-1]), weight.shape)
     return {"weight": outer, "bias": _summed(n, g, 1)}
 
@@ -136,6 +140,18 @@ def _embedding(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     return {"weight": EmbeddingWeight(index, g, a["weight"].shape)}
 
 
+def _all_but_last(a: Mapping[str, Any]) -> int:
+    return int(a["input"].ndim) - 1
+
+
+def _before_normalised(a: Mapping[str, Any]) -> int:
+    return int(a["input"].ndim) - len(a["normalized_shape"])
+
+
+def _all(a: Mapping[str, Any]) -> int:
+    return int(a["input"].ndim)
+
+
 _CONVOLUTION = Rule(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), _convolution
 )
@@ -143,16 +159,16 @@ _TRANSPOSED = Rule(
     ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     _transposed_convolution,
 )
-_MATRIX_PRODUCT = Rule(("input", "weight"), _matrix_product)
+_MATRIX_PRODUCT = Rule(("input", "weight"), _matrix_product, _all_but_last)
 
 #: The operations known, by the function that PyTorch is asked for.
 RULES: dict[Callable[..., Any], Rule] = {
-    F.linear: Rule(("input", "weight", "bias"), _linear),
+    F.linear: Rule(("input", "weight", "bias"), _linear, _all_but_last),
     torch.matmul: _MATRIX_PRODUCT,
     torch.mm: _MATRIX_PRODUCT,
     Tensor.matmul: _MATRIX_PRODUCT,
     Tensor.mm: _MATRIX_PRODUCT,
-    torch.addmm: Rule(("bias", "input", "weight"), _matrix_product),
+    torch.addmm: Rule(("bias", "input", "weight"), _matrix_product, _all_but_last),
     torch.conv1d: _CONVOLUTION,
     torch.conv2d: _CONVOLUTION,
     torch.conv3d: _CONVOLUTION,
@@ -162,10 +178,13 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.embedding: Rule(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         _embedding,
+        _all,
     ),
     F.group_norm: Rule(("input", "num_groups", "weight", "bias", "eps"), _group_norm),
-    F.layer_norm: Rule(("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
-    F.rms_norm: Rule(("input", "normalized_shape", "weight", "eps"), _rms_norm),
+    F.layer_norm: Rule(
+        ("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm, _before_normalised
+    ),
+    F.rms_norm: Rule(("input", "normalized_shape", "weight", "eps"), _rms_norm, _before_normalised),
     F.batch_norm: Rule(
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
         _batch_norm,
@@ -183,6 +202,18 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
 #: Operations (tensors, dimension) that put tensors side by side.
 JOINING: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
 
+#: Views and copies that put a tensor in rows that are all the same.
+SPREADING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(owner, name)
+    for owner, names in {
+        torch: ("broadcast_to", "tile", "repeat_interleave"),
+        torch.Tensor: (
+            *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"),
+        ),
+    }.items()
+    for name in names
+)
+
 #: Broadcasting operations of two tensors: scales, shifts, positional embeddings, layer scales.
 POINTWISE: frozenset[Callable[..., Any]] = frozenset(
     getattr(owner, name)
@@ -195,43 +226,3 @@ POINTWISE: frozenset[Callable[..., Any]] = frozenset(
     }.items()
     for name in names
 )
-
-
-def pointwise(
-    function: Callable[..., Any], n: int, g: Tensor, args: tuple[Any, ...], position: int
-) -> Factor:
-    """The factor of the tensor argument at ``position`` of a broadcasting operation."""
-    argument: Tensor = args[position]
-    with torch.enable_grad():
-        expanded = argument.detach().expand(g.shape).requires_grad_()
-        output = function(*args[:position], expanded, *args[position + 1 :])
-        (full,) = torch.autograd.grad(output, expanded, g)
-    if is_of_each_sample(argument, g):
-        return OfEachSample(_reduced_to(full, argument.shape[1:]), n)
-    return Materialised(_reduced(n, full, argument.shape))
-
-
-def is_of_each_sample(argument: Tensor, result: Tensor) -> bool:
-    """Whether an operand of a broadcasting operation has rows for each sample."""
-    return argument.ndim == result.ndim and argument.shape[0] > 1
-
-
-def joined(n: int, g: Tensor, dim: int, sizes: Sequence[int], position: int) -> Factor:
-    """The factor of the tensor at ``position`` of those, of ``sizes``, joined along ``dim``."""
-    return OfEachSample(g.narrow(dim, sum(sizes[:position]), sizes[position]), n)
-
-
-def _reduced(n: int, full: Tensor, shape: torch.Size) -> Tensor:
-    """Sum (B, ...) over a group's samples and the dimensions along which ``shape`` broadcasts."""
-    per_gradient = full.reshape(n, -1, *full.shape[1:]).sum(1)
-    if len(shape) == full.ndim:
-        shape = shape[1:]  # its leading dimension is 1 and stands for the batch
-        return _reduced_to(per_gradient, shape).unsqueeze(1)
-    return _reduced_to(per_gradient, shape)
-
-
-def _reduced_to(values: Tensor, shape: torch.Size) -> Tensor:
-    leading = values.ndim - 1 - len(shape)
-    values = values.sum(tuple(range(1, 1 + leading))) if leading else values
-    broadcast = [i + 1 for i, size in enumerate(shape) if size == 1 and values.shape[i + 1] != 1]
-    return values.sum(broadcast, keepdim=True) if broadcast else values

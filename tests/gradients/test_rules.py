@@ -21,7 +21,9 @@ from ood_monitor.gradients.factors import (
     norms_by,
     norms_of_gradient,
 )
-from ood_monitor.gradients.rules import POINTWISE, RULES, pointwise
+from ood_monitor.gradients.owners import Owners
+from ood_monitor.gradients.rules import POINTWISE, RULES
+from ood_monitor.gradients.uses import of_owners, pointwise
 
 SAMPLES = 4
 
@@ -191,6 +193,34 @@ def test_factors_equal_gradients(
         assert_norms(factor, exact)
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["as many each", "many of one"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_factors_of_rows_in_any_order(call: Call, alike: bool) -> None:
+    n, rule, arguments = 3, RULES[call.operation], call.drawn()
+    output = call(**arguments)
+    leading = output.shape[: rule.leading(arguments)]
+    count = leading.numel()
+    # Of three samples the second has no row.
+    own = 2 * torch.randint(2, (count,)) if alike else (torch.arange(count) == count // 2).long()
+    own = own if alike else 2 * own
+    names = [name for name in ("weight", "bias") if name in arguments]
+    leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+    output = call(**(arguments | leaves))
+    g = torch.randn_like(output)
+    found = of_owners(rule, g, arguments, Owners(own, n))
+    exact: dict[str, list[Tensor]] = {name: [] for name in names}
+    for i in range(n):
+        part = g * (own == i).reshape(*leading, *[1] * (g.ndim - len(leading)))
+        gradients = torch.autograd.grad(output, list(leaves.values()), part, retain_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            exact[name].append(gradient.to_dense())
+    for name in names:
+        torch.testing.assert_close(found[name].gradients(0, n), torch.stack(exact[name]))
+        torch.testing.assert_close(found[name].gradients(1, 2), torch.stack(exact[name][1:2]))
+        assert_norms(found[name], exact[name])
+
+
 def test_every_rule_is_called_above() -> None:
     assert {call.operation for call in CALLS.values()} == RULES.keys()
 
@@ -280,6 +310,30 @@ def test_pointwise(operation: Callable[..., Tensor], position: int, shape: tuple
         for x, g_i in zip(data.tensor_split(n), g.tensor_split(n), strict=True):
             output = operation(leaf, x) if position == 0 else operation(x, leaf)
             exact.append(torch.autograd.grad(output, leaf, g_i)[0])
+        torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1, 3), (4, 5, 1)], ids=str)
+def test_pointwise_of_rows_in_any_order(shape: tuple[int, ...]) -> None:
+    parameter, data, g = draw(*shape), draw(4, 5, 3), draw(4, 5, 3)
+    own = torch.randint(2, (4, 5)) * 2  # of three samples the second has no row
+    factor, leaf = pointwise(torch.mul, 3, g, (data, parameter), 1, Owners(own.flatten(), 3)), None
+    leaf = parameter.clone().requires_grad_()
+    exact = [torch.autograd.grad(data * leaf, leaf, g * (own == i)[..., None])[0] for i in range(3)]
+    torch.testing.assert_close(factor.gradients(0, 3), torch.stack(exact))
+    assert_norms(factor, exact)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 1, 3), (5, 1, 1), (1, 3)], ids=str)
+def test_pointwise_of_samples_along_another_dimension(shape: tuple[int, ...]) -> None:
+    parameter, data, g = draw(*shape), draw(5, 4, 3), draw(5, 4, 3)
+    leaf = parameter.clone().requires_grad_()
+    for n in (4, 2):
+        factor = pointwise(torch.mul, n, g, (data, parameter), 1, 1)
+        exact = []
+        for i in range(n):
+            own = (torch.arange(4) // (4 // n) == i)[:, None]
+            exact.append(torch.autograd.grad(data * leaf, leaf, g * own)[0])
         torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
 
 

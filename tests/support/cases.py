@@ -338,7 +338,6 @@ MODELS: tuple[Model, ...] = (
         lambda: function(
             lambda m, x: m.f(x.transpose(0, 1)).transpose(0, 1), 5, 3, f=nn.Linear(3, 2)
         ),
-        ("f.*",),
     ),
     Model(
         "vmap",
@@ -353,7 +352,6 @@ MODELS: tuple[Model, ...] = (
     Model(
         "experts",
         lambda: function(through_experts, 5, 3, one=nn.Linear(3, 3), two=nn.Linear(3, 3)),
-        ("*",),
     ),
     *FOREIGN,
 )
