@@ -21,14 +21,19 @@ from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
+from ood_monitor.gradients.vmapped import vmapped_norms
 from ood_monitor.modules import Passes, precision_of
 
-__all__ = ["Facts", "check_last", "disagreeing", "facts_after", "facts_of"]
+__all__ = ["Facts", "agree", "check_last", "disagreeing", "facts_after", "facts_of"]
 
 #: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
 #: the loop itself is off by 2e-3 in single precision.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 _TOLERANCE_IN_HALF = 0.3
+
+
+#: Why a parameter is looped that the fast path has a rule for.
+DISAGREES = "norms that the loop does not confirm"
 
 
 class NotFiniteError(ValueError):
@@ -43,11 +48,16 @@ class Facts:
         looped: Parameters that only the loop gets right.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
         at_once: Whether the adapter's one pass for all terms gives what its passes give.
+        vmapped: Parameters of which `vmap` of the loop gives what the loop gives; looked at where
+            there are some to loop.
+        reasons: Why the fast path does not take those that are looped.
     """
 
     looped: frozenset[str]
     last_of_graph: frozenset[str]
     at_once: bool = False
+    vmapped: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -220,7 +230,7 @@ def _compared(
     n, start = min(2, size), min(start, max(0, size - 2))
     own = slice(start * group, (start + n) * group)
     probe = map_tensors(lambda t: t[own], batch)
-    wrong_before = frozenset() if before is None else before.looped
+    wrong_before: Mapping[str, str] = {} if before is None else before.reasons
     try:
         facts, unsettled = _compare(passes, probe, n, wrong_before)
     except NotFiniteError:
@@ -242,7 +252,7 @@ def _compared(
 
 
 def _compare(
-    passes: Passes[Adapter], probe: Batch, n: int, wrong_before: frozenset[str]
+    passes: Passes[Adapter], probe: Batch, n: int, before: Mapping[str, str]
 ) -> tuple[Facts, set[str]]:
     """What two samples show, and the norms of which they show nothing."""
     adapter = passes.holder
@@ -254,7 +264,7 @@ def _compare(
     values, exact = loop_norms(passes, probe, n, every, _by_row)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
-    done = fast.left_over.keys() | wrong_before
+    done = fast.left_over.keys() | before.keys()
     with torch._C.DisableTorchFunction():  # no calls of the model's, which are watched
         wrong = disagreeing(fast.norms, exact, dtypes, done)
         unsettled = _without_verdict(exact, dtypes)
@@ -266,13 +276,40 @@ def _compare(
         )
     looped = frozenset(wrong | done)
     at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
+    vmapped = _vmapped(passes, probe, n, values, exact, dtypes) if looped else frozenset()
     with_graph = {key for key in unsettled if key.split("/", 1)[0] not in fast.constant}
-    return Facts(looped, fast.last_of_graph, at_once), with_graph
+    reasons = {**dict.fromkeys(looped, DISAGREES), **before, **fast.left_over}
+    return Facts(looped, fast.last_of_graph, at_once, vmapped, reasons), with_graph
+
+
+def _vmapped(
+    passes: Passes[Adapter],
+    probe: Batch,
+    n: int,
+    values: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+) -> frozenset[str]:
+    """Parameters of which `vmap` gives the loop's norms."""
+    found = vmapped_norms(passes, probe, n, dtypes.__contains__, _by_row)
+    if found is None or not agree(found[0], values):
+        return frozenset()
+    with torch._C.DisableTorchFunction():
+        return frozenset(dtypes.keys() - disagreeing(found[1], exact, dtypes))
+
+
+def agree(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two ways to compute the terms, (B,), give the same, up to rounding."""
+    return values.keys() == others.keys() and all(
+        torch.allclose(values[term], other, rtol=1e-3, atol=1e-3, equal_nan=True)
+        for term, other in others.items()
+    )
 
 
 def _unknown(adapter: Adapter) -> Facts:
     """Of samples that nothing can be compared on: the loop is always right."""
-    return Facts(frozenset(supported(adapter.module)), frozenset())
+    every = frozenset(supported(adapter.module))
+    return Facts(every, frozenset(), reasons=dict.fromkeys(every, "no finite sample to compare"))
 
 
 def _finite_probe(passes: Passes[Adapter], batch: Batch, group: int) -> Batch | None:

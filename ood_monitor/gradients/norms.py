@@ -9,7 +9,7 @@ Metric of Deep Generative Models for Out-Of-Distribution Detection (Dauncey, Hol
 Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import get_args
 
@@ -28,12 +28,13 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import whole, word
-from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
+from ood_monitor.gradients.check import Facts, agree, check_last, facts_after, facts_of
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
+from ood_monitor.gradients.vmapped import vmapped_norms
 from ood_monitor.modules import Names, Part, Passes, scored
 
 __all__ = [
@@ -48,6 +49,10 @@ __all__ = [
 #: Samples up to which all terms are computed at once, where an adapter can. More gain little time,
 #: and take as many times the memory as there are terms.
 _FEW = 16
+
+
+#: Samples up to which the loop is as quick as `vmap`.
+_FEWEST_VMAPPED = 2
 
 
 @dataclass(frozen=True)
@@ -279,10 +284,27 @@ def _chunk_norms(
     slow = by_loop | fast.left_over.keys()
     norms = fast.norms
     if slow:
-        norms = norms | loop_norms(passes, chunk, n, slow.__contains__, by)[1]
+        norms = norms | _norms_of_the_rest(passes, chunk, n, slow, by, facts, fast.log_likelihood)
     names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
     return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
+
+
+def _norms_of_the_rest(
+    passes: Passes[Adapter],
+    chunk: Batch,
+    n: int,
+    names: Set[str],
+    by: Callable[[str], Granularity],
+    facts: Facts,
+    log_likelihood: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """By `vmap` where that was seen to be right for all of them, else by the loop."""
+    if n > _FEWEST_VMAPPED and names <= facts.vmapped:
+        found = vmapped_norms(passes, chunk, n, names.__contains__, by)
+        if found is not None and agree(found[0], log_likelihood):
+            return found[1]
+    return loop_norms(passes, chunk, n, names.__contains__, by)[1]
 
 
 def _norms_at_once(
