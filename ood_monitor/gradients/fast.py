@@ -60,10 +60,12 @@ def recorded_norms(
         _shapes[passes.holder] = _Seen()
     seen: _Seen = _shapes[passes.holder]
     key = n, rows
-    found, recorder = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key)
-    if recorder.guessed and (recorder.refuted or recorder.left_over):
-        seen.not_by_size.add(key)
-        found, recorder = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key)
+    by_size = seen.by_size.get(key, True)
+    found, guessed = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key, by_size)
+    if guessed and found.left_over and key not in seen.by_size:
+        other, _ = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key, False)
+        seen.by_size[key] = len(other.left_over) >= len(found.left_over)
+        found = found if seen.by_size[key] else other
     if len(seen.confirmed) < _MOST_SHAPES:
         seen.confirmed.add(key)
     return found
@@ -75,11 +77,12 @@ class _Seen:
 
     Attributes:
         confirmed: Those of which owners were found twice.
-        not_by_size: Those of which a size is the batch's by chance.
+        by_size: Whether rows are the samples' where they are as many as the batch has, of those of
+            which this was tried both ways: it may be by chance.
     """
 
     confirmed: set[Any] = field(default_factory=set)
-    not_by_size: set[Any] = field(default_factory=set)
+    by_size: dict[Any, bool] = field(default_factory=dict)
 
 
 _shapes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -97,7 +100,8 @@ def _recorded(
     last_of_graph: frozenset[str],
     seen: _Seen,
     key: Any,
-) -> tuple[Recorded, Recorder]:
+    by_size: bool,
+) -> tuple[Recorded, bool]:
     adapter = passes.fresh()
     recorder = Recorder(
         adapter.module,
@@ -105,7 +109,7 @@ def _recorded(
         tensors_in(batch),
         n,
         by,
-        by_size=key not in seen.not_by_size,
+        by_size=by_size,
         confirms=key not in seen.confirmed,
     )
     values: dict[str, Tensor] = {}
@@ -119,7 +123,7 @@ def _recorded(
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
     left, owned = recorder.left_over, recorder.found_owners - recorder.left_over.keys()
-    return Recorded(values, norms, left, owned, last, frozenset(constant)), recorder
+    return Recorded(values, norms, left, owned, last, frozenset(constant)), recorder.guessed
 
 
 def recorded_rows(

@@ -38,7 +38,7 @@ from ood_monitor.gradients.factors import (
 )
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
 from ood_monitor.gradients.owners import Owners, Weighted, weights_of
-from ood_monitor.gradients.rules import POINTWISE, REWRITES, RULES, SPREADING
+from ood_monitor.gradients.rules import ADDING, IN_PLACE, POINTWISE, REWRITES, RULES, SPREADING
 from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tensors_of
 from ood_monitor.gradients.uses import Covered, Given, Rows, covered, spread_along
 
@@ -54,10 +54,14 @@ class _Source:
 
     tensor: Tensor
     names: tuple[str, ...]
+    version: int = 0  # of a derived tensor, which later writes may have made of others
 
     @property
     def is_parameter(self) -> bool:
         return self.tensor.is_leaf
+
+    def is_intact(self) -> bool:
+        return self.is_parameter or self.tensor._version == self.version
 
 
 @dataclass(eq=False)
@@ -75,7 +79,9 @@ class _Use:
         self.form, self.saved = None, []
 
     def is_intact(self) -> bool:
-        return all(tensor._version == version for tensor, version in self.saved)
+        """Whether neither data nor derived tensors were written over since."""
+        kept = all(tensor._version == version for tensor, version in self.saved)
+        return kept and all(source.is_intact() for source in self.sources)
 
     def factors(self, g: Tensor, rows: Rows) -> list[Factor]:
         return [] if self.form is None else self.form.factors(g, rows)
@@ -203,6 +209,15 @@ class Recorder(TorchFunctionMode):
                 data = self._created_by_size(func, tensors)
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
+        if sources and torch.is_grad_enabled() and self._data.get(args[0]) is not None:
+            with self:
+                if func in IN_PLACE:
+                    own = args[0] if IN_PLACE[func] in ADDING else args[0].clone()
+                    return args[0].copy_(IN_PLACE[func](own, *args[1:], **kwargs))
+                if func is Tensor.__setitem__ and id(args[2]) in self._sources:
+                    # Rows of the data's, so that it is known whose they are.
+                    rows = args[0][args[1]].detach().clone().zero_()
+                    return func(args[0], args[1], args[2] + rows)
         consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
         if consumed or any(id(tensor) in self._plain for tensor in tensors):
             plain = self._substituted(args), self._substituted(kwargs)
@@ -339,9 +354,10 @@ class Recorder(TorchFunctionMode):
         result = func(*self._substituted(args, graph=True), **self._substituted(kwargs, graph=True))
         if sources and torch.is_grad_enabled():
             names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-            for tensor in tensors_of((result,)):
+            changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
+            for tensor in tensors_of((changed,)):
                 if tensor.requires_grad and id(tensor) not in self._plain:
-                    self._sources[id(tensor)] = _Source(tensor, names)
+                    self._sources[id(tensor)] = _Source(tensor, names, tensor._version)
         return result
 
     def _created_by_size(
@@ -389,6 +405,8 @@ class Recorder(TorchFunctionMode):
         dimensions: list[int | None],
     ) -> Any:
         self.used |= dict.fromkeys(name for source in sources for name in source.names)
+        if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
+            return result  # as of a comparison, which has no gradient
         if _is_checkpointed():
             # Its second forward pass, unrecorded, may save other tensors of the same shapes.
             self._leave(self._sources.values(), "gradient checkpointing")
@@ -399,7 +417,8 @@ class Recorder(TorchFunctionMode):
         if not any(known.anchored for _, known in data):
             result = result + self._anchor(result)
             self._data.set(result, Data(dimensions[0], anchored=True))
-        saved = [(tensor.detach(), tensor._version) for tensor, _ in data]
+        needed = () if func in ADDING else data
+        saved = [(tensor.detach(), tensor._version) for tensor, _ in needed]
         use = _Use(self._term, sources, form, form.dimension, saved)
         if form.dimension is None:
             self._unordered.add(use)
@@ -465,10 +484,12 @@ class Recorder(TorchFunctionMode):
 
     def _is_unknown(self, tensor: Tensor) -> bool:
         """Whether a gradient goes through it that no call has shown: of a write through a view."""
-        if not tensor.requires_grad or isinstance(tensor, nn.Parameter):  # of another module
+        if not tensor.requires_grad or id(tensor) in self._sources or id(tensor) in self._plain:
             return False
-        known = id(tensor) in self._sources or id(tensor) in self._plain
-        return not known and self._data.get(tensor) is None
+        # The type last: to ask for it takes longer than all else of a call.
+        return tensor not in self._data and not isinstance(
+            tensor, nn.Parameter
+        )  # of another module
 
     def _leave(self, sources: Iterable[_Source], reason: str) -> None:
         for name in (name for source in sources for name in source.names):
@@ -487,7 +508,7 @@ class Recorder(TorchFunctionMode):
         if not self._backward:  # a gradient in the forward pass: its own gradient is not seen
             self._leave(self._sources.values(), "a gradient taken in the forward pass")
         elif not use.is_intact():
-            self._leave(use.sources, "data that was written over")
+            self._leave(use.sources, "what it took was written over")
         elif use.dimension is not None or use.form is None:
             self._take(use, full_precision(g.detach()), use.dimension or 0)
             if not self._keep_graph:

@@ -23,6 +23,8 @@ from ood_monitor.gradients.factors import (
 )
 
 __all__ = [
+    "ADDING",
+    "IN_PLACE",
     "JOINING",
     "POINTWISE",
     "REWRITES",
@@ -202,6 +204,14 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
 #: Operations (tensors, dimension) that put tensors side by side.
 JOINING: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
 
+#: Operations that write their result into their first argument, and those that give it.
+IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(Tensor, form.format(name)): getattr(torch, name)
+    for name in ("add", "sub", "mul", "div")
+    for form in ("{}_", "__i{}__")
+    if hasattr(Tensor, form.format(name))
+} | {Tensor.__itruediv__: torch.div}
+
 #: Views and copies that put a tensor in rows that are all the same.
 SPREADING: frozenset[Callable[..., Any]] = frozenset(
     getattr(owner, name)
@@ -214,12 +224,24 @@ SPREADING: frozenset[Callable[..., Any]] = frozenset(
     for name in names
 )
 
-#: Broadcasting operations of two tensors: scales, shifts, positional embeddings, layer scales.
+#: Those of which no operand's gradient needs another's value.
+ADDING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("add", "sub", "__add__", "__sub__", "__radd__", "__rsub__")
+    if hasattr(owner, name)
+)
+
+#: Broadcasting operations of tensors: scales, shifts, positional embeddings, layer scales.
 POINTWISE: frozenset[Callable[..., Any]] = frozenset(
     getattr(owner, name)
     for owner, names in {
-        torch: ("add", "mul", "sub", "div", "true_divide"),
+        torch: (
+            *("add", "mul", "sub", "div", "true_divide", "where", "maximum", "minimum", "pow"),
+            *("lerp", "addcmul", "addcdiv", "logaddexp", "atan2"),
+        ),
         torch.Tensor: (
+            *("maximum", "minimum", "pow", "__pow__", "lerp", "addcmul", "addcdiv", "where"),
             *("add", "mul", "sub", "div", "__add__", "__mul__", "__sub__", "__truediv__"),
             *("__radd__", "__rmul__", "__rsub__", "__rtruediv__"),
         ),

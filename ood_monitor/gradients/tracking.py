@@ -40,6 +40,10 @@ class DataMarks:
         # What `.data` gave of a tensor, whose writes it does not count.
         self._aliases: dict[int, list[tuple[Tensor, int]]] = {}
 
+    def __contains__(self, tensor: Tensor) -> bool:
+        found = self._marks.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
     def get(self, tensor: Tensor) -> Data | None:
         """What is known of it; None if it is no data."""
         found = self._marks.get(id(tensor))

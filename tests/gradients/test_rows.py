@@ -299,6 +299,75 @@ def test_what_is_drawn_in_a_pass_is_the_same_in_all_its_backward_passes() -> Non
     assert_fast_and_exact(Drawing(), draw(B, T, D))
 
 
+# Parameters that are written
+
+
+def composed_in_place(m: Any, x: Tensor) -> Tensor:
+    """As a flow's LU-composed map."""
+    lower = x.new_zeros(D, D)
+    lower[torch.tril_indices(D, D, -1).unbind()] = m.entries
+    lower[range(D), range(D)] = 1.0
+    return m.out(F.linear(m.f(x).tanh(), lower))
+
+
+def changed_in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.f(x).tanh() * 1
+    h += m.entries[:D]
+    h *= m.entries[1 : D + 1].exp()
+    h.sub_(m.gain).div_(m.gain)
+    return m.out(h.sin())
+
+
+def first_changed_in_place(m: Any, x: Tensor) -> Tensor:
+    """Before anything else has met a parameter."""
+    h = x.clone()
+    h.mul_(m.gain)
+    h.add_(m.entries[:D], alpha=2)
+    return m.out(m.f(h).tanh())
+
+
+def set_in_place(m: Any, x: Tensor) -> Tensor:
+    h, later = m.f(x).tanh() * 1, x[..., 0] > 0
+    h[:, 0] = m.gain
+    h[later] = h[later] * 2
+    h[..., 1] = m.entries[0]
+    h[later, 2] = m.entries[1]
+    return m.out(h.sin())
+
+
+def chosen(m: Any, x: Tensor) -> Tensor:
+    h = m.f(x).tanh()
+    h = torch.where(h > m.gain, h, m.entries[:D])
+    return m.out(torch.maximum(h, m.gain) ** m.entries[0].exp().clamp(1, 2).round())
+
+
+WRITTEN: dict[str, Callable[..., Tensor]] = {
+    "a weight": composed_in_place,
+    "data": changed_in_place,
+    "data of the batch": first_changed_in_place,
+    "rows": set_in_place,
+    "by a comparison": chosen,
+}
+
+
+@pytest.mark.parametrize("forward", WRITTEN.values(), ids=WRITTEN)
+def test_parameters_that_are_written_need_no_loop(forward: Callable[..., Tensor]) -> None:
+    adapter = of(forward, f=linear(), gain=torch.rand(D) - 0.5, entries=draw(6), out=linear())
+    assert_fast_and_exact(adapter, draw(B, T, D))
+
+
+def test_a_weight_written_over_after_its_use_goes_to_the_loop() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.gain.diag()
+        h = F.linear(x, weight).tanh()
+        weight *= m.entries[:D]
+        return m.out(F.linear(h, weight))
+
+    adapter = of(forward, gain=draw(D), entries=draw(6), out=linear())
+    assert_exact(adapter, draw(B, T, D), gradient_norms(adapter, draw(B, T, D)), B)
+    assert "gain" in fast(adapter, draw(B, T, D)).left_over
+
+
 # Rows of several samples
 
 
@@ -392,6 +461,14 @@ def made(forward: Callable[..., Tensor], **parts: Any) -> Callable[[], om.Adapte
     return make
 
 
+def a_spline_that_is_shared(m: Any, x: Tensor) -> Tensor:
+    """Knots of parameters for each sample, of which a mask takes some."""
+    knots = m.start[None].expand(len(x), 1, T, D).squeeze(1)
+    inside, out = x > 0, x.clone()
+    out[inside] = (knots[inside] * x[inside]).tanh() * m.gain[0]
+    return m.out(m.f(out))
+
+
 MADE: dict[str, Callable[[], om.Adapter]] = {
     "a start state": made(start_state),
     "a start state, repeated": made(repeated_start),
@@ -400,6 +477,7 @@ MADE: dict[str, Callable[[], om.Adapter]] = {
     "a start state of a layer": made(derived_start),
     "times": made(times),
     "labels": made(labels, table=nn.Embedding(3, D)),
+    "a shared spline": made(a_spline_that_is_shared, gain=torch.randn(1)),
     "scaled constants": made(drawn, gain=torch.randn(D)),
 }
 

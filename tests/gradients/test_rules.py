@@ -295,12 +295,38 @@ def test_not_covered(call: Call, message: str) -> None:
 # Broadcasting operations
 
 
+def of_two() -> list[Callable[..., Tensor]]:
+    """The broadcasting operations of two tensors."""
+    of_three = ("where", "lerp", "addcmul", "addcdiv")
+    return [f for f in sorted(POINTWISE, key=str) if f.__name__ not in of_three]
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "operation", [torch.where, torch.lerp, torch.addcmul, torch.addcdiv], ids=lambda f: f.__name__
+)
+def test_pointwise_of_three(
+    operation: Callable[..., Tensor], shape: tuple[int, ...], position: int
+) -> None:
+    arguments = [2 + draw(SAMPLES, 5, 3).abs() for _ in range(3)]
+    if operation is torch.where:
+        arguments[0], position = arguments[0] > 2.5, max(position, 1)
+    arguments[position] = 2 + draw(*shape).abs()
+    g, leaf = draw(SAMPLES, 5, 3), arguments[position].clone().requires_grad_()
+    factor, exact = pointwise(operation, SAMPLES, g, tuple(arguments), position), []
+    for i in range(SAMPLES):
+        own = [leaf if j == position else each[i : i + 1] for j, each in enumerate(arguments)]
+        exact.append(torch.autograd.grad(operation(*own), leaf, g[i : i + 1])[0])
+    torch.testing.assert_close(factor.gradients(0, SAMPLES), torch.stack(exact))
+
+
 SHAPES = [(), (1,), (3,), (5, 1), (1, 3), (5, 3), (1, 5, 3), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("operation", sorted(POINTWISE, key=str), ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize("operation", of_two(), ids=lambda f: f.__qualname__)
 def test_pointwise(operation: Callable[..., Tensor], position: int, shape: tuple[int, ...]) -> None:
     parameter, data, g = 2 + draw(*shape).abs(), 2 + draw(SAMPLES, 5, 3).abs(), draw(SAMPLES, 5, 3)
     arguments = (parameter, data) if position == 0 else (data, parameter)
