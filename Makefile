@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark test-loggers test-foreign check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor check docs format bench benchmark-peers train evidence clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-spark a detector on Spark, in an environment of its own (needs Java 17)"
 	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
 	@echo "make test-foreign norms of other packages' models, and what they cost, in an environment of its own"
+	@echo "make test-floor the suite on the oldest releases that are supported, in an environment of its own"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
@@ -68,6 +69,16 @@ test-foreign: .venv-foreign/.installed
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps \
 		--requirement requirements-foreign.txt
+	touch $@
+
+# On the oldest releases that pyproject.toml admits, but for torch, whose CPU build is the lock's.
+test-floor: .venv-floor/.installed
+	OMP_NUM_THREADS=1 .venv-floor/bin/pytest --floor -n 2 --dist worksteal
+
+.venv-floor/.installed: pyproject.toml requirements-floor.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements-floor.lock \
+		--editable '.[all,dev]'
 	touch $@
 
 .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt

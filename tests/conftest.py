@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from support import floor
 
 from ood_monitor.detector import plan
 
@@ -29,12 +30,18 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--method", help="The method of every detector that is given none.")
+    parser.addoption("--floor", action="store_true", help="The oldest releases are installed.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     method = config.getoption("--method")
     if method is not None:
         plan.DEFAULTS.update(dict.fromkeys(plan.DEFAULTS, method))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--floor"):
+        floor.leave_out(items)
 
 
 @pytest.fixture(autouse=True)

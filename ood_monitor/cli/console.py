@@ -8,9 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from typer.exceptions import TyperException
 
 from ood_monitor.escaping import terminal
+
+try:
+    from typer.exceptions import TyperException
+except ImportError:  # before typer 0.28, which took in what it needs of click
+    from click import ClickException as TyperException  # type: ignore[assignment]
 
 __all__ = ["AsJson", "Debug", "Progress", "checked", "print_facts", "say", "wants_progress"]
 

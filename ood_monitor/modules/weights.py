@@ -64,6 +64,8 @@ def precision_of(tensor: Tensor) -> torch.dtype:
     if tensor.dtype != torch.float32:
         return tensor.dtype
     backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _precision_before_2_9(tensor)
     settings = {
         "cuda": (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
         "cpu": (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
@@ -72,6 +74,15 @@ def precision_of(tensor: Tensor) -> torch.dtype:
     if "bf16" in chosen:
         return torch.bfloat16
     return torch.float16 if "tf32" in chosen else torch.float32
+
+
+def _precision_before_2_9(tensor: Tensor) -> torch.dtype:
+    """The same of PyTorch before 2.9, which has a setting for both and one for CUDA."""
+    if torch.get_float32_matmul_precision() == "medium":
+        return torch.bfloat16
+    backends: Any = torch.backends
+    cuda = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
+    return torch.float16 if tensor.device.type == "cuda" and any(cuda) else torch.float32
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    RemoteEntryNotFoundError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -119,6 +119,8 @@ class Repository:
                 path = api.hf_hub_download(
                     name, "README.md", revision=self.revision, local_dir=folder
                 )
-            except RemoteEntryNotFoundError:  # no other error may let us write over a README
+            except LocalEntryNotFoundError:  # the Hub is out of reach
+                raise
+            except EntryNotFoundError:  # no other error may let us write over a README
                 return None
             return Path(path).read_text(encoding="utf-8")

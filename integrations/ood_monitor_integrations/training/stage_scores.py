@@ -113,7 +113,8 @@ class StageScores:
             "dataset_index": self.dataset_index,
             "dataloader_index": self.dataloader_index,
         }
-        np.savez(folder / f"scores-{stage}.npz", allow_pickle=False, **places, **figures)
+        # Numbers alone, so nothing is pickled; NumPy before 2.1 takes `allow_pickle` for an array.
+        np.savez(folder / f"scores-{stage}.npz", **places, **figures)
 
 
 def are_those_of(calibration: Array, scores: Array) -> bool:

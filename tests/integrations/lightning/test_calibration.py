@@ -10,10 +10,10 @@ import torch
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from support.averaging import EMAWeightAveraging
 from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 
 import ood_monitor as om

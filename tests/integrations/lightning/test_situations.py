@@ -15,10 +15,10 @@ import torch
 from ood_monitor_integrations.lightning import OODMonitor
 from pytorch_lightning.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from support.averaging import EMAWeightAveraging
 from support.lightning_cases import QUIET, Flow, images, loader, trainer
 from torch import Tensor
 
@@ -129,7 +129,7 @@ def patience(folder: Path) -> EarlyStopping:
     return EarlyStopping("val/nll", patience=2)
 
 
-def ema(folder: Path) -> EMAWeightAveraging:
+def ema(folder: Path) -> Any:
     return EMAWeightAveraging(decay=0.5)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
+from support.averaging import EMAWeightAveraging
 from support.lightning_cases import QUIET, Flow, images, loader, trained, trainer, watcher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
