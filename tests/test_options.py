@@ -356,7 +356,9 @@ CASES: dict[str, Case] = {
     ),
     # Norms and statistics.
     "gradient_norms": Case(
-        om.gradient_norms, lambda: {"adapter": flavour_cases.build()} | BATCH, NORMS
+        om.gradient_norms,
+        lambda: {"adapter": flavour_cases.build()} | BATCH,
+        NORMS | {"report": FLAG},
     ),
     "terms_and_norms": Case(
         terms_and_norms, lambda: {"adapter": flavour_cases.build()} | BATCH, NORMS

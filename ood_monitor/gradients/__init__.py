@@ -3,9 +3,17 @@
 from ood_monitor.gradients.norms import (
     GradientNorms,
     Granularity,
+    Way,
     gradient_norms,
     last_layers,
     terms_and_norms,
 )
 
-__all__ = ["GradientNorms", "Granularity", "gradient_norms", "last_layers", "terms_and_norms"]
+__all__ = [
+    "GradientNorms",
+    "Granularity",
+    "Way",
+    "gradient_norms",
+    "last_layers",
+    "terms_and_norms",
+]

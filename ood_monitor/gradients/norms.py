@@ -10,8 +10,8 @@ Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ood_monitor.adapters.base import (
     usable_by,
 )
 from ood_monitor.adapters.fields import without_ignored
-from ood_monitor.checks import whole, word
+from ood_monitor.checks import flag, whole, word
 from ood_monitor.gradients.check import Facts, agree, check_last, facts_after, facts_of
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
@@ -40,6 +40,7 @@ from ood_monitor.modules import Names, Part, Passes, scored
 __all__ = [
     "GradientNorms",
     "Granularity",
+    "Way",
     "finite_samples",
     "gradient_norms",
     "last_layers",
@@ -56,6 +57,26 @@ _FEWEST_VMAPPED = 2
 
 
 @dataclass(frozen=True)
+class Way:
+    """How the norms of a parameter were had, all of them exact.
+
+    Attributes:
+        name: ``"rules"``: by closed forms, from one forward and one backward pass of all samples.
+            ``"rows"``: likewise, after a second backward pass has shown whose each row is.
+            ``"vmap"``: by a pass that holds the gradients of several samples. ``"loop"``: by a
+            forward and a backward pass for each sample.
+        reason: Why not by rules, in words; empty for those.
+    """
+
+    name: Literal["rules", "rows", "vmap", "loop"]
+    reason: str = ""
+
+
+#: From the cheapest on.
+_WAYS = ("rules", "rows", "vmap", "loop")
+
+
+@dataclass(frozen=True)
 class GradientNorms:
     """Terms and squared gradient norms of one batch.
 
@@ -63,10 +84,38 @@ class GradientNorms:
         log_likelihood: Each term's values, ``{term: (B,)}``, in nats.
         norms: ``{"term/parameter": (B / group,)}``, or ``(B / group, rows)`` by row,
             ``(B / group, columns)`` by column.
+        ways: How they were had, by parameter; the dearest, where a batch was scored in chunks.
     """
 
     log_likelihood: dict[str, Tensor]
     norms: dict[str, Tensor]
+    ways: dict[str, Way] = field(default_factory=dict)
+
+
+@overload
+def gradient_norms(
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    layers: Layers = None,
+    granularity: Granularity | Mapping[str, Granularity] = "tensor",
+    group: int = 1,
+    chunk_size: int | None = None,
+    report: Literal[False] = False,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def gradient_norms(
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    layers: Layers = None,
+    granularity: Granularity | Mapping[str, Granularity] = "tensor",
+    group: int = 1,
+    chunk_size: int | None = None,
+    report: Literal[True],
+) -> GradientNorms: ...
 
 
 def gradient_norms(
@@ -77,7 +126,8 @@ def gradient_norms(
     granularity: Granularity | Mapping[str, Granularity] = "tensor",
     group: int = 1,
     chunk_size: int | None = None,
-) -> dict[str, Tensor]:
+    report: bool = False,
+) -> dict[str, Tensor] | GradientNorms:
     """Squared L2 norm of each sample's gradient with respect to each layer.
 
     The model is left as it was: parameters, ``.grad``, train flags, buffers and random state.
@@ -90,11 +140,13 @@ def gradient_norms(
             those that a mapping does not name are whole tensors.
         group: Samples whose terms are added before differentiating, consecutive in the batch.
         chunk_size: Samples per pass, to bound memory; a multiple of ``group``.
+        report: Whether to tell the terms too, and how the norms of each parameter were had.
 
     Returns:
         ``{"term/parameter": (B / group,)}`` in module order, or ``(B / group, rows)`` by row, or
         ``(B / group, columns)`` by column: indices of a parameter's second dimension, which are the
-        input channels of most weights.
+        input channels of most weights. With ``report`` they are
+        :attr:`~ood_monitor.gradients.GradientNorms.norms` of what is returned.
 
     Raises:
         ValueError: The batch is empty, not finite or not divisible into groups; a granularity is
@@ -108,10 +160,15 @@ def gradient_norms(
         >>> norms = gradient_norms(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8))
         >>> next(iter(norms.values())).shape
         torch.Size([3])
+        >>> told = gradient_norms(om.LogLikelihood(flow), torch.rand(3, 1, 8, 8), report=True)
+        >>> {way.name for way in told.ways.values()}
+        {'rules'}
     """
-    return terms_and_norms(
+    told = flag("report", report)
+    found = terms_and_norms(
         adapter, batch, layers=layers, granularity=granularity, group=group, chunk_size=chunk_size
-    ).norms
+    )
+    return found if told else found.norms
 
 
 def terms_and_norms(
@@ -154,6 +211,12 @@ def terms_and_norms(
 def _renamed(found: GradientNorms, names: Names, selected: Callable[[str], bool]) -> GradientNorms:
     """Norms by lasting names; those of fused weights as the rows of the weights that they are."""
     norms: dict[str, Tensor] = {}
+    ways = {
+        part.name: way
+        for name, way in found.ways.items()
+        for part in names.weights(name) or (Part(name),)
+        if part.rows is None or selected(part.name)
+    }
     for key, values in found.norms.items():
         term, _, name = key.partition("/")
         for part in names.weights(name) or (Part(name),):
@@ -161,7 +224,7 @@ def _renamed(found: GradientNorms, names: Names, selected: Callable[[str], bool]
                 norms[f"{term}/{part.name}"] = values
             elif selected(part.name):
                 norms[f"{term}/{part.name}"] = values[:, part.rows].sum(1)
-    return GradientNorms(found.log_likelihood, norms)
+    return GradientNorms(found.log_likelihood, norms, ways)
 
 
 def last_layers(adapter: Adapter, batch: Batch, k: int) -> list[str]:
@@ -281,16 +344,21 @@ def _chunk_norms(
         if at_once
         else recorded_norms(passes, chunk, n, by_rule, by, facts.last_of_graph)
     )
-    slow = by_loop | fast.left_over.keys()
-    norms = fast.norms
-    if slow:
-        norms = norms | _norms_of_the_rest(passes, chunk, n, slow, by, facts, fast.log_likelihood)
     names = [name for name, _ in passes.module.named_parameters() if selected(name)]
+    ways = {name: Way("rules") for name in names}
+    ways |= dict.fromkeys(fast.found_owners, Way("rows", "rows whose order is not known"))
+    norms, slow = fast.norms, by_loop | fast.left_over.keys()
+    if slow:
+        way, rest = _of_the_rest(passes, chunk, n, slow, by, facts, fast.log_likelihood)
+        reasons = {**dict.fromkeys(slow, ""), **facts.reasons, **fast.left_over}
+        norms, ways = norms | rest, ways | {k: Way(way, reasons[k]) for k in slow}
     keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
-    return GradientNorms(fast.log_likelihood, {key: norms[key] for key in keys})
+    return GradientNorms(
+        fast.log_likelihood, {key: norms[key] for key in keys}, {name: ways[name] for name in names}
+    )
 
 
-def _norms_of_the_rest(
+def _of_the_rest(
     passes: Passes[Adapter],
     chunk: Batch,
     n: int,
@@ -298,13 +366,13 @@ def _norms_of_the_rest(
     by: Callable[[str], Granularity],
     facts: Facts,
     log_likelihood: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+) -> tuple[Literal["vmap", "loop"], dict[str, Tensor]]:
     """By `vmap` where that was seen to be right for all of them, else by the loop."""
     if n > _FEWEST_VMAPPED and names <= facts.vmapped:
         found = vmapped_norms(passes, chunk, n, names.__contains__, by)
         if found is not None and agree(found[0], log_likelihood):
-            return found[1]
-    return loop_norms(passes, chunk, n, names.__contains__, by)[1]
+            return "vmap", found[1]
+    return "loop", loop_norms(passes, chunk, n, names.__contains__, by)[1]
 
 
 def _norms_at_once(
@@ -327,4 +395,8 @@ def _joined(parts: list[GradientNorms]) -> GradientNorms:
     def joined(of: Callable[[GradientNorms], dict[str, Tensor]]) -> dict[str, Tensor]:
         return {key: torch.cat([of(part)[key] for part in parts]) for key in of(parts[0])}
 
-    return GradientNorms(joined(lambda p: p.log_likelihood), joined(lambda p: p.norms))
+    ways = {
+        name: max((part.ways[name] for part in parts), key=lambda way: _WAYS.index(way.name))
+        for name in parts[0].ways
+    }
+    return GradientNorms(joined(lambda p: p.log_likelihood), joined(lambda p: p.norms), ways)

@@ -52,7 +52,7 @@ def sample_dimensions(
     rule = _RULES.get(func)
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    if rule is None or len(data) < len(known) or "out" in kwargs:
+    if rule is None or len(data) < len(known) or kwargs.get("out") is not None:
         return [None] * len(results)
     try:
         found = rule(Call(func, args, kwargs, data, results[0], n))
@@ -88,8 +88,9 @@ def _pointwise_names() -> Iterator[str]:
 
 
 _ALSO_POINTWISE = """
-    absolute alpha_dropout arccos arccosh arcsin arcsinh arctan arctan2 arctanh bernoulli bfloat16
-    bool broadcast_tensors byte cdouble cfloat chalf char clone complex conj conj_physical
+    absolute alpha_dropout arccos arccosh arcsin arcsinh arctan arctan2 arctanh as_tensor
+    bernoulli bfloat16 bool broadcast_tensors byte cdouble cfloat chalf char clone complex conj
+    conj_physical
     contiguous copy_ cpu cuda dequantize detach divide double dropout feature_alpha_dropout
     feature_dropout fill_ fix float floor_divide greater greater_equal gumbel half hardshrink imag
     int isclose isreal less less_equal log_sigmoid logsigmoid long multiply negative not_equal

@@ -311,12 +311,10 @@ MODELS: tuple[Model, ...] = (
             out=nn.Linear(4, 2),
             **parts(p=(4,)),
         ),
-        ("p",),
     ),
     Model(
         "changed-after-use",
         lambda: function(changed_after_use, linear=nn.Linear(3, 3), **parts(shift=(3,))),
-        ("shift",),
     ),
     Model(
         "written-into-zeros",
