@@ -19,7 +19,7 @@ one of its second: an input channel, an input unit. Columns are the rows of the 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
@@ -41,6 +41,7 @@ __all__ = [
     "full_precision",
     "norms_by",
     "norms_of_gradient",
+    "united",
 ]
 
 #: ``"tensor"``: a feature per parameter tensor, as in the paper; ``"row"``: one per index of its
@@ -335,6 +336,22 @@ class EmbeddingWeight:
         # Gradients of one row at all its positions add up before they are squared.
         same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
         return ((same @ self.g) * self.g).sum(1)
+
+
+def united(factors: Sequence[Factor]) -> Factor | None:
+    """The sum of several factors as one, where it is one of matrix products or of held gradients.
+
+    Where one is not, None: their gradients are then added up.
+    """
+    held = [factor for factor in factors if isinstance(factor, Materialised)]
+    if len(held) == len(factors):
+        return Materialised(reduce(torch.add, (factor.values for factor in held)))
+    products = [factor for factor in factors if isinstance(factor, Outer)]
+    if len(products) < len(factors):
+        return None
+    rows = torch.cat([factor.rows for factor in products], 1)
+    columns = torch.cat([factor.columns for factor in products], 1)
+    return Outer(rows, columns, products[0].shape)
 
 
 def gram_is_cheaper(

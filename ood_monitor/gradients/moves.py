@@ -193,7 +193,9 @@ def _picked(shape: Sequence[int], d: int, index: Any, n: int) -> Tensor:
 
 def _entries(index: Any, ndim: int) -> list[Any]:
     """One entry for each dimension (or several), on the CPU, without an ellipsis."""
-    given = list(index) if isinstance(index, tuple) else [index]
+    # A list with a slice in it is taken for a tuple by PyTorch.
+    several = isinstance(index, list) and any(isinstance(entry, slice) for entry in index)
+    given = list(index) if isinstance(index, tuple) or several else [index]
     entries = [entry.cpu() if isinstance(entry, Tensor) else entry for entry in given]
     rest = [slice(None)] * (ndim - sum(map(_taken, entries)))
     dots = [i for i, entry in enumerate(entries) if entry is Ellipsis]

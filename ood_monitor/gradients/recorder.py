@@ -35,9 +35,11 @@ from ood_monitor.gradients.factors import (
     Materialised,
     full_precision,
     norms_by,
+    united,
 )
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
 from ood_monitor.gradients.owners import Owners, Weighted, weights_of
+from ood_monitor.gradients.recurrent import REWRITTEN
 from ood_monitor.gradients.rules import ADDING, IN_PLACE, POINTWISE, REWRITES, RULES, SPREADING
 from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tensors_of
 from ood_monitor.gradients.uses import Covered, Given, Rows, covered, spread_along
@@ -210,6 +212,10 @@ class Recorder(TorchFunctionMode):
         if not data:
             return self._constant_or_derived(func, args, kwargs, sources)
         if sources and torch.is_grad_enabled() and self._data.get(args[0]) is not None:
+            if func in REWRITTEN:
+                result = self._recurrent(func, args, kwargs, data)
+                if result is not NotImplemented:
+                    return result
             with self:
                 if func in IN_PLACE:
                     own = args[0] if IN_PLACE[func] in ADDING else args[0].clone()
@@ -394,6 +400,28 @@ class Recorder(TorchFunctionMode):
             self._mark(func, result, [], [d])
         return result
 
+    def _recurrent(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, data: list[tuple[Tensor, Data]]
+    ) -> Any:
+        """A recurrent layer or cell, in operations that have rules; its states are not derived."""
+        states = tensors_of((args[1],))
+        if any(id(state) in self._sources for state in states):
+            return NotImplemented
+        with torch._C.DisableTorchFunction():
+            like = states if args[0].ndim == 2 else [args[0], *states]  # as the results are
+            known = [(tensor, d.dimension) for tensor, d in data]
+            found = sample_dimensions(func, args, kwargs, like, self._n, known)
+        created = all(d.created for _, d in data)
+
+        def mark(tensor: Tensor, dimension: int) -> Tensor:
+            d = None if None in found else dimension if self._n > 1 else 0
+            with torch._C.DisableTorchFunction():
+                self._data.set(tensor, Data(d, tensor.requires_grad, created))
+            return tensor
+
+        with self:
+            return REWRITTEN[func](mark, *args, **kwargs)
+
     def _consume(
         self,
         func: Callable[..., Any],
@@ -535,6 +563,7 @@ class Recorder(TorchFunctionMode):
 
     def _sum_up_uses(self) -> None:
         """Norms of parameters with several uses, and of those behind derived tensors."""
+        self._put_together()
         leaves = self.leaves
         names = {name for source, _ in self._collected for name in source.names}
         elements = sum(source.tensor.numel() for source, _ in self._collected)
@@ -546,6 +575,24 @@ class Recorder(TorchFunctionMode):
                 found = norms_by(self._by(name), Materialised(total))
                 norms.setdefault(name, []).append(found)
         self._norms |= {name: torch.cat(pieces) for name, pieces in norms.items()}
+
+    def _put_together(self) -> None:
+        """Take the norms of parameters whose uses' factors are one, as of a recurrent layer."""
+        derived = {
+            k for source, _ in self._collected if not source.is_parameter for k in source.names
+        }
+        by_name: dict[str, list[Factor]] = {}
+        for source, factor in self._collected:
+            if source.is_parameter and source.names[0] not in derived:
+                by_name.setdefault(source.names[0], []).append(factor)
+        done = set()
+        for name, factors in by_name.items():
+            with torch._C.DisableTorchFunction():
+                whole = united(factors)
+                if whole is not None:
+                    self._norms[name] = norms_by(self._by(name), whole)
+                    done.add(name)
+        self._collected = [(s, f) for s, f in self._collected if s.names[0] not in done]
 
     def _summed_gradients(
         self, leaves: dict[str, Tensor], start: int, stop: int

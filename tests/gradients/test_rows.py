@@ -368,6 +368,17 @@ def test_a_weight_written_over_after_its_use_goes_to_the_loop() -> None:
     assert "gain" in fast(adapter, draw(B, T, D)).left_over
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_a_recurrent_layer_with_projections_goes_to_the_loop() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.out(m.layer(x)[0])
+
+    layer = nn.LSTM(D, 6, 2, batch_first=True, bidirectional=True, proj_size=2)
+    adapter, x = of(forward, layer=layer, out=linear()), draw(B, T, D)
+    assert all(name.startswith("layer.") for name in fast(adapter, x).left_over)
+    assert_exact(adapter, x, gradient_norms(adapter, x), B)
+
+
 # Rows of several samples
 
 

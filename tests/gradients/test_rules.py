@@ -20,6 +20,7 @@ from ood_monitor.gradients.factors import (
     gram_is_cheaper,
     norms_by,
     norms_of_gradient,
+    united,
 )
 from ood_monitor.gradients.owners import Owners
 from ood_monitor.gradients.rules import POINTWISE, RULES
@@ -393,6 +394,21 @@ def test_pointwise_of_an_operand_with_rows_for_each_sample(shape: tuple[int, ...
         torch.testing.assert_close(factor.gradients(0, n), torch.stack(exact))
         torch.testing.assert_close(factor.gradients(1, n), torch.stack(exact[1:]))
         assert_norms(factor, exact)
+
+
+# Several uses of a parameter
+
+
+def test_factors_of_several_uses_are_one_where_they_can_be() -> None:
+    products = [Outer(draw(4, t, 3), draw(4, t, 2), torch.Size((3, 2))) for t in (1, 5)]
+    held = [Materialised(draw(4, 3)) for _ in range(3)]
+    for each in (products, held):
+        found = united(each)
+        assert found is not None
+        exact = torch.stack([factor.gradients(0, 4) for factor in each]).sum(0)
+        torch.testing.assert_close(found.gradients(0, 4), exact)
+        assert_norms(found, exact)
+    assert united([products[0], Materialised(draw(4, 3, 2))]) is None
 
 
 # Materialised gradients

@@ -131,6 +131,41 @@ def through_experts(m: Any, x: Tensor) -> Tensor:
     return out.reshape(x.shape)
 
 
+def recurrent(kind: Callable[..., nn.Module], **options: Any) -> Case:
+    """With states that start at zero, and again with those that it ended with."""
+    width = 4 * (1 + options.get("bidirectional", False))
+    first = options.get("batch_first", False)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, state = m.layer(m.f(x if first else x.transpose(0, 1)))
+        y = (y + m.layer(m.f(x.sin() if first else x.sin().transpose(0, 1)), state)[0]).tanh()
+        return m.out(y if first else y.transpose(0, 1))
+
+    return function(
+        forward, 5, 3, f=nn.Linear(3, 3), layer=kind(3, 4, **options), out=nn.Linear(width, 2)
+    )
+
+
+def stepwise(kind: Callable[..., nn.Module]) -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state: Any = None
+        for each in x.unbind(1):
+            state = m.cell(each, state)
+        return m.out(state[0] if isinstance(state, tuple) else state)
+
+    return function(forward, 5, 3, cell=kind(3, 4), out=nn.Linear(4, 2))
+
+
+#: A recurrent layer, a name and its options.
+RECURRENT: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *((kind, "first", {"batch_first": True}) for kind in ("LSTM", "GRU", "RNN")),
+    *((kind, "time-first", {"bidirectional": True}) for kind in ("LSTM", "GRU")),
+    ("LSTM", "dropout", {"num_layers": 2, "dropout": 0.5, "batch_first": True}),
+    ("LSTM", "deep", {"num_layers": 2, "bidirectional": True}),
+    ("GRU", "plain", {"num_layers": 2, "bias": False}),
+    ("RNN", "relu", {"nonlinearity": "relu", "bidirectional": True, "batch_first": True}),
+)
+
 # All
 
 POINTWISE_PARTS = {
@@ -209,25 +244,16 @@ MODELS: tuple[Model, ...] = (
     Model("attention-of-other-widths", lambda: attention(across=True, kdim=3, vdim=2)),
     Model("attention-biased", lambda: attention(add_bias_kv=True), ("attention.*",)),
     Model("transformer", lambda: transformer(), ()),
-    Model(
-        "lstm",
-        lambda: function(
-            lambda m, x: m.out(m.lstm(x)[0]),
-            *(5, 3),
-            lstm=nn.LSTM(3, 4, batch_first=True),
-            out=nn.Linear(4, 2),
-        ),
-        ("lstm.*",),
+    *(
+        Model(
+            f"{kind}-{name}",
+            partial(recurrent, getattr(nn, kind), **options),
+        )
+        for kind, name, options in RECURRENT
     ),
-    Model(
-        "lstm-with-dropout",
-        lambda: function(
-            lambda m, x: m.out(m.lstm(x)[0]),
-            *(5, 3),
-            lstm=nn.LSTM(3, 4, 2, batch_first=True, dropout=0.5),
-            out=nn.Linear(4, 2),
-        ),
-        ("lstm.*",),
+    *(
+        Model(f"{kind.__name__}", partial(stepwise, kind))
+        for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     ),
     Model("twice", lambda: function(lambda m, x: m.f(m.f(x).tanh()), f=nn.Linear(3, 3))),
     Model(
