@@ -154,6 +154,7 @@ class SequenceLikelihood(Adapter):
         self._scale = function("scale", scale)
         self.sample = checked_sample(sample)
         self._vocabulary: int | None = None  # unknown until images are asked for
+        self._passed: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Elements]]:
         """Yield one term, whose elements are the tokens that are predicted, in nats.
@@ -230,8 +231,38 @@ class SequenceLikelihood(Adapter):
             return torch.ones_like(tokens, dtype=torch.bool)
         return scored_by(self._labels(batch), tokens, self._ignored)
 
+    def with_logits(self, logits: Tensor, batch: Batch) -> Self:
+        """A copy that takes logits of a pass over a batch's tokens, and makes none.
+
+        Args:
+            logits: What the model gave, (B, T, V).
+            batch: What it was given: its tokens as they are, and its mask, if any.
+        """
+        other = copy.copy(self)
+        mask = self._condition(batch).get("attention_mask")
+        other._passed = self._inputs(batch), mask, logits
+        return other
+
+    def _passed_logits(self, given: _Given) -> Tensor:
+        """Those that were told, of the same tokens.
+
+        Raises:
+            ValueError: They are of others, as where padding comes before a text.
+        """
+        assert self._passed is not None
+        tokens, mask, logits = self._passed
+        is_same = tokens.shape == given.tokens.shape and torch.equal(tokens, given.tokens)
+        if not is_same or (mask is not None and not torch.equal(mask != 0, given.text)):
+            raise ValueError(
+                f"Expected logits of the tokens that are scored, {describe(given.tokens)}, got "
+                f"logits of others, {describe(tokens)}: texts were moved to the first column."
+            )
+        return self._checked_logits(logits, given.tokens)
+
     def _logits(self, given: _Given) -> Tensor:
         """Of shape (*tokens.shape, V)."""
+        if self._passed is not None:
+            return self._passed_logits(given)
         keywords = self._keywords(given.condition, given.text)
         output = self.module(self._scale(given.tokens), **keywords)
         first = output[0] if type(output) is tuple and output else output  # beside a loss or states

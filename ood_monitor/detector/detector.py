@@ -53,6 +53,7 @@ from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor.saving.fingerprints import digest, fingerprints_of, names_of
 from ood_monitor.saving.fitted import Fitted
 from ood_monitor.saving.probe import Verification
+from ood_monitor.statistics.live import LivePass, live_pass
 
 __all__ = ["Detector", "Groups"]
 
@@ -376,12 +377,42 @@ class Detector(Pretrained):
             found |= zip(names, zip(scores.score.tolist(), groups, strict=True), strict=True)
         return verified(fitted, self.adapter.module, found, rate)
 
-    def score(self, batch: Batch) -> Scores:
+    def live(self, batch: Batch) -> LivePass | None:
+        """What listens to a pass over B texts that the user makes, so that scoring makes none.
+
+        ::
+
+            live = detector.live(batch)
+            with live.listening():
+                output = model(**batch)  # in eval mode, without gradients and mixed precision
+            live.ended(output.logits)
+            scores = detector.score(batch, live=live)
+
+        Args:
+            batch: What the model is about to be given.
+
+        Returns:
+            None where scoring needs a pass of its own: of other models than a
+            :class:`~ood_monitor.SequenceLikelihood`, a method that takes gradients, or a model of
+            which nothing was scored yet.
+
+        Raises:
+            RuntimeError: The detector is not fitted.
+            ValueError: The batch is none of texts.
+        """
+        plan = Plan.of(self.fitted)
+        if plan.kinds != plan.of_forward or self.chunk_size is not None:
+            return None
+        layers = (self.fitted.expected_layers or ()) if plan.has("expected_norms") else ()
+        return live_pass(self.adapter, batch, layers)
+
+    def score(self, batch: Batch, *, live: LivePass | None = None) -> Scores:
         """Score B samples; the model is left as it was.
 
         Args:
             batch: As the held-out batches were; labels that the adapter does not take may be left
                 out, or come on top.
+            live: A pass over the same batch, which has ended.
 
         Returns:
             Scores, p-values and what each layer says.
@@ -394,7 +425,7 @@ class Detector(Pretrained):
         fitted = self.fitted
         self.check(batch)
         given, batch = batch, without_ignored(self.adapter, batch)
-        measured = self._measured(Plan.of(fitted), batch, fitted, given)
+        measured = self._measured(Plan.of(fitted), batch, fitted, given, live)
         features = fitted.joined.features(measured)
         parts = fitted.joined.contributions(features)
         score = parts.sum(1)
@@ -487,7 +518,12 @@ class Detector(Pretrained):
         return detector
 
     def _measured(
-        self, plan: Plan, batch: Batch, fitted: Fitted | None, given: Batch
+        self,
+        plan: Plan,
+        batch: Batch,
+        fitted: Fitted | None,
+        given: Batch,
+        live: LivePass | None = None,
     ) -> Measurements:
         """Of a batch, and of all that was given with it, of which groups may be told."""
         measured = measured_by(
@@ -500,6 +536,7 @@ class Detector(Pretrained):
             chunk_size=self.chunk_size,
             any_size=self.any_size,
             fitted=fitted,
+            live=live,
         )
         groups = self._groups_of(given, batch, len(measured))
         return replace(measured, samples=samples_of(batch), groups=groups, sample=plan.sample)

@@ -26,6 +26,7 @@ from ood_monitor.statistics import (
     has_statistics_without_noise,
     surprise_by_place,
 )
+from ood_monitor.statistics.live import LivePass
 from ood_monitor.statistics.png import PNG_BITS, in_range
 
 __all__ = ["explaining_of", "is_measurable", "measured_by"]
@@ -55,6 +56,7 @@ def measured_by(
     chunk_size: int | None,
     any_size: bool = False,
     fitted: Fitted | None = None,
+    live: LivePass | None = None,
 ) -> Measurements:
     """Terms and statistics of a batch of B samples.
 
@@ -68,6 +70,7 @@ def measured_by(
         chunk_size: Samples a pass.
         any_size: Whether a denoiser's sums over positions are means.
         fitted: What is to judge them; None of samples to fit on.
+        live: A pass over the batch that was made already.
 
     Raises:
         ValueError: A batch or a model that :func:`~ood_monitor.gradient_norms` or
@@ -76,7 +79,7 @@ def measured_by(
     tables: dict[str, Table] = {}
     likelihoods: dict[str, Tensor] = {}
     if plan.of_forward:
-        found = _forward(plan, adapter, batch, layers, chunk_size, fitted)
+        found = _forward(plan, adapter, batch, layers, chunk_size, fitted, live)
         likelihoods, tables = found.log_likelihood, _tables(found, plan, batch_size(batch))
     if plan.of_denoiser:
         tables |= _without_noise(plan, adapter, batch, layers, chunk_size, any_size)
@@ -111,6 +114,7 @@ def _forward(
     layers: Layers,
     chunk_size: int | None,
     fitted: Fitted | None,
+    live: LivePass | None,
 ) -> ForwardStatistics:
     """What one forward pass gives of the plan's parts."""
     found = forward_statistics(
@@ -122,6 +126,7 @@ def _forward(
         values=plan.has("values"),
         map=plan.has("map"),
         chunk_size=chunk_size,
+        live=live,
     )
     if fitted is None and PNG_BITS in found.values:
         found.values[PNG_BITS] = _bits_in_range(found.values[PNG_BITS], adapter, batch)

@@ -29,6 +29,7 @@ __all__ = [
     "WithoutLayersError",
     "discovered",
     "known_layers",
+    "known_so_far",
     "norms_of",
     "one_pass",
 ]
@@ -183,6 +184,11 @@ def norms_of(
         dtype = torch.promote_types(like.dtype, torch.float32)
         found[name] = like.new_zeros((size, count), dtype=dtype)
     return found
+
+
+def known_so_far(adapter: Adapter) -> Mapping[str, Layer]:
+    """The layers that passes of an adapter have called so far."""
+    return _found_of(adapter)
 
 
 def _found_of(adapter: Adapter) -> dict[str, Layer]:

@@ -30,6 +30,7 @@ from ood_monitor.statistics.expected_norms import (
     norms_of,
     one_pass,
 )
+from ood_monitor.statistics.live import LivePass
 from ood_monitor.statistics.png import PNG_BITS, png_bits
 from ood_monitor.statistics.rows import Layout, Single, layout_of
 from ood_monitor.statistics.surprise import surprise_map, value_columns
@@ -75,6 +76,7 @@ def forward_statistics(
     values: bool = True,
     map: bool = False,
     chunk_size: int | None = None,
+    live: LivePass | None = None,
 ) -> ForwardStatistics:
     """Terms, values and expected norms of each sample, without any gradient.
 
@@ -93,6 +95,7 @@ def forward_statistics(
         values: Whether to make the columns of values.
         map: Whether to make those of the map.
         chunk_size: Samples a pass, to bound memory.
+        live: A pass over the batch that the user has made, in the place of one; it takes no chunks.
 
     Raises:
         ValueError: The batch is empty, a term or its elements are of the wrong form, ``layers``
@@ -117,9 +120,11 @@ def forward_statistics(
 
     def measured(passes: Passes[Adapter]) -> ForwardStatistics:
         usable = usable_by(adapter.module, batch)
-        chunks = list(pieces(usable, chunk_size or size))
+        chunks = [usable] if live else list(pieces(usable, chunk_size or size))
         known = known_layers(passes, chunks[0], layers) if norms else {}
-        return _joined(part for chunk in chunks for part in _parts(passes, chunk, known, wanted))
+        return _joined(
+            part for chunk in chunks for part in _parts(passes, chunk, known, wanted, live)
+        )
 
     return scored(measured, adapter, adapter.module)
 
@@ -225,11 +230,18 @@ class _Columns:
 
 
 def _parts(
-    passes: Passes[Adapter], chunk: Batch, layers: LayersOfAPass, wanted: _Wanted
+    passes: Passes[Adapter],
+    chunk: Batch,
+    layers: LayersOfAPass,
+    wanted: _Wanted,
+    live: LivePass | None = None,
 ) -> Iterable[ForwardStatistics]:
     """The statistics of a chunk, by one pass, or by one for each sample where it must be."""
     size, columns = batch_size(chunk), _Columns(wanted)
-    single = one_pass(passes, chunk, layers, columns)
+    if live is None:
+        single = one_pass(passes, chunk, layers, columns)
+    else:
+        single = live.single(passes, columns)
     layout = Layout()
     if layers and size > 1:
 

@@ -30,7 +30,8 @@ class Clipping:
         self.detach()
         trained = [p for p in module.parameters() if p.requires_grad][-_LAST:]
         for parameter in sorted(trained, key=Tensor.numel)[:_ASKED]:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._remember))
+            hook: Any = parameter.register_post_accumulate_grad_hook  # without annotations
+            self._handles.append(hook(self._remember))
 
     def detach(self) -> None:
         """It is over."""
@@ -55,4 +56,5 @@ class Clipping:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+    return norm

@@ -1,6 +1,7 @@
 """Evaluations and predictions of a Trainer: scored batch by batch, decided on at their end."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ood_monitor import Alert, Monitor
+from ood_monitor import Alert, Monitor, Scores
 from ood_monitor.adapters.base import batch_size
 from ood_monitor.alerts import Sink
+from ood_monitor.statistics.live import LivePass
 from ood_monitor_integrations.accelerate.forward import plain_forward
 from ood_monitor_integrations.accelerate.positions import positions_of
 from ood_monitor_integrations.metrics import STATUSES
@@ -103,13 +105,42 @@ class Evaluations:
         self._stage: BufferedStage | None = None
         self._loader = loader
         self._positions: Places = Positions(None, World())
-        self._batch_idx = 0
+        self._batch_idx, self._is_busy = 0, False
+        self._live: tuple[LivePass, Any] | None = None
+        self._listening = ExitStack()
         if loader is None:
             self._given: list[Mapping[str, Any]] = []
 
     def give(self, batch: Mapping[str, Any]) -> None:
         """The model is given a batch, of which it is not known yet whether it is evaluated."""
         self._given = [*self._given[-1:], batch]
+        self._live = None
+        is_scored = self._stage is not None and self._batch_idx % self._settings.every == 0
+        if is_scored and not self._is_busy:
+            with suppress(Exception):  # scoring makes a pass of its own then, and says why
+                self._listen(batch)
+
+    def _listen(self, batch: Mapping[str, Any]) -> None:
+        """Listen to the pass that begins, if it is the one that scoring would make."""
+        assert self._stage is not None
+        module, samples = self._stage.detector.adapter.module, self._texts(batch)
+        is_plain = not any("_original_forward" in vars(part) for part in module.modules())
+        is_whole = self._texts.rows is None and samples.get("input_ids") is batch.get("input_ids")
+        if not (is_plain and is_whole) or torch.is_grad_enabled():
+            return
+        live = self._stage.detector.live(samples)
+        if live is not None:
+            self._listening.enter_context(live.listening())
+            self._live = live, samples
+
+    def gave(self, output: Any) -> None:
+        """The pass has ended."""
+        if self._is_busy:
+            return
+        self._listening.close()
+        logits = getattr(output, "logits", None)
+        if self._live is not None and isinstance(logits, torch.Tensor):
+            self._live[0].ended(logits)
 
     def given(self) -> list[Mapping[str, Any]]:
         """The latest batches, two at most, that the model was given since this was last asked."""
@@ -151,7 +182,11 @@ class Evaluations:
         if self._stage is None or index % self._settings.every:
             return
         with self._failures.contained(FAILED), plain_forward(run.model):
-            self._score(self._stage, given, index)
+            self._is_busy = True
+            try:
+                self._score(self._stage, given, index)
+            finally:
+                self._is_busy = False
         self._given = []  # a model that has no copy for scoring has run itself
 
     def _score(self, stage: BufferedStage, given: list[Mapping[str, Any]], index: int) -> None:
@@ -164,11 +199,21 @@ class Evaluations:
             )
         (batch,) = given
         samples = self._texts(batch)
-        scores = stage.detector.score(samples)
+        scores = self._heard(stage) or stage.detector.score(samples)
         if not scores.valid.all():
             self._failures.tell("could not score samples", "values that are not finite.")
         dataset, rows = self._places(index, batch_size(samples))
         stage.take(scores, dataset, rows)
+
+    def _heard(self, stage: BufferedStage) -> Scores | None:
+        """By the evaluation's own pass; None where that is not what scoring needs."""
+        live, self._live = self._live, None
+        if live is None or not live[0].is_over:
+            return None
+        try:
+            return stage.detector.score(live[1], live=live[0])
+        except ValueError:  # of padding before a text: scoring makes a pass of its own, and says
+            return None
 
     def _places(self, index: int, count: int) -> tuple[Indices, Indices]:
         """Where the samples of a batch stand, and which of them count.

@@ -51,7 +51,7 @@ class Events(TrainerCallback):
     def __init__(self) -> None:
         self._loaders = Loaders()
         self._args: TrainingArguments | None = None
-        self._tap = Tap(self._given)
+        self._tap = Tap(self._given, self._gave)
         self._clipping = Clipping()
         self._is_off = self._is_fit = self._cannot_calibrate = False
         self._batches, self._evaluated = 0, 0  # of this step, and in this training
@@ -228,6 +228,11 @@ class Events(TrainerCallback):
         """The model is given a batch in eval mode."""
         if not self._is_off:
             self._evaluations.give(batch)
+
+    def _gave(self, output: Any) -> None:
+        """It has given something, or None if it has failed."""
+        if not self._is_off:
+            self._evaluations.gave(output)
 
     def _begin(self, run: TransformersRun, loader: Any) -> None:
         """The first batch of an evaluation is through; it is watched if it should be."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ood_monitor.adapters.base import Batch
+from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor_integrations.accelerate.forward import plain_forward
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.held_out import HeldOut, own_data
@@ -38,7 +38,14 @@ def begun(args: TrainingArguments) -> World:
 
 def is_dataset(source: object) -> bool:
     """Whether it has samples, to be collated, and not batches."""
-    return isinstance(source, Dataset) or hasattr(source, "column_names")
+    if isinstance(source, Dataset) or hasattr(source, "column_names"):
+        return True
+    first = source[0] if isinstance(source, list | tuple) and source else None
+    if not isinstance(first, Mapping):
+        return False
+    tokens = first.get("input_ids")
+    is_text = isinstance(tokens, torch.Tensor) and tokens.ndim == 1
+    return is_text or not tensors_in(first)
 
 
 @dataclass

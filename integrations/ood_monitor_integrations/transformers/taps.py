@@ -10,17 +10,23 @@ __all__ = ["Tap"]
 
 
 class Tap:
-    """A hook on a model, which tells what each pass in eval mode is given by keywords.
+    """Hooks on a model, which tell what each pass in eval mode is given by keywords, and gives.
 
     It is no part of the model: copies of the model, and what is pickled of it, tell nobody.
 
     Args:
         tell: Is given the keywords of a pass; it is held weakly, as a bound method.
+        tell_end: Is given what it gives; likewise.
     """
 
-    def __init__(self, tell: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        tell: Callable[[Mapping[str, Any]], None] | None = None,
+        tell_end: Callable[[Any], None] | None = None,
+    ) -> None:
         self._tell = None if tell is None else weakref.WeakMethod(tell)
-        self._handle: Any = None
+        self._tell_end = None if tell_end is None else weakref.WeakMethod(tell_end)
+        self._handles: list[Any] = []
         self._on: weakref.ref[nn.Module] | None = None
 
     def attach(self, module: nn.Module) -> None:
@@ -28,14 +34,17 @@ class Tap:
         if self._on is not None and self._on() is module:
             return
         self.detach()
-        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        self._handles = [
+            module.register_forward_pre_hook(self, with_kwargs=True),
+            module.register_forward_hook(self.ended, always_call=True),
+        ]
         self._on = weakref.ref(module)
 
     def detach(self) -> None:
         """Take it off."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = self._on = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._on = [], None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell of a pass, if it is one of the module itself."""
@@ -43,6 +52,13 @@ class Tap:
         tell = None if self._tell is None else self._tell()
         if tell is not None and is_own and not module.training and not args:
             tell(dict(kwargs))
+
+    def ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Tell of the end of a pass, of which there was told, also if it has failed."""
+        is_own = self._on is not None and self._on() is module
+        tell = None if self._tell_end is None else self._tell_end()
+        if tell is not None and is_own and not module.training and not args:
+            tell(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Of a copied model: one that tells nobody."""

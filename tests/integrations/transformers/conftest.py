@@ -8,6 +8,6 @@ _IGNORED = ["ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "integrations/transformers" in str(item.path):
+        if "tests/integrations/transformers" in str(item.path):
             for told in _IGNORED:
                 item.add_marker(pytest.mark.filterwarnings(told))

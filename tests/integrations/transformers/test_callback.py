@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from ood_monitor_integrations.accelerate.forward import plain_forward
 from ood_monitor_integrations.transformers import OODCallback, unpacked
 from support.transformers_cases import (
     PROMPT,
@@ -22,7 +24,7 @@ from support.transformers_cases import (
 )
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, LlamaModel
 
 import ood_monitor as om
 from ood_monitor.saving.checkpoints import folder_inside, states_of
@@ -227,6 +229,59 @@ def test_samples_without_a_token_to_score_are_left_out_and_told(tmp_path: Path) 
 
 
 # Evaluations
+
+
+class LeftPadded(Texts):
+    """Of one length, with padding before the text, as for generation."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        return {k: F.pad(v, (2, 0), value=-100 if k == "labels" else 0) for k, v in row.items()}
+
+
+def left_collated(rows: Any) -> dict[str, Tensor]:
+    batch = collated(rows)
+    batch["attention_mask"][:, :2] = 0
+    return batch
+
+
+#: Texts and their collator, the Trainer's options, and passes of the model of three batches.
+EVALUATED: dict[str, tuple[type[Texts], Any, dict[str, Any], int]] = {
+    "padded on the right": (Texts, collated, {}, 4),  # the first is not known to be watched
+    "padded on the left": (LeftPadded, left_collated, {}, 6),
+    "bf16": (Texts, collated, {"bf16": True}, 6),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_an_evaluation_is_scored_by_its_own_passes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, collator, options, expected = EVALUATED[name]
+    watch = callback()
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1, **options)
+    run.train()
+    run.data_collator = collator
+    run.predict(Texts(2, 1))  # of two samples alone it is seen how a batch's rows lie
+    run.predict(kind(48, 7))
+    passes, forward = list[int](), LlamaModel.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", counting)
+        run.predict(kind(48, 7))
+    assert len(passes) == expected
+    assert watch.failures == 0
+    assert watch.detector is not None
+    texts = [kind(48, 7)[index] for index in range(48)]
+    with plain_forward(run.model):
+        alone = [watch.detector.score(collator(texts[i : i + 16])) for i in (0, 16, 32)]
+    scores = watch.scores("predict")
+    np.testing.assert_allclose(scores.score, torch.cat([s.score for s in alone]), rtol=1e-3)
+    np.testing.assert_allclose(scores.p_value, torch.cat([s.p_value for s in alone]), rtol=1e-3)
 
 
 def test_foreign_texts_raise_an_alert_and_the_same_do_not(tmp_path: Path) -> None:

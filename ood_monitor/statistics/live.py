@@ -1,0 +1,108 @@
+"""A pass that the user makes anyway, listened to: its logits and its layers' inputs are there.
+
+An evaluation of a language model runs the pass that its scoring needs. So the sums of what layers
+are given are taken while it runs, and its logits are read afterwards; scoring then runs none.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ood_monitor.adapters import SequenceLikelihood
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_elements
+from ood_monitor.adapters.elements import Elements
+from ood_monitor.modules import Passes, part_of
+from ood_monitor.statistics.expected_norms import known_so_far
+from ood_monitor.statistics.hooks import Sums
+from ood_monitor.statistics.layers import Layer
+from ood_monitor.statistics.rows import Single
+
+__all__ = ["LivePass", "live_pass"]
+
+
+class LivePass:
+    """A pass of a model over a batch.
+
+    Args:
+        adapter: The model, in eval mode.
+        batch: What the user is about to give it, B texts.
+        layers: Whose inputs are summed.
+    """
+
+    def __init__(
+        self, adapter: SequenceLikelihood, batch: Batch, layers: Mapping[str, Layer]
+    ) -> None:
+        self._adapter, self._batch, self._layers = adapter, batch, layers
+        counted = adapter.positions(batch)
+        self._sums = Sums(adapter.module, layers, batch_size(batch), counted)
+        self._logits: Tensor | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, and gave what scoring needs."""
+        return self._logits is not None and self._failure is None and bool(self._sums.taken)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the sums while the user's own call runs; nothing is raised into that."""
+        handles = []
+        try:
+            for name, layer in self._layers.items():
+                hook = functools.partial(self._hear, name, layer)
+                part = part_of(self._adapter.module, name)
+                handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+            with self._sums.taking():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def ended(self, logits: Tensor) -> None:
+        """The call has given logits, (B, T, V)."""
+        self._logits = logits.detach()
+
+    def single(
+        self, passes: Passes[Adapter], of_term: Callable[[str, Tensor | Elements], None]
+    ) -> Single:
+        """Terms and sums, as a pass of scoring's own would give them.
+
+        Raises:
+            ValueError: The model was given other tokens than scoring would give it, or logits are
+                of another shape.
+        """
+        assert self._logits is not None
+        view = self._adapter.with_logits(self._logits, self._batch)
+        terms: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for term, value in checked_elements(view, self._batch):
+                terms[term] = (value.total() if isinstance(value, Elements) else value).detach()
+                of_term(term, value)
+        return Single(self._sums.taken, terms)
+
+    def _hear(self, name: str, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._failure is None:
+            try:
+                self._sums._take(name, layer, module, args, kwargs)
+            except Exception as error:  # of any kind: the call is the user's
+                self._failure = error
+
+
+def live_pass(adapter: Adapter, batch: Batch, layers: Iterable[str]) -> LivePass | None:
+    """What will listen to a pass; None where scoring has to make one of its own.
+
+    Args:
+        adapter: The model.
+        batch: What the user is about to give it, B texts.
+        layers: Names of the layers whose inputs are summed.
+    """
+    known = known_so_far(adapter)
+    if not isinstance(adapter, SequenceLikelihood) or adapter.sample_of(batch) != "sequence":
+        return None
+    names = list(layers)
+    found = {name: known[name] for name in names if name in known}
+    return None if len(found) < len(names) else LivePass(adapter, batch, found)
