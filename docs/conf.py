@@ -26,7 +26,7 @@ nitpick_ignore_regex = [
     (
         "py:.*",
         r"(collections|concurrent|datetime|diffusers|huggingface_hub|jinja2|logging|matplotlib|mlflow|nn"
-        r"|np|numpy|os|pathlib|prometheus_client|pytorch_lightning|torch|typing)\..*",
+        r"|accelerate|np|numpy|os|pathlib|prometheus_client|pytorch_lightning|torch|typing)\..*",
     ),
 ]
 # Names that a public signature shows and no page explains.

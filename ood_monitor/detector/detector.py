@@ -392,9 +392,9 @@ class Detector(Pretrained):
             batch: What the model is about to be given.
 
         Returns:
-            None where scoring needs a pass of its own: of other models than a
-            :class:`~ood_monitor.SequenceLikelihood`, a method that takes gradients, or a model of
-            which nothing was scored yet.
+            What listens, or None where scoring needs a pass of its own, as of other models than a
+            :class:`~ood_monitor.SequenceLikelihood`, by a method that takes gradients, or of a
+            model of which nothing was scored yet.
 
         Raises:
             RuntimeError: The detector is not fitted.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ood_monitor import Alert, Monitor, Scores
+from ood_monitor import Alert, Detector, Monitor, Scores
 from ood_monitor.adapters.base import batch_size
 from ood_monitor.alerts import Sink
 from ood_monitor.statistics.live import LivePass
@@ -106,32 +106,33 @@ class Evaluations:
         self._loader = loader
         self._positions: Places = Positions(None, World())
         self._batch_idx, self._is_busy = 0, False
-        self._live: tuple[LivePass, Any] | None = None
-        self._listening = ExitStack()
         if loader is None:
             self._given: list[Mapping[str, Any]] = []
+            self._live: tuple[LivePass, Any, Detector] | None = None
+            self._listening = ExitStack()
 
     def give(self, batch: Mapping[str, Any]) -> None:
         """The model is given a batch, of which it is not known yet whether it is evaluated."""
         self._given = [*self._given[-1:], batch]
         self._live = None
-        is_scored = self._stage is not None and self._batch_idx % self._settings.every == 0
-        if is_scored and not self._is_busy:
+        # Of the first batch nobody knows yet that it is one; the detector may be the one to come.
+        detector = self._detectors.current if self._stage is None else self._stage.detector
+        is_scored = self._batch_idx % self._settings.every == 0
+        if detector is not None and is_scored and not self._is_busy:
             with suppress(Exception):  # scoring makes a pass of its own then, and says why
-                self._listen(batch)
+                self._listen(detector, batch)
 
-    def _listen(self, batch: Mapping[str, Any]) -> None:
+    def _listen(self, detector: Detector, batch: Mapping[str, Any]) -> None:
         """Listen to the pass that begins, if it is the one that scoring would make."""
-        assert self._stage is not None
-        module, samples = self._stage.detector.adapter.module, self._texts(batch)
+        module, samples = detector.adapter.module, self._texts(batch)
         is_plain = not any("_original_forward" in vars(part) for part in module.modules())
         is_whole = self._texts.rows is None and samples.get("input_ids") is batch.get("input_ids")
         if not (is_plain and is_whole) or torch.is_grad_enabled():
             return
-        live = self._stage.detector.live(samples)
+        live = detector.live(samples)
         if live is not None:
             self._listening.enter_context(live.listening())
-            self._live = live, samples
+            self._live = live, samples, detector
 
     def gave(self, output: Any) -> None:
         """The pass has ended."""
@@ -208,7 +209,7 @@ class Evaluations:
     def _heard(self, stage: BufferedStage) -> Scores | None:
         """By the evaluation's own pass; None where that is not what scoring needs."""
         live, self._live = self._live, None
-        if live is None or not live[0].is_over:
+        if live is None or not live[0].is_over or live[2] is not stage.detector:
             return None
         try:
             return stage.detector.score(live[1], live=live[0])

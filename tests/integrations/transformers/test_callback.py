@@ -247,7 +247,7 @@ def left_collated(rows: Any) -> dict[str, Tensor]:
 
 #: Texts and their collator, the Trainer's options, and passes of the model of three batches.
 EVALUATED: dict[str, tuple[type[Texts], Any, dict[str, Any], int]] = {
-    "padded on the right": (Texts, collated, {}, 4),  # the first is not known to be watched
+    "padded on the right": (Texts, collated, {}, 3),
     "padded on the left": (LeftPadded, left_collated, {}, 6),
     "bf16": (Texts, collated, {"bf16": True}, 6),
 }
