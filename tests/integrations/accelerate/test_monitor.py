@@ -36,6 +36,7 @@ def one_process(folder: Path) -> Accelerator:
     return accelerator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepares", [True, False], ids=["prepared", "plain"])
 def test_a_loop_finds_what_a_detector_finds(prepares: bool, tmp_path: Path) -> None:
     found = watched(one_process(tmp_path), tmp_path, prepares=prepares)

@@ -17,6 +17,7 @@ from support.transformers_cases import (
     same,
     trainer,
 )
+from support.transformers_processes import STREAM
 from support.two_processes import reports
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
@@ -104,7 +105,14 @@ def done(situation: Situation, folder: Path, *callbacks: Callable[[], Any]) -> d
     return {"given": given, **outcome(run)}
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+#: Those that take the least; `make test-slow` runs the others.
+QUICK = ("max_steps", "resume")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SITUATIONS],
+)
 def test_training_is_bit_identical_with_and_without_the_callback(name: str, tmp_path: Path) -> None:
     situation, made = SITUATIONS[name], []
 
@@ -132,6 +140,11 @@ def test_training_is_bit_identical_with_and_without_the_callback(name: str, tmp_
 
 @pytest.mark.slow
 def test_two_processes_train_as_without_the_callback(tmp_path: Path) -> None:
-    for told in reports(SUPPORT / "transformers_processes.py", tmp_path):
+    first, second = reports(SUPPORT / "transformers_processes.py", tmp_path)
+    for told in (first, second):
         assert told["watched"] == told["plain"]
         assert told["failures"] == {}
+    assert (first["predict"].pop("heard") > 0, second["predict"].pop("heard")) == (True, 0)
+    assert first["predict"] == second["predict"]
+    assert first["predict"]["indices"] == [*range(STREAM)]
+    assert "drift" in [kind for kind, _ in first["predict"]["alerts"]]
