@@ -11,29 +11,36 @@ __all__ = ["note_with"]
 _BEGIN, _END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
 # No begin mark inside: if a user deleted an end mark, the text after it is the user's.
 _BLOCK = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+_HEX = re.compile("[0-9a-f]{32}")
 _NOTE_LIMIT = 8000  # MLflow cuts longer tag values, which would cut the user's text
 _NAMED = 5  # layers, terms and samples that are named, of each
 
 
-def note_with(note: str, alert: Alert) -> str | None:
+def note_with(note: str, alert: Alert, run_id: str = "") -> str | None:
     """A note with what it says of `alert` in the place of what it said of the one before.
 
-    What a user wrote stays as it is. None if there is no room.
+    What a user wrote stays as it is. None if there is no room. With the run's id it has a picture.
     """
-    block = _block(alert)
+    block = _block(alert, run_id)
     changed, found = _BLOCK.subn(lambda _: block, note, count=1)
     if not found:
         changed = f"{note}\n\n{block}" if note else block
     return None if len(changed) > _NOTE_LIMIT else changed
 
 
-def _block(alert: Alert) -> str:
-    """What the note says of `alert`, in Markdown, between our marks."""
-    time = alert.time.isoformat(" ", "seconds")
+def _block(alert: Alert, run_id: str) -> str:
+    """What the note says of `alert`, in Markdown, between our marks.
+
+    MLflow's page shows four lines until it is asked for more: these have status, since when, and
+    what to do.
+    """
+    time, guidance = alert.time.isoformat(" ", "seconds"), guidance_of(gravest_of(alert))
     text = (
-        f"**ood-monitor: {alert.status}** ({alert.kind}, stream {markdown_code(alert.stream)}, "
-        f"{alert.samples_seen:,} samples seen, {time})\n\n{markdown_text(alert.message)}\n\n"
-        f"**Since** {markdown_text(since_of(alert))}\n\n{_now(alert)}"
+        f"**ood-monitor: {alert.status}** since {markdown_text(since_of(alert))} ({alert.kind}, "
+        f"stream {markdown_code(alert.stream)}, {alert.samples_seen:,} samples seen, {time}). "
+        f"{_standing(alert)}**Do now:** {markdown_text(guidance.do)}\n\n"
+        f"{_picture(alert, run_id)}{markdown_text(alert.message)}\n\n"
+        f"{markdown_code(guidance.command)}\n\n{markdown_text(guidance.means_not)}\n\n"
         f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
         f"Evidence: {markdown_code(f'ood/alerts/{alert.id}.json')}, picture: "
         f"{markdown_code(f'ood/alerts/{alert.id}.png')}, help: {markdown_code(alert.help)}"
@@ -41,16 +48,20 @@ def _block(alert: Alert) -> str:
     return f"{_BEGIN}\n{text}\n{_END}"
 
 
-def _now(alert: Alert) -> str:
-    """What to do first, and what it does not mean."""
+def _standing(alert: Alert) -> str:
+    """What is graver than the alert, and stands."""
     first = gravest_of(alert)
-    guidance = guidance_of(first)
-    stands = f"**{first.replace('_', ' ')} stands:** {markdown_text(guidance.means)}\n\n"
-    return (
-        f"{'' if first == alert.kind else stands}**Do now:** {markdown_text(guidance.do)}\n\n"
-        f"{markdown_code(guidance.command)}\n\n"
-        f"{markdown_text(guidance.means_not)}\n\n"
-    )
+    if first == alert.kind:
+        return ""
+    return f"**{first.replace('_', ' ')} stands:** {markdown_text(guidance_of(first).means)} "
+
+
+def _picture(alert: Alert, run_id: str) -> str:
+    """The alert's figure, by an address below the tracking server's own page."""
+    if not (_HEX.fullmatch(run_id) and _HEX.fullmatch(alert.id)):
+        return ""  # of another form, which may be more than an id
+    path = f"ood/alerts/{alert.id}.png"
+    return f"![Picture of the alert](get-artifact?path={path}&run_uuid={run_id})\n\n"
 
 
 def _layers(layers: tuple[LayerShare, ...]) -> str:

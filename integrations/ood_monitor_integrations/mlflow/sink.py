@@ -237,7 +237,7 @@ class MLflowSink:
         return note
 
     def _write_note(self, note: str, alert: Alert) -> bool:
-        changed = note_with(note, alert)
+        changed = note_with(note, alert, self.run_id)
         if changed is None:
             _log.warning("The note of run %s has no room for the alert.", self.run_id)
             return False

@@ -7,7 +7,7 @@ from ood_monitor_integrations.mlflow.note import note_with
 from support.alert_cases import ALERT, FlaggedSample, LayerShare, TermShare
 from support.hostile_names import NAMES
 
-from ood_monitor.alerts import Alert
+from ood_monitor.alerts import Alert, guidance_of
 
 BEGIN, END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
 
@@ -49,3 +49,23 @@ def test_a_note_of_any_name_is_replaced_whole_and_leaves_room() -> None:
         assert second is not None
         assert second.startswith(f"{mine}\n\n{BEGIN}")
         assert (second.count(BEGIN), second.count(END), second.count("camera 1")) == (1, 1, 18)
+
+
+def test_a_note_begins_with_status_since_when_what_to_do_and_a_picture() -> None:
+    """MLflow's page shows four lines of it before it is asked for more."""
+    alert = replace(ALERT, evidence=replace(ALERT.evidence, since=1200), id="a" * 32)
+    note = note_with("", alert, "b" * 32)
+    assert note is not None
+    first, second, *_ = note.removeprefix(f"{BEGIN}\n").split("\n\n")
+    for part in ("ood-monitor: ALERT", "since about sample 1,200", guidance_of("drift").do):
+        assert part in first
+    assert len(first) < 420  # four lines of a hundred characters
+    path = f"get-artifact?path=ood/alerts/{'a' * 32}.png&run_uuid={'b' * 32}"
+    assert second == f"![Picture of the alert]({path})"
+    images = [t for token in MarkdownIt().parse(note) for t in token.children or []]
+    assert [t.attrs["src"] for t in images if t.type == "image"] == [path]
+
+
+def test_an_id_that_may_be_more_than_one_has_no_picture() -> None:
+    for alert_id, run_id in (("x](http", "b" * 32), ("a" * 32, "../b"), ("A" * 32, "b" * 32)):
+        assert "![" not in str(note_with("", replace(ALERT, id=alert_id), run_id))
