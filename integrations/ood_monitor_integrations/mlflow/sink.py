@@ -36,6 +36,9 @@ from ood_monitor_integrations.mlflow.version import ShownVersion
 
 __all__ = ["MLflowSink"]
 
+#: Of a picture that the run's note shows: one that is wider makes its text as wide, out of sight.
+_DPI = 100
+
 _log = logging.getLogger(__name__)
 
 
@@ -148,7 +151,8 @@ class MLflowSink:
             self._log_batch({}, shown.tags_of(alert), alert)
         place = place_of(alert)
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{place}.json")
-        self._client.log_figure(self.run_id, alert_figure(alert), f"{place}.png")
+        figure, small = alert_figure(alert), {"dpi": _DPI}
+        self._client.log_figure(self.run_id, figure, f"{place}.png", save_kwargs=small)
         status = self._overall(alert.status if is_news else shown.status, alert.time)
         if alert.kind == "explanation":
             self._explain(alert)
