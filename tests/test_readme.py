@@ -29,6 +29,7 @@ SNIPPETS: dict[str, int] = {
     "docs/recipes/spark.md": 1,
     "docs/recipes/tables.md": 3,
     "docs/recipes/transformers.md": 3,
+    "docs/recipes/webhooks.md": 4,
     "docs/recipes/your-own-model.md": 4,
     "docs/tour.md": 6,
 }

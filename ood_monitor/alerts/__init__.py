@@ -19,7 +19,7 @@ from ood_monitor.alerts.alert import (
 from ood_monitor.alerts.dispatcher import Dispatcher
 from ood_monitor.alerts.failures import Refused, Undelivered
 from ood_monitor.alerts.figures import Reading, Summary
-from ood_monitor.alerts.guidance import Guidance, guidance_of
+from ood_monitor.alerts.guidance import Guidance, gravest_of, guidance_of, since_of
 from ood_monitor.alerts.page_sink import PageSink
 from ood_monitor.alerts.sink import LoggingSink, MeterSink, Sink, SummarySink
 from ood_monitor.alerts.spool import Spool
@@ -50,7 +50,9 @@ __all__ = [
     "WebhookError",
     "WebhookRefused",
     "WebhookSink",
+    "gravest_of",
     "guidance_of",
     "severity_of",
+    "since_of",
     "verify",
 ]
