@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.alert import Alert, Status
 from ood_monitor.alerts.board import Shown
 from ood_monitor.alerts.guidance import Guidance, guidance_of, since_of
 from ood_monitor.report.course import Drift
@@ -52,15 +52,15 @@ def banner_of(
         alerts: What a monitor has said of it, where these are given.
         is_stale: Whether the model has other weights than the detector.
     """
-    if is_stale:
-        known = [alert for alert in alerts if alert.kind == "stale_calibration"]
-        return _of_alert(known[-1]) if known else _of_stale()
     told = [*alerts] or ([] if drift is None else [*drift.alerts])
     status = _folded(told)
+    if is_stale:
+        known = [alert for alert in alerts if alert.kind == "stale_calibration"]
+        return _of_alert(known[-1], status.status) if known else _of_stale()
     if drift is not None and not alerts and drift.status != status.status:
         status = Shown("", alerts=status.alerts, status=drift.status)
     if (standing := status.standing) is not None:
-        return _of_alert(standing)
+        return _of_alert(standing, status.status)
     return _without(findings, is_watched=bool(alerts) or drift is not None)
 
 
@@ -73,9 +73,9 @@ def _folded(alerts: Sequence[Alert]) -> Shown:
     return max(streams.values(), key=lambda it: _ORDER.index(it.status), default=Shown(""))
 
 
-def _of_alert(alert: Alert) -> Banner:
-    guidance = guidance_of(alert.kind)
-    status, since = alert.status, since_of(alert)
+def _of_alert(alert: Alert, status: Status) -> Banner:
+    """An alert that stands, with the status of now, which may be that of what came after it."""
+    guidance, since = guidance_of(alert.kind), since_of(alert)
     return Banner(status, guidance.means, since, alert.message, guidance, alert.kind)
 
 

@@ -89,6 +89,10 @@ CASES: dict[str, Case] = {
         "WARN", "stale_calibration at 3", "sample 3 or before", alerts=(STALE,), is_stale=True,
         kind="stale_calibration",
     ),
+    "a stale detector under which a drift was found": Case(
+        "ALERT", "stale_calibration at 3", alerts=(STALE, DRIFT), is_stale=True,
+        kind="stale_calibration",
+    ),
     "nothing": Case("OK", "Nothing is wrong", drift=drift_of((), "OK")),
     "a problem without an alert": Case(
         "WARN", "something is wrong", findings=(BAD, GOOD), drift=drift_of((), "OK")
