@@ -229,3 +229,21 @@ def test_a_report_of_a_long_stream_stays_below_three_megabytes(detector: om.Dete
 def stream_of(score: np.ndarray, p_value: np.ndarray) -> Stream:
     ids = [f"a/folder/{i:06}.png" for i in range(len(score))]
     return Stream("s", ids, score, p_value, ["up.3.weight"] * len(score))
+
+
+@pytest.mark.slow
+def test_a_report_says_what_a_watch_has_said(root: Path, tmp_path: Path) -> None:
+    """Of the weights too, where the report has the model at hand or the watch's words."""
+    said, page = tmp_path / "alerts.jsonl", tmp_path / "r.html"
+    other = ("--model", "support.cli_cases:other_flow")
+    watched = run("watch", root / "detector", root / "few", "--once", "--json", *other)
+    said.write_text(watched.stdout)
+    for given in (("--alerts", said), ("--stream", root / "few", *other)):
+        result = run("report", root / "detector", page, *given)
+        assert result.exit_code == 0, result.output
+        banner = page.read_text().partition('<section class="banner')[2].partition("</section>")[0]
+        assert "The model has other weights than the detector was fitted on" in banner
+    said.write_text("nothing of ours\n")
+    refused = run("report", root / "detector", tmp_path / "no.html", "--alerts", said)
+    assert refused.exit_code == 1
+    assert "Expected the JSON of an alert" in refused.stderr
