@@ -44,7 +44,7 @@ QUICK = ("zuko NSF", "learned start state, B = 8")
 MEDIAN = 1.6
 
 #: Rounds take about so many seconds a model, within bounds of their number.
-SECONDS, FEWEST, MOST = 4.0, 5, 25
+SECONDS, FEWEST, MOST = 2.0, 3, 15
 
 
 class Whole(om.Adapter):

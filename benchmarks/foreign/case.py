@@ -1,11 +1,13 @@
 """A case of a foreign model, and the slow way to its norms, which shares no code with ours."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,8 +70,7 @@ class Foreign:
         self, seed: int, batch: int, sizes: Mapping[str, Any], dtype: torch.dtype
     ) -> Case:
         """In eval mode, and off the zeros that some layers start with."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             adapter, samples = self.make(batch, **sizes)
             with torch.no_grad():
                 for parameter in differentiable(adapter.module).values():
@@ -79,6 +80,19 @@ class Foreign:
         adapter.module.eval()
         nn.Module.to(adapter.module, dtype)
         return adapter, map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, samples)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch and NumPy, of which FrEIA draws its permutations; as they were afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
 
 
 def differentiable(module: nn.Module) -> dict[str, nn.Parameter]:

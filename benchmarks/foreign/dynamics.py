@@ -40,6 +40,8 @@ def gaussian_process(batch: int, *, deep: bool = False, inducing: int = 16) -> C
     net.features = nn.Sequential(*layers)
 
     def log_prob(net: Any, b: dict[str, Tensor]) -> Tensor:
+        # In eval mode it keeps a factor of the first call, with its graph.
+        gp.utils.memoize.clear_cache_hook(net.process.variational_strategy)
         process = net.process(net.features(b["x"]))
         found: Tensor = net.likelihood.expected_log_prob(b["y"], process)
         return found

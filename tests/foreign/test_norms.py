@@ -10,6 +10,7 @@ from torch import Tensor
 import ood_monitor as om
 from benchmarks.foreign import FOREIGN, Foreign
 from benchmarks.foreign.case import exact_norms, worst_error
+from ood_monitor.adapters.base import tensors_in
 
 pytest.importorskip("sbi", reason="these packages are in the environment of `make test-foreign`")
 
@@ -26,6 +27,17 @@ def named(case: Foreign) -> str:
 def test_there_are_forty_of_them_and_none_twice() -> None:
     names = [case.name for case in FOREIGN]
     assert len(set(names)) == len(names) >= 40
+
+
+@pytest.mark.parametrize("case", FOREIGN, ids=named)
+def test_a_case_is_made_anew_with_the_same_weights_and_samples(case: Foreign) -> None:
+    (first, batch), (second, again) = case.made_small(3), case.made_small(3)
+    for made, other in zip(
+        first.module.state_dict().values(), second.module.state_dict().values(), strict=True
+    ):
+        assert torch.equal(made, other)
+    for made, other in zip(tensors_in(batch), tensors_in(again), strict=True):
+        assert torch.equal(made, other)
 
 
 @pytest.mark.parametrize("case", FOREIGN, ids=named)
