@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -114,7 +114,8 @@ class StageScores:
             "dataloader_index": self.dataloader_index,
         }
         # Numbers alone, so nothing is pickled; NumPy before 2.1 takes `allow_pickle` for an array.
-        np.savez(folder / f"scores-{stage}.npz", **places, **figures)
+        arrays: dict[str, Any] = places | figures
+        np.savez(folder / f"scores-{stage}.npz", **arrays)
 
 
 def are_those_of(calibration: Array, scores: Array) -> bool:
