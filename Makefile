@@ -78,7 +78,7 @@ test-floor: .venv-floor/.installed
 .venv-floor/.installed: pyproject.toml requirements-floor.lock
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements-floor.lock \
-		--editable '.[all,dev]'
+		--editable '.[lightning,diffusers,mlflow,prometheus,accelerate,plots,dev]'
 	touch $@
 
 .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt

@@ -369,7 +369,10 @@ def test_the_first_tokens_are_scored_unless_given_where_logits_are_not_shifted()
         (lambda x: torch.ones(2).long(), r"integers \(3,\).*shape \(2,\)"),
         (lambda x: [1, 1, 1], r"integers \(3,\).*a list of 3"),
         (6, r"only given or ignored ones in 3 of 3, first at index 0"),
-        (lambda x: torch.tensor([1, 6, 7]), r"only given or ignored ones in 2 of 3, first at index 1"),
+        (
+            lambda x: torch.tensor([1, 6, 7]),
+            r"only given or ignored ones in 2 of 3, first at index 1",
+        ),
     ],
     ids=["negative", "one negative", "real", "too few", "list", "all", "all of some"],
 )
