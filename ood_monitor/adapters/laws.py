@@ -21,8 +21,8 @@ __all__ = [
     "places",
 ]
 
-#: Numbers of a vocabulary's probabilities that are in memory at once.
-_AT_ONCE = 1 << 22
+#: Numbers of a vocabulary's probabilities that are in memory at once; on a CPU, in its cache.
+_AT_ONCE, _AT_ONCE_ON_CPU = 1 << 22, 1 << 19
 
 
 def places(x: Tensor) -> tuple[int, ...]:
@@ -131,7 +131,8 @@ def _has_entropy(distribution: Distribution) -> bool:
 def _in_parts(function: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Tensor:
     """A function of rows, of few rows at a time: a copy of all probabilities may not fit."""
     rows = [tensor.flatten(0, -2) for tensor in tensors]
-    size = max(1, _AT_ONCE // tensors[0].shape[-1])
+    most = _AT_ONCE_ON_CPU if tensors[0].device.type == "cpu" else _AT_ONCE
+    size = max(1, most // tensors[0].shape[-1])
     parts = zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
     return torch.cat([function(*part) for part in parts])
 
