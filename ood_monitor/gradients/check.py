@@ -276,7 +276,7 @@ def _compare(
         )
     looped = frozenset(wrong | done)
     at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
-    vmapped = _vmapped(passes, probe, n, values, exact, dtypes) if looped else frozenset()
+    vmapped = _vmapped(passes, probe, n, values, exact, dtypes, looped)
     with_graph = {key for key in unsettled if key.split("/", 1)[0] not in fast.constant}
     reasons = {**dict.fromkeys(looped, DISAGREES), **before, **fast.left_over}
     return Facts(looped, fast.last_of_graph, at_once, vmapped, reasons), with_graph
@@ -289,13 +289,15 @@ def _vmapped(
     values: dict[str, Tensor],
     exact: dict[str, Tensor],
     dtypes: dict[str, torch.dtype],
+    looped: frozenset[str],
 ) -> frozenset[str]:
-    """Parameters of which `vmap` gives the loop's norms."""
-    found = vmapped_norms(passes, probe, n, dtypes.__contains__, _by_row)
+    """Parameters, of those that are looped, of which `vmap` gives the loop's norms."""
+    found = vmapped_norms(passes, probe, n, looped.__contains__, _by_row) if looped else None
     if found is None or not agree(found[0], values):
         return frozenset()
     with torch._C.DisableTorchFunction():
-        return frozenset(dtypes.keys() - disagreeing(found[1], exact, dtypes))
+        exact = {key: exact[key] for key in found[1]}
+        return looped - disagreeing(found[1], exact, dtypes)
 
 
 def agree(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -26,13 +26,14 @@ __all__ = ["Among", "Owners", "Weighted", "weights_of"]
 
 #: Relative difference up to which a row's two gradients have a weight as their quotient: taken at
 #: once, and taken if a third pass gives the same owner. Rounding of a deep model in single
-#: precision leaves 1e-4 in some rows, where a wrong owner would be found by chance in n / 5 000 of
-#: cases, and by both passes in the square of that.
+#: precision leaves 1e-4 in some rows. A row of several samples whose gradients are parallel, which
+#: its quotient alone can tell, would be taken by chance in n / 25 000 of cases at once, and in one
+#: of 600 by both passes.
 _TIGHT = {torch.float64: 1e-8, torch.float32: 2e-5}
 _LOOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 #: A part of the distance between weights that the looser tolerance may be.
-_PART_OF_DISTANCE = 0.05
+_PART_OF_DISTANCE = 0.02
 
 #: What rows without an owner may have of the gradient of the sample that has least, as rounding.
 _NEGLIGIBLE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -42,11 +43,17 @@ _LARGER = 4
 
 
 def weights_of(n: int, number: int) -> Tensor:
-    """The weights of n gradients in the pass of that number, shape (n,), float64, on the CPU."""
+    """The weights of n gradients in the pass of that number, shape (n,), float64, on the CPU.
+
+    Their mean, which a row that all share equally has as its quotient, is far from each of them.
+    """
     generator = torch.Generator("cpu").manual_seed(1_000_003 * number + n)
-    places = torch.randperm(n, generator=generator, device="cpu")
-    offsets = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
-    return 1 + (places + 0.25 + 0.5 * offsets) / n
+    while True:
+        places = torch.randperm(n, generator=generator, device="cpu")
+        offsets = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
+        weights = 1 + (places + 0.25 + 0.5 * offsets) / n
+        if n == 1 or (weights - weights.mean()).abs().min() > 0.1 / n:
+            return weights
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,15 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _UNSEEN = frozenset({_GET_DATA, Tensor.numpy, Tensor.__array__})
 
+#: What asks a tensor for no more than its form, which its substitute has too.
+_ASKING = frozenset(
+    [
+        *(getattr(Tensor, k).__get__ for k in ("shape", "ndim", "dtype", "device", "layout")),
+        *(getattr(Tensor, k) for k in ("size", "dim", "numel", "nelement", "__len__", "stride")),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
+    ]
+)
+
 
 class Recorder(TorchFunctionMode):
     """Records the forward pass that runs inside it; :meth:`squared_norms` makes the backward one.
@@ -150,7 +159,8 @@ class Recorder(TorchFunctionMode):
         # By identity; of a derived tensor, which its source keeps alive, or of a parameter.
         self._sources: dict[int, _Source] = {}
         self._plain: dict[int, Tensor] = {}
-        for name, parameter in module.named_parameters():
+        self._parameters = list(module.named_parameters())  # keeps the ids valid
+        for name, parameter in self._parameters:
             # Aliases of the storage, so that no flag of the module's own tensors is ever set.
             value = parameter.detach()
             self._plain[id(parameter)] = value
@@ -160,7 +170,6 @@ class Recorder(TorchFunctionMode):
                 leaf = value.detach().requires_grad_()
                 self.leaves[name] = leaf
                 self._sources[id(parameter)] = _Source(leaf, (name,))
-        self._parameters = list(module.parameters())  # keeps the ids above valid
         self._data = DataMarks()
         self._rows = 0
         for tensor in data:
@@ -186,6 +195,8 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ASKING:
+            return func(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside `torch.func`, whose tensors stand for others, as do their gradients.
             self._leave(self._sources.values(), "a transform of `torch.func`")

@@ -33,6 +33,7 @@ def test_weights_are_apart_and_between_one_and_two(n: int) -> None:
         assert weights.min() >= 1
         assert weights.max() <= 2
         assert weights.sort().values.diff().min() >= 0.5 / n
+        assert (weights - weights.mean()).abs().min() > 0.1 / n
         assert torch.equal(weights, weights_of(n, number))
     assert not torch.allclose(weights_of(n, 1), weights_of(n, 2))
 
