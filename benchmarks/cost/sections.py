@@ -376,9 +376,9 @@ def foreign_figures(report: Report) -> list[Figure]:
 
 
 def besides(rows: list[Row]) -> str:
-    found = [(name, [r for r in rows if "time" in r[name]]) for name in FOREIGN_PEERS]
+    found = [(name, [r for r in rows if r[name].get("wrong") == 0]) for name in FOREIGN_PEERS]
     return ", ".join(
-        f"{name} {median_of(ran, name)} on the {len(ran)} where it runs"
+        f"{name} {median_of(ran, name)} on the {len(ran)} where it is right"
         for name, ran in found
         if ran
     )
