@@ -7,9 +7,11 @@ installs the packages; models of others that are absent are named and left out.
 """
 
 import copy
+import inspect
 import json
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
@@ -100,7 +102,8 @@ def measured(case: Foreign, quick: bool) -> Row:
         "package": case.package,
         "batch": case.batch,
         "parameters": len(exact),
-        "by the loop": by_loop(whole, batch),
+        "ways": (taken := ways(whole, batch)),
+        "by the loop": taken.get("loop", 0),
         "error": error(case),
         "plain pass, ms": round(milliseconds, 2),
     }
@@ -141,8 +144,16 @@ def tried(
     return found, runs
 
 
-def by_loop(adapter: om.Adapter, batch: Batch) -> int:
-    """How many parameters `gradient_norms` leaves to its loop over samples."""
+def ways(adapter: om.Adapter, batch: Batch) -> dict[str, int]:
+    """How many parameters' norms `gradient_norms` had which way, where it tells; or by its loop."""
+    if "report" in inspect.signature(om.gradient_norms).parameters:
+        told: Any = om.gradient_norms(adapter, batch, **{"report": True})
+        return dict(Counter(way.name for way in told.ways.values()))
+    return {"loop": len(left_to_loop(adapter, batch))}
+
+
+def left_to_loop(adapter: om.Adapter, batch: Batch) -> set[str]:
+    """Parameters that `gradient_norms` leaves to its loop over samples, by name."""
     names: set[str] = set()
     of_loop = norms.loop_norms
 
@@ -152,7 +163,7 @@ def by_loop(adapter: om.Adapter, batch: Batch) -> int:
 
     with patch.object(norms, "loop_norms", noted):
         om.gradient_norms(adapter, batch)
-    return len(names)
+    return names
 
 
 def error(case: Foreign) -> float:
