@@ -43,6 +43,8 @@ def recorded_norms(
     selected: Callable[[str], bool],
     by: Callable[[str], Granularity],
     last_of_graph: frozenset[str] = frozenset(),
+    *,
+    finds_owners: bool = True,
 ) -> Recorded:
     """Terms and squared gradient norms.
 
@@ -54,6 +56,7 @@ def recorded_norms(
         by: The granularity of each.
         last_of_graph: As an earlier pass found it: their backward pass frees the graph as it goes,
             which saves the memory that the gradients then take.
+        finds_owners: Whether further backward passes may find whose rows are.
     """
     rows = tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
     if passes.holder not in _shapes:
@@ -61,12 +64,13 @@ def recorded_norms(
     seen: _Seen = _shapes[passes.holder]
     key = n, rows
     by_size = seen.by_size.get(key, True)
-    found, guessed = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key, by_size)
+    given = passes, batch, n, selected, by, last_of_graph, seen, key, finds_owners
+    found, guessed = _recorded(*given, by_size)
     if guessed and found.left_over and key not in seen.by_size:
-        other, _ = _recorded(passes, batch, n, selected, by, last_of_graph, seen, key, False)
+        other, _ = _recorded(*given, False)
         seen.by_size[key] = len(other.left_over) >= len(found.left_over)
         found = found if seen.by_size[key] else other
-    if len(seen.confirmed) < _MOST_SHAPES:
+    if finds_owners and len(seen.confirmed) < _MOST_SHAPES:
         seen.confirmed.add(key)
     return found
 
@@ -100,6 +104,7 @@ def _recorded(
     last_of_graph: frozenset[str],
     seen: _Seen,
     key: Any,
+    finds_owners: bool,
     by_size: bool,
 ) -> tuple[Recorded, bool]:
     adapter = passes.fresh()
@@ -111,6 +116,7 @@ def _recorded(
         by,
         by_size=by_size,
         confirms=key not in seen.confirmed,
+        finds_owners=finds_owners,
     )
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}

@@ -338,11 +338,15 @@ def _chunk_norms(
     def by_rule(name: str) -> bool:
         return selected(name) and name not in by_loop
 
+    # Further backward passes are for nothing where the loop makes all of them anyway.
+    finds_owners = not by_loop or (n > _FEWEST_VMAPPED and by_loop <= facts.vmapped)
     at_once = facts.at_once and batch_size(chunk) <= _FEW
     fast = (
         _norms_at_once(passes.fresh(), chunk, n, by_rule, by)
         if at_once
-        else recorded_norms(passes, chunk, n, by_rule, by, facts.last_of_graph)
+        else recorded_norms(
+            passes, chunk, n, by_rule, by, facts.last_of_graph, finds_owners=finds_owners
+        )
     )
     names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     ways = {name: Way("rules") for name in names}

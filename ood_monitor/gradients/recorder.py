@@ -127,6 +127,7 @@ class Recorder(TorchFunctionMode):
         by_size: Whether what is put in as many rows as the batch has is taken for the samples'
             rows, as a learned start state. Where it is not that, order is lost.
         confirms: Whether owners of rows are found twice.
+        finds_owners: Whether they are found at all; else the loop takes parameters of such rows.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Recorder(TorchFunctionMode):
         *,
         by_size: bool = True,
         confirms: bool = True,
+        finds_owners: bool = True,
     ) -> None:
         super().__init__()
         #: Parameters that only the loop gets right, and why.
@@ -153,7 +155,7 @@ class Recorder(TorchFunctionMode):
         self.shared: set[int] = set()
         self._term = 0
         self._n, self._by = n, by
-        self._by_size, self._confirms = by_size, confirms
+        self._by_size, self._confirms, self._finds_owners = by_size, confirms, finds_owners
         #: The followed parameters by name, in module order.
         self.leaves: dict[str, Tensor] = {}
         # By identity; of a derived tensor, which its source keeps alive, or of a parameter.
@@ -268,7 +270,7 @@ class Recorder(TorchFunctionMode):
         if id(value) in self._sources:
             self._leave([self._sources[id(value)]], "a term that is no function of the data")
         elif value.requires_grad and self._anchors:
-            self._keep_graph = keep_graph or bool(self._unordered)
+            self._keep_graph = keep_graph or (self._finds_owners and bool(self._unordered))
             self._differentiate(value, None)
             self._settle(value)
         self._sum_up_uses()
@@ -552,6 +554,8 @@ class Recorder(TorchFunctionMode):
             self._take(use, full_precision(g.detach()), use.dimension or 0)
             if not self._keep_graph:
                 use.forget()
+        elif not self._finds_owners:
+            self._leave(use.sources, "rows whose order is not known, beside others that are looped")
         else:
             full = full_precision(g.detach())
             self._waiting[use] = _Waiting(full, use.form.rows(full), [])

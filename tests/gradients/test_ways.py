@@ -62,6 +62,8 @@ def test_what_has_no_rule_is_told_with_its_reason() -> None:
         assert found.ways["slope"].name == way
         assert "bilinear" in found.ways["slope"].reason
         assert found.ways["plain.weight"] == Way("rules")
+        # No further backward passes are made where the loop makes its own of everything.
+        assert found.ways["moved.weight"].name == {"vmap": "rows", "loop": "loop"}[way]
 
 
 def test_of_chunks_the_dearest_way_is_told() -> None:
