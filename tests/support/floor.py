@@ -11,7 +11,7 @@ import pytest
 
 #: Why a test is left out, by a pattern of its id.
 LEFT_OUT = {
-    r"integrations/transformers/": "the Trainer's callback takes transformers 5",
+    r"tests/integrations/transformers/": "the Trainer's callback takes transformers 5",
     r"test_cases\.py.*\[(z-image|flux2|qwen-image-21|nucleus-moe|kandinsky5)": "diffusers has no "
     "such pipeline before 0.36",
     r"test_cases\.py.*\[qwen-image\]": "diffusers 0.35 itself fails with prompts of two lengths",
