@@ -213,11 +213,15 @@ def test_a_thread_that_is_ended_from_without_is_begun_anew(
 def test_a_thread_that_is_gone_is_noticed(
     noticed_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = set(threading.enumerate())  # another test's may be called the same
     with Dispatcher([recorder := Recorder()]) as dispatcher:
         with monkeypatch.context() as patch:
             patch.setattr(sink_thread.SinkThread, "_run", lambda self: None)
             dispatcher.send(alert(0))
-            while any(thread.name == "ood-monitor Recorder" for thread in threading.enumerate()):
+            while any(
+                thread.name == "ood-monitor Recorder"
+                for thread in set(threading.enumerate()) - before
+            ):
                 time.sleep(0.001)
         if noticed_by == "send":
             dispatcher.send(alert(1))
