@@ -343,8 +343,9 @@ def real_sizes_section(report: Report) -> list[str]:
             "steps are measured, those of 50 made of them, of a step, and of what recording adds "
             "to a step; calls of which a tenth of the samples is scored are made of calls whose "
             "sample is scored and of calls whose is not. The share is the median, of a tenth of "
-            "the samples the mean. In the background a call is also one of a stream, each of "
-            "which waits for the scoring of those before: the last column is what that adds."
+            "the samples the mean. Without a GPU times are the processor's, but for those in the "
+            "background, which are the clock's. There a call is also one of a stream, each "
+            "of which waits for the scoring of those before: the last column is what that adds."
         ),
         table([*header, "share", "share in a stream"], map(real_size, ways)),
         "Peak memory of a call, with the weights:",

@@ -66,22 +66,33 @@ QUICK = Size(layers=2, width=16, counts=Counts(held_out=80, test=40, ood=30))
 
 @dataclass(frozen=True)
 class Measured:
-    """N windows (N, 128), their log-likelihoods (N,) in nats, and squared norms by row (N, F)."""
+    """N windows.
+
+    Attributes:
+        windows: Their bytes, (N, 128).
+        log_p: Log-likelihoods (N,) in nats.
+        moments: Of each byte but the first its log p, and mean and variance of the log p of what
+            the model expected in its place, (N, 127, 3) in nats.
+        names: Of the features.
+        norms: Squared norms by row (N, F).
+    """
 
     windows: Bytes
     log_p: Array
+    moments: Array
     names: tuple[str, ...]
     norms: Array
 
     def rows(self, chosen: slice) -> "Measured":
         """Some of the windows."""
-        return Measured(self.windows[chosen], self.log_p[chosen], self.names, self.norms[chosen])
+        own = self.windows[chosen], self.log_p[chosen], self.moments[chosen]
+        return Measured(*own, self.names, self.norms[chosen])
 
     def columns(self, prefix: str) -> "Measured":
         """The features whose layer starts so."""
         names = tuple(name for name in self.names if layer_of(name).startswith(prefix))
         kept = [name in set(names) for name in self.names]
-        return Measured(self.windows, self.log_p, names, self.norms[:, kept])
+        return Measured(self.windows, self.log_p, self.moments, names, self.norms[:, kept])
 
     def by_tensor(self) -> "Measured":
         """A parameter's squared norm is the sum of those of its rows."""
@@ -89,7 +100,7 @@ class Measured:
         owner = np.array([layers.index(layer_of(name)) for name in self.names])
         starts = np.searchsorted(owner, range(len(layers)))
         norms = np.add.reduceat(self.norms, starts, axis=1)
-        return Measured(self.windows, self.log_p, layers, norms)
+        return Measured(self.windows, self.log_p, self.moments, layers, norms)
 
 
 Score: TypeAlias = Callable[[Measured], Array]
@@ -146,14 +157,42 @@ def steps_in(minutes: float, size: Size, text: bytes) -> int:
 
 def measured(model: om.SequenceLikelihood, found: Bytes) -> Measured:
     """Each window by itself; a batch of them only saves time."""
-    log_p, tables = [], []
+    log_p, moments, tables = [], [], []
     tokens = torch.from_numpy(found.astype(np.int64))
     for start in range(0, len(tokens), 50):
         result = terms_and_norms(model, tokens[start : start + 50], granularity="row")
         tables.append(table(result.norms))
+        moments.append(moments_of(model, tokens[start : start + 50]))
         log_p.append(result.log_likelihood["log_likelihood"].double().numpy())
     norms = np.concatenate([array for _, array in tables])
-    return Measured(found, np.concatenate(log_p), tables[0][0], norms)
+    own = np.concatenate(log_p), np.concatenate(moments)
+    return Measured(found, *own, tables[0][0], norms)
+
+
+@torch.no_grad()
+def moments_of(model: om.SequenceLikelihood, tokens: Tensor) -> Array:
+    """Of a batch (B, 128): what :class:`Measured` says of moments, (B, 127, 3)."""
+    log_p = model.module(tokens).logits[:, :-1].double().log_softmax(-1)
+    own, p = log_p.gather(-1, tokens[:, 1:, None])[..., 0], log_p.exp()
+    mean = (p * log_p).sum(-1)
+    variance = (p * log_p.square()).sum(-1) - mean.square()
+    found: Array = torch.stack([own, mean, variance], -1).numpy()
+    return found
+
+
+def curvature(of: Measured) -> Array:
+    """By how many deviations a window is less likely than what was expected in its place."""
+    own, mean, variance = of.moments.sum(1).T
+    found: Array = (mean - own) / np.sqrt(variance)
+    return found
+
+
+def least_likely(of: Measured, share: float = 0.2) -> Array:
+    """The mean of the same by byte, over the share of bytes that have most."""
+    own, mean, variance = np.moveaxis(of.moments, -1, 0)
+    deviations = np.sort((mean - own) / np.sqrt(variance + 1e-12), axis=1)
+    found: Array = deviations[:, -max(1, round(share * deviations.shape[1])) :].mean(1)
+    return found
 
 
 def zlib_bits(of: Measured) -> Array:
@@ -163,9 +202,15 @@ def zlib_bits(of: Measured) -> Array:
 def baselines(fit: Measured) -> dict[str, Score]:
     """Scores without gradients; that of Serra et al. is -log2 p less a compressor's bits.
 
+    Fast-DetectGPT's is the curvature, of the model itself in place of a second one; Min-K%++ takes
+    a fifth of the bytes. Both were made to tell what a machine has written or was trained on: here
+    the less of it, the odder.
+
     References:
         Input complexity and out-of-distribution detection with likelihood-based generative models
         (Serrà et al., 2020), https://arxiv.org/abs/1909.11480
+        Fast-DetectGPT (Bao et al., 2023), https://arxiv.org/abs/2310.05130
+        Min-K%++ (Zhang et al., 2024), https://arxiv.org/abs/2404.02936
     """
     low, typicality = LowLikelihood(), Typicality().fit(fit.log_p)
     counts = np.bincount(fit.windows.ravel(), minlength=256) + 1  # a byte not seen is possible
@@ -176,6 +221,8 @@ def baselines(fit: Measured) -> dict[str, Score]:
         "-log p": lambda m: low.score(m.log_p),
         "-log p less zlib": lambda m: low.score(m.log_p) / math.log(2) - zlib_bits(m),
         "typicality": lambda m: typicality.score(m.log_p),
+        "Fast-DetectGPT": curvature,
+        "Min-K%++": least_likely,
     }
 
 

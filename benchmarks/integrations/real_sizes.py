@@ -5,7 +5,9 @@ Weights are random, which the cost does not depend on, and in bfloat16 on a GPU.
 watched call is beside an unwatched one just before. Calls of 4 steps are measured. Those of 50 are
 made of them: what scoring adds to a call is the same, and a step, and what recording adds to it,
 are measured alone. Calls of which a tenth of the samples is scored are made of calls whose sample
-is scored and of calls whose is not.
+is scored and of calls whose is not. Without a GPU the time is the processor's, with one thread as
+long as the clock's where nothing else runs; that in the background is the clock's, since scoring
+takes a thread of its own.
 """
 
 import copy
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +35,13 @@ from ood_monitor_integrations.diffusers.watching import capturing, hooked, stepp
 from torch import Tensor, nn
 
 import ood_monitor as om
-from benchmarks.harness.measurement import claim, peak_of_tensors, reported, seconds
+from benchmarks.harness.measurement import (
+    claim,
+    peak_of_tensors,
+    processor_seconds,
+    reported,
+    seconds,
+)
 from benchmarks.harness.real_models import MODELS, pipeline
 from benchmarks.integrations.diffusers import unwatched
 from ood_monitor.densities.measurements import Measurements
@@ -93,11 +102,12 @@ def monitor(adapter: om.Adapter, batch: Mapping[str, Tensor]) -> om.Monitor:
 def added(calls: Calls, watching: om.Monitor, rounds: int, **options: Any) -> tuple[Array, Array]:
     """Seconds of unwatched calls, and what watched ones take more, each just after one of them."""
     plain, watched = [], []
+    timed = seconds if options.get("mode") == "background" else processor_seconds
     monitor_pipeline(calls.pipe, watching, raise_on_error=True, **options)
     watcher = calls.pipe.ood_monitor
     for turn in range(rounds + 1):  # the first checks the model
         watcher.flush(600)
-        before, after = seconds(calls.unwatched), seconds(calls)
+        before, after = timed(calls.unwatched), timed(calls)
         if turn:
             plain.append(before)
             watched.append(after)
@@ -152,7 +162,7 @@ def recording(scheduler: Any, x: Tensor, rounds: int = 7) -> float:
                 sample = scheduler.step(network(sample, t)[0], t, sample)[0]
 
     pairs = [
-        (seconds(lambda: steps(recorded=False)), seconds(lambda: steps(recorded=True)))
+        tuple(processor_seconds(partial(steps, recorded=recorded)) for recorded in (False, True))
         for _ in range(rounds)
     ]
     return max(0.0, statistics.median(after - before for before, after in pairs) / MANY)
@@ -201,7 +211,9 @@ def rows_of(name: str, calls: Calls, *, guided: bool, rounds: int) -> Iterator[R
 
 def step(calls: Calls, rounds: int) -> float:
     """Seconds of a step: by how much a call of few is longer than a call of one."""
-    pairs = [(seconds(lambda: calls(1)), seconds(lambda: calls(FEW))) for _ in range(rounds)]
+    pairs = [
+        tuple(processor_seconds(partial(calls, steps)) for steps in (1, FEW)) for _ in range(rounds)
+    ]
     return statistics.median((few - one) / (FEW - 1) for one, few in pairs)
 
 
@@ -308,6 +320,8 @@ def main(
     rounds = rounds or (10 if where.startswith("cuda") else 2)
     if where.startswith("cuda"):
         torch.cuda.init()
+    else:
+        torch.set_num_threads(1)
     start = time.perf_counter()
     logging.getLogger("ood_monitor").setLevel(logging.ERROR)  # which tells of the copies
     if quick:
