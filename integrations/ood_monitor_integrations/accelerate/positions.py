@@ -91,8 +91,14 @@ def positions_of(loader: Any, world: World) -> Places:
         ValueError: As :class:`PreparedPositions`.
     """
     if world.size == 1:
-        return Positions(loader, world)
+        return Positions(_unprepared(loader), world)
     return PreparedPositions(loader, world)
+
+
+def _unprepared(loader: Any) -> Any:
+    """In one process, the loader whose batches a prepared one passes on as they come."""
+    is_passed_on = type(loader) is DataLoaderShard and loader.skip_batches == 0
+    return loader.base_dataloader if is_passed_on else loader
 
 
 def _inner(loader: Any) -> Any:
