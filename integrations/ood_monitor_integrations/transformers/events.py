@@ -282,7 +282,9 @@ class Events(TrainerCallback):
             with trial.evaluating():
                 batch = trial_batch(self._loaders)
                 self._check_causal(trial, batch)
-            self._calibrator.rehearse(trial, batch, self._fpr)
+            # Two samples tell nothing of how many a batch of a loader that is there has.
+            has_loader = bool(self._loaders.evaluation)
+            self._calibrator.rehearse(trial, None if has_loader else batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
             told = f"could not be calibrated: {type(error).__name__}"
             if self._strict:

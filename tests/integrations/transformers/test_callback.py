@@ -123,6 +123,18 @@ def test_a_training_that_goes_on_has_the_detector_and_the_stream_of_before(tmp_p
 
 
 @pytest.mark.slow
+def test_a_training_begins_after_an_evaluation_and_after_another_training(tmp_path: Path) -> None:
+    watch = callback()
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1)
+    run.evaluate()
+    for _ in range(2):
+        run.train()
+    assert watch.detector is not None
+    assert run.model is not None
+    assert watch.detector.fitted.model == digest(run.model)
+
+
+@pytest.mark.slow
 def test_deleted_checkpoints_take_their_detectors_with_them(tmp_path: Path) -> None:
     watch = callback(calibrate="every checkpoint")
     trainer(llama(), tmp_path, watch, save_total_limit=1, num_train_epochs=3).train()
