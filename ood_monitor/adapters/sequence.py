@@ -206,6 +206,10 @@ class SequenceLikelihood(Adapter):
             self._vocabulary = self._values_of_a_token(batch)
         return images_in(pixels, kind, (0.0, max(1.0, self._vocabulary - 1.0)))
 
+    def tokens(self, batch: Batch) -> Tensor:
+        """What the module is given for the tokens of a batch as they stand, (B, T) or (B, ...)."""
+        return self._scale(self._inputs(batch))
+
     def positions(self, batch: Batch) -> Tensor | None:
         """Which tokens are neither padding nor prompt, bool, of texts from their first token on.
 

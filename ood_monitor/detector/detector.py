@@ -420,10 +420,13 @@ class Detector(Pretrained):
         Raises:
             RuntimeError: The detector is not fitted.
             ValueError: The batch has other shapes or types than the held-out data, is empty, or
-                holds a value that is not finite.
+                holds a value that is not finite; or ``live`` was over another batch, in training
+                mode or in mixed precision, or has not ended.
         """
         fitted = self.fitted
         self.check(batch)
+        if live is not None:
+            live.check(batch)
         given, batch = batch, without_ignored(self.adapter, batch)
         measured = self._measured(Plan.of(fitted), batch, fitted, given, live)
         features = fitted.joined.features(measured)

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters import SequenceLikelihood
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_elements
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_elements, tensors_in
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.modules import Passes, part_of
 from ood_monitor.statistics.expected_norms import known_so_far
 from ood_monitor.statistics.hooks import Sums
-from ood_monitor.statistics.layers import Layer
+from ood_monitor.statistics.layers import Layer, first_tensor_of
 from ood_monitor.statistics.rows import Single
 
 __all__ = ["LivePass", "live_pass"]
+
+_NOT_HEARD = (
+    "the model was not run on the tokens of the batch while `live.listening()`, or its logits were "
+    "not told by `live.ended(output.logits)`."
+)
 
 
 class LivePass:
@@ -41,11 +46,29 @@ class LivePass:
         self._sums = Sums(adapter.module, layers, batch_size(batch), counted)
         self._logits: Tensor | None = None
         self._failure: Exception | None = None
+        self._tokens, self._is_of_batch = adapter.tokens(batch), False
 
     @property
     def is_over(self) -> bool:
         """Whether it has ended, and gave what scoring needs."""
-        return self._logits is not None and self._failure is None and bool(self._sums.taken)
+        is_heard = self._is_of_batch and bool(self._sums.taken)
+        return self._logits is not None and self._failure is None and is_heard
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a pass that was none of scoring, or over another batch than is to be scored.
+
+        Raises:
+            ValueError: It was.
+        """
+        if not self.is_over:
+            raise ValueError(
+                f"Expected a pass that scoring can read, got none: {self._failure or _NOT_HEARD}"
+            )
+        if batch is not self._batch and not _are_same(self._adapter, batch, self._batch):
+            raise ValueError(
+                "Expected the batch that `detector.live` was given, got one of other tokens or "
+                "labels: make a live pass for each batch."
+            )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,6 +79,8 @@ class LivePass:
                 hook = functools.partial(self._hear, name, layer)
                 part = part_of(self._adapter.module, name)
                 handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+            entry = _entry(self._adapter.module)
+            handles.append(entry.register_forward_pre_hook(self._hear_tokens, with_kwargs=True))
             with self._sums.taking():
                 yield
         finally:
@@ -87,9 +112,48 @@ class LivePass:
     def _hear(self, name: str, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._failure is None:
             try:
+                _check_mode(module, args, kwargs)
                 self._sums._take(name, layer, module, args, kwargs)
             except Exception as error:  # of any kind: the call is the user's
                 self._failure = error
+
+    def _hear_tokens(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Whether it is the batch that the model is run on, of which alone its logits are."""
+        own = self._tokens
+        given = tensors_in([*args, *kwargs.values()])
+        is_own = any(t.shape == own.shape and bool((t == own.to(t.device)).all()) for t in given)
+        self._is_of_batch = is_own
+        if any(part.training for part in self._adapter.module.modules()):
+            self._failure = ValueError("the model is in training mode: call `model.eval()` before.")
+        elif not is_own:
+            self._failure = ValueError("the model was run on other tokens than those of the batch.")
+
+
+def _entry(model: nn.Module) -> nn.Module:
+    """What is given the tokens in any pass: a tuner may run a model past its own hooks."""
+    named: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
+    found = named() if callable(named) else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def _check_mode(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse a pass of another precision than scoring's.
+
+    Raises:
+        ValueError: It is one.
+    """
+    h = first_tensor_of(args, kwargs)
+    if h is not None and torch.is_autocast_enabled(h.device.type):
+        raise ValueError("it ran in mixed precision, which scoring is without: leave autocast off.")
+
+
+def _are_same(adapter: SequenceLikelihood, batch: Batch, other: Batch) -> bool:
+    """Whether two batches are the same texts, of which the same tokens are scored."""
+    pairs = [(adapter.tokens(each), adapter.positions(each)) for each in (batch, other)]
+    return all(
+        a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+        for a, b in zip(*pairs, strict=True)
+    )
 
 
 def live_pass(adapter: Adapter, batch: Batch, layers: Iterable[str]) -> LivePass | None:
