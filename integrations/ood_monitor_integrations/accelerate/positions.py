@@ -70,6 +70,10 @@ class PreparedPositions:
         self._checked(self._batches, batch_idx, count)
         return self._counted[batch_idx]
 
+    def loaded(self, batch_idx: int, dataloader_idx: int) -> int | None:
+        """B of the `batch_idx`-th batch of this process."""
+        return len(self._batches[batch_idx]) if batch_idx < len(self._batches) else None
+
     def batch_size(self, dataloader_idx: int) -> int:
         """B of a batch as one process would load it."""
         return self._size

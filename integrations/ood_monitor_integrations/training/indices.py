@@ -29,6 +29,9 @@ class Places(Protocol):
     def counted(self, batch_idx: int, dataloader_idx: int, count: int) -> Indices:
         """Rows (B',) without those that only fill a batch up."""
 
+    def loaded(self, batch_idx: int, dataloader_idx: int) -> int | None:
+        """B of a batch that this process loads; None where its sampler does not tell it."""
+
     def batch_size(self, dataloader_idx: int) -> int | None:
         """B as one process would load it, None where batches have several sizes."""
 
@@ -75,6 +78,11 @@ class Positions:
             return rows
         counted: Indices = rows[load.starts[batch_idx] + rows < load.unpadded]
         return counted
+
+    def loaded(self, batch_idx: int, dataloader_idx: int) -> int | None:
+        """B of the `batch_idx`-th batch that this process loads; None where nobody knows."""
+        load = self._load(dataloader_idx) if self._is_told(self._loader(dataloader_idx)) else None
+        return None if load is None else len(load.batch(batch_idx))
 
     def batch_size(self, dataloader_idx: int) -> int | None:
         """B of a dataloader, None if it has none or batches of several sizes."""

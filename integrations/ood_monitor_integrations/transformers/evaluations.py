@@ -12,6 +12,7 @@ import torch
 from ood_monitor import Alert, Detector, Monitor, Scores
 from ood_monitor.adapters.base import batch_size
 from ood_monitor.alerts import Sink
+from ood_monitor.monitor.scoring import scored
 from ood_monitor.statistics.live import LivePass
 from ood_monitor_integrations.accelerate.forward import plain_forward
 from ood_monitor_integrations.accelerate.positions import positions_of
@@ -23,6 +24,7 @@ from ood_monitor_integrations.training.detectors import Detectors, Ready
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.figures import LeftOpen, figures
 from ood_monitor_integrations.training.indices import Indices, Places, Positions
+from ood_monitor_integrations.training.loading import samples_in
 from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 from ood_monitor_integrations.transformers.batches import Texts
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
@@ -32,6 +34,13 @@ __all__ = ["FAILED", "REFUSED", "Evaluations", "Settings"]
 
 #: Kinds of failure.
 FAILED, REFUSED = "could not score a batch", "will not watch"
+
+#: Why the model may not have been given labels that the loader has.
+_NO_LABELS = (
+    "The model was given no labels: where they are in the data, `label_smoothing_factor=`, "
+    "`compute_loss_func=` or a `compute_loss` of your own has taken them out before. Leave them "
+    "there; of label smoothing, `trainer.label_smoother = None` before a prediction does."
+)
 
 #: Samples between two looks at whether the weights are still the detector's.
 _WEIGHTS_EVERY = 10_000
@@ -182,12 +191,15 @@ class Evaluations:
         index, self._batch_idx = self._batch_idx, self._batch_idx + 1
         if self._stage is None or index % self._settings.every:
             return
-        with self._failures.contained(FAILED), plain_forward(run.model):
-            self._is_busy = True
-            try:
+        self._is_busy = True
+        try:
+            with plain_forward(run.model):
                 self._score(self._stage, given, index)
-            finally:
-                self._is_busy = False
+        except Exception as error:  # whatever a foreign model raises
+            self._failures.tell(FAILED, error)
+            self._take_invalid(self._stage, given, index)
+        finally:
+            self._is_busy = False
         self._given = []  # a model that has no copy for scoring has run itself
 
     def _score(self, stage: BufferedStage, given: list[Mapping[str, Any]], index: int) -> None:
@@ -195,16 +207,33 @@ class Evaluations:
             got = "none" if not given else "several"
             raise ValueError(
                 "Expected one pass of the model by keywords for each batch of an evaluation, got "
-                f"{got}: of a first evaluation before any training give the callback as "
-                "`Trainer(callbacks=[...])`, and none of generation is scored."
+                f"{got}: give the callback as `Trainer(callbacks=[...])`, leave `trainer.model` as "
+                "it is, and let `compute_loss` run `model(**inputs)` once. None of generation is "
+                "scored."
             )
         (batch,) = given
         samples = self._texts(batch)
-        scores = self._heard(stage) or stage.detector.score(samples)
+        try:
+            scores = self._heard(stage) or scored(stage.detector, samples)
+        except ValueError as error:
+            raise error if "labels" in batch else ValueError(f"{error} {_NO_LABELS}") from error
         if not scores.valid.all():
-            self._failures.tell("could not score samples", "values that are not finite.")
+            self._failures.tell(
+                "could not score samples",
+                "values that are not finite, or what the log of ood_monitor says.",
+            )
         dataset, rows = self._places(index, batch_size(samples))
         stage.take(scores, dataset, rows)
+
+    def _take_invalid(
+        self, stage: BufferedStage, given: list[Mapping[str, Any]], index: int
+    ) -> None:
+        """Keep samples that could not be scored as such: what nobody has looked at is not OK."""
+        with self._failures.contained("could not number a batch"):
+            count = self._positions.loaded(index, 0) or max(map(samples_in, given), default=1)
+            dataset = self._positions.of(index, 0, count)
+            rows = self._positions.counted(index, 0, count)
+            stage.take(Scores.none().among(count, []), dataset, rows)
 
     def _heard(self, stage: BufferedStage) -> Scores | None:
         """By the evaluation's own pass; None where that is not what scoring needs."""

@@ -385,9 +385,43 @@ def test_a_batch_that_cannot_be_scored_is_counted_and_the_training_goes_on(tmp_p
             return {**row, "labels": row["labels"].roll(1)} if index < 16 else row
 
     with pytest.warns(UserWarning, match="could not score a batch: Expected labels that are the"):
+        metrics = run.predict(Shifted(40, 7)).metrics or {}
+    assert (watch.failures, metrics["test_ood_invalid"], metrics["test_ood_status"]) == (1, 16, 2)
+    recorded = watch.recorded("predict")
+    assert recorded.dataset_index.tolist() == [*range(40)]
+    assert recorded.scores.valid.tolist() == [False] * 16 + [True] * 24
+
+
+@pytest.mark.slow
+def test_a_sample_that_cannot_be_scored_costs_the_others_nothing(tmp_path: Path) -> None:
+    watch = callback()
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1)
+    run.train()
+    run.predict(Texts(40, 7))
+    expected = watch.scores("predict").score
+
+    class Shifted(Texts):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            row = super().__getitem__(index)
+            return {**row, "labels": row["labels"].roll(1)} if index == 20 else row
+
+    with pytest.warns(UserWarning, match="could not score samples"):
         run.predict(Shifted(40, 7))
-    assert watch.failures == 1
-    assert watch.recorded("predict").dataset_index.tolist() == [*range(16, 40)]
+    found = watch.scores("predict")
+    assert found.valid.nonzero().flatten().tolist() == [i for i in range(40) if i != 20]
+    np.testing.assert_allclose(found.score[found.valid], expected[found.valid], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_which_nothing_is_scored_is_not_ok(tmp_path: Path) -> None:
+    watch = callback()
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1, label_smoothing_factor=0.1)
+    run.train()
+    with pytest.warns(UserWarning, match="given no labels: where they are in the data, `label_sm"):
+        metrics = run.predict(Texts(40, 7)).metrics or {}
+    assert (metrics["test_ood_invalid"], metrics["test_ood_status"]) == (40, 2)
+    run.label_smoother = None
+    assert (run.predict(Texts(40, 7)).metrics or {})["test_ood_invalid"] == 0
 
 
 # The model is left alone
