@@ -28,7 +28,7 @@ from ood_monitor_integrations.training.loading import samples_in
 from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 from ood_monitor_integrations.transformers.batches import Texts
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
-from ood_monitor_integrations.transformers.runs import TransformersRun
+from ood_monitor_integrations.transformers.runs import TransformersRun, is_indexed
 
 __all__ = ["FAILED", "REFUSED", "Evaluations", "Settings"]
 
@@ -40,6 +40,12 @@ _NO_LABELS = (
     "The model was given no labels: where they are in the data, `label_smoothing_factor=`, "
     "`compute_loss_func=` or a `compute_loss` of your own has taken them out before. Leave them "
     "there; of label smoothing, `trainer.label_smoother = None` before a prediction does."
+)
+
+_OTHER_ORDER = (
+    "the loader of an evaluation does not tell their indices in the dataset, as by "
+    "`train_sampling_strategy='group_by_length'` or `dataloader_in_order=False`. `dataset_index` "
+    "is then the row of the Trainer's own predictions."
 )
 
 #: Samples between two looks at whether the weights are still the detector's.
@@ -166,6 +172,8 @@ class Evaluations:
         """The first batch of an evaluation is through."""
         with self._failures.contained(REFUSED):
             self._positions = positions_of(self._loader, run.world)
+            if self._positions.loaded(0, 0) is None and is_indexed(self._loader):
+                self._failures.tell("numbers samples as they are loaded", _OTHER_ORDER)
             ready = self._ready(run)
             if ready is not None:
                 lockstep = run.world.lockstep(ready.detector.adapter.module)

@@ -26,6 +26,11 @@ _NOT_WATCHED = (
     "`held_out=` and `calibrate_every_n_evaluations=`, or a fitted `detector=`."
 )
 
+_NOT_ENDED = (
+    "a training has begun and not ended, as one that was interrupted. The next prediction will be "
+    "watched; `OODCallback.calibrate(model, held_out)` makes a detector of the weights of now."
+)
+
 
 class Events(TrainerCallback):
     """What :class:`~ood_monitor_integrations.transformers.OODCallback` does in each event.
@@ -99,8 +104,8 @@ class Events(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the batches of a step."""
-        self._batches = 0
+        """Count the batches of a step, of a training that goes on."""
+        self._batches, self._is_fit = 0, True
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,8 +172,11 @@ class Events(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """A prediction is over: decide on it."""
+        if self._is_fit and not self._is_off and "predict" in self._stages:
+            self._failures.tell("has not watched a prediction", _NOT_ENDED)
         run = self._run(args, state, control, kwargs["model"])
         self._finish(run, "predict", _prefix(metrics, "test"), metrics)
+        self._is_fit = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -82,13 +82,19 @@ def check_causal(adapter: Adapter, batch: Batch) -> None:
         batch: Samples, of which the first is looked at.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It is one, or what it gives is not finite.
     """
     one = first(batch, 1)
     last = int((one["labels"] != IGNORED).nonzero()[-1, 1])
     other = map_tensors(torch.clone, one)
     other["input_ids"][0, last] = other["labels"][0, last] = int(one["input_ids"][0, last] == 0)
     before, after = (_log_probabilities(adapter, each) for each in (one, other))
+    if not before.isfinite().all():
+        raise ValueError(
+            f"Expected finite log-likelihoods of tokens, got {type(adapter.module).__name__} with "
+            f"{int((~before.isfinite()).sum())} of {len(before)} that are not: its weights may not "
+            "be finite, or a token that is scored is impossible under it."
+        )
     kept = slice(0, -1)  # the last that is scored is the one that was changed
     rounding = 8 * torch.finfo(dtype_of(adapter.module)).eps
     if not torch.allclose(before[kept], after[kept], rtol=rounding, atol=rounding):

@@ -18,7 +18,15 @@ from ood_monitor_integrations.training.held_out import HeldOut, own_data
 from ood_monitor_integrations.training.indices import Positions
 from ood_monitor_integrations.training.loading import kept_global_state, length_of
 
-__all__ = ["Loaders", "TransformersRun", "begun", "is_dataset", "trial_batch", "world_of"]
+__all__ = [
+    "Loaders",
+    "TransformersRun",
+    "begun",
+    "is_dataset",
+    "is_indexed",
+    "trial_batch",
+    "world_of",
+]
 
 _MISSING = (
     "Expected data that the Trainer has evaluated on by now, or `held_out=`, a dataset or batches, "
@@ -165,6 +173,11 @@ class _InTurn:
         for at, loader in enumerate(self.loaders):
             for index, batch in enumerate(iter(loader)):
                 yield batch, index, at
+
+
+def is_indexed(loader: Any) -> bool:
+    """Whether the samples of a loader have indices; those of a stream have places alone."""
+    return not isinstance(getattr(loader, "dataset", None), IterableDataset | None)
 
 
 def _whole(dataset: Any) -> Any:

@@ -24,7 +24,12 @@ from support.transformers_cases import (
 )
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM, LlamaModel
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    LlamaModel,
+    TrainerCallback,
+)
 
 import ood_monitor as om
 from ood_monitor.saving.checkpoints import folder_inside, states_of
@@ -413,6 +418,43 @@ def test_a_sample_that_cannot_be_scored_costs_the_others_nothing(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_rows_of_another_order_are_those_of_the_predictions(tmp_path: Path) -> None:
+    watch = callback()
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1, **grouped)
+    run.train()
+    with pytest.warns(UserWarning, match="numbers samples as they are loaded"):
+        labels = run.predict(Texts(40, 7)).label_ids
+    lengths = (np.asarray(labels) != -100).sum(1)
+    assert lengths.tolist() != [len(row) - PROMPT for row in Texts(40, 7).rows]
+    assert watch.detector is not None
+    texts = {tuple(row[PROMPT:].tolist()): i for i, row in enumerate(Texts(40, 7).rows)}
+    order = [texts[tuple(row[row != -100].tolist())] for row in np.asarray(labels)]
+    alone = watch.detector.score(collated([Texts(40, 7)[index] for index in order]))
+    recorded = watch.recorded("predict")
+    found = recorded.scores.score[torch.from_numpy(recorded.dataset_index.argsort())]
+    np.testing.assert_allclose(found, alone.score, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_prediction_after_an_interrupted_training_is_watched_or_told(tmp_path: Path) -> None:
+    class Interrupting(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                raise KeyboardInterrupt
+
+    watch = callback(calibrate="every checkpoint")
+    run = trainer(llama(), tmp_path, watch, Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.warns(UserWarning, match="has not watched a prediction: a training has begun"):
+        run.predict(Texts(40, 7))
+    with pytest.warns(UserWarning, match="watches with a stale calibration"):
+        run.predict(Texts(40, 7))
+    assert len(watch.recorded("predict")) == 40
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_which_nothing_is_scored_is_not_ok(tmp_path: Path) -> None:
     watch = callback()
     run = trainer(llama(), tmp_path, watch, num_train_epochs=1, label_smoothing_factor=0.1)
@@ -497,6 +539,12 @@ def masked_bert() -> nn.Module:
     return BertForMaskedLM(BertConfig(vocab_size=32, intermediate_size=16, **sizes))
 
 
+def not_finite() -> nn.Module:
+    model = llama()
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    return model
+
+
 def prompt_tuned() -> nn.Module:
     from peft import PromptTuningConfig, get_peft_model
 
@@ -511,6 +559,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]
     "not causal": (lambda: bert(is_decoder=False), {}, {}, "predictions change with tokens"),
     "prompt tuning": (prompt_tuned, {}, {}, "a tuner inside the layers of a model"),
     "never evaluates": (llama, {"eval_strategy": "no"}, {}, "`held_out=` where the Trainer never"),
+    "not finite": (not_finite, {}, {}, "Expected finite log-likelihoods of tokens, got Llama"),
     "too few": (llama, {}, {"held_out": Texts(12, 1)}, "calibration"),
     "no detector there": (llama, {}, {"detector": "nowhere"}, "no checkpoint"),
 }
