@@ -9,16 +9,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from ood_monitor import Alert, Detector, Monitor
+from ood_monitor import Adapter, Alert, Detector, Monitor
 from ood_monitor.adapters.base import Batch, batch_size
 from ood_monitor.alerts import Sink
 from ood_monitor.checks import batches, flag, function, items, number, text, whole
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.accelerate.forward import plain_forward
-from ood_monitor_integrations.accelerate.positions import positions_of
+from ood_monitor_integrations.accelerate.positions import Asked, asked, positions_of
 from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.training.buffered import BufferedStage
 from ood_monitor_integrations.training.calibration import Calibrator
@@ -26,6 +26,7 @@ from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.figures import LeftOpen
 from ood_monitor_integrations.training.held_out import HeldOut, own_data
+from ood_monitor_integrations.training.indices import Positions
 from ood_monitor_integrations.training.loading import kept_global_state, length_of
 from ood_monitor_integrations.training.stage_scores import StageScores
 
@@ -68,10 +69,12 @@ class AcceleratorMonitor:
 
     Attributes:
         alerts: All alerts so far, the same in all processes.
-        recorded: Scores of the latest stage of each name, in the order of the dataset.
+        recorded: Scores of the latest stage of each name, each with its index in the dataset: in
+            the order of the loader, or of the dataset in several processes.
 
     Raises:
-        ValueError: An option is out of its range, or two speak of the same thing.
+        ValueError: An option is out of its range, two speak of the same thing, or the adapter is
+            of another model.
         TypeError: An option of another type.
     """
 
@@ -101,6 +104,7 @@ class AcceleratorMonitor:
         self._module = accelerator.unwrap_model(model)
         own = detector if isinstance(detector, Detector) else None
         made = None if batch is None else function("batch", batch)
+        _check_is_of(adapter if own is None else own.adapter, self._module)
         self._watched = WatchedModel(adapter, batch=made, detector=own)
         self._detectors = Detectors(
             self._watched, detector, method, checked_layers(layers), name, _REMEDY
@@ -142,7 +146,8 @@ class AcceleratorMonitor:
 
         Raises:
             RuntimeError: Another process failed.
-            ValueError: There is no detector, or what :meth:`~ood_monitor.Detector.score` refuses.
+            ValueError: There is no detector, no sample, a loader whose samples several processes
+                cannot share out, or what :meth:`~ood_monitor.Detector.score` refuses.
             Exception: What made this one fail.
         """
         text("stage", stage)
@@ -151,6 +156,11 @@ class AcceleratorMonitor:
             with run.world.agreed():
                 current, size = self._scored(run, held_out)
             found = current.gathered(run.world)
+            if not len(found):
+                raise ValueError(
+                    f"Expected samples to watch, got none of {type(loader).__name__}: an iterator "
+                    "gives its batches once."
+                )
             with self._monitor(current, stage) as monitor:
                 alerts = current.decide(monitor, found, size)
                 if monitor.samples_seen:
@@ -183,6 +193,22 @@ class AcceleratorMonitor:
         return _Run(self._accelerator, self._module)
 
 
+def _check_is_of(adapter: object, model: nn.Module) -> None:
+    """Refuse an adapter of another model than is trained.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if not isinstance(adapter, Adapter):
+        return
+    own = set(map(id, model.modules()))
+    if not any(id(part) in own for part in adapter.module.modules()):
+        raise ValueError(
+            f"Expected an adapter of the model that is given, {type(model).__name__}, got one of "
+            f"another {type(adapter.module).__name__}, which has no part in common with it."
+        )
+
+
 #: Samples of a pass over all of a loader.
 _ALL = 1 << 62
 
@@ -202,14 +228,18 @@ class _Run:
     def held_out(self, source: Iterable[Batch] | None) -> HeldOut:
         assert source is not None
         if not isinstance(source, DataLoaderShard | DataLoaderDispatcher):
-            return own_data(source, self.world)
-        if getattr(source, "batch_sampler", None) is None:
+            return own_data(asked(source, self.world), self.world)
+        is_stream = isinstance(source.dataset, IterableDataset)
+        if is_stream or getattr(source, "batch_sampler", None) is None:
             raise ValueError(
                 "Expected a prepared loader of a dataset with indices, got one of a stream: give "
                 "the loader as it was before `accelerator.prepare`, of which processes take turns."
             )
-        positions = positions_of(source, self.world)
-        return HeldOut(_Plain(source), length_of(source), World(), positions, [source])
+        batches = Asked(source.batch_sampler)
+        own = DataLoader(source.dataset, batch_sampler=batches, collate_fn=source.collate_fn)
+        is_alone = self.world.size == 1
+        positions = Positions(own, World()) if is_alone else positions_of(source, self.world)
+        return HeldOut(_Plain(own), length_of(source), World(), positions, [source])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -222,14 +252,9 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Plain:
-    """The batches of a prepared loader, by one that accelerate does not count its steps by."""
+    """Each batch of a loader with its index: one that accelerate does not count its steps by."""
 
     loader: Any
 
     def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
-        loader = DataLoader(
-            self.loader.dataset,
-            batch_sampler=self.loader.batch_sampler,
-            collate_fn=self.loader.collate_fn,
-        )
-        return ((batch, index, 0) for index, batch in enumerate(loader))
+        return ((batch, index, 0) for index, batch in enumerate(self.loader))

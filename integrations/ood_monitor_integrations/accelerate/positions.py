@@ -3,16 +3,24 @@
 They make all processes have as many samples, by some that they take again from the beginning.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.indices import Indices, Places, Positions
+from ood_monitor_integrations.training.loading import beside
 
-__all__ = ["PreparedPositions", "positions_of"]
+__all__ = ["Asked", "PreparedPositions", "asked", "positions_of"]
 
 
 class PreparedPositions:
@@ -86,6 +94,54 @@ class PreparedPositions:
                 f"sampler says, got {count}."
             )
         return found
+
+
+class Asked:
+    """A batch sampler that remembers what it gave, whatever draws it: see :class:`Positions`.
+
+    Args:
+        batches: Gives the indices of each batch.
+
+    Attributes:
+        seen_batch_indices: Of each batch of the latest pass.
+        batch_size: B, where that has one.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.seen_batch_indices: list[list[Any]] = []
+        self.batch_size = getattr(batches, "batch_size", None)
+        self._batch_sampler = batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Begin a pass."""
+        self.seen_batch_indices.clear()
+        for batch in self._batch_sampler:
+            self.seen_batch_indices.append([*batch])
+            yield batch
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return len(self._batch_sampler)
+
+
+def asked(loader: Any, world: World) -> Any:
+    """A loader of one's own beside another, that remembers which samples it has loaded.
+
+    Raises:
+        ValueError: It shuffles, of several processes each in a way of its own.
+    """
+    other = beside(loader)
+    is_plain = isinstance(other, DataLoader) and not isinstance(other.dataset, IterableDataset)
+    if not is_plain or other.batch_sampler is None:
+        return other
+    if world.size > 1 and isinstance(other.sampler, RandomSampler):
+        raise ValueError(
+            "Expected in several processes a loader in the order of its dataset, got one that "
+            "shuffles: each process would draw an order of its own, and take turns with samples "
+            "that others have had. Give one with shuffle=False."
+        )
+    other.__dict__["batch_sampler"] = Asked(other.batch_sampler)
+    return other
 
 
 def positions_of(loader: Any, world: World) -> Places:

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from ood_monitor_integrations.accelerate import AcceleratorMonitor, FileTracker
-from ood_monitor_integrations.accelerate.positions import PreparedPositions
+from ood_monitor_integrations.accelerate.positions import PreparedPositions, asked
 from ood_monitor_integrations.training.collectives import World
 from support.accelerate_processes import SIZES, loader, watched
-from support.transformers_cases import Texts, llama
+from support.transformers_cases import Texts, collated, llama
 from support.two_processes import reports
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import ood_monitor as om
 
@@ -85,6 +86,48 @@ def test_an_order_that_nobody_knows_is_refused_in_several_processes() -> None:
     shuffled = Accelerator(cpu=True).prepare(DataLoader(Texts(9, 1), shuffle=True))
     with pytest.raises(ValueError, match="in the order of its dataset, got DataLoaderShard"):
         PreparedPositions(shuffled, World(0, 2))
+    with pytest.raises(ValueError, match="got one that shuffles: each process would draw"):
+        asked(DataLoader(Texts(9, 1), shuffle=True), World(0, 2))
+
+
+def monitor(model: nn.Module | None = None) -> AcceleratorMonitor:
+    adapter = om.SequenceLikelihood(model := model or llama().eval(), ignore_index=-100)
+    options: dict[str, Any] = {"fpr": 0.05, "progress": False}
+    return AcceleratorMonitor(Accelerator(cpu=True), model, adapter, **options)
+
+
+@pytest.mark.parametrize("how", ["plain", "prepared", "skipped"])
+def test_samples_have_their_indices_in_whatever_order_they_come(how: str) -> None:
+    watch, texts = monitor(), Texts(43, 7)
+    watch.calibrate(loader(Texts(90, 5)))
+    shuffled = DataLoader(texts, batch_size=8, shuffle=True, collate_fn=collated)
+    given: Any = shuffled if how == "plain" else Accelerator(cpu=True).prepare(shuffled)
+    given = Accelerator(cpu=True).skip_first_batches(given, 2) if how == "skipped" else given
+    watch.watch(given)
+    recorded = watch.recorded["watch"]
+    indices = recorded.dataset_index.tolist()
+    assert len(set(indices)) == len(indices) == (27 if how == "skipped" else 43)
+    assert watch.detector is not None
+    alone = watch.detector.score(collated([texts[index] for index in indices]))
+    np.testing.assert_allclose(recorded.scores.score, alone.score, rtol=1e-3)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Texts(9, 1)[index] for index in range(9))
+
+
+def test_what_cannot_be_watched_is_refused() -> None:
+    watch = monitor()
+    watch.calibrate(loader(Texts(90, 5)))
+    with pytest.raises(ValueError, match="Expected samples to watch, got none of list"):
+        watch.watch([])
+    stream = DataLoader(Stream(), batch_size=8, collate_fn=collated)
+    with pytest.raises(ValueError, match="prepared loader of a dataset with indices, got one of a"):
+        watch.watch(Accelerator(cpu=True).prepare(stream))
+    other = om.SequenceLikelihood(llama())
+    with pytest.raises(ValueError, match="Expected an adapter of the model that is given, Llama"):
+        AcceleratorMonitor(Accelerator(cpu=True), llama(), other)
 
 
 #: What is refused, and what is said.
