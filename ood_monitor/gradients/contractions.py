@@ -7,20 +7,19 @@ from torch import Tensor
 
 from ood_monitor.gradients.call import Call, Found, listed
 from ood_monitor.gradients.moves import pointwise
+from ood_monitor.gradients.products import spelled
 
 __all__ = [
     "along",
     "attention",
     "batch_first",
     "convolved",
-    "einstein_sum",
     "extremes",
     "leading",
     "loss",
     "matrices",
     "normalised",
-    "outer",
-    "product_of",
+    "product",
     "recurrent",
     "searched",
     "time_first_attention",
@@ -54,55 +53,19 @@ def loss(call: Call) -> Found:
     return pointwise(call) if call.kwargs.get("reduction") == "none" else None
 
 
-def product_of(first: int, second: int) -> Callable[[Call], Found]:
-    """Of matrices, whose other dimensions broadcast, as does what is added."""
-
-    def found(call: Call) -> Found:
-        x, y = call.args[first], call.args[second]
-        pair = [(tensor, d) for tensor, d in call.data if tensor is x or tensor is y]
-        if y.ndim == 1:
-            return _before(call, 1) if x is call.args[0] else None
-        if x.ndim < 2 or any(_inner(t, d, t is x, t is y) for t, d in pair):
-            return None
-        # Rows of x by columns of y mix the samples if both are of samples.
-        mixing = any(tensor.ndim - d <= 2 for tensor, d in pair) and len(pair) > 1
-        return None if mixing else pointwise(call)
-
-    return found
-
-
-def _inner(tensor: Tensor, d: int, left: bool, right: bool) -> bool:
-    """Whether the product sums over the dimension."""
-    from_last = tensor.ndim - d
-    return (left and from_last == 1) or (right and from_last == 2)
-
-
-def outer(call: Call) -> Found:
-    """Of two vectors, one of which has the samples."""
-    x = call.args[0]
-    if len(call.data) > 1:
-        return None
-    return 0 if call.dimension_of(x) == 0 else 1
-
-
-def einstein_sum(call: Call) -> Found:
-    """By the letter of the sample dimension."""
-    equation, *given = call.args
-    operands = given[0] if isinstance(given[0], list | tuple) else given
-    inputs, output = equation.replace(" ", "").split("->")
-    letters = {
-        _spelled(term, operand.ndim)[d]
-        for term, operand in zip(inputs.split(","), operands, strict=True)
-        if (d := call.dimension_of(operand)) is not None
+def product(call: Call) -> Found:
+    """Of tensors that are multiplied and summed: by the name that the samples' dimension has."""
+    found = spelled(call.func, call.args, call.kwargs)
+    named = {
+        names[d]
+        for x, names in zip(found.operands, found.names, strict=True)
+        if (d := call.dimension_of(x)) is not None
     }
-    return _spelled(output, call.result.ndim).index(letters.pop()) if len(letters) == 1 else None
-
-
-def _spelled(term: str, ndim: int) -> list[str]:
-    """A letter for each dimension; for those that dots stand for, their place from the last."""
-    head, dots, tail = term.partition("...")
-    hidden = ndim - len(head) - len(tail) if dots else 0
-    return [*head, *(f"-{i}" for i in range(hidden, 0, -1)), *tail]
+    places = {found.result.index(name) for name in named}
+    if found.added is not None and (d := call.dimension_of(found.added)) is not None:
+        place = call.result.ndim - found.added.ndim + d
+        places.add(place if found.added.shape[d] == call.result.shape[place] else -1)
+    return places.pop() if len(places) == 1 else None
 
 
 def attention(call: Call) -> Found:

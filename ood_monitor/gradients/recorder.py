@@ -39,10 +39,12 @@ from ood_monitor.gradients.factors import (
 )
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
 from ood_monitor.gradients.owners import Owners, Weighted, weights_of
+from ood_monitor.gradients.products import PRODUCTS
 from ood_monitor.gradients.recurrent import REWRITTEN
 from ood_monitor.gradients.rules import ADDING, IN_PLACE, POINTWISE, REWRITES, RULES, SPREADING
 from ood_monitor.gradients.tracking import Data, DataMarks, map_arguments, tensors_of
 from ood_monitor.gradients.uses import Covered, Given, Rows, covered, spread_along
+from ood_monitor.gradients.views import order_of, reordered
 
 __all__ = ["Recorder"]
 
@@ -57,6 +59,7 @@ class _Source:
     tensor: Tensor
     names: tuple[str, ...]
     version: int = 0  # of a derived tensor, which later writes may have made of others
+    order: tuple[int, ...] | None = None  # of a parameter's dimensions, where it is no more
 
     @property
     def is_parameter(self) -> bool:
@@ -376,7 +379,8 @@ class Recorder(TorchFunctionMode):
             changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
             for tensor in tensors_of((changed,)):
                 if tensor.requires_grad and id(tensor) not in self._plain:
-                    self._sources[id(tensor)] = _Source(tensor, names, tensor._version)
+                    order = order_of(tensor, self.leaves[names[0]]) if len(names) == 1 else None
+                    self._sources[id(tensor)] = _Source(tensor, names, tensor._version, order)
         return result
 
     def _created_by_size(
@@ -384,7 +388,7 @@ class Recorder(TorchFunctionMode):
     ) -> list[tuple[Tensor, Data]]:
         """Constants among a call's tensors that have a row for each sample, as data."""
         own = [t for t in tensors if id(t) in self._sources]
-        if func in RULES:
+        if func in RULES or func in PRODUCTS:
             given = [t for t in tensors[:1] if t.ndim]
         elif func in POINTWISE:  # a mask of a weight has the weight's own rows
             given = [t for t in tensors if all(_is_above(t.shape, p.shape) for p in own)]
@@ -569,8 +573,13 @@ class Recorder(TorchFunctionMode):
             self._leave(use.sources, str(error))
             return
         for source, factor in zip(use.sources, factors, strict=True):
-            name = source.names[0]
-            if source.is_parameter and len(self._uses[name]) == 1:
+            name, order = source.names[0], source.order
+            if order is not None:
+                leaf = self.leaves[name]
+                factor = reordered(factor, order, leaf.shape)
+                source = _Source(leaf, (name,))
+            once = len(self._uses[name]) == 1 == sum(name in s.names for s in use.sources)
+            if source.is_parameter and once:
                 with torch._C.DisableTorchFunction():
                     self._norms[name] = norms_by(self._by(name), factor)
             else:

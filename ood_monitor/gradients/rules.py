@@ -64,16 +64,6 @@ def _linear(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     return {"weight": outer, "bias": _summed(n, g, 1)}
 
 
-def _matrix_product(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
-    x, weight = a["input"], a["weight"]
-    whole = a.get("bias") is None or a["bias"].shape == g.shape[-1:]
-    if weight.ndim != 2 or not whole or {a.get("alpha", 1), a.get("beta", 1)} != {1}:
-        raise NotImplementedError("a matrix product that is not x @ weight + bias")
-    outer = Outer(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1]), weight.shape)
-    bias = a.get("bias")
-    return {"weight": outer} | ({} if bias is None else {"bias": _summed(n, g, 1)})
-
-
 def _convolution(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     return _correlation(n, g, a["input"], a) | {"bias": _by_channel(n, g)}
 
@@ -161,16 +151,10 @@ _TRANSPOSED = Rule(
     ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     _transposed_convolution,
 )
-_MATRIX_PRODUCT = Rule(("input", "weight"), _matrix_product, _all_but_last)
 
 #: The operations known, by the function that PyTorch is asked for.
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: Rule(("input", "weight", "bias"), _linear, _all_but_last),
-    torch.matmul: _MATRIX_PRODUCT,
-    torch.mm: _MATRIX_PRODUCT,
-    Tensor.matmul: _MATRIX_PRODUCT,
-    Tensor.mm: _MATRIX_PRODUCT,
-    torch.addmm: Rule(("bias", "input", "weight"), _matrix_product, _all_but_last),
     torch.conv1d: _CONVOLUTION,
     torch.conv2d: _CONVOLUTION,
     torch.conv3d: _CONVOLUTION,

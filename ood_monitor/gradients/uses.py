@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ood_monitor.gradients.factors import Factor, Materialised, OfEachSample, full_precision
 from ood_monitor.gradients.owners import Among, Owners
+from ood_monitor.gradients.products import GROUPED, PRODUCTS, Contraction, Spelled, experts, spelled
 from ood_monitor.gradients.rules import JOINING, POINTWISE, RULES, SPREADING, Rule
 from ood_monitor.gradients.tracking import map_arguments
 
@@ -71,14 +72,17 @@ class Covered:
             where its rows are. Raises NotImplementedError for what it does not know.
         dimension: Along which the rows of the samples lie in order, or None if that is not known.
         leading: The number of the result's first dimensions whose elements are its rows.
+        order: The result's dimensions, those of rows first; None where they are.
     """
 
     factors: Callable[[Tensor, Rows], list[Factor]]
     dimension: int | None
     leading: int
+    order: tuple[int, ...] | None = None
 
     def rows(self, g: Tensor) -> Tensor:
         """A gradient of the result as its rows, shape (U, width)."""
+        g = g if self.order is None else g.permute(self.order)
         return g.reshape(math.prod(g.shape[: self.leading]), -1)
 
 
@@ -90,6 +94,10 @@ def covered(given: Given) -> Covered | None:
         return _joined(given)
     if given.func in SPREADING:
         return _spread(given)
+    if given.func in PRODUCTS:
+        return _product(given)
+    if given.func in GROUPED:
+        return _grouped(given)
     return _by_rule(given) if given.func in RULES else None
 
 
@@ -180,6 +188,63 @@ def _joined(given: Given) -> Covered | None:
         return [joined(n, g, dim, sizes, i) for i in positions]
 
     return Covered(factors, 0, 1)
+
+
+# Contractions
+
+
+def _product(given: Given) -> Covered | None:
+    (args, options), n, d = map_arguments(Tensor.detach, given.plain), given.n, given.dimension
+    try:
+        call, own = (
+            spelled(given.func, args, options),
+            spelled(given.func, given.args, given.kwargs),
+        )
+        taken = [i for i, operand in enumerate(own.operands) if given.is_source(operand)]
+        shape = given.result.shape
+        found = [Contraction.of(call, i, shape) for i in taken]
+    except (LookupError, NotImplementedError, TypeError, ValueError):
+        return None  # a form of the call that is not foreseen
+    is_added = own.added is not None and given.is_source(own.added)
+    if d is not None and n > 1 and any(call.result[d] not in each.positions for each in found):
+        return None
+
+    def factors(g: Tensor, rows: Rows) -> list[Factor]:
+        if isinstance(rows, Owners) and len({each.positions for each in found}) > 1:
+            raise NotImplementedError("operands whose rows are not the same")
+        full, scale = call.in_full_precision(), call.scales[0]
+        each = [own.factor(full, g * scale if scale != 1 else g, n, rows) for own in found]
+        return [_of_added(call, g, n, rows, leading), *each] if is_added else each
+
+    leading = len(found[0].positions) if found else _leading_of(given.result)
+    return Covered(factors, d, leading, found[0].order(call.result, shape) if found else None)
+
+
+def _of_added(call: Spelled, g: Tensor, n: int, rows: Rows, leading: int) -> Factor:
+    """The factor of what is added to a contraction."""
+    assert call.added is not None
+    if isinstance(rows, Owners) and leading != _leading_of(g):
+        raise NotImplementedError("an addend whose rows are not those of the product")
+    return _of_broadcast(g * call.scales[1], call.added.shape, n, rows)
+
+
+def _grouped(given: Given) -> Covered | None:
+    (args, options), n = map_arguments(Tensor.detach, given.plain), given.n
+    taken = [given.is_source(v) for v in (*given.args, *given.kwargs.values())]
+    ends = args[2] if len(args) > 2 else options.get("offs")
+    if taken[:2] != [False, True] or sum(taken) > 1 or ends is None:
+        return None
+    x, weight = args[:2]
+    if (x.ndim, weight.ndim) != (2, 3):
+        return None
+
+    def factors(g: Tensor, rows: Rows) -> list[Factor]:
+        if not isinstance(rows, Owners):
+            places = torch.arange(len(g), device=g.device)
+            rows = Owners(places * n // len(g), n)
+        return [experts(g, full_precision(x), full_precision(weight), ends, rows)]
+
+    return Covered(factors, given.dimension, 1)
 
 
 # Rows that are all the same

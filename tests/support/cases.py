@@ -297,12 +297,10 @@ MODELS: tuple[Model, ...] = (
     Model(
         "matmul-weight-first",
         lambda: function(lambda m, x: m.w @ x, 5, 3, **parts(w=(2, 5))),
-        ("w",),
     ),
     Model(
         "einsum",
         lambda: function(lambda m, x: torch.einsum("bi,io->bo", x, m.w), **parts(w=(3, 4))),
-        ("w",),
     ),
     Model(
         "class-token",

@@ -194,7 +194,7 @@ FOREIGN: tuple[Model, ...] = (
         partial(custom_autoencoder, observations.DiscretizedLogistic(bins=16), 2),
     ),
     Model("glow", glow),
-    Model("normflows-glow", normflows_glow, ("q0.*", "flows.*.log_S", "flows.*.flows.2.s")),
+    Model("normflows-glow", normflows_glow, ("flows.*.log_S", "flows.*.flows.2.s")),
     Model("normflows-real-nvp", normflows_real_nvp),
     Model("zuko-maf", lambda: zuko_flow(zuko.flows.MAF)),
     Model("zuko-nsf", lambda: zuko_flow(zuko.flows.NSF)),
