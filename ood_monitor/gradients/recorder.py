@@ -622,25 +622,35 @@ class Recorder(TorchFunctionMode):
         self, leaves: dict[str, Tensor], start: int, stop: int
     ) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
+        derived: dict[int, tuple[_Source, Tensor]] = {}
         for source, factor in self._collected:
-            gradient = factor.gradients(start, stop)
-            for name, part in _to_parameters(source, leaves, gradient).items():
+            part, name = factor.gradients(start, stop), source.names[0]
+            if source.is_parameter:
                 totals[name] = totals[name] + part if name in totals else part
+            else:
+                key = id(source.tensor)
+                derived[key] = source, derived[key][1] + part if key in derived else part
+        for name, part in _to_parameters(list(derived.values()), leaves).items():
+            totals[name] = totals[name] + part if name in totals else part
         return totals
 
 
 def _to_parameters(
-    source: _Source, leaves: dict[str, Tensor], gradient: Tensor
+    derived: list[tuple[_Source, Tensor]], leaves: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Per-sample gradients of a derived tensor taken back to the parameters it is made of."""
-    if source.is_parameter:
-        return {source.names[0]: gradient}
-    inputs = [leaves[name] for name in source.names]
-    gradient = gradient.to(source.tensor.dtype)
+    """Per-sample gradients of derived tensors taken back to the parameters they are made of."""
+    if not derived:
+        return {}
+    names = list(dict.fromkeys(name for source, _ in derived for name in source.names))
     parts = torch.autograd.grad(
-        source.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
+        [source.tensor for source, _ in derived],
+        [leaves[name] for name in names],
+        [gradient.to(source.tensor.dtype) for source, gradient in derived],
+        is_grads_batched=True,
+        retain_graph=True,
+        allow_unused=True,
     )
-    pairs = zip(source.names, parts, strict=True)
+    pairs = zip(names, parts, strict=True)
     return {name: full_precision(part) for name, part in pairs if part is not None}
 
 
