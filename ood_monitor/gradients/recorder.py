@@ -212,11 +212,9 @@ class Recorder(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunction():  # a look at a tensor is not a call of the model's
-            tensors = tensors_of(args) + tensors_of(kwargs.values())
-            of_shape = func in SHAPED_BY_OTHERS
-            sources = [s for tensor in tensors if (s := self._sources.get(id(tensor))) is not None]
-            data = [(t, d) for t in tensors[: 1 if of_shape else None] if (d := self._data.get(t))]
-            if any(self._is_unknown(tensor) for tensor in tensors) or (data and func == _SET_DATA):
+            tensors = tensors_of(args) + tensors_of(kwargs.values()) if kwargs else tensors_of(args)
+            sources, data, has_plain, is_unknown = self._told_apart(func, tensors)
+            if is_unknown or (data and func == _SET_DATA):
                 self._leave(self._sources.values(), "a write that no call shows")
             if sources and data and not torch.is_grad_enabled():
                 # As in the forward of an `autograd.Function`.
@@ -226,8 +224,11 @@ class Recorder(TorchFunctionMode):
                     return self._spread(func, args, kwargs, sources)
                 data = self._created_by_size(func, tensors)
         if not data:
+            if not sources and not has_plain:
+                return func(*args, **kwargs)
             return self._constant_or_derived(func, args, kwargs, sources)
-        if sources and torch.is_grad_enabled() and self._data.get(args[0]) is not None:
+        consumed = bool(sources) and torch.is_grad_enabled()
+        if consumed and self._data.get(args[0]) is not None:
             if func in REWRITTEN:
                 result = self._recurrent(func, args, kwargs, data)
                 if result is not NotImplemented:
@@ -240,23 +241,45 @@ class Recorder(TorchFunctionMode):
                     # Rows of the data's, so that it is known whose they are.
                     rows = args[0][args[1]].detach().clone().zero_()
                     return func(args[0], args[1], args[2] + rows)
-        consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
-        if consumed or any(id(tensor) in self._plain for tensor in tensors):
+        consumed = consumed and func not in CREATING
+        if consumed or has_plain:
             plain = self._substituted(args), self._substituted(kwargs)
         else:
-            plain = args, dict(kwargs)
+            plain = args, kwargs
         result = func(*plain[0], **plain[1])
         if func in _UNSEEN:
             self._follow(func, args[0], result)
-        changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
         with torch._C.DisableTorchFunction():
+            changed = _changed(func, args, result)
             dimensions = self._dimensions(func, args, kwargs, changed, data)
-        if consumed:
-            result = self._consume(func, (args, kwargs), plain, result, sources, data, dimensions)
-            changed = args[0] if func is Tensor.__setitem__ else result
+            if not consumed:
+                self._mark(func, changed, data, dimensions)
+                return result
+        result = self._consume(func, (args, kwargs), plain, result, sources, data, dimensions)
         with torch._C.DisableTorchFunction():
-            self._mark(func, changed, data, dimensions)
+            self._mark(func, _changed(func, args, result), data, dimensions)
         return result
+
+    def _told_apart(
+        self, func: Callable[..., Any], tensors: list[Tensor]
+    ) -> tuple[list[_Source], list[tuple[Tensor, Data]], bool, bool]:
+        """Derived tensors and data, and whether there are the model's own or unknown ones."""
+        sources, data, has_plain, is_unknown = [], [], False, False
+        count = 1 if func in SHAPED_BY_OTHERS else len(tensors)
+        for i, tensor in enumerate(tensors):
+            key = id(tensor)
+            source, known = self._sources.get(key), self._data.get(tensor)
+            is_plain = key in self._plain
+            if source is not None:
+                sources.append(source)
+            elif known is None and not is_plain and tensor.requires_grad:
+                # A gradient goes through it that no call has shown, as of a write through a view.
+                # The type last, which takes long to ask for; a parameter is of another module.
+                is_unknown = is_unknown or not isinstance(tensor, nn.Parameter)
+            if known is not None and i < count:
+                data.append((tensor, known))
+            has_plain = has_plain or is_plain
+        return sources, data, has_plain, is_unknown
 
     def squared_norms(self, value: Tensor, *, keep_graph: bool = True) -> dict[str, Tensor]:
         """Squared norms of the gradient of ``value``, by parameter.
@@ -336,12 +359,12 @@ class Recorder(TorchFunctionMode):
         func: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        changed: Any,
+        changed: list[Tensor],
         data: list[tuple[Tensor, Data]],
     ) -> list[int | None]:
         """The sample dimension of each tensor of ``changed``."""
         known = [(tensor, d.dimension) for tensor, d in data]
-        found = sample_dimensions(func, args, kwargs, tensors_of((changed,)), self._n, known)
+        found = sample_dimensions(func, args, kwargs, changed, self._n, known)
         if None in found and func not in CREATING and any(d.created for _, d in data):
             self._refute()
         return found
@@ -356,19 +379,23 @@ class Recorder(TorchFunctionMode):
     def _mark(
         self,
         func: Callable[..., Any],
-        changed: Any,
+        changed: list[Tensor],
         data: list[tuple[Tensor, Data]],
         dimensions: list[int | None],
     ) -> None:
         """Take what a call on data gave, or wrote into, for data."""
-        anchored = any(known.anchored for _, known in data)
-        created = func in CREATING or all(known.created for _, known in data)
-        for tensor, dimension in zip(tensors_of((changed,)), dimensions, strict=True):
-            known = self._data.get(tensor)
-            through = tensor.requires_grad and (anchored or bool(known and known.anchored))
-            number = dimension is None and tensor.ndim == 0 and not tensor.requires_grad
-            if not (number or (dimension is None and func in CREATING)):  # else constants
-                self._data.set(tensor, Data(dimension, through, created))
+        anchored = any([known.anchored for _, known in data])
+        created = func in CREATING or all([known.created for _, known in data])
+        for tensor, dimension in zip(changed, dimensions, strict=True):
+            through = tensor.requires_grad
+            if through and not anchored:
+                known = self._data.get(tensor)
+                through = known is not None and known.anchored
+            if dimension is None:
+                number = tensor.ndim == 0 and not tensor.requires_grad
+                if number or func in CREATING:  # constants
+                    continue
+            self._data.set(tensor, Data(dimension, through, created))
 
     def _constant_or_derived(
         self, func: Callable[..., Any], args: Any, kwargs: Any, sources: list[_Source]
@@ -376,8 +403,7 @@ class Recorder(TorchFunctionMode):
         result = func(*self._substituted(args, graph=True), **self._substituted(kwargs, graph=True))
         if sources and torch.is_grad_enabled():
             names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-            changed = args[0] if func is Tensor.__setitem__ else result  # which has no result
-            for tensor in tensors_of((changed,)):
+            for tensor in _changed(func, args, result):
                 if tensor.requires_grad and id(tensor) not in self._plain:
                     order = order_of(tensor, self.leaves[names[0]]) if len(names) == 1 else None
                     self._sources[id(tensor)] = _Source(tensor, names, tensor._version, order)
@@ -414,7 +440,7 @@ class Recorder(TorchFunctionMode):
         self.guessed = True
         result = self._consume(func, (args, kwargs), plain, result, sources, [], [d])
         with torch._C.DisableTorchFunction():
-            self._mark(func, result, [], [d])
+            self._mark(func, [result], [], [d])
         return result
 
     def _recurrent(
@@ -526,15 +552,6 @@ class Recorder(TorchFunctionMode):
         if key not in self._anchors:
             self._anchors[key] = like.new_zeros(()).requires_grad_()
         return self._anchors[key]
-
-    def _is_unknown(self, tensor: Tensor) -> bool:
-        """Whether a gradient goes through it that no call has shown: of a write through a view."""
-        if not tensor.requires_grad or id(tensor) in self._sources or id(tensor) in self._plain:
-            return False
-        # The type last: to ask for it takes longer than all else of a call.
-        return tensor not in self._data and not isinstance(
-            tensor, nn.Parameter
-        )  # of another module
 
     def _leave(self, sources: Iterable[_Source], reason: str) -> None:
         for name in (name for source in sources for name in source.names):
@@ -652,6 +669,13 @@ def _to_parameters(
     )
     pairs = zip(names, parts, strict=True)
     return {name: full_precision(part) for name, part in pairs if part is not None}
+
+
+def _changed(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """What a call gave, or wrote into, where it has no result."""
+    if type(result) is Tensor:
+        return [result]
+    return tensors_of((args[0] if func is Tensor.__setitem__ else result,))
 
 
 def _is_above(shape: torch.Size, other: torch.Size) -> bool:

@@ -2,16 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Data", "DataMarks", "map_arguments", "tensors_of"]
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """What is known of a tensor that depends on the batch.
 
     Attributes:
@@ -52,7 +50,7 @@ class DataMarks:
         _, known, version = found
         aliases = self._aliases.get(id(tensor), ()) if self._aliases else ()
         written = tensor._version != version or any(a._version != v for a, v in aliases)
-        return replace(known, dimension=None) if written else known
+        return known._replace(dimension=None) if written else known
 
     def follow(self, tensor: Tensor, alias: Tensor) -> None:
         """Take writes into what `.data` gave of a data tensor for writes into it."""
@@ -62,7 +60,7 @@ class DataMarks:
         """It is not known any more where its samples lie: what has it may write without a word."""
         known = self.get(tensor)
         if known is not None:
-            self.set(tensor, replace(known, dimension=None))
+            self.set(tensor, known._replace(dimension=None))
 
     def set(self, tensor: Tensor, known: Data) -> None:
         """Remember a data tensor, or what is now known of it."""
@@ -73,7 +71,7 @@ def tensors_of(arguments: Iterable[Any]) -> list[Tensor]:
     """The tensors among a call's arguments or results, also in lists, tuples and dictionaries."""
     found: list[Tensor] = []
     for value in arguments:
-        if isinstance(value, Tensor):
+        if type(value) is Tensor or isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
             found += tensors_of(value)
