@@ -276,7 +276,7 @@ def diffusers_section(report: Report) -> list[str]:
             "more beside the mean call. The first call is scored but not timed. What the "
             "background does after a call is not in its time. The last share is of the "
             "processor's time, the background's included, which other work on the machine changes "
-            "less than that of the clock."
+            "less than that of the clock: targets are for it, in the background for the clock's."
         ),
         table([*header, "calls", "scored", "dropped"], [watched(row) for row in rows]),
         *unscored(rows),
