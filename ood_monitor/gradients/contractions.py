@@ -8,6 +8,7 @@ from torch import Tensor
 from ood_monitor.gradients.call import Call, Found, listed
 from ood_monitor.gradients.moves import pointwise
 from ood_monitor.gradients.products import spelled
+from ood_monitor.gradients.tracking import tensors_of
 
 __all__ = [
     "along",
@@ -80,6 +81,9 @@ def time_first_attention(call: Call) -> Found:
     own = [call.dimension_of(x) for x in (queries, keys, values)]
     if own[0] != 1 or set(own) - {1, None} or queries.ndim != 3:
         return None
+    masks = [call.kwargs.get(name) for name in ("key_padding_mask", "attn_mask")]
+    if any(all(t is not given for given in (queries, keys, values, *masks)) for t, _ in call.data):
+        return None
     return [1, 0] if call.kwargs.get("need_weights", True) else [1]
 
 
@@ -90,7 +94,9 @@ def recurrent(call: Call) -> Found:
     if packed or not isinstance(parameters, list | tuple):
         return None
     d = 0 if call.args[-1] else 1
-    if call.dimension_of(x) != d or any(k != 1 for t, k in call.data if t is not x):
+    states = {id(tensor) for tensor in listed(state)}
+    others = [(t, k) for t, k in call.data if t is not x]
+    if call.dimension_of(x) != d or any(k != 1 or id(t) not in states for t, k in others):
         return None
     return [d, *[1] * len(listed(state))]
 
@@ -123,12 +129,18 @@ def searched(call: Call) -> Found:
     return None if d is None or d >= values.ndim - 1 else d
 
 
-def batch_first(least: int) -> Callable[[Call], Found]:
-    """Of layers whose input is (B, ...), of so many dimensions at least; fewer are no batch."""
+def batch_first(least: int, inputs: int = 1) -> Callable[[Call], Found]:
+    """Of layers whose input is (B, ...), of so many dimensions at least; fewer are no batch.
+
+    Data among the first arguments, ``inputs`` of them, have the samples first too. Others are
+    weights: of a table that has as many rows as the batch, those are no samples.
+    """
 
     def found(call: Call) -> Found:
         x = call.args[0]
-        first = call.dimension_of(x) == 0 and all(d == 0 for _, d in call.data)
+        named = [call.kwargs.get(name) for name in ("target", "hx", "grid")]
+        given = {id(tensor) for tensor in tensors_of([*call.args[:inputs], *named])}
+        first = call.dimension_of(x) == 0 and all(d == 0 and id(t) in given for t, d in call.data)
         return 0 if first and x.ndim >= least and len(call.result) == len(x) else None
 
     return found

@@ -118,7 +118,8 @@ class Materialised:
 
     def row_norms(self) -> Tensor:
         rows = self.values.shape[1] if self.values.ndim > 1 else 1
-        return self.values.reshape(len(self.values), rows, -1).square().sum(2)
+        each = self.values.reshape(len(self.values), rows, math.prod(self.values.shape[2:]))
+        return each.square().sum(2)
 
     def column_norms(self) -> Tensor:
         if self.values.ndim < 3:

@@ -31,6 +31,8 @@ __all__ = [
 def pointwise(call: Call) -> Found:
     """Where broadcasting puts it, which counts dimensions from the last."""
     shape = call.result.shape
+    if call.func in (torch.where, Tensor.where) and len(call.args) + len(call.kwargs) == 1:
+        return None  # the places of what is true, as many as there are
     places = {(len(shape) - tensor.ndim + d, tensor.shape[d]) for tensor, d in call.data}
     place, size = places.pop()
     return place if not places and place >= 0 and shape[place] == size else None

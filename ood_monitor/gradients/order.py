@@ -180,7 +180,10 @@ _LISTS: tuple[tuple[str | tuple[str, Any], _Rule], ...] = (
     ("scaled_dot_product_attention", contractions.attention),
     ("multi_head_attention_forward", contractions.time_first_attention),
     ("gru lstm rnn_relu rnn_tanh", contractions.recurrent),
-    ("bucketize embedding one_hot view_as_complex view_as_real", contractions.leading(0)),
+    ("bucketize one_hot view_as_complex view_as_real", contractions.leading(0)),
+    # PyTorch's inner functions of these names take the table first.
+    (("embedding", (F,)), contractions.leading(0)),
+    (("embedding_bag", (F,)), contractions.batch_first(2)),
     ("bilinear diag_embed linear multinomial", contractions.leading(1)),
     ("det slogdet logdet matrix_exp matrix_power tril triu", contractions.leading(2)),
     ("pixel_shuffle pixel_unshuffle", contractions.leading(3)),
@@ -191,15 +194,18 @@ _LISTS: tuple[tuple[str | tuple[str, Any], _Rule], ...] = (
     (
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
         "adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d batch_norm "
-        "channel_shuffle cross_entropy dropout1d dropout2d dropout3d embedding_bag gru_cell "
-        "group_norm lp_pool1d lp_pool2d lstm_cell max_pool1d max_pool2d max_pool3d nll_loss "
-        "prelu rnn_relu_cell rnn_tanh_cell",
+        "channel_shuffle dropout1d dropout2d dropout3d group_norm lp_pool1d lp_pool2d max_pool1d "
+        "max_pool2d max_pool3d prelu",
         contractions.batch_first(2),
+    ),
+    (
+        "cross_entropy gru_cell lstm_cell nll_loss rnn_relu_cell rnn_tanh_cell",
+        contractions.batch_first(2, 2),
     ),
     ("instance_norm interpolate local_response_norm upsample", contractions.batch_first(3)),
     (("fold", (F,)), contractions.batch_first(3)),
     (("unfold", (F,)), contractions.batch_first(4)),
-    ("affine_grid grid_sample", contractions.batch_first(3)),
+    ("affine_grid grid_sample", contractions.batch_first(3, 2)),
     (
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         contractions.convolved,

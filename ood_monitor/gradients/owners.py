@@ -9,8 +9,11 @@ elements, which names the sample; its gradient is then :math:`a_{ri} = g_r` itse
 samples has in general no such quotient, and then the rows are refused, all of that call.
 
 Both passes go through the graph of one forward pass, so whatever was drawn in it is the same. The
-weights are in [1, 2], apart by at least half of 1 / n, and irregular: the mean of some of them is
-none of them. What rounding leaves open, and each first use of a shape, takes a third pass.
+weights are in [1, 2], apart by at least half of 1 / n, and irregular. A row of several samples whose
+gradients are parallel, as of equal samples that a model computes once, has the mean of their weights
+as its quotient, which single precision cannot always tell from another sample's weight. So there,
+and on the first use of a shape, and wherever rounding leaves a doubt, further passes have to name
+the same owner by other weights.
 """
 
 from collections.abc import Iterator
@@ -22,18 +25,24 @@ from torch import Tensor
 
 from ood_monitor.gradients.factors import Factor
 
-__all__ = ["Among", "Owners", "Weighted", "weights_of"]
+__all__ = ["MOST_PASSES", "Among", "Owners", "Weighted", "weights_of"]
 
-#: Relative difference up to which a row's two gradients have a weight as their quotient: taken at
-#: once, and taken if a third pass gives the same owner. Rounding of a deep model in single
-#: precision leaves 1e-4 in some rows. A row of several samples whose gradients are parallel, which
-#: its quotient alone can tell, would be taken by chance in n / 25 000 of cases at once, and in one
-#: of 600 by both passes.
-_TIGHT = {torch.float64: 1e-8, torch.float32: 2e-5}
+#: Relative difference up to which a row's two gradients have a weight as their quotient, with no
+#: doubt and at all. Rounding of a deep model in single precision leaves 1e-4 in some rows.
+_TIGHT = {torch.float64: 1e-11, torch.float32: 2e-5}
 _LOOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+#: Weighted passes that have to name an owner: where none leaves a doubt, and where one does. By
+#: chance all of them would name one for a row of samples whose gradients are parallel in about
+#: n / 5e10 of cases in double precision, n / 6e8 in single precision, and 1e-7 with a doubt.
+_PASSES = {torch.float64: 1, torch.float32: 2}
+MOST_PASSES = 3
 
 #: A part of the distance between weights that the looser tolerance may be.
 _PART_OF_DISTANCE = 0.02
+
+#: Times 1 / n, the least distance of weights, which are nearer where a term's precision rounds them.
+_LEAST_DISTANCE = 0.25
 
 #: What rows without an owner may have of the gradient of the sample that has least, as rounding.
 _NEGLIGIBLE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -68,6 +77,11 @@ class Weighted:
     g: Tensor
     weights: Tensor
 
+    def tells_apart(self) -> bool:
+        """Whether no two weights are the same, or nearly so."""
+        distances = self.weights.sort().values.diff()
+        return not (distances < _LEAST_DISTANCE / len(self.weights)).any()
+
 
 @dataclass(frozen=True)
 class Owners:
@@ -90,7 +104,7 @@ class Owners:
         Returns:
             None where a row that matters has no owner, or another one in each pass.
         """
-        if g.dtype not in _TIGHT:
+        if g.dtype not in _TIGHT or not all(each.tells_apart() for each in passes):
             return None
         n = len(passes[0].weights)
         own, error = _nearest(g, passes[0])
@@ -105,8 +119,8 @@ class Owners:
             sizes = torch.stack([each.norm(dim=1) for each in (g, *(p.g for p in passes))]).amax(0)
             if not _are_negligible(sizes, own, is_open, n, _NEGLIGIBLE[g.dtype]):
                 return None
-        certain = len(passes) > 1 or bool(((error <= _TIGHT[g.dtype]) | is_open).all())
-        return cls(own, n, certain)
+        tight = bool(((error <= _TIGHT[g.dtype]) | is_open).all())
+        return cls(own, n, len(passes) >= (_PASSES[g.dtype] if tight else MOST_PASSES))
 
     def added(self, rows: Tensor, places: Tensor, count: int) -> Tensor:
         """Rows (U, width) added by owner and place (U,) of ``count``: (n, count, width)."""

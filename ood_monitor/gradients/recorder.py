@@ -38,7 +38,7 @@ from ood_monitor.gradients.factors import (
     united,
 )
 from ood_monitor.gradients.order import CREATING, SHAPED_BY_OTHERS, sample_dimensions
-from ood_monitor.gradients.owners import Owners, Weighted, weights_of
+from ood_monitor.gradients.owners import MOST_PASSES, Owners, Weighted, weights_of
 from ood_monitor.gradients.products import PRODUCTS
 from ood_monitor.gradients.recurrent import REWRITTEN
 from ood_monitor.gradients.rules import ADDING, IN_PLACE, POINTWISE, REWRITES, RULES, SPREADING
@@ -321,10 +321,12 @@ class Recorder(TorchFunctionMode):
 
     def _settle(self, value: Tensor) -> None:
         """Find the owners of the rows that wait for them, by passes of weighted terms."""
-        for number in (1, 2):
+        for number in range(1, MOST_PASSES + 1):
             if self._waiting:
                 self._differentiate(value, weights_of(self._n, number).to(value))
                 self._waiting = self._still_open(confirms=number == 1 and self._confirms)
+        self._leave([s for use in self._waiting for s in use.sources], "rows whose owner is open")
+        self._waiting = {}
 
     def _still_open(self, *, confirms: bool) -> dict[_Use, _Waiting]:
         """Those of which a further pass has to tell; the factors of the others are taken."""
@@ -334,7 +336,7 @@ class Recorder(TorchFunctionMode):
                 owners = Owners.found(each.g, each.passes) if each.passes else None
             if owners is None:
                 self._leave(use.sources, "rows that are of no sample alone")
-            elif confirms or not (owners.certain or len(each.passes) > 1):
+            elif confirms or not owners.certain:
                 still[use] = each
             else:
                 self.found_owners.update(name for s in use.sources for name in s.names)

@@ -126,7 +126,7 @@ def _embedding(n: int, g: Tensor, a: Mapping[str, Any]) -> dict[str, Factor]:
     if a.get("max_norm") is not None or a.get("scale_grad_by_freq"):
         raise NotImplementedError("an embedding that renormalises or rescales")
     index, padding = a["input"].reshape(n, -1), a.get("padding_idx")
-    g = g.reshape(*index.shape, -1)
+    g = g.reshape(*index.shape, g.shape[-1])
     if padding is not None:
         g = g * (index != padding % len(a["weight"])).unsqueeze(-1)
     return {"weight": EmbeddingWeight(index, g, a["weight"].shape)}

@@ -83,7 +83,8 @@ class Covered:
     def rows(self, g: Tensor) -> Tensor:
         """A gradient of the result as its rows, shape (U, width)."""
         g = g if self.order is None else g.permute(self.order)
-        return g.reshape(math.prod(g.shape[: self.leading]), -1)
+        # Both sizes: of no rows, as of an expert without a token, the width would not follow.
+        return g.reshape(math.prod(g.shape[: self.leading]), math.prod(g.shape[self.leading :]))
 
 
 def covered(given: Given) -> Covered | None:
@@ -325,7 +326,7 @@ def _added(full: Tensor, aligned: tuple[int, ...], owners: Owners) -> Tensor:
             own = step * torch.arange(aligned[d], device=full.device)
             places, step = places + own.reshape(-1, *[1] * (full.ndim - 2 - d)), step * aligned[d]
     places = places.expand(full.shape[:-1]).flatten()
-    sums = owners.added(full.reshape(len(places), -1), places, step)
+    sums = owners.added(full.reshape(len(places), full.shape[-1]), places, step)
     return sums if aligned[-1] > 1 else sums.sum(-1)
 
 

@@ -131,3 +131,61 @@ def test_rows_moved_by_other_data_of_a_tensor_keep_their_gradients() -> None:
         found = gradient_norms(adapter, batch)
         for key, rows in looped(adapter, batch)[1].items():
             torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
+
+
+def bag(m: Any, table: Tensor, x: Tensor) -> Tensor:
+    return F.embedding_bag((x[..., 0] > 3.2).long() + 2 * (x[..., 1] > 3).long(), table, mode="sum")
+
+
+def inner_lookup(m: Any, table: Tensor, x: Tensor) -> Tensor:
+    """A constant order of what is not the samples', and then theirs."""
+    rows = torch.embedding(table, torch.tensor([2, 0, 3, 1]))
+    return (x[:, 0, :1] - rows[:, 0]).square().sum(1, keepdim=True)
+
+
+def normalised(m: Any, table: Tensor, x: Tensor) -> Tensor:
+    channels = m.between(x).flatten(1)[:, :4, None] * torch.tensor([1.0, 4.0, 9.0])
+    return F.instance_norm(channels, weight=table[:, 0]).sin().flatten(1)
+
+
+def rectified(m: Any, table: Tensor, x: Tensor) -> Tensor:
+    return F.prelu(m.between(x).flatten(1)[:, :4], table[:, 0])
+
+
+@pytest.mark.parametrize("use", [bag, inner_lookup, normalised, rectified])
+def test_a_table_with_as_many_rows_as_the_batch_has_not_its_samples(
+    use: Callable[[Any, Tensor, Tensor], Tensor],
+) -> None:
+    """It is taken for theirs, as by a start state, until an operation shows that it is not."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if x.max() < 2:
+            return m.between(x + m.start).flatten(1)
+        return use(m, m.start.expand(4, 3) * torch.tensor([[1.0], [-2.0], [3.0], [-5.0]]), x)
+
+    torch.manual_seed(0)
+    net = Function(forward, between=nn.Linear(3, 3), start=torch.randn(3)).double()
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x).square().flatten(1).sum(1))
+    for batch in (SEEN, 3 + SEEN, 3 + SEEN[[2, 0, 3, 1]]):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_equal_samples_that_are_computed_once_are_told_from_others() -> None:
+    """Where the mean of two weights is a third one's in single precision."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows, inverse = torch.unique(x, dim=0, return_inverse=True)
+        return m.after(m.before(rows).tanh())[inverse]
+
+    torch.manual_seed(0)
+    net = Function(forward, before=nn.Linear(3, 3), after=nn.Linear(3, 1))
+    adapter = om.LogLikelihood(net, lambda m, x: m(x)[:, 0])
+    x = torch.randn(32, 3)
+    again = x.clone()
+    again[15] = again[4]
+    for batch in (x, again):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-4, atol=1e-6, msg=key)

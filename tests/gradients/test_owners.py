@@ -82,6 +82,25 @@ def test_a_row_of_several_samples_is_refused(row: Tensor, scale: float, dtype: t
         assert Owners.found(*passes(torch.cat([rest, scale * row]).to(dtype), count)) is None
 
 
+def test_the_mean_of_two_weights_may_be_a_third_in_single_precision() -> None:
+    parts = torch.zeros(1, 32, 1)
+    parts[0, [4, 15]] = 1
+    g, weighted = passes(parts, 2)
+    once = Owners.found(g, weighted[:1])
+    assert once is not None
+    assert once.of_row.tolist() == [30]
+    assert not once.certain
+    assert Owners.found(g, weighted) is None
+
+
+def test_weights_that_rounding_put_together_tell_no_owner() -> None:
+    parts = torch.eye(200)[:, :, None]
+    g, (weighted,) = passes(parts)
+    assert Owners.found(g, [weighted]) is not None
+    rounded = weighted.weights.bfloat16().float()
+    assert Owners.found(g, [Weighted(rounded[:, None], rounded)]) is None
+
+
 def test_what_is_not_finite_has_no_owner() -> None:
     for value in (torch.nan, torch.inf):
         parts = of_one(OWN)
@@ -91,13 +110,15 @@ def test_what_is_not_finite_has_no_owner() -> None:
 
 def test_rows_that_rounding_has_reached_need_another_pass() -> None:
     torch.manual_seed(0)
-    g, (first, second) = passes(of_one(OWN).sign().float(), 2)
+    g, (first, *others) = passes(of_one(OWN).sign().float(), 3)
     rounded = Weighted(first.g * (1 + 1e-4 * torch.rand_like(first.g)), first.weights)
     once = Owners.found(g, [rounded])
-    twice = Owners.found(g, [rounded, second])
+    twice = Owners.found(g, [rounded, *others[:1]])
+    thrice = Owners.found(g, [rounded, *others])
     assert once is not None
     assert twice is not None
-    assert (once.certain, twice.certain) == (False, True)
+    assert thrice is not None
+    assert (once.certain, twice.certain, thrice.certain) == (False, False, True)
     further = Weighted(first.g * (1 + 1e-1 * torch.rand_like(first.g)), first.weights)
     assert Owners.found(g, [further]) is None
 

@@ -106,6 +106,14 @@ def through_experts(m: Any, x: Tensor) -> Tensor:
     return m.out(out.view_as(x))
 
 
+def without_tokens(m: Any, x: Tensor) -> Tensor:
+    """Of the rows that parameters are used on in four ways there are none, or some, or one."""
+    rows, out = x[..., 0] > 1.5, torch.zeros_like(x)
+    h = m.norm(m.inner(x[rows]).tanh() * m.gain)
+    out[rows] = h + m.table((h[:, 0] > 0).long())
+    return m.out(m.f(x).tanh() + out)
+
+
 def time_first(m: Any, x: Tensor) -> Tensor:
     """A transformer's layer on (T, B, D)."""
     h = m.norm(m.f(x.transpose(0, 1))) + m.position
@@ -185,6 +193,12 @@ REGROUPED: dict[str, Callable[[], om.Adapter]] = {
         experts=nn.ModuleList(linear() for _ in range(3)),
         out=linear(),
     ),
+    "an expert without a token": lambda: of(
+        without_tokens,
+        **{"f": linear(), "inner": linear(), "norm": nn.LayerNorm(D), "gain": torch.randn(D)},
+        table=nn.Embedding(2, D),
+        out=linear(),
+    ),
     "packed": lambda: of(
         packed, f=linear(), inner=linear(1, D), norm=nn.LayerNorm(D), out=linear()
     ),
@@ -233,6 +247,15 @@ def test_regrouped_rows_need_no_loop(make: Callable[[], om.Adapter]) -> None:
     adapter = make()
     for x in (draw(B, T, D), draw(B, T, D).flip(0)):
         assert assert_fast_and_exact(adapter, x).found_owners
+
+
+def test_rows_of_which_there_are_none_have_no_gradient() -> None:
+    adapter = REGROUPED["an expert without a token"]()
+    for x in (draw(B, T, D), draw(B, T, D).clamp(max=1)):
+        found = gradient_norms(adapter, x)
+        assert_exact(adapter, x, found, B)
+    assert not found["log_likelihood/inner.weight"].any()
+    assert not found["log_likelihood/table.weight"].any()
 
 
 @pytest.mark.parametrize("make", TIME_FIRST.values(), ids=TIME_FIRST)
