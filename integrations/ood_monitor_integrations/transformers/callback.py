@@ -250,7 +250,6 @@ class OODCallback(Events):
                 :meth:`~ood_monitor.Detector.fit` refuses.
             RuntimeError: Another process failed.
         """
-        self._is_fit = False  # a training that was interrupted has told nobody of its end
         run = TransformersRun(self._args, None, None, model, self._loaders)
         return self._calibrator.fit(run, _checked_held_out(source))
 

@@ -16,7 +16,13 @@ from ood_monitor_integrations.transformers.clipping import Clipping
 from ood_monitor_integrations.transformers.evaluations import REFUSED, Evaluations
 from ood_monitor_integrations.transformers.models import check_causal
 from ood_monitor_integrations.transformers.refusals import refuse_arguments
-from ood_monitor_integrations.transformers.runs import Loaders, TransformersRun, begun, trial_batch
+from ood_monitor_integrations.transformers.runs import (
+    Loaders,
+    TransformersRun,
+    begun,
+    training_runs,
+    trial_batch,
+)
 from ood_monitor_integrations.transformers.taps import Tap
 
 __all__ = ["Events"]
@@ -26,9 +32,9 @@ _NOT_WATCHED = (
     "`held_out=` and `calibrate_every_n_evaluations=`, or a fitted `detector=`."
 )
 
-_NOT_ENDED = (
-    "a training has begun and not ended, as one that was interrupted. The next prediction will be "
-    "watched; `OODCallback.calibrate(model, held_out)` makes a detector of the weights of now."
+_WITHIN = (
+    "it ran within a training, whose checkpoints have the detectors: predict after it, or watch "
+    "evaluations, `watch=['eval']`."
 )
 
 
@@ -104,8 +110,8 @@ class Events(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the batches of a step, of a training that goes on."""
-        self._batches, self._is_fit = 0, True
+        """Count the batches of a step."""
+        self._batches = 0
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,10 +179,9 @@ class Events(TrainerCallback):
     ) -> None:
         """A prediction is over: decide on it."""
         if self._is_fit and not self._is_off and "predict" in self._stages:
-            self._failures.tell("has not watched a prediction", _NOT_ENDED)
+            self._failures.tell("has not watched a prediction", _WITHIN)
         run = self._run(args, state, control, kwargs["model"])
         self._finish(run, "predict", _prefix(metrics, "test"), metrics)
-        self._is_fit = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -245,6 +250,7 @@ class Events(TrainerCallback):
     def _begin(self, run: TransformersRun, loader: Any) -> None:
         """The first batch of an evaluation is through; it is watched if it should be."""
         self._evaluations.drop(loader)
+        self._is_fit = self._is_fit and training_runs()  # one that failed has told of no end
         if self._is_off or not self._is_watched_now:
             return
         if self._is_fit and self._every_n is not None and self._evaluated % self._every_n == 0:

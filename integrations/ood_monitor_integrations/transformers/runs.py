@@ -1,5 +1,7 @@
 """A Trainer's training as a calibration sees it: its processes, and what it evaluates on."""
 
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ood_monitor.adapters.base import Batch, tensors_in
 from ood_monitor_integrations.accelerate.forward import plain_forward
@@ -173,6 +175,14 @@ class _InTurn:
         for at, loader in enumerate(self.loaders):
             for index, batch in enumerate(iter(loader)):
                 yield batch, index, at
+
+
+def training_runs() -> bool:
+    """Whether a Trainer trains in this thread: of one that was interrupted no callback is told."""
+    frame, code = sys._getframe(), inspect.unwrap(Trainer.train).__code__
+    while frame.f_back is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame.f_code is code
 
 
 def is_indexed(loader: Any) -> bool:

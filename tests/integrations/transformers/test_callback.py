@@ -436,22 +436,37 @@ def test_rows_of_another_order_are_those_of_the_predictions(tmp_path: Path) -> N
     np.testing.assert_allclose(found, alone.score, rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_a_prediction_after_an_interrupted_training_is_watched_or_told(tmp_path: Path) -> None:
-    class Interrupting(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 8:
-                raise KeyboardInterrupt
+class Interrupting(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            raise KeyboardInterrupt
 
+
+@pytest.mark.slow
+def test_a_prediction_after_an_interrupted_training_is_watched(tmp_path: Path) -> None:
     watch = callback(calibrate="every checkpoint")
     run = trainer(llama(), tmp_path, watch, Interrupting())
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    with pytest.warns(UserWarning, match="has not watched a prediction: a training has begun"):
-        run.predict(Texts(40, 7))
     with pytest.warns(UserWarning, match="watches with a stale calibration"):
         run.predict(Texts(40, 7))
     assert len(watch.recorded("predict")) == 40
+
+
+class Predicting(TrainerCallback):
+    run: Any = None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.predict(Texts(40, 7))
+
+
+@pytest.mark.slow
+def test_a_prediction_within_a_training_is_not_watched_and_told(tmp_path: Path) -> None:
+    watch, predicting = callback(), Predicting()
+    run = predicting.run = trainer(llama(), tmp_path, watch, predicting)
+    with pytest.warns(UserWarning, match="has not watched a prediction: it ran within a training"):
+        run.train()
+    assert [*watch._failures.counts] == ["has not watched a prediction"]
 
 
 @pytest.mark.slow
