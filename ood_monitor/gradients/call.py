@@ -1,8 +1,7 @@
 """A call of an operation on data, and where the samples lie in its arguments."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ __all__ = ["Call", "Found", "in_order", "listed", "numbers"]
 Found: TypeAlias = int | list[int | None] | None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call, and the sample dimensions of those of its arguments that are data."""
 
     func: Callable[..., Any]

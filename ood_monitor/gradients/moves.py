@@ -161,7 +161,36 @@ def indexed(call: Call) -> Found:
     """Of ``x[index]``: by the numbers of the samples that it picks."""
     x, index = call.args
     d = call.dimension_of(x)
-    return None if d is None else _place(_picked(x.shape, d, index, call.n), call.n)
+    if d is None:
+        return None
+    entries = index if isinstance(index, tuple) else (index,)
+    if _MOVING.issuperset(map(type, entries)):
+        place = _place_in_view(entries, x.ndim, d)
+        if place is not None:
+            return place
+    return _place(_picked(x.shape, d, index, call.n), call.n)
+
+
+#: What an index has that gives a view.
+_MOVING = frozenset({int, slice, type(None), type(Ellipsis)})
+
+
+def _place_in_view(entries: tuple[Any, ...], ndim: int, d: int) -> int | None:
+    """Where a dimension is in the view that integers and slices give; None if it is not whole."""
+    hidden = ndim - sum(entry is not None and entry is not Ellipsis for entry in entries)
+    at = place = 0
+    for entry in (*entries, Ellipsis):
+        if entry is None:
+            place += 1
+        elif entry is Ellipsis:
+            if d < at + hidden:
+                return place + d - at
+            at, place, hidden = at + hidden, place + hidden, 0
+        elif at == d:
+            return place if entry == slice(None) else None
+        else:
+            at, place = at + 1, place + isinstance(entry, slice)
+    return None
 
 
 def written(call: Call) -> Found:

@@ -498,7 +498,9 @@ class Recorder(TorchFunctionMode):
         if all(known.created for _, known in data):
             self._of_created.append(weakref.ref(use))
         for name in {name for source in sources for name in source.names}:
-            self._uses.setdefault(name, weakref.WeakSet()).add(use)
+            if name not in self._uses:
+                self._uses[name] = weakref.WeakSet()
+            self._uses[name].add(use)
         result.register_hook(lambda g: self._on_gradient(use, g))
         return result
 

@@ -26,10 +26,12 @@ __all__ = [
     "ADDING",
     "IN_PLACE",
     "JOINING",
+    "MULTIPLYING",
     "POINTWISE",
     "REWRITES",
     "RULES",
     "SPREADING",
+    "SUMS",
     "Rule",
 ]
 
@@ -214,6 +216,15 @@ ADDING: frozenset[Callable[..., Any]] = frozenset(
     for owner in (torch, Tensor)
     for name in ("add", "sub", "__add__", "__sub__", "__radd__", "__rsub__")
     if hasattr(owner, name)
+)
+
+#: Sums of two tensors, and their products: an operand's gradient is that of the result, or that
+#: times the other.
+SUMS, MULTIPLYING = (
+    frozenset(
+        getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)
+    )
+    for names in (("add", "__add__", "__radd__"), ("mul", "__mul__", "__rmul__"))
 )
 
 #: Broadcasting operations of tensors: scales, shifts, positional embeddings, layer scales.

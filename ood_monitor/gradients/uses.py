@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,15 @@ from torch import Tensor
 from ood_monitor.gradients.factors import Factor, Materialised, OfEachSample, full_precision
 from ood_monitor.gradients.owners import Among, Owners
 from ood_monitor.gradients.products import GROUPED, PRODUCTS, Contraction, Spelled, experts, spelled
-from ood_monitor.gradients.rules import JOINING, POINTWISE, RULES, SPREADING, Rule
+from ood_monitor.gradients.rules import (
+    JOINING,
+    MULTIPLYING,
+    POINTWISE,
+    RULES,
+    SPREADING,
+    SUMS,
+    Rule,
+)
 from ood_monitor.gradients.tracking import map_arguments
 
 __all__ = [
@@ -35,8 +43,7 @@ __all__ = [
 Rows: TypeAlias = int | Owners
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """A call that took derived tensors (or parameters) and data.
 
     Attributes:
@@ -154,7 +161,7 @@ def _pointwise(given: Given) -> Covered | None:
         # A parameter of so many rows as the batch has would not fit any other batch.
         if d is not None and _size_along(own, result, d) > 1 and (d or given.is_parameter(own)):
             return None
-    operation = partial(given.func, **options)
+    operation = partial(given.func, **options) if options else given.func
 
     def factors(g: Tensor, rows: Rows) -> list[Factor]:
         arguments = map_arguments(full_precision, values)
@@ -293,11 +300,24 @@ def pointwise(
 ) -> Factor:
     """The factor of the tensor argument at ``position`` of a broadcasting operation."""
     argument: Tensor = args[position]
-    with torch.enable_grad():
-        expanded = argument.detach().expand(g.shape).requires_grad_()
-        output = function(*args[:position], expanded, *args[position + 1 :])
-        (full,) = torch.autograd.grad(output, expanded, g)
+    if function in SUMS:
+        full = g
+    elif function in MULTIPLYING and isinstance(args[1 - position], Tensor):
+        full = g * args[1 - position]
+    else:
+        full = _differentiated(function, g, args, position)
     return _of_broadcast(full, argument.shape, n, rows)
+
+
+def _differentiated(
+    function: Callable[..., Any], g: Tensor, args: tuple[Any, ...], position: int
+) -> Tensor:
+    """The gradient of an argument that is as large as the result."""
+    with torch.enable_grad():
+        expanded = args[position].detach().expand(g.shape).requires_grad_()
+        output = function(*args[:position], expanded, *args[position + 1 :])
+        found: Tensor = torch.autograd.grad(output, expanded, g)[0]
+    return found
 
 
 def _of_broadcast(full: Tensor, shape: torch.Size, n: int, rows: Rows) -> Factor:

@@ -17,7 +17,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import ood_monitor as om
 from ood_monitor.adapters.base import map_tensors
 from ood_monitor.gradients import gradient_norms
+from ood_monitor.gradients.call import in_order, numbers
 from ood_monitor.gradients.fast import recorded_norms
+from ood_monitor.gradients.order import sample_dimensions
 from ood_monitor.modules import scored
 
 ALL: Callable[[str], bool] = lambda name: True  # noqa: E731
@@ -322,3 +324,25 @@ def test_rows_created_for_samples_that_are_sorted_keep_their_gradients() -> None
     x = torch.linspace(-1, 1, 12).double().reshape(4, 3)
     for batch in (x, x[[2, 0, 3, 1]]):
         assert_exact(adapter, batch)
+
+
+@pytest.mark.parametrize("d", [0, 1, 2])
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(0, slice(1, None), None, ..., (), (slice(None), 0), (slice(None), slice(1, 3)), (..., 0)),
+        *((0, ...), (None, ..., None), (..., slice(0, 2)), (0, None, slice(None), 0), (0, 0, 0)),
+        *((slice(None), None, ..., slice(1, 2)), (slice(None, None, 2),), (slice(0, 6),)),
+    ],
+    ids=str,
+)
+def test_where_samples_are_in_a_view(d: int, index: Any) -> None:
+    """As the numbers of the samples themselves tell, taken by the same index."""
+    shape = [3, 3, 3]
+    shape[d] = 6
+    x = torch.rand(shape)
+    result = x[index]
+    (found,) = sample_dimensions(Tensor.__getitem__, (x, index), {}, [result], 3, [(x, d)])
+    parts = numbers(shape, d, 3)[index]
+    whole = [i for i in range(parts.ndim) if in_order(parts, i, 3)]
+    assert found == (whole[0] if whole else None)
