@@ -33,6 +33,7 @@ __all__ = [
     "Given",
     "Rows",
     "covered",
+    "is_above",
     "joined",
     "of_owners",
     "pointwise",
@@ -274,6 +275,11 @@ def _aligned(shape: Sequence[int], result: Tensor) -> tuple[int, ...] | None:
         own in (1, size) for own, size in zip(aligned, result.shape, strict=True)
     )
     return aligned if fits else None
+
+
+def is_above(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether the first dimension of a shape is one along which another broadcasts to it."""
+    return len(shape) > len(other) or (len(shape) == len(other) > 0 and other[0] == 1)
 
 
 def _spread(given: Given) -> Covered | None:
