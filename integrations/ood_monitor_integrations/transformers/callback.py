@@ -162,7 +162,7 @@ class OODCallback(Events):
             whole("calibrate_samples", calibrate_samples, 1),
             progress=flag("progress", progress),
         )
-        self._has_held_out = held_out is not None
+        self._held_out = held_out
         is_idle = not self._needs_detector or (calibrate is None and self._detectors.is_given)
         policy = None if calibrate is None else word("calibrate", calibrate, get_args(Policy))
         self._checkpoints = Checkpoints(

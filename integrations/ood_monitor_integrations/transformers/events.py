@@ -49,7 +49,7 @@ class Events(TrainerCallback):
     _strict: bool
     _is_default: bool
     _needs_detector: bool
-    _has_held_out: bool
+    _held_out: Any
     _every_n: int | None
     _stages: frozenset[str]
     _failures: Failures
@@ -104,6 +104,7 @@ class Events(TrainerCallback):
         with self._failures.contained("could not resume its training stream"):
             self._training.load_state_dict(self._checkpoints.begin(run))
         self._rehearse(run)
+        self._check_is_held_out(self._held_out)
         if "eval" in self._stages and not self._watches_evaluations_of_fit:
             self._failures.tell("does not watch evaluations of the training", _NOT_WATCHED)
 
@@ -165,6 +166,8 @@ class Events(TrainerCallback):
         prefix = _prefix(metrics, "eval")
         if self._is_fit or prefix == "eval":
             self._loaders.evaluation[prefix] = kwargs["eval_dataloader"]
+            if self._is_fit and self._held_out is None:
+                self._check_is_held_out(kwargs["eval_dataloader"])
         run = self._run(args, state, control, kwargs["model"])
         self._evaluated += self._is_fit
         self._finish(run, "eval", prefix, metrics)
@@ -314,11 +317,21 @@ class Events(TrainerCallback):
         """
         assert run.args is not None
         never = str(getattr(run.args.eval_strategy, "value", run.args.eval_strategy)) == "no"
-        has_any = run.args.eval_on_start or self._has_held_out or self._loaders.evaluation
+        has_any = run.args.eval_on_start or self._held_out is not None or self._loaders.evaluation
         if never and not has_any:
             raise ValueError(
                 "Expected `held_out=` where the Trainer never evaluates, got None: give a dataset "
                 "or batches that the model is not trained on, or `eval_strategy=`."
+            )
+
+    def _check_is_held_out(self, data: Any) -> None:
+        """Tell of data that calibrate although the model learns them: p-values are too small."""
+        train = getattr(self._loaders.train, "dataset", None)
+        is_trained_on = train is not None and getattr(data, "dataset", data) is train
+        if is_trained_on and self._may_calibrate and self._checkpoints.calibrates:
+            self._failures.tell(
+                "calibrates on the data that the model is trained on",
+                "new data will look unusual beside them. Give others as `held_out=`.",
             )
 
     def _check_causal(self, run: TransformersRun, batch: Any) -> None:

@@ -140,6 +140,18 @@ def test_a_training_begins_after_an_evaluation_and_after_another_training(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_given", [False, True], ids=["evaluated", "held out"])
+def test_data_that_are_trained_on_are_told(is_given: bool, tmp_path: Path) -> None:
+    trained_on: Any = Texts(96, 2)
+    watch = callback(held_out=trained_on if is_given else None)
+    run = trainer(llama(), tmp_path, watch, num_train_epochs=1)
+    run.train_dataset = trained_on
+    run.eval_dataset = run.eval_dataset if is_given else trained_on
+    with pytest.warns(UserWarning, match="calibrates on the data that the model is trained on"):
+        run.train()
+
+
+@pytest.mark.slow
 def test_deleted_checkpoints_take_their_detectors_with_them(tmp_path: Path) -> None:
     watch = callback(calibrate="every checkpoint")
     trainer(llama(), tmp_path, watch, save_total_limit=1, num_train_epochs=3).train()
