@@ -9,11 +9,11 @@ elements, which names the sample; its gradient is then :math:`a_{ri} = g_r` itse
 samples has in general no such quotient, and then the rows are refused, all of that call.
 
 Both passes go through the graph of one forward pass, so whatever was drawn in it is the same. The
-weights are in [1, 2], apart by at least half of 1 / n, and irregular. A row of several samples whose
-gradients are parallel, as of equal samples that a model computes once, has the mean of their weights
-as its quotient, which single precision cannot always tell from another sample's weight. So there,
-and on the first use of a shape, and wherever rounding leaves a doubt, further passes have to name
-the same owner by other weights.
+weights are in [1, 2], apart by at least half of 1 / n, and irregular. A row of several samples
+whose gradients are parallel, as of equal samples that a model computes once, has the mean of their
+weights as its quotient, which single precision cannot always tell from another sample's weight. So
+there, and on the first use of a shape, and wherever rounding leaves a doubt, further passes have to
+name the same owner by other weights.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ MOST_PASSES = 3
 #: A part of the distance between weights that the looser tolerance may be.
 _PART_OF_DISTANCE = 0.02
 
-#: Times 1 / n, the least distance of weights, which are nearer where a term's precision rounds them.
+#: Times 1 / n, the least distance of weights, nearer where a term's precision rounds them.
 _LEAST_DISTANCE = 0.25
 
 #: What rows without an owner may have of the gradient of the sample that has least, as rounding.
