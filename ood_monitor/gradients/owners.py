@@ -12,7 +12,7 @@ Both passes go through the graph of one forward pass, so whatever was drawn in i
 weights are in [1, 2], apart by at least half of 1 / n, and irregular. A row of several samples
 whose gradients are parallel, as of equal samples that a model computes once, has the mean of their
 weights as its quotient, which single precision cannot always tell from another sample's weight. So
-there, and on the first use of a shape, and wherever rounding leaves a doubt, further passes have to
+there, on the first use of a shape, and wherever rounding leaves a doubt, further passes have to
 name the same owner by other weights.
 """
 
@@ -41,7 +41,7 @@ MOST_PASSES = 3
 #: A part of the distance between weights that the looser tolerance may be.
 _PART_OF_DISTANCE = 0.02
 
-#: Times 1 / n, the least distance of weights, nearer where a term's precision rounds them.
+#: Times 1 / n, the least distance of weights: rounding to a term's precision puts some together.
 _LEAST_DISTANCE = 0.25
 
 #: What rows without an owner may have of the gradient of the sample that has least, as rounding.
@@ -171,12 +171,14 @@ def _nearest(g: Tensor, weighted: Weighted) -> tuple[Tensor, Tensor]:
 
 
 def _are_negligible(sizes: Tensor, own: Tensor, is_open: Tensor, n: int, share: float) -> bool:
-    """Whether rows are rounding even beside the rows of the sample whose gradient is least."""
+    """Whether rows are rounding even beside the rows of the sample whose gradient is least.
+
+    They are not where a sample has no other: all of its gradient may be in them.
+    """
     squares = sizes.square()
     left = squares[is_open].sum()
     of_sample = squares.new_zeros(n).index_add_(0, own[~is_open], squares[~is_open])
-    some = of_sample[of_sample > 0]
-    return bool(left == 0) or (len(some) > 0 and bool(left <= share**2 * some.min()))
+    return bool(left == 0) or bool(left <= share**2 * of_sample.min())
 
 
 @dataclass(frozen=True)

@@ -305,8 +305,10 @@ class Recorder(TorchFunctionMode):
             return NotImplemented
         with torch._C.DisableTorchFunction():
             like = states if args[0].ndim == 2 else [args[0], *states]  # as the results are
-            known = [(tensor, d.dimension) for tensor, d in data]
-            found = sample_dimensions(func, args, kwargs, like, self._n, known)
+            found = self._dimensions(func, args, kwargs, like, data)
+            if None in found:  # its operations see its input alone, and not beside its states
+                for tensor in (tensor for tensor, d in data if d.created):
+                    self._data.lose(tensor)
         created = all(d.created for _, d in data)
 
         def mark(tensor: Tensor, dimension: int) -> Tensor:

@@ -329,6 +329,8 @@ def _differentiated(
 def _of_broadcast(full: Tensor, shape: torch.Size, n: int, rows: Rows) -> Factor:
     """The factor of a tensor of this shape, from the gradient of what it was broadcast to."""
     aligned = (*[1] * (full.ndim - len(shape)), *shape)
+    if not full.numel():
+        return Materialised(full.new_zeros(n, *shape))
     if isinstance(rows, Owners):
         return Materialised(_added(full, aligned, rows).reshape(n, *shape))
     full, aligned = full.movedim(rows, 0), (aligned[rows], *aligned[:rows], *aligned[rows + 1 :])

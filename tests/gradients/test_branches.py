@@ -189,3 +189,34 @@ def test_equal_samples_that_are_computed_once_are_told_from_others() -> None:
         found = gradient_norms(adapter, batch)
         for key, rows in looped(adapter, batch)[1].items():
             torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-4, atol=1e-6, msg=key)
+
+
+def cell(m: Any, start: Tensor, x: Tensor) -> Tensor:
+    return m.cell(x[:, 0], start)
+
+
+def layer(m: Any, start: Tensor, x: Tensor) -> Tensor:
+    return m.layer(x, start[None])[0].flatten(1)
+
+
+def layer_from_samples(m: Any, start: Tensor, x: Tensor) -> Tensor:
+    """The input is the same for all, and the states are the samples'."""
+    return m.layer(start[:, None], x[:, 0][None])[0].flatten(1)
+
+
+@pytest.mark.parametrize("use", [cell, layer, layer_from_samples])
+def test_a_learned_start_beside_sorted_samples_is_theirs(
+    use: Callable[[Any, Tensor, Tensor], Tensor],
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].argsort(stable=True)
+        return use(m, m.start.expand(len(x), 3).contiguous(), x[order])[order.argsort()]
+
+    torch.manual_seed(0)
+    parts = {"cell": nn.GRUCell(3, 3), "layer": nn.GRU(3, 3, batch_first=True)}
+    net = Function(forward, **parts, start=torch.randn(3)).double()
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x).square().flatten(1).sum(1))
+    for batch in (SEEN, SEEN[[2, 0, 3, 1]]):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)

@@ -125,10 +125,12 @@ def test_rows_that_rounding_has_reached_need_another_pass() -> None:
 
 def test_rows_of_rounding_alone_do_not_matter() -> None:
     torch.manual_seed(0)
-    rest = of_one(OWN).sign()
-    assert Owners.found(*passes(torch.cat([rest, 1e-15 * shared(1, 1)]))) is not None
-    rest[3] *= 1e-15  # all that sample 7 has: beside it nothing is rounding
-    assert Owners.found(*passes(torch.cat([rest, 1e-15 * shared(1, 1)]))) is None
+    rest, noise = of_one(list(range(N))).sign(), 1e-15 * shared(1, 1)
+    assert Owners.found(*passes(torch.cat([rest, noise]))) is not None
+    least = rest.clone()
+    least[3] *= 1e-15  # all that sample 3 has: beside it nothing is rounding
+    assert Owners.found(*passes(torch.cat([least, noise]))) is None
+    assert Owners.found(*passes(torch.cat([rest[2:], noise]))) is None  # all that two of them have
 
 
 def test_half_precision_tells_no_owner() -> None:

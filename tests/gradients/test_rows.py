@@ -107,9 +107,9 @@ def through_experts(m: Any, x: Tensor) -> Tensor:
 
 
 def without_tokens(m: Any, x: Tensor) -> Tensor:
-    """Of the rows that parameters are used on in four ways there are none, or some, or one."""
+    """Parameters are used in five ways on rows of which there may be none."""
     rows, out = x[..., 0] > 1.5, torch.zeros_like(x)
-    h = m.norm(m.inner(x[rows]).tanh() * m.gain)
+    h = m.norm(m.inner(x[rows]).tanh() * m.gain + m.gain.expand(int(rows.sum()), D).sin())
     out[rows] = h + m.table((h[:, 0] > 0).long())
     return m.out(m.f(x).tanh() + out)
 
