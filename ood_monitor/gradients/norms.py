@@ -62,7 +62,7 @@ class Way:
 
     Attributes:
         name: ``"rules"``: by closed forms, from one forward and one backward pass of all samples.
-            ``"rows"``: likewise, after a second backward pass has shown whose each row is.
+            ``"rows"``: likewise, after further backward passes have shown whose each row is.
             ``"vmap"``: by a pass that holds the gradients of several samples. ``"loop"``: by a
             forward and a backward pass for each sample.
         reason: Why not by rules, in words; empty for those.

@@ -12,7 +12,7 @@ graph, so that the backward pass computes no weight gradient, and a hook on its 
 output's gradient to the operation's rule. Gradients of a derived tensor then go back to its
 parameters through its own small graph.
 
-Where it is not known whose the rows of an operation are, the graph gets a second backward pass, of
+Where it is not known whose the rows of an operation are, the graph gets further backward passes, of
 weighted terms, which shows it (:mod:`~ood_monitor.gradients.owners`).
 
 What no rule covers is put on the list `left_over`, with the reason, for the loop over samples:
