@@ -25,6 +25,7 @@ from ood_monitor_integrations.training.detectors import Detectors, Ready
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.figures import LeftOpen, figures
 from ood_monitor_integrations.training.indices import Positions
+from ood_monitor_integrations.training.loading import samples_in
 from ood_monitor_integrations.training.stage_monitor import StageMonitor
 from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 
@@ -221,15 +222,26 @@ class TrainerMonitor:
         if watch is None:
             return None
         if batch_idx % self._settings.every == 0:
-            invalid = watch.monitor.invalid
-            with self._failures.contained(FAILED):
-                own = self._detectors.model.prepared(batch)
-                self.alerts += watch.take(own, batch_idx, dataloader_idx)
-                scores = watch.latest
-            self._tell_invalid(watch.monitor.invalid - invalid)
+            scores = self._scores(watch, batch, batch_idx, dataloader_idx)
         if self._stage == "predict":
             self._write_now_and_then(trainer, watch, batch_idx)
         return scores
+
+    def _scores(
+        self, watch: StageMonitor, batch: Batch, batch_idx: int, dataloader_idx: int
+    ) -> Scores | None:
+        invalid = watch.monitor.invalid
+        try:
+            own = self._detectors.model.prepared(batch)
+            self.alerts += watch.take(own, batch_idx, dataloader_idx)
+        except Exception as error:  # whatever a foreign model raises
+            self._failures.tell(FAILED, error)
+            with self._failures.contained("could not number a batch"):
+                count = max(samples_in(batch), 1)
+                self.alerts += watch.take_invalid(count, batch_idx, dataloader_idx)
+            return None
+        self._tell_invalid(watch.monitor.invalid - invalid)
+        return watch.latest
 
     def finish(self, trainer: "Trainer", stage: str) -> None:
         """The stage is over: decide on what is left, log and write."""
@@ -310,7 +322,10 @@ class TrainerMonitor:
 
     def _tell_invalid(self, count: int) -> None:
         if count:
-            self._failures.tell("could not score samples", "values that are not finite.")
+            self._failures.tell(
+                "could not score samples",
+                "values that are not finite, or what was told of their batch.",
+            )
 
 
 def _averages(callback: object) -> bool:

@@ -44,6 +44,7 @@ class StageMonitor:
         self._positions, self._world = positions, world
         self._lockstep, self._explains_at_once = lockstep, explains_at_once
         self._parts: list[StageScores] = []
+        self._latest_at: tuple[int, int] | None = None
 
     @property
     def is_online(self) -> bool:
@@ -55,8 +56,28 @@ class StageMonitor:
         with self._lockstep.passes():  # also of a process that fails before its first
             explanations = self.monitor.explain()
             scores = self.monitor.score(batch)
-        at = batch_idx, dataloader_idx, len(scores.score)
+        return [*explanations, *self._kept(scores, (batch_idx, dataloader_idx), batch)]
+
+    def take_invalid(self, count: int, batch_idx: int, dataloader_idx: int) -> list[Alert]:
+        """Keep a batch that could not be scored as such: what nobody has looked at is not OK.
+
+        Args:
+            count: B, where the sampler does not tell it.
+            batch_idx: As of :meth:`take`, which has raised.
+            dataloader_idx: Likewise.
+        """
+        at = batch_idx, dataloader_idx
+        if at == self._latest_at:
+            return []  # it is kept, and what failed came after
+        count = self._positions.loaded(*at) or count
+        return self._kept(Scores.none().among(count, []), at)
+
+    def _kept(
+        self, scores: Scores, place: tuple[int, int], batch: Batch | None = None
+    ) -> list[Alert]:
+        self._latest_at, at = place, (*place, len(scores.score))
         dataset = self._positions.of(*at)
+        dataloader_idx = place[1]
         part = StageScores(scores, dataset, 0 * dataset + dataloader_idx)
         self.latest = scores
         if not self.is_online:
@@ -65,7 +86,7 @@ class StageMonitor:
         self._parts.append(part.without_layers())
         alerts = self._observe(part, batch)
         after = self.monitor.explain() if self._explains_at_once else []
-        return [*explanations, *alerts, *after]
+        return [*alerts, *after]
 
     def finish(self) -> list[Alert]:
         """Decide on what is left; all processes must call it.

@@ -412,6 +412,11 @@ def test_a_batch_that_cannot_be_scored_is_counted_and_not_raised(
     with pytest.warns(UserWarning, match="could not score a batch: Expected samples"):
         trainer(callback).predict(Cropping(), loader(images(64)[:, :, :2]), ckpt_path=fitted[1])
     assert callback.failures == 2
+    # What nobody has looked at is not OK.
+    assert callback.monitor is not None
+    assert (callback.monitor.samples_seen, callback.monitor.invalid) == (64, 64)
+    assert callback.monitor.status == "ALERT"
+    assert "invalid_input" in {alert.kind for alert in callback.alerts}
 
 
 def test_samples_that_are_not_finite_are_counted_and_spoil_no_other(
