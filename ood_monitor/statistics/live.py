@@ -109,16 +109,23 @@ class LivePass:
                 of_term(term, value)
         return Single(self._sums.taken, terms)
 
-    def _hear(self, name: str, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._failure is None:
+    # A hook has no keywords where it was taken off while its call had begun, as by a collection of
+    # garbage: then nobody listens any more.
+
+    def _hear(
+        self, name: str, layer: Layer, module: nn.Module, args: Any, kwargs: Any = None
+    ) -> None:
+        if self._failure is None and kwargs is not None:
             try:
                 _check_mode(module, args, kwargs)
                 self._sums._take(name, layer, module, args, kwargs)
             except Exception as error:  # of any kind: the call is the user's
                 self._failure = error
 
-    def _hear_tokens(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _hear_tokens(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Whether it is the batch that the model is run on, of which alone its logits are."""
+        if kwargs is None:
+            return
         own = self._tokens
         given = tensors_in([*args, *kwargs.values()])
         is_own = any(t.shape == own.shape and bool((t == own.to(t.device)).all()) for t in given)

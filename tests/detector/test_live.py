@@ -59,3 +59,23 @@ def test_a_pass_that_is_none_of_scoring_is_refused(detector: om.Detector) -> Non
     detector.adapter.module.train()
     with pytest.raises(ValueError, match="in training mode"):
         detector.score(texts(3), live=heard(detector, texts(3)))
+
+
+def test_a_call_goes_on_where_its_listener_is_taken_off_within(detector: om.Detector) -> None:
+    """As where what listens is collected as garbage while the user's model runs."""
+    model, live = detector.adapter.module, detector.live(texts(3))
+    assert live is not None
+    wanted = model(texts(3))
+    listening = live.listening()
+
+    def take_off(*_: Any) -> None:
+        listening.__exit__(None, None, None)
+
+    handle = model[1].register_forward_pre_hook(take_off)
+    with torch.no_grad():
+        listening.__enter__()
+        torch.testing.assert_close(model(texts(3)), wanted)
+    handle.remove()
+    live.ended(wanted)
+    torch.testing.assert_close(model(texts(3)), wanted)  # and no hook is left
+    assert not any(part._forward_pre_hooks for part in model.modules())

@@ -109,6 +109,7 @@ class Evaluations:
         self.mlflow_run, self._texts = mlflow_run, texts
         self._seen: dict[str, int] = {}  # samples of a stage so far: a run's steps only grow
         self._told: set[str] = set()
+        self._listening = ExitStack()
         self.drop()
 
     def drop(self, loader: Any = None) -> None:
@@ -124,14 +125,14 @@ class Evaluations:
         if loader is None:
             self._given: list[Mapping[str, Any]] = []
             self._live: tuple[LivePass, Any, Detector] | None = None
-            self._listening = ExitStack()
+            self._listening.close()
 
     def give(self, batch: Mapping[str, Any]) -> None:
         """The model is given a batch, of which it is not known yet whether it is evaluated."""
         self._given = [*self._given[-1:], batch]
         self._live = None
-        # Of the first batch nobody knows yet that it is one; the detector may be the one to come.
-        detector = self._detectors.current if self._stage is None else self._stage.detector
+        # Of the first batch nobody knows yet that it is one: it may be of another's Trainer.
+        detector = None if self._stage is None else self._stage.detector
         is_scored = self._batch_idx % self._settings.every == 0
         if detector is not None and is_scored and not self._is_busy:
             with suppress(Exception):  # scoring makes a pass of its own then, and says why

@@ -46,11 +46,18 @@ class Tap:
             handle.remove()
         self._handles, self._on = [], None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell of a pass, if it is one of the module itself."""
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Tell of a pass, if it is one of the module itself.
+
+        There are no keywords where it was taken off while the call had begun.
+        """
         is_own = self._on is not None and self._on() is module
         tell = None if self._tell is None else self._tell()
-        if tell is not None and is_own and not module.training and not args:
+        if kwargs is None or tell is None:
+            return
+        if is_own and not module.training and not args:
             tell(dict(kwargs))
 
     def ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -287,7 +287,7 @@ def left_collated(rows: Any) -> dict[str, Tensor]:
 
 #: Texts and their collator, the Trainer's options, and passes of the model of three batches.
 EVALUATED: dict[str, tuple[type[Texts], Any, dict[str, Any], int]] = {
-    "padded on the right": (Texts, collated, {}, 3),
+    "padded on the right": (Texts, collated, {}, 4),  # the first is not known to be watched
     "padded on the left": (LeftPadded, left_collated, {}, 6),
     "bf16": (Texts, collated, {"bf16": True}, 6),
 }
@@ -323,6 +323,21 @@ def test_an_evaluation_is_scored_by_its_own_passes(
     scores = watch.scores("predict")
     np.testing.assert_allclose(scores.score, torch.cat([s.score for s in alone]), rtol=1e-3)
     np.testing.assert_allclose(scores.p_value, torch.cat([s.p_value for s in alone]), rtol=1e-3)
+
+
+def test_an_evaluation_of_another_trainer_is_not_listened_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = callback()
+    run = trainer(llama(), tmp_path / "watched", watch, num_train_epochs=1)
+    run.train()
+    run.predict(Texts(48, 7))
+    listened = list[int]()
+    monkeypatch.setattr(om.Detector, "live", lambda *_: listened.append(1))
+    trainer(run.model, tmp_path / "plain").predict(Texts(48, 7))
+    assert not listened
+    names = [name for name, part in run.model.named_modules() if part._forward_pre_hooks]
+    assert names == [""]  # which waits for the next
 
 
 def test_foreign_texts_raise_an_alert_and_the_same_do_not(tmp_path: Path) -> None:
