@@ -104,6 +104,7 @@ format: $(INSTALLED)
 
 bench: benchmark-peers .venv-foreign/.installed
 	$(BIN)/python -m benchmarks.integrations.lightning --json benchmarks/results/lightning.json
+	$(BIN)/python -m benchmarks.integrations.transformers --json benchmarks/results/transformers.json
 	$(BIN)/python -m benchmarks.integrations.diffusers --part latency --json benchmarks/results/diffusers_latency.json
 	$(BIN)/python -m benchmarks.integrations.real_sizes --scale 0.1 --model 'SD 1.5' --rounds 3 \
 		--json benchmarks/results/real_sizes.json

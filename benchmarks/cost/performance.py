@@ -87,6 +87,13 @@ PARTS = [
         sections.lightning_section,
     ),
     Part(
+        "transformers",
+        "The Hugging Face Trainer",
+        "integrations.transformers",
+        sections.transformers_figures,
+        sections.transformers_section,
+    ),
+    Part(
         "diffusers_latency",
         "diffusers",
         "integrations.diffusers --part latency",

@@ -235,6 +235,35 @@ def lightning_section(report: Report) -> list[str]:
     ]
 
 
+def transformers_figures(report: Report) -> list[Figure]:
+    found = []
+    for row in report["rows"]:
+        hook = f"its hook: {percent(row['its hook, share of a step'])} of a step"
+        step = f"{ratio(row['step with the training stream'])} plain steps"
+        tenth = f"one batch in ten: {ratio(row['evaluation, one batch in ten scored'])}"
+        scored = f"{ratio(row['evaluation, every batch scored'])} plain evaluations"
+        found.append((f"{row['model']}, training step", step, hook))
+        found.append((f"{row['model']}, evaluation, every batch scored", scored, tenth))
+    return found
+
+
+def transformers_section(report: Report) -> list[str]:
+    rows = report["rows"]
+    figures = [name for name in rows[0] if name != "model"]
+    return [
+        paragraph(
+            "What the Trainer's callback adds to a language model, in the processor's time: to a "
+            "training step with the training stream, and to an evaluation of twenty batches, which "
+            "is scored by its own passes, but for the first. What is left is the moments of the "
+            "vocabulary, which weigh the more the smaller the model."
+        ),
+        table(
+            ["", *(row["model"] for row in rows)],
+            [(name, *(row[name] for row in rows)) for name in figures],
+        ),
+    ]
+
+
 def diffusers_figures(report: Report) -> list[Figure]:
     """By pipeline and way of watching, what is added to calls of each length."""
     found: dict[str, list[Row]] = {}
