@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor test-benchmarks check docs format bench benchmark-peers train evidence clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
 	@echo "make test-foreign norms of other packages' models, and what they cost, in an environment of its own"
 	@echo "make test-floor the suite on the oldest releases that are supported, in an environment of its own"
+	@echo "make test-benchmarks quick runs of the benchmarks that take longest"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
@@ -42,11 +43,15 @@ SAYS_ITS_METHOD := '*/test_methods.py' '*/diffusers/test_replay.py' '*/test_situ
 	'*/test_telling.py' '*/test_predictions.py' '*/test_monitored.py' \
 	'*/test_own_calls.py' '*/test_plan.py' '*/test_custom.py' '*/test_experts.py'
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not long' -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --method gradient_norms \
 		-m 'not slow or both_methods' \
 		tests/integrations/lightning tests/integrations/mlflow tests/integrations/diffusers \
 		$(addprefix --ignore-glob=,$(SAYS_ITS_METHOD))
+
+# Quick runs of those benchmarks that take longest.
+test-benchmarks: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long -n 2 --dist worksteal
 
 # In an environment of its own: with Spark beside it MLflow and other packages behave differently.
 test-spark: .venv-spark/.installed

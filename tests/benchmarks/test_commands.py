@@ -16,8 +16,19 @@ NAMES = sorted(
 )
 
 
+#: Of those the ones that take longest, two minutes together: `make test-benchmarks` runs them.
+LONG = {
+    *("alerts.arrive", "detection.denoisers", "detection.evidence", "detection.no_law"),
+    *("detection.paper", "detection.questions", "detection.shifts"),
+    *("integrations.diffusers", "integrations.lightning"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in NAMES],
+)
 def test_a_quick_run_reports_machine_rows_and_claims(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ def test_a_process_that_is_late_is_not_waited_for_beyond_the_limit(tmp_path: Pat
     """It goes on when the first one has given it up, and ends."""
     for rank in reported(tmp_path, "ddp", "is late"):
         assert rank["heard"] == "none"
-        assert any(f"within 0:00:{LIMIT}, the `timeout`" in line for line in rank["told"])
+        assert any(f"within 0:00:{LIMIT}, as long as" in line for line in rank["told"])
         assert rank["scored"] == 0
 
 
