@@ -1,7 +1,7 @@
 """The callback: its options, and what it has found."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -11,11 +11,6 @@ from ood_monitor.alerts import Sink
 from ood_monitor.checks import (
     batches,
     flag,
-    function,
-    items,
-    meant,
-    number,
-    path_of,
     text,
     whole,
     word,
@@ -39,8 +34,13 @@ from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.failures import Failures
-from ood_monitor_integrations.training.figures import LeftOpen
 from ood_monitor_integrations.training.gradients import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.training.options import (
+    checked_every,
+    checked_held_out,
+    checked_stages,
+    checked_stream,
+)
 from ood_monitor_integrations.training.stage_scores import StageScores
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ __all__ = ["OODMonitor"]
 Stage = Literal["train", "val", "validate", "test", "predict"]
 
 _STAGES = ("train", "val", "test", "predict")
-_OTHER_NAMES: Mapping[Any, Any] = {"validate": "val", "validation": "val"}
+_OTHER_NAMES = {"validate": "val", "validation": "val"}
 
 _NAME = "OODMonitor"
 
@@ -178,7 +178,7 @@ class OODMonitor(Hooks):
         progress: bool = True,
         strict: bool = True,
     ) -> None:
-        self._stages = _checked_stages(watch)
+        self._stages = checked_stages(watch, _STAGES, _OTHER_NAMES)
         check_method(method, detector)
         self._name, self._strict = text("name", name), flag("strict", strict)
         self._words = words = () if name == _NAME else (word_of(name),)
@@ -193,11 +193,12 @@ class OODMonitor(Hooks):
             detector=detector if isinstance(detector, Detector) else None,
         )
         self._detectors = Detectors(model, detector, method, layers, name, _REMEDY)
-        self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
-        self._every_n_epochs = _checked_every(calibrate_every_n_epochs, held_out)
+        self._every_n_epochs = checked_every(
+            "calibrate_every_n_epochs", calibrate_every_n_epochs, held_out
+        )
         self._calibrator = Calibrator(
-            _checked_held_out(held_out),
+            checked_held_out(held_out),
             self._detectors,
             whole("calibrate_samples", calibrate_samples, 1),
             progress=flag("progress", progress),
@@ -211,20 +212,20 @@ class OODMonitor(Hooks):
             self._failures,
             self.state_key,
         )
-        stream = TrainingStream() if training is None else _checked_stream(training)
-        self._training = TrainingWatch(stream, layers, name)
-        settings = Settings(
-            stages=self._stages,
-            ert=number("ert", ert, 2, ends="[)"),
-            fpr=self._fpr,
-            every=whole("every_n_batches", every_n_batches, 1),
-            sinks=[LeftOpen(function("a sink", sink)) for sink in items("sinks", sinks)],
-            scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
-            log_alerts=flag("log_alerts", log_alerts),
-            console=flag("console", console),
+        self._training = TrainingWatch(checked_stream(training), layers, name)
+        settings = Settings.checked(
+            ert=ert,
+            fpr=fpr,
+            every_n_batches=every_n_batches,
+            sinks=sinks,
+            scores_dir=scores_dir,
+            log_alerts=log_alerts,
+            console=console,
             name=name,
+            stages=self._stages,
             words=words,
         )
+        self._fpr = settings.fpr
         self._trainer_monitor = TrainerMonitor(settings, self._detectors, self._failures, self._log)
         self._with_scores = _checked_with_scores(with_scores, self._stages)
         self._predictions = Predictions(prefix_of(*words), self._failures)
@@ -336,47 +337,8 @@ class OODMonitor(Hooks):
             self._training.load_state_dict(state_dict.get("training", {}))
 
 
-def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
-    stages = [_OTHER_NAMES.get(stage, stage) for stage in items("watch", watch)]
-    if unknown := [stage for stage in stages if stage not in _STAGES]:
-        raise ValueError(
-            f"Expected stages of {', '.join(_STAGES)} to watch, got {unknown}."
-            f"{meant(unknown[0], _STAGES)}"
-        )
-    return frozenset(stages)
-
-
 def _checked_with_scores(with_scores: bool, stages: frozenset[str]) -> bool:
     wanted = flag("with_scores", with_scores)
     if wanted and "predict" not in stages:
         raise ValueError(f"Expected 'predict' in watch for with_scores, got {sorted(stages)}.")
     return wanted
-
-
-def _checked_held_out(held_out: Any) -> Any:
-    """Batches that each calibration can go through anew, or None."""
-    if held_out is None:
-        return None
-    if isinstance(held_out, Iterator):
-        raise TypeError(
-            "Expected held_out as batches that can be gone through again, as a loader or a list, "
-            f"got an iterator, {type(held_out).__name__}."
-        )
-    return batches("held_out", held_out)
-
-
-def _checked_every(every: int | None, held_out: Any) -> int | None:
-    if every is None:
-        return None
-    if held_out is None:
-        raise ValueError(
-            "Expected `held_out=` a loader with `calibrate_every_n_epochs`, got None: validation "
-            "data that calibrated a detector are no news to it."
-        )
-    return whole("calibrate_every_n_epochs", every, 1)
-
-
-def _checked_stream(training: TrainingStream) -> TrainingStream:
-    if not isinstance(training, TrainingStream):
-        raise TypeError(f"Expected training as a TrainingStream, got {training!r}.")
-    return training

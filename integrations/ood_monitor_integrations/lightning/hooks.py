@@ -313,11 +313,8 @@ class Hooks(Callback):
         try:
             self._calibrator.rehearse(LightningRun(trainer, pl_module), batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
-            told = f"could not be calibrated: {type(error).__name__}"
-            if self._strict:
-                raise ValueError(f"{self._name} {told}: {error}") from error
             self._cannot_calibrate = True
-            self._failures.tell(told, error)
+            self._failures.refuse("could not be calibrated", error, strict=self._strict)
 
     def _log(self, metrics: dict[str, float], **options: Any) -> None:
         # The Trainer attaches `log_dict` to callbacks.

@@ -1,8 +1,7 @@
 """The monitors of the stages of a Trainer one after the other: begin, score, decide, report."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +18,12 @@ from ood_monitor_integrations.lightning.loggers import (
 from ood_monitor_integrations.lightning.telling import logger_sinks, step_of
 from ood_monitor_integrations.lightning.worlds import world_of
 from ood_monitor_integrations.metrics import STATUSES, metrics_of, prefix_of
+from ood_monitor_integrations.training import options
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.console import ConsoleSink
 from ood_monitor_integrations.training.detectors import Detectors, Ready
 from ood_monitor_integrations.training.failures import Failures
-from ood_monitor_integrations.training.figures import LeftOpen, figures
+from ood_monitor_integrations.training.figures import figures
 from ood_monitor_integrations.training.indices import Positions
 from ood_monitor_integrations.training.loading import samples_in
 from ood_monitor_integrations.training.stage_monitor import StageMonitor
@@ -46,32 +46,16 @@ _NOT_AVERAGED = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(options.Settings):
     """What the user chose; see :class:`~ood_monitor_integrations.lightning.OODMonitor`.
 
     Attributes:
         stages: Those to watch.
-        ert: Expected run time to a false drift alarm, in samples.
-        fpr: False-positive rate of single samples.
-        every: Score every n-th batch.
-        sinks: Told of alerts, and left open.
-        scores_dir: Where to write scores, if anywhere.
-        log_alerts: Whether the Trainer's loggers are told too.
-        console: Whether a line is printed of each.
-        name: Of the streams.
         words: Of the names of its metrics, before that of the stage.
     """
 
     stages: frozenset[str]
-    ert: float
-    fpr: float
-    every: int
-    sinks: Sequence[LeftOpen]
-    scores_dir: Path | None
-    log_alerts: bool
-    console: bool
-    name: str
     words: tuple[str, ...]
 
 

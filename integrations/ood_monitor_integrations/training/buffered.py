@@ -9,7 +9,7 @@ from ood_monitor import Alert, Detector, Monitor, Scores
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.indices import Indices
-from ood_monitor_integrations.training.stage_scores import StageScores, dataset_order
+from ood_monitor_integrations.training.stage_scores import StageScores
 
 __all__ = ["BufferedStage"]
 
@@ -48,15 +48,7 @@ class BufferedStage:
         Raises:
             RuntimeError: A process failed, or is lost; all hear of it.
         """
-        own = StageScores.together(self._parts)
-        if world.size == 1:
-            return own
-        with world.agreed():
-            data = own.dump()
-        layers = self.detector.fitted.layers
-        parts = [StageScores.parse(part, layers) for part in world.gathered(data)]
-        whole = StageScores.together(parts)
-        return whole.take(dataset_order(whole.dataset_index, whole.dataloader_index))
+        return StageScores.of_all(self._parts, world, self.detector.fitted.layers)
 
     def decide(self, monitor: Monitor, whole: StageScores, size: int | None) -> list[Alert]:
         """The alerts of a stage.

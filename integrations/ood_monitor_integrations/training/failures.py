@@ -29,6 +29,17 @@ class Failures:
         if self.counts[kind] == 1:
             warnings.warn(f"{self.name} {kind}: {cause}", stacklevel=3)
 
+    def refuse(self, kind: str, error: Exception, *, strict: bool) -> None:
+        """Raise what stands in the way of watching, or where not strict tell of it.
+
+        Raises:
+            ValueError: Strict; it says who refuses.
+        """
+        told = f"{kind}: {type(error).__name__}"
+        if strict:
+            raise ValueError(f"{self.name} {told}: {error}") from error
+        self.tell(told, error)
+
     @contextmanager
     def contained(self, kind: str) -> Iterator[None]:
         """Count an exception and go on: days of training must not end on a monitor's account."""

@@ -5,7 +5,7 @@ from ood_monitor.adapters.base import Batch
 from ood_monitor.modules import Lockstep
 from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.indices import Positions
-from ood_monitor_integrations.training.stage_scores import StageScores, dataset_order
+from ood_monitor_integrations.training.stage_scores import StageScores
 
 __all__ = ["StageMonitor"]
 
@@ -97,22 +97,17 @@ class StageMonitor:
         if self.is_online:
             return self.monitor.explain()
         self._lockstep.end()
-        with self._world.agreed():
-            own = StageScores.together(self._parts).dump()
-        parts = self._world.gathered(own)
+        whole = StageScores.of_all(self._parts, self._world, self.monitor.detector.fitted.layers)
         with self._world.agreed():  # what follows the stage is a collective of the training
-            return self._decide(parts)
+            return self._decide(whole)
 
     @property
     def recorded(self) -> StageScores:
         """What was scored so far, without layers; in several processes only after the end."""
         return StageScores.together(self._parts).numbered()
 
-    def _decide(self, parts: list[bytes]) -> list[Alert]:
+    def _decide(self, whole: StageScores) -> list[Alert]:
         """On the samples of all processes."""
-        layers = self.monitor.detector.fitted.layers
-        whole = StageScores.together(StageScores.parse(part, layers) for part in parts)
-        whole = whole.take(dataset_order(whole.dataset_index, whole.dataloader_index))
         self._parts = [whole.without_layers()]
         last = int(whole.dataloader_index.max(initial=0))
         sizes = [self._positions.batch_size(at) for at in range(last + 1)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ood_monitor import Scores
 from ood_monitor.densities import Array
+from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.indices import Indices, numbered
 
 __all__ = ["StageScores", "are_those_of"]
@@ -55,6 +56,26 @@ class StageScores:
             np.concatenate([part.dataset_index for part in parts]),
             np.concatenate([part.dataloader_index for part in parts]),
         )
+
+    @classmethod
+    def of_all(cls, parts: Iterable[Self], world: World, layers: Sequence[str]) -> Self:
+        """The samples of all processes, in the order of the dataset; all must call it.
+
+        Args:
+            parts: Those of this process.
+            world: The processes.
+            layers: The order that the detector has them in.
+
+        Raises:
+            RuntimeError: A process failed, or is lost; all hear of it.
+        """
+        own = cls.together(parts)
+        if world.size == 1:
+            return own
+        with world.agreed():
+            data = own.dump()
+        whole = cls.together(cls.parse(part, layers) for part in world.gathered(data))
+        return whole.take(dataset_order(whole.dataset_index, whole.dataloader_index))
 
     def without_layers(self) -> Self:
         """The figures of each sample alone, which a long stage has room for."""

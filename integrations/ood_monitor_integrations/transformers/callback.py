@@ -1,6 +1,6 @@
 """The callback of transformers' Trainer: its options, and what it has found."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,19 +9,25 @@ from torch import nn
 from ood_monitor import Adapter, Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import batches, flag, function, items, number, path_of, text, whole, word
+from ood_monitor.checks import flag, function, text, whole, word
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
 from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.failures import Failures
-from ood_monitor_integrations.training.figures import LeftOpen
 from ood_monitor_integrations.training.gradients import FlaggedBatch, TrainingWatch
+from ood_monitor_integrations.training.options import (
+    Settings,
+    checked_every,
+    checked_held_out,
+    checked_stages,
+    checked_stream,
+)
 from ood_monitor_integrations.training.stage_scores import StageScores
 from ood_monitor_integrations.transformers.batches import Texts
 from ood_monitor_integrations.transformers.checkpoints import Checkpoints, Policy
-from ood_monitor_integrations.transformers.evaluations import FAILED, Evaluations, Settings
+from ood_monitor_integrations.transformers.evaluations import FAILED, Evaluations
 from ood_monitor_integrations.transformers.events import Events
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
 from ood_monitor_integrations.transformers.models import adapter_of_model
@@ -30,6 +36,8 @@ from ood_monitor_integrations.transformers.runs import TransformersRun, is_datas
 __all__ = ["OODCallback"]
 
 Stage = Literal["train", "eval", "predict"]
+
+_OTHER_NAMES = {"val": "eval", "validation": "eval", "evaluation": "eval"}
 
 _NAME = "OODMonitor"
 
@@ -137,7 +145,7 @@ class OODCallback(Events):
         progress: bool = True,
         strict: bool = True,
     ) -> None:
-        self._stages = _checked_stages(watch)
+        self._stages = checked_stages(watch, get_args(Stage), _OTHER_NAMES)
         check_method(method, detector)
         self._name, self._strict = text("name", name), flag("strict", strict)
         self._failures = Failures(name)
@@ -153,9 +161,10 @@ class OODCallback(Events):
         )
         self._is_default = adapter is None and adapter_of is None and detector is None
         self._detectors = Detectors(model, detector, method, layers, name, _REMEDY)
-        self._fpr = number("fpr", fpr, 0, 1, ends="()")
         self._needs_detector = bool(self._stages - {"train"})
-        self._every_n = _checked_every(calibrate_every_n_evaluations, held_out)
+        self._every_n = checked_every(
+            "calibrate_every_n_evaluations", calibrate_every_n_evaluations, held_out
+        )
         self._calibrator = Calibrator(
             _checked_held_out(held_out),
             self._detectors,
@@ -168,18 +177,18 @@ class OODCallback(Events):
         self._checkpoints = Checkpoints(
             "never" if is_idle else policy, self._calibrator, self._detectors, self._failures
         )
-        stream = TrainingStream() if training is None else _checked_stream(training)
-        self._training = TrainingWatch(stream, layers, name)
-        settings = Settings(
-            ert=number("ert", ert, 2, ends="[)"),
-            fpr=self._fpr,
-            every=whole("every_n_batches", every_n_batches, 1),
-            sinks=[LeftOpen(function("a sink", sink)) for sink in items("sinks", sinks)],
-            scores_dir=None if scores_dir is None else path_of("scores_dir", scores_dir),
-            log_alerts=flag("log_alerts", log_alerts),
-            console=flag("console", console),
+        self._training = TrainingWatch(checked_stream(training), layers, name)
+        settings = Settings.checked(
+            ert=ert,
+            fpr=fpr,
+            every_n_batches=every_n_batches,
+            sinks=sinks,
+            scores_dir=scores_dir,
+            log_alerts=log_alerts,
+            console=console,
             name=name,
         )
+        self._fpr = settings.fpr
         self._mlflow_run = MLflowRun()
         self._evaluations = Evaluations(
             settings, self._detectors, self._failures, self._mlflow_run, self._texts
@@ -260,14 +269,6 @@ class OODCallback(Events):
         )
 
 
-def _checked_stages(watch: Sequence[Stage]) -> frozenset[str]:
-    stages = [*items("watch", watch)]
-    known = get_args(Stage)
-    if unknown := [stage for stage in stages if stage not in known]:
-        raise ValueError(f"Expected stages of {', '.join(known)} to watch, got {unknown}.")
-    return frozenset(stages)
-
-
 def _checked_maker(
     adapter_of: Callable[[nn.Module], Adapter] | None,
     adapter: AdapterLike | None,
@@ -284,28 +285,4 @@ def _checked_maker(
 
 def _checked_held_out(held_out: Any) -> Any:
     """Batches or a dataset that each calibration can go through anew, or None."""
-    if held_out is None or is_dataset(held_out):
-        return held_out
-    if isinstance(held_out, Iterator):
-        raise TypeError(
-            "Expected held_out as a dataset, or as batches that can be gone through again, got an "
-            f"iterator, {type(held_out).__name__}."
-        )
-    return batches("held_out", held_out)
-
-
-def _checked_every(every: int | None, held_out: Any) -> int | None:
-    if every is None:
-        return None
-    if held_out is None:
-        raise ValueError(
-            "Expected `held_out=` with calibrate_every_n_evaluations, got None: evaluation data "
-            "that calibrated a detector are no news to it."
-        )
-    return whole("calibrate_every_n_evaluations", every, 1)
-
-
-def _checked_stream(training: TrainingStream) -> TrainingStream:
-    if not isinstance(training, TrainingStream):
-        raise TypeError(f"Expected training as a TrainingStream, got {training!r}.")
-    return training
+    return held_out if is_dataset(held_out) else checked_held_out(held_out)

@@ -1,9 +1,7 @@
 """Evaluations and predictions of a Trainer: scored batch by batch, decided on at their end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +20,16 @@ from ood_monitor_integrations.training.collectives import World
 from ood_monitor_integrations.training.console import ConsoleSink
 from ood_monitor_integrations.training.detectors import Detectors, Ready
 from ood_monitor_integrations.training.failures import Failures
-from ood_monitor_integrations.training.figures import LeftOpen, figures
+from ood_monitor_integrations.training.figures import figures
 from ood_monitor_integrations.training.indices import Indices, Places, Positions
 from ood_monitor_integrations.training.loading import samples_in
+from ood_monitor_integrations.training.options import Settings
 from ood_monitor_integrations.training.stage_scores import StageScores, are_those_of
 from ood_monitor_integrations.transformers.batches import Texts
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
 from ood_monitor_integrations.transformers.runs import TransformersRun, is_indexed
 
-__all__ = ["FAILED", "REFUSED", "Evaluations", "Settings"]
+__all__ = ["FAILED", "REFUSED", "Evaluations"]
 
 #: Kinds of failure.
 FAILED, REFUSED = "could not score a batch", "will not watch"
@@ -50,31 +49,6 @@ _OTHER_ORDER = (
 
 #: Samples between two looks at whether the weights are still the detector's.
 _WEIGHTS_EVERY = 10_000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose; see :class:`~ood_monitor_integrations.transformers.OODCallback`.
-
-    Attributes:
-        ert: Expected run time to a false drift alarm, in samples.
-        fpr: False-positive rate of single samples.
-        every: Score every n-th batch.
-        sinks: Told of alerts, and left open.
-        scores_dir: Where to write scores, if anywhere.
-        log_alerts: Whether the MLflow run that the Trainer reports to is told too.
-        console: Whether a line is printed of each alert.
-        name: Of the streams.
-    """
-
-    ert: float
-    fpr: float
-    every: int
-    sinks: Sequence[LeftOpen]
-    scores_dir: Path | None
-    log_alerts: bool
-    console: bool
-    name: str
 
 
 class Evaluations:

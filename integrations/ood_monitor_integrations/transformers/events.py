@@ -303,11 +303,8 @@ class Events(TrainerCallback):
             has_loader = bool(self._loaders.evaluation)
             self._calibrator.rehearse(trial, None if has_loader else batch, self._fpr)
         except Exception as error:  # whatever a foreign model raises
-            told = f"could not be calibrated: {type(error).__name__}"
-            if self._strict:
-                raise ValueError(f"{self._name} {told}: {error}") from error
             self._cannot_calibrate = True
-            self._failures.tell(told, error)
+            self._failures.refuse("could not be calibrated", error, strict=self._strict)
 
     def _refuse_without_data(self, run: TransformersRun) -> None:
         """Refuse a training that would end without anything to calibrate on.
