@@ -279,19 +279,10 @@ class Contraction:
         """Of rows (n, T, groups, R) and columns (n, T, groups, C)."""
         n, t, groups = r.shape[:3]
         r, c = (side.transpose(1, 2).reshape(n * groups, t, -1) for side in (r, c))
-        sizes = {k: s for k, s in zip(self.names, filter(_is_long, self.shape), strict=True)}
-        if (
-            len(self.shape) == 2
-            and self.names == (*self.rows, *self.columns)
-            and len(self.rows) == 1
-        ):
-            return Outer(r, c, self.shape)
-        if (
-            len(self.shape) == 2
-            and self.names == (*self.columns, *self.rows)
-            and len(self.rows) == 1
-        ):
-            return Outer(c, r, self.shape)
+        if len(self.shape) == len(self.rows + self.columns) == 2 and len(self.rows) == 1:
+            sides = (r, c) if self.names == self.rows + self.columns else (c, r)
+            return Outer(*sides, self.shape)
+        sizes = dict(zip(self.names, (size for size in self.shape if size > 1), strict=True))
         kinds = self.groups, self.rows, self.columns
         every = [k for kind in kinds for k in kind]
         return InGroups(
@@ -308,10 +299,6 @@ class Contraction:
             of_g = r[rows] * there[:, :, None, None]
             parts.append((samples, self._made(of_g, c[rows])))
         return Among(parts, owners.n, r.new_zeros(self.shape))
-
-
-def _is_long(size: int) -> bool:
-    return size > 1
 
 
 def _long(names: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
