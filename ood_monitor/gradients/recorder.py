@@ -95,8 +95,8 @@ class Recorder(TorchFunctionMode):
         self.found_owners = self._backward.found_owners
         #: Terms, counted from 0, whose graph a later one needs.
         self.shared = self._backward.shared
-        #: Whether rows were taken for the samples' by their number, and whether that was wrong.
-        self.guessed, self.refuted = False, False
+        #: Whether rows were taken for the samples' by their number.
+        self.guessed = False
         #: The followed parameters that met data, in the order of their first use.
         self.used: dict[str, None] = {}
         self._n, self._by_size = n, by_size
@@ -144,7 +144,7 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
             return self._constant_or_derived(func, args, kwargs, sources)
         consumed = bool(sources) and torch.is_grad_enabled()
-        if consumed and self._data.get(args[0]) is not None:
+        if consumed and args and self._data.get(args[0]) is not None:
             if func in REWRITTEN:
                 result = self._recurrent(func, args, kwargs, data)
                 if result is not NotImplemented:
@@ -222,13 +222,8 @@ class Recorder(TorchFunctionMode):
         known = [(tensor, d.dimension) for tensor, d in data]
         found = sample_dimensions(func, args, kwargs, changed, self._n, known)
         if None in found and func not in CREATING and any(d.created for _, d in data):
-            self._refute()
+            self._backward.lose_created()
         return found
-
-    def _refute(self) -> None:
-        """Rows that were created may be no longer those of the samples, in order."""
-        self.refuted = True
-        self._backward.lose_created()
 
     def _mark(
         self,

@@ -25,6 +25,8 @@ FORMS: dict[str, Form] = {
     "x @ v": (lambda w, x: x @ w, (D,), (B, T, D)),
     "x @ v, a row": (lambda w, x: torch.mv(x, w), (D,), (B, D)),
     "x @ heads": (lambda w, x: x.unsqueeze(1) @ w, (H, D, E), (B, T, D)),
+    "x @ W, of one row": (lambda w, x: x @ w, (1, E), (B, 1)),
+    "x @ W, of one column": (lambda w, x: x @ w, (D, 1), (B, T, D)),
     "W @ x": (lambda w, x: w @ x, (E, T), (B, T, D)),
     "W @ x, samples last": (lambda w, x: (w @ x.T).T, (E, D), (B, D)),
     "heads @ x": (lambda w, x: torch.matmul(w, x), (H, E, T), (B, H, T, D)),
@@ -165,6 +167,25 @@ def test_a_parameter_that_a_call_takes_twice(operation: Callable[..., Tensor]) -
     found = recorded(model, x, B, "row")
     for key, norms in exact(model, x, B, "row").items():
         torch.testing.assert_close(found.norms[key], norms, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda w, x: torch.nn.functional.linear(input=x, weight=w),
+        lambda w, x: torch.matmul(input=x, other=w),
+        lambda w, x: torch.add(input=x, other=w[0]),
+        lambda w, x: torch.cat(tensors=[x, torch.broadcast_to(w[0], x.shape)], dim=1),
+        lambda w, x: x + torch.broadcast_to(input=w[:1], size=x.shape).sin(),
+        lambda w, x: x + torch.repeat_interleave(input=w[:1], repeats=len(x), dim=0).sin(),
+    ],
+    ids=["linear", "matmul", "add", "cat", "broadcast", "repeated"],
+)
+def test_calls_whose_arguments_are_all_named(operation: Callable[..., Tensor]) -> None:
+    model, x = adapter((operation, (D, D), (B, D))), drawn((B, D))
+    found = gradient_norms(model, x)
+    for key, norms in exact(model, x, B, "tensor").items():
+        torch.testing.assert_close(found[key], norms, rtol=1e-9, atol=1e-14)
 
 
 def test_a_parameter_that_is_summed_up_first_is_left_to_the_loop() -> None:
