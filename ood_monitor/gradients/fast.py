@@ -1,7 +1,12 @@
-"""The fast path: one recorded forward pass, and one plain backward pass per term."""
+"""The fast path: one recorded forward pass, and one plain backward pass per term.
+
+Further ones follow where the owners of rows have to be found; and once a shape a second recording,
+where it is open whether rows that are as many as the samples are theirs.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +28,8 @@ class Recorded:
         log_likelihood: ``{term: (B,)}``, in nats.
         norms: ``{"term/parameter": (n,)}``, or ``(n, rows)``; zero where no gradient came.
         left_over: Parameters that only the loop gets right, and why.
-        found_owners: Parameters whose rows' owners were found in weighted passes.
+        found_owners: Parameters with rows whose owners were found in weighted passes; others of
+            the same parameter may be left over.
         last_of_graph: Terms after which no other needs the graph of their forward pass.
         constant: Terms without any graph, which are values alone.
     """
@@ -58,16 +64,19 @@ def recorded_norms(
             which saves the memory that the gradients then take.
         finds_owners: Whether further backward passes may find whose rows are.
     """
-    rows = tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
+    key = n, tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
     if passes.holder not in _shapes:
         _shapes[passes.holder] = _Seen()
     seen: _Seen = _shapes[passes.holder]
-    key = n, rows
-    by_size = seen.by_size.get(key, True)
-    given = passes, batch, n, selected, by, last_of_graph, seen, key, finds_owners
-    found, guessed = _recorded(*given, by_size)
+    made = partial(
+        _recorded,
+        *(passes, batch, n, selected, by, last_of_graph),
+        confirms=key not in seen.confirmed,
+        finds_owners=finds_owners,
+    )
+    found, guessed = made(by_size=seen.by_size.get(key, True))
     if guessed and found.left_over and key not in seen.by_size:
-        other, _ = _recorded(*given, False)
+        other, _ = made(by_size=False)
         seen.by_size[key] = len(other.left_over) >= len(found.left_over)
         found = found if seen.by_size[key] else other
     if finds_owners and len(seen.confirmed) < _MOST_SHAPES:
@@ -102,22 +111,11 @@ def _recorded(
     selected: Callable[[str], bool],
     by: Callable[[str], Granularity],
     last_of_graph: frozenset[str],
-    seen: _Seen,
-    key: Any,
-    finds_owners: bool,
-    by_size: bool,
+    **options: bool,
 ) -> tuple[Recorded, bool]:
+    """What a recorder of these options gives, and whether it took rows for those of samples."""
     adapter = passes.fresh()
-    recorder = Recorder(
-        adapter.module,
-        selected,
-        tensors_in(batch),
-        n,
-        by,
-        by_size=by_size,
-        confirms=key not in seen.confirmed,
-        finds_owners=finds_owners,
-    )
+    recorder = Recorder(adapter.module, selected, tensors_in(batch), n, by, **options)
     values: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     constant: set[str] = set()
@@ -128,7 +126,7 @@ def _recorded(
         norms |= {f"{term}/{name}": squared for name, squared in found.items()}
         del value  # frees the term's graph before the next forward pass
     last = frozenset(term for i, term in enumerate(values) if i not in recorder.shared)
-    left, owned = recorder.left_over, recorder.found_owners - recorder.left_over.keys()
+    left, owned = recorder.left_over, recorder.found_owners
     return Recorded(values, norms, left, owned, last, frozenset(constant)), recorder.guessed
 
 

@@ -11,7 +11,7 @@ Falck, 2024), https://arxiv.org/abs/2403.01485
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Literal, get_args, overload
+from typing import Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,14 @@ __all__ = [
 #: and take as many times the memory as there are terms.
 _FEW = 16
 
-
 #: Samples up to which the loop is as quick as `vmap`.
 _FEWEST_VMAPPED = 2
+
+
+_WayName: TypeAlias = Literal["rules", "rows", "vmap", "loop"]
+
+#: From the cheapest on.
+_WAYS: tuple[_WayName, ...] = get_args(_WayName)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,8 @@ class Way:
         reason: Why not by rules, in words; empty for those.
     """
 
-    name: Literal["rules", "rows", "vmap", "loop"]
+    name: _WayName
     reason: str = ""
-
-
-#: From the cheapest on.
-_WAYS = ("rules", "rows", "vmap", "loop")
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,7 @@ def _of_the_rest(
     by: Callable[[str], Granularity],
     facts: Facts,
     log_likelihood: Mapping[str, Tensor],
-) -> tuple[Literal["vmap", "loop"], dict[str, Tensor]]:
+) -> tuple[_WayName, dict[str, Tensor]]:
     """By `vmap` where that was seen to be right for all of them, else by the loop."""
     if n > _FEWEST_VMAPPED and names <= facts.vmapped:
         found = vmapped_norms(passes, chunk, n, names.__contains__, by)
