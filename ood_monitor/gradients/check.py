@@ -3,7 +3,8 @@
 Where a gradient is zero, as all are before an output layer that starts at zero, or not finite, two
 ways to compute it agree whatever they do: that is no verdict. Such norms are compared again on
 later uses: when the fast path gives one that is not zero, when weights have changed, and now and
-then. A comparison costs a forward and backward pass of two samples together and of each alone.
+then. A comparison costs a forward and backward pass of two samples together and of each alone; and
+one by `vmap`, where there are parameters that the fast path does not take.
 Some gradients are always zero (a key's bias before a softmax), so of the uses that ask for another
 comparison only the 1st, 2nd, 4th, 8th ... get it: of a million uses, twenty.
 """
@@ -30,7 +31,6 @@ __all__ = ["Facts", "agree", "check_last", "disagreeing", "facts_after", "facts_
 #: the loop itself is off by 2e-3 in single precision.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 _TOLERANCE_IN_HALF = 0.3
-
 
 #: Why a parameter is looped that the fast path has a rule for.
 DISAGREES = "norms that the loop does not confirm"

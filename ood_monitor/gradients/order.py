@@ -4,7 +4,8 @@ The engine takes the rows of a tensor for those of the samples, in order. Which 
 picks, and where it puts them, may depend on the data: lengths, an order, a mask. The comparison
 with the loop on first use cannot see that, so it has to be known of each operation. Here is the
 list of those of which it is known. After any other, and where samples are mixed or moved, nothing
-is known, and the loop takes the parameters that follow: exact, only slower.
+is known. Then further backward passes tell whose the rows are
+(:mod:`~ood_monitor.gradients.owners`), or the loop takes the parameters: exact, only slower.
 
 A *sample dimension* of a tensor has n * k indices, of which the first k belong to the first
 gradient, the next k to the second, and so on.
