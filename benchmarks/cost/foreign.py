@@ -7,7 +7,6 @@ installs the packages; models of others that are absent are named and left out.
 """
 
 import copy
-import inspect
 import json
 import statistics
 import warnings
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import typer
@@ -37,7 +35,6 @@ from benchmarks.harness.measurement import (
     ratios,
 )
 from ood_monitor.adapters.base import Batch, checked_terms
-from ood_monitor.gradients import norms
 
 #: That a quick run measures, which need no package but the project's own.
 QUICK = ("zuko NSF", "learned start state, B = 8")
@@ -145,25 +142,9 @@ def tried(
 
 
 def ways(adapter: om.Adapter, batch: Batch) -> dict[str, int]:
-    """How many parameters' norms `gradient_norms` had which way, where it tells; or by its loop."""
-    if "report" in inspect.signature(om.gradient_norms).parameters:
-        told: Any = om.gradient_norms(adapter, batch, **{"report": True})
-        return dict(Counter(way.name for way in told.ways.values()))
-    return {"loop": len(left_to_loop(adapter, batch))}
-
-
-def left_to_loop(adapter: om.Adapter, batch: Batch) -> set[str]:
-    """Parameters that `gradient_norms` leaves to its loop over samples, by name."""
-    names: set[str] = set()
-    of_loop = norms.loop_norms
-
-    def noted(passes: Any, chunk: Any, n: int, selected: Callable[[str], bool], by: Any) -> Any:
-        names.update(name for name, _ in passes.module.named_parameters() if selected(name))
-        return of_loop(passes, chunk, n, selected, by)
-
-    with patch.object(norms, "loop_norms", noted):
-        om.gradient_norms(adapter, batch)
-    return names
+    """How many parameters' norms `gradient_norms` had which way."""
+    told = om.gradient_norms(adapter, batch, report=True)
+    return dict(Counter(way.name for way in told.ways.values()))
 
 
 def error(case: Foreign) -> float:
