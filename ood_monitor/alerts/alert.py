@@ -14,6 +14,7 @@ from ood_monitor.alerts.plain import check_word, make_plain, make_text, make_who
 from ood_monitor.escaping import utf8
 
 __all__ = [
+    "CALM",
     "Alert",
     "AlertEvidence",
     "AlertKind",
@@ -35,6 +36,9 @@ AlertKind = Literal[
     "accepted",
     "explanation",
 ]
+#: Kinds that tell of nothing wrong: of an end, or of more about an alert before.
+CALM: tuple[AlertKind, ...] = ("recovered", "accepted", "explanation")
+
 Severity = Literal["info", "warning", "critical"]
 Status = Literal["OK", "WARN", "ALERT"]
 DriftOf = Literal["data", "mix"]
@@ -299,7 +303,7 @@ def severity_of(kind: AlertKind, evidence: AlertEvidence) -> Severity:
     and a stale calibration are a *warning*; a recovery, an explanation and what was accepted are
     *info*.
     """
-    if kind in ("recovered", "accepted", "explanation"):
+    if kind in CALM:
         return "info"
     rate, fpr = evidence.flagged_rate_low, evidence.fpr
     is_many = evidence.flagged >= _MANY and rate is not None and rate > _TIMES * (fpr or 0.0)

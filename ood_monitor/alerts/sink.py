@@ -3,7 +3,7 @@
 import logging
 from typing import Protocol, runtime_checkable
 
-from ood_monitor.alerts.alert import Alert
+from ood_monitor.alerts.alert import CALM, Alert
 from ood_monitor.alerts.figures import Reading, Summary
 from ood_monitor.checks import having
 from ood_monitor.escaping import terminal
@@ -61,8 +61,7 @@ class LoggingSink:
 
     def __call__(self, alert: Alert, /) -> None:
         """Log `alert`."""
-        is_over = alert.kind in ("recovered", "accepted", "explanation")
-        level = logging.INFO if is_over else _LEVELS[alert.severity]
+        level = logging.INFO if alert.kind in CALM else _LEVELS[alert.severity]
         self._logger.log(level, "%s", alert_line(alert))
 
 
