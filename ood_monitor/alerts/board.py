@@ -4,18 +4,19 @@ import hashlib
 import json
 import logging
 import math
-import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from ood_monitor.alerts.alert import Alert, Status
+from ood_monitor.alerts.alert import CALM, Alert, Status
 from ood_monitor.alerts.figures import Summary
+from ood_monitor.alerts.plain import check_word, make_whole
+from ood_monitor.checks import flag, number, text
+from ood_monitor.whole_files import replace_files
 
-__all__ = ["Shown", "read_all", "replaced", "write"]
+__all__ = ["Shown", "read_all", "write"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +26,11 @@ _ALERTS, _POINTS = 10, 240
 #: What of a stream is alerts.
 _TOLD = ("alerts", "causes")
 
-#: Kinds that no status other than OK is of.
-_NO_CAUSE = ("explanation", "accepted", "recovered")
-
 #: Version of a stream's file.
 _FORMAT = 1
+
+#: What a file that another has written or cut raises.
+_DAMAGE = AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError
 
 #: Of a stream's file, at most, in bytes, which is far above what is written.
 _MOST_BYTES = 4 * 2**20
@@ -44,8 +45,7 @@ class Shown:
         summary: The latest figures; None before the first.
         alerts: The latest alerts, the latest first, without their traces.
         causes: Of the kinds that stand, the alerts that told so, the gravest first.
-        points: Of the latest summaries samples seen, evidence in nats and flagged rate, any of the
-            last two None.
+        points: Of the latest summaries with evidence, samples seen and that evidence, in nats.
         status: The latest.
         since_sample: Samples seen when it became so.
         since: When, as UTC.
@@ -59,7 +59,7 @@ class Shown:
     summary: Summary | None = None
     alerts: tuple[Alert, ...] = ()
     causes: tuple[Alert, ...] = ()
-    points: tuple[tuple[int, float | None, float | None], ...] = ()
+    points: tuple[tuple[int, float], ...] = ()
     status: Status = "OK"
     since_sample: int = 0
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -67,6 +67,17 @@ class Shown:
     written: datetime = field(default_factory=lambda: datetime.now(UTC))
     refresh: float = 30.0
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        check_word("status", self.status, get_args(Status))
+        make_whole(self, "since_sample", "said")
+        text("stream", self.stream, may_be_empty=True)
+        number("refresh", self.refresh, 1, 86_400)
+        flag("ended", self.ended)
+        if None in (self.since.utcoffset(), self.written.utcoffset()):
+            raise ValueError("Expected times with a time zone, got one without.")
+        if not all(math.isfinite(evidence) for _, evidence in self.points):
+            raise ValueError("Expected evidence that is finite, got other.")
 
     def with_alert(self, alert: Alert) -> Self:
         """With an alert; one that it has is told once more, and an explanation joins its alert."""
@@ -80,9 +91,10 @@ class Shown:
         """With figures; late ones leave what is there."""
         if summary.number and summary.number < self.said:
             return self
-        point = summary.samples_seen, summary.log_e_value, summary.flagged_rate
-        points = [it for it in self.points if it[0] < point[0]]
-        return self._said(summary, summary=summary, points=_thinned([*points, point]))
+        points = [it for it in self.points if it[0] < summary.samples_seen]
+        if summary.log_e_value is not None:
+            points.append((summary.samples_seen, summary.log_e_value))
+        return self._said(summary, summary=summary, points=_thinned(points))
 
     def is_silent(self, now: datetime) -> bool:
         """Whether it should have been heard of, and was not."""
@@ -93,7 +105,7 @@ class Shown:
         """The alert to act on first; None while the status is OK, or if none told of it."""
         if self.status == "OK":
             return None
-        flags = [it for it in self.alerts if it.kind not in _NO_CAUSE and it.status != "OK"]
+        flags = [it for it in self.alerts if it.kind not in CALM and it.status != "OK"]
         recent = [it for it in flags if it.samples_seen >= self.since_sample]
         # Of before alerts said what stands, the gravest of the latest.
         gravest = max(recent, key=lambda it: (it.severity == "critical", *_order(it)), default=None)
@@ -123,18 +135,18 @@ class Shown:
         )
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, json_text: str) -> Self:
         """What :meth:`dump` gave.
 
         Raises:
             ValueError: Something else.
         """
         try:
-            record = json.loads(text)
+            record = json.loads(json_text)
             if (found := record.pop("format")) != _FORMAT:
                 raise ValueError(f"format {found!r}")
             return cls(**record | _parsed(record))
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"Expected a stream of a page, got {error!r}.") from error
 
     def _said(self, said: Alert | Summary, **changed: Any) -> Self:
@@ -151,23 +163,12 @@ class Shown:
 def write(folder: Path, shown: Shown) -> None:
     """Keep what a stream shows in its own file, as a whole or not at all."""
     folder.mkdir(exist_ok=True)
-    replaced(_file_of(folder, shown.stream), shown.dump())
+    replace_files({_file_of(folder, shown.stream): shown.dump().encode()})
 
 
 def read_all(folder: Path) -> list[Shown]:
     """What all streams show, by name; a file that is damaged is left out and said in the log."""
     return sorted(_readable(folder), key=lambda shown: shown.stream)
-
-
-def replaced(path: Path, text: str) -> None:
-    """Write a file in the place of the one that is there: a reader sees either, whole."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _readable(folder: Path) -> Iterator[Shown]:
@@ -193,7 +194,7 @@ def _explained(alert: Alert, explanation: Alert) -> Alert:
     return replace(alert, top_layers=explanation.top_layers) if is_of else alert
 
 
-def _thinned(points: list[Any]) -> tuple[Any, ...]:
+def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     """Every second of the older half, where there are more than are drawn."""
     if len(points) <= _POINTS:
         return tuple(points)
@@ -206,19 +207,13 @@ def _plain(summary: Summary) -> dict[str, Any]:
 
 
 def _parsed(record: dict[str, Any]) -> dict[str, Any]:
-    summary, refresh = record["summary"], float(record["refresh"])
-    if not (math.isfinite(refresh) and refresh > 0):
-        raise ValueError(f"refresh {refresh!r}")
+    summary = record["summary"]
     return {
-        "summary": summary
-        and Summary(**summary | {"time": datetime.fromisoformat(summary["time"])}),
+        "summary": None
+        if summary is None
+        else Summary(**summary | {"time": datetime.fromisoformat(summary["time"])}),
         **{name: tuple(Alert.from_json(json.dumps(it)) for it in record[name]) for name in _TOLD},
-        "points": tuple(_point(*point) for point in record["points"]),
+        "points": tuple((int(seen), float(evidence)) for seen, evidence in record["points"]),
         "since": datetime.fromisoformat(record["since"]),
         "written": datetime.fromisoformat(record["written"]),
-        "refresh": refresh,
     }
-
-
-def _point(seen: Any, evidence: Any, rate: Any) -> tuple[int, float | None, float | None]:
-    return int(seen), None if evidence is None else float(evidence), rate and float(rate)

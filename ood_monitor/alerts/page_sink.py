@@ -7,22 +7,21 @@ The file is static: no script, no address, nothing that it needs from elsewhere.
 anew by itself.
 """
 
-import importlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.resources import files
 from os import PathLike
 from typing import Any
 
 from ood_monitor.alerts.alert import Alert
-from ood_monitor.alerts.board import Shown, read_all, replaced, write
+from ood_monitor.alerts.board import Shown, read_all, write
 from ood_monitor.alerts.figures import Summary
 from ood_monitor.alerts.guidance import guidance_of, since_of
 from ood_monitor.checks import number, path_of, text
-from ood_monitor.escaping import html
+from ood_monitor.pages import template_of
+from ood_monitor.whole_files import replace_files
 
 __all__ = ["PageSink"]
 
@@ -66,7 +65,7 @@ class PageSink:
             raise FileNotFoundError(f"Expected a file in a folder that is there, got {self.path}.")
         self._title = text("title", title)
         self._refresh = number("refresh", refresh, 1, 86_400)
-        self._template = _template()
+        self._template = template_of("ood_monitor.alerts", "page.html")
         self._folder = self.path.with_name(f"{self.path.name}.streams")
         self._streams: dict[str, Shown] = {}
         self._changing = threading.Lock()
@@ -85,13 +84,13 @@ class PageSink:
         for stream in list(self._streams):
             self._change(stream, lambda shown: replace(shown, ended=True, written=_now()))
 
-    def _change(self, stream: str, change: Any) -> None:
+    def _change(self, stream: str, change: Callable[[Shown], Shown]) -> None:
         with self._changing:
             shown = self._streams.get(stream) or self._before(stream)
             changed = change(replace(shown, refresh=self._refresh))
             write(self._folder, changed)
             self._streams[stream] = changed
-            replaced(self.path, self._page(read_all(self._folder)))
+            replace_files({self.path: self._page(read_all(self._folder)).encode()})
 
     def _before(self, stream: str) -> Shown:
         """What the page showed of a stream before a restart."""
@@ -101,32 +100,13 @@ class PageSink:
     def _page(self, streams: Sequence[Shown]) -> str:
         now = _now()
         told = sorted((_told(shown, now) for shown in streams), key=lambda it: it["rank"])
-        page: str = self._template.render(
+        return self._template.render(
             title=self._title,
             overall=told[0]["status"],
             streams=told,
             now=_when(now),
             refresh=math.ceil(self._refresh),
         )
-        return page
-
-
-def _template() -> Any:
-    try:
-        jinja2, markup = importlib.import_module("jinja2"), importlib.import_module("markupsafe")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"Expected jinja2 for a page: pip install 'ood-monitor[plots]' ({error})."
-        ) from error
-
-    def escaped(value: object) -> Any:
-        return value if isinstance(value, markup.Markup) else markup.Markup(html(str(value)))
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=escaped
-    )
-    source = (files("ood_monitor.alerts") / "page.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
 
 
 def _now() -> datetime:
@@ -208,7 +188,7 @@ def _curve(shown: Shown) -> dict[str, Any] | None:
 
     The evidence of a few nats below 0 is none, and drawn as 0.
     """
-    points = [(seen, max(value, 0.0)) for seen, value, _ in shown.points if value is not None]
+    points = [(seen, max(value, 0.0)) for seen, value in shown.points]
     if len(points) < 2:
         return None
     ert = None if shown.summary is None else shown.summary.ert

@@ -5,13 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.resources import files
 from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ood_monitor import __version__, plots
@@ -19,7 +16,8 @@ from ood_monitor.alerts.alert import Alert
 from ood_monitor.calibration.conformal import binomial_interval
 from ood_monitor.calibration.groups import OTHERS
 from ood_monitor.checks import flag, number, text
-from ood_monitor.escaping import html, terminal
+from ood_monitor.escaping import terminal
+from ood_monitor.pages import template_of
 from ood_monitor.report.banner import banner_of
 from ood_monitor.report.course import Drift, drift_of
 from ood_monitor.report.findings import Finding, can_flag, findings_of
@@ -28,6 +26,9 @@ from ood_monitor.report.samples import HeldOut, Stream
 from ood_monitor.saving.fitted import Fitted
 
 __all__ = ["html_report"]
+
+#: Read at once, so that a lack of jinja2 is told of before hours of scoring.
+_TEMPLATE = template_of("ood_monitor.report", "template.html")
 
 #: Panels, bars and rows that a page has room for.
 _PANELS, _BARS, _ROWS = 6, 10, 10
@@ -92,10 +93,7 @@ def html_report(
     findings = findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert)
     if stale:
         findings.insert(0, _STALE)
-    template = _environment().from_string(
-        (files("ood_monitor.report") / "template.html").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return _TEMPLATE.render(
         title=title,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=__version__,
@@ -117,17 +115,6 @@ def html_report(
         can_flag=can_flag(fitted, fpr),
         fpr=fpr,
     )
-
-
-def _environment() -> Environment:
-    return Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_escaped
-    )
-
-
-def _escaped(value: object) -> Markup:
-    """What the template puts in, but what it has put together itself."""
-    return value if isinstance(value, Markup) else Markup(html(str(value)))
 
 
 def _drawable(
@@ -198,11 +185,11 @@ def _shown_correlation(held_out: HeldOut) -> list[_Shown]:
 
 def _shown_drift(drift: Drift, ert: float) -> _Shown:
     figure = plots.evidence_figure(drift.log_e_values, ert=ert, alarms=drift.alarms)
-    last = "" if not drift.last else f" at e^{drift.value(drift.last):.1f} at the end"
+    last = "" if not drift.last else f", at e^{drift.value(drift.last):.1f} at the end"
     said = (
         f"It first crosses the threshold at sample {drift.alarms[0]:,}."
         if drift.alarms
-        else f"It stays below the threshold of e^{math.log(ert):.1f},{last}."
+        else f"It stays below the threshold of e^{math.log(ert):.1f}{last}."
     )
     return _shown(
         figure,

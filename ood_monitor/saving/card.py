@@ -17,7 +17,8 @@ from ood_monitor.adapters import ELBO, DenoisingBound, LogLikelihood, SequenceLi
 from ood_monitor.calibration.conformal import autocorrelation_bound, lag1_autocorrelation
 from ood_monitor.calibration.diagnostics import Diagnosis
 from ood_monitor.densities.parts import CHOSEN
-from ood_monitor.saving.fitted import Fitted, replace_files
+from ood_monitor.saving.fitted import Fitted
+from ood_monitor.whole_files import replace_files
 
 __all__ = [
     "CARD",

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,8 +29,9 @@ from ood_monitor.saving.format import check_arrays, check_settings, strict_json
 from ood_monitor.saving.parts import arrays_of, dump_part, parse_joined
 from ood_monitor.saving.probe import Probe
 from ood_monitor.saving.provenance import Provenance
+from ood_monitor.whole_files import replace_files
 
-__all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest", "replace_files"]
+__all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
 
 CONFIG, TENSORS = "config.json", "detector.safetensors"
 
@@ -329,23 +328,3 @@ def _settings(config: str | bytes) -> dict[str, Any]:
             f"Expected a detector of format {FORMAT} in {CONFIG}, got {found!r}.{remedy}"
         )
     return dict(settings)
-
-
-def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files so that each is, at any moment, what it was or all that it will be.
-
-    All are written before the first takes its place, and they do so in the order given.
-    """
-    written: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            written[path] = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            with written[path].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, new in written.items():
-            new.replace(path)
-    finally:
-        for new in written.values():
-            new.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The page that is rewritten: what it says, of whom, and that it is whole at any time."""
 
+import json
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -246,12 +248,28 @@ def test_a_stream_that_is_silent_is_told_of(tmp_path: Path) -> None:
     assert "ood-monitor: SILENT" in page.text
 
 
+DAMAGE: dict[str, dict[str, object]] = {
+    "a format of another release": {"format": 99},
+    "a status that there is not": {"status": "FINE"},
+    "a name that is none": {"stream": None},
+    "figures without any": {"summary": {}},
+    "a time without a zone": {"written": "2026-11-29T12:00:00"},
+    "endless patience": {"refresh": 1e308},
+    "a sample that is no number": {"since_sample": "1"},
+    "evidence without end": {"points": [[1, math.inf]]},
+    "a point after the last": {"points": [[math.inf, 1.0]]},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
 def test_a_stream_file_that_is_damaged_costs_no_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "p.html"
     PageSink(path).summarise(figures(10, stream="one"))
-    (tmp_path / "p.html.streams" / "bad.json").write_text('{"format": 1}')
+    [whole] = (tmp_path / "p.html.streams").glob("*.json")
+    damaged = json.dumps(json.loads(whole.read_text()) | DAMAGE[name])
+    (tmp_path / "p.html.streams" / "bad.json").write_text(damaged)
     page = shown(path, [figures(10, stream="two")])
     assert "one" in page.text
     assert "two" in page.text
