@@ -90,6 +90,7 @@ def html_report(
     held_out, stream = _drawable(held_out, stream)
     has_valid = stream is not None and bool(stream.valid.any())
     drift = None if stream is None else drift_of(fitted, stream, ert=ert, fpr=fpr)
+    told = list(alerts) or ([] if drift is None else list(drift.alerts))
     findings = findings_of(fitted, held_out, stream, drift, fpr=fpr, ert=ert)
     if stale:
         findings.insert(0, _STALE)
@@ -108,7 +109,7 @@ def html_report(
         drift=None if drift is None else _shown_drift(drift, ert),
         course=_shown_stream(stream, fpr) if stream is not None and has_valid else None,
         groups=[] if stream is None else _groups(fitted, stream, fpr),
-        alerts=list(alerts)[-_ROWS:][::-1] or ([] if drift is None else drift.alerts[:_ROWS]),
+        alerts=told[-_ROWS:][::-1],
         layers=None if stream is None else _shown_layers(stream, fpr),
         stream=stream,
         flagged=[] if stream is None else stream.flagged(fpr)[:_ROWS],

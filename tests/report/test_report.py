@@ -235,6 +235,20 @@ def test_the_drift_of_a_report_is_what_a_monitor_says(root: Path) -> None:
     np.testing.assert_allclose(drift.log_e_values, evidence)
 
 
+def test_alerts_stand_with_the_last_first_be_they_given_or_found(root: Path) -> None:
+    fitted = fitted_of(root)
+    stream = stream_of(fitted, [float(fitted.calibration.scores.max()) + 1.0] * 60)
+    found = drift_of(fitted, stream, ert=10_000, fpr=0.05)
+    assert found is not None
+    seen = [alert.samples_seen for alert in found.alerts]
+    assert seen == sorted(set(seen))
+    assert len(seen) > 1
+    for alerts in ((), found.alerts):
+        html = html_report(fitted, stream=stream, fpr=0.05, alerts=alerts)
+        shown = re.findall(r'<td class="number">(\d+)</td><td>\w+</td>', html)
+        assert [int(number) for number in shown] == seen[::-1][:10]
+
+
 def test_a_stream_as_usual_is_called_good(root: Path) -> None:
     fitted = fitted_of(root)
     scores = np.random.default_rng(0).choice(fitted.calibration.scores, 100).tolist()
