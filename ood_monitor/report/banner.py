@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ood_monitor.alerts.alert import Alert, Status
 from ood_monitor.alerts.board import Shown
@@ -11,7 +12,8 @@ from ood_monitor.report.findings import Finding
 
 __all__ = ["Banner", "banner_of"]
 
-_ORDER = ("OK", "WARN", "ALERT")
+#: Statuses, the worst last.
+_ORDER = get_args(Status)
 
 
 @dataclass(frozen=True)

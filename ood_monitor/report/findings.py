@@ -265,24 +265,23 @@ def _of_drift(drift: Drift, ert: float) -> Iterator[Finding]:
     if drift.drifts:
         yield _of_alarms(drift, promise)
         return
-    last = drift.last
-    now, course = drift.value(last), f"{_course(drift, ert)} ({promise})."
+    last, course = drift.last, f"{_course(drift, ert)} ({promise})."
     if not drift.is_long_enough:
         text = "The stream is too short to tell whether it has changed."
         more = "Not even as many samples as anomalous as can be would have raised an alarm."
         yield Finding("unknown", text, f"{more} {course}")
-    elif drift.chance(last) <= _SELDOM or now >= math.log(ert) - _NEAR:
+    elif drift.chance(last) <= _SELDOM or _is_near(drift, last, ert):
         text = "There is no alarm of a drift yet, but what came last speaks for one: keep watching."
         yield Finding("note", text, course)
-    elif drift.chance(drift.highest) <= _VERY_SELDOM or _is_near(drift, ert):
+    elif drift.chance(drift.highest) <= _VERY_SELDOM or _is_near(drift, drift.highest, ert):
         text = "There was no alarm of a drift; for a while the stream looked like one."
         yield Finding("note", text, course)
     else:
         yield Finding("good", "The stream looks like the samples that were called normal.", course)
 
 
-def _is_near(drift: Drift, ert: float) -> bool:
-    return drift.value(drift.highest) >= math.log(ert) - _NEAR
+def _is_near(drift: Drift, sample: int, ert: float) -> bool:
+    return drift.value(sample) >= math.log(ert) - _NEAR
 
 
 def _of_alarms(drift: Drift, promise: str) -> Finding:
