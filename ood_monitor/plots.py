@@ -215,15 +215,15 @@ def stream_figure(score: ArrayLike, flagged: ArrayLike, *, fpr: float) -> Figure
         for rows in np.array_split(np.arange(len(values)), min(len(values), _STRETCHES))
     ]
     known = [(first, last, rows) for first, last, rows in stretches if len(rows)]
-    middle = [(first + last) / 2 for first, last, _ in known]
-    low, mean, high = np.array(
+    centres = [(first + last) / 2 for first, last, _ in known]
+    low, median, high = np.array(
         [np.quantile(values[rows], [0.05, 0.5, 0.95]) for _, _, rows in known]
     ).T
-    above.fill_between(middle, low, high, color=_BLUE, alpha=0.25, label="nine tenths")
-    above.plot(middle, mean, color=_BLUE, marker="." if len(known) < 2 else "", label="median")
+    above.fill_between(centres, low, high, color=_BLUE, alpha=0.25, label="nine tenths")
+    above.plot(centres, median, color=_BLUE, marker="." if len(known) < 2 else "", label="median")
     above.set_ylabel("anomaly score (no unit)", fontsize="small")
     above.legend(fontsize="small")
-    below.step(middle, [flags[rows].mean() for _, _, rows in known], color=_ORANGE, where="mid")
+    below.step(centres, [flags[rows].mean() for _, _, rows in known], color=_ORANGE, where="mid")
     below.axhline(fpr, color=_BLACK, linestyle="--", linewidth=0.8, label=f"promised {fpr:g}")
     below.set_ylim(0, None)
     figure.supxlabel("samples seen", fontsize="medium")
