@@ -2,9 +2,17 @@
 
 import re
 
-from ood_monitor.alerts import Alert, FlaggedSample, LayerShare, TermShare
-from ood_monitor.alerts.guidance import gravest_of, guidance_of, since_of
+from ood_monitor.alerts import (
+    Alert,
+    FlaggedSample,
+    LayerShare,
+    TermShare,
+    gravest_of,
+    guidance_of,
+    since_of,
+)
 from ood_monitor.escaping import markdown_code, markdown_text
+from ood_monitor_integrations.alert_files import place_of
 
 __all__ = ["note_with"]
 
@@ -35,6 +43,7 @@ def _block(alert: Alert, run_id: str) -> str:
     what to do.
     """
     time, guidance = alert.time.isoformat(" ", "seconds"), guidance_of(gravest_of(alert))
+    place = place_of(alert)
     text = (
         f"**ood-monitor: {alert.status}** since {markdown_text(since_of(alert))} ({alert.kind}, "
         f"stream {markdown_code(alert.stream)}, {alert.samples_seen:,} samples seen, {time}). "
@@ -42,8 +51,8 @@ def _block(alert: Alert, run_id: str) -> str:
         f"{_picture(alert, run_id)}{markdown_text(alert.message)}\n\n"
         f"{markdown_code(guidance.command)}\n\n{markdown_text(guidance.means_not)}\n\n"
         f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
-        f"Evidence: {markdown_code(f'ood/alerts/{alert.id}.json')}, picture: "
-        f"{markdown_code(f'ood/alerts/{alert.id}.png')}, help: {markdown_code(alert.help)}"
+        f"Evidence: {markdown_code(f'{place}.json')}, picture: "
+        f"{markdown_code(f'{place}.png')}, help: {markdown_code(alert.help)}"
     )
     return f"{_BEGIN}\n{text}\n{_END}"
 
@@ -60,7 +69,7 @@ def _picture(alert: Alert, run_id: str) -> str:
     """The alert's figure, by an address below the tracking server's own page."""
     if not (_HEX.fullmatch(run_id) and _HEX.fullmatch(alert.id)):
         return ""  # of another form, which may be more than an id
-    path = f"ood/alerts/{alert.id}.png"
+    path = f"{place_of(alert)}.png"
     return f"![Picture of the alert](get-artifact?path={path}&run_uuid={run_id})\n\n"
 
 
