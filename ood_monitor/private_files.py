@@ -79,7 +79,7 @@ def write_private(path: str | PathLike[str], data: bytes) -> None:
         finally:
             os.close(fd)
         os.replace(new, path)
-    except BaseException:
+    except BaseException:  # also where it is interrupted; it is raised on
         with suppress(OSError):
             os.unlink(new)
         raise

@@ -41,7 +41,7 @@ def described(error: BaseException) -> str:
     name = type(error).__name__
     try:
         return f"{name}: {error}"
-    except BaseException:  # it may raise anything
+    except BaseException:  # its text is foreign code, and may not end the thread that tells of it
         return name
 
 

@@ -359,7 +359,7 @@ class SinkThread:
         try:
             check_answer(call())
             error = None
-        except BaseException as raised:
+        except BaseException as raised:  # see above
             error = raised
         if self._is_left():
             raise SystemExit  # what the sink has forked is not to go on with the parent's work

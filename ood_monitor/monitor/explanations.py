@@ -117,7 +117,7 @@ class Asked:
         except Exception as error:  # of any kind: the model's, the device's, a lack of norms
             why = terminal(" ".join(described(error)[:_LONGEST].split()))
             found = Found(self.alert, f"Explanation: none, because {why}")
-        except BaseException:
+        except BaseException:  # an interruption, which is told of and raised on
             tell(Found(self.alert, "Explanation: none, because it was interrupted."))
             raise
         tell(found)

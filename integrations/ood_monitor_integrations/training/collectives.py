@@ -119,7 +119,7 @@ class World:
         """
         try:
             yield
-        except Exception:
+        except Exception:  # of any kind: the others wait for this one's word; it is raised on
             with suppress(RuntimeError):  # the first failure is the one to hear of
                 self.numbers(_FAILED)
             raise

@@ -71,7 +71,7 @@ def _exchange(own: Tensor, other: Tensor) -> None:
     try:
         own.copy_(kept[1])
         other.copy_(kept[0])
-    except BaseException:
+    except BaseException:  # an interruption too, which is raised on
         own.copy_(kept[0])
         other.copy_(kept[1])
         raise
