@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 from ood_monitor_integrations.prometheus import PrometheusSink, score_buckets
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parsed
@@ -16,7 +18,7 @@ from support.alert_cases import ALERT, LONG, summary
 from support.small_cases import SMALL
 
 import ood_monitor as om
-from ood_monitor.alerts import Dispatcher, Reading
+from ood_monitor.alerts import AlertKind, Dispatcher, Reading
 
 BRANCHES = SMALL["branches"]
 LABELS = {"model": "m7", "detector": "d5"}
@@ -191,3 +193,41 @@ print(generate_latest(registry).decode())
         text = ended.stdout
     assert re.search(r"ood_monitor_samples_total\{.*usual.*\} 2.0", text)
     assert re.search(r"ood_monitor_status\{.*\} 2.0", text)
+
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+
+
+def test_the_rules_of_the_recipe_name_meters_labels_and_kinds_that_are_there() -> None:
+    sink = PrometheusSink()
+    sink(ALERT)
+    sink.measure(READING)
+    text = generate_latest(sink.registry).decode()
+    known = {sample.name: set(sample.labels) for it in parsed(text) for sample in it.samples}
+    [group] = yaml.safe_load((RECIPES / "prometheus-rules.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        meters = set(re.findall(r"ood_monitor_\w+", rule["expr"]))
+        assert meters
+        assert meters <= known.keys()
+        said = " ".join(rule["annotations"].values())
+        used = set(re.findall(r"\$labels\.(\w+)", said))
+        assert used <= set.intersection(*(known[meter] for meter in meters))
+        assert set(re.findall(r"ood-monitor guide (\w+)", said)) <= set(get_args(AlertKind))
+
+
+def test_what_promtool_expects_is_what_the_rules_say() -> None:
+    [group] = yaml.safe_load((RECIPES / "prometheus-rules.yml").read_text())["groups"]
+    rules = {rule["alert"]: rule for rule in group["rules"]}
+    [story] = yaml.safe_load((RECIPES / "prometheus-rules-test.yml").read_text())["tests"]
+    told = set()
+    for case in story["alert_rule_test"]:
+        rule = rules[case["alertname"]]
+        for expected in case.get("exp_alerts", ()):
+            said = {
+                name: text.replace("{{ $labels.detector }}", expected["exp_labels"]["detector"])
+                for name, text in rule["annotations"].items()
+            }
+            assert expected["exp_annotations"] == said
+            assert rule["labels"].items() <= expected["exp_labels"].items()
+            told.add(case["alertname"])
+    assert told == rules.keys()
