@@ -121,7 +121,6 @@ def _told(shown: Shown, now: datetime) -> dict[str, Any]:
     """A stream in words and numbers, as the template takes it."""
     status = _status(shown, now)
     alert = shown.standing
-    guidance = None if alert is None else guidance_of(alert.kind)
     return {
         "name": shown.stream,
         "status": status,
@@ -129,9 +128,7 @@ def _told(shown: Shown, now: datetime) -> dict[str, Any]:
         "is_good": status in ("OK", "ENDED"),
         "is_silent": shown.is_silent(now),
         "since": f"sample {shown.since_sample:,}, {_when(shown.since)}",
-        "alert": None if alert is None else _row(alert),
-        "cause_since": None if alert is None else since_of(alert),
-        "guidance": guidance,
+        "alert": None if alert is None else _story(alert),
         "figures": [] if shown.summary is None else _figures(shown.summary),
         "curve": _curve(shown),
         "alerts": [_row(each) for each in shown.alerts],
@@ -146,16 +143,24 @@ def _status(shown: Shown, now: datetime) -> str:
     return "ENDED" if shown.ended and shown.status == "OK" else shown.status
 
 
+def _story(alert: Alert) -> dict[str, Any]:
+    """The alert to act on: what it means, since when, what to do, and of what it is."""
+    return _row(alert) | {
+        "guidance": guidance_of(alert.kind),
+        "since": since_of(alert),
+        "samples": [it.id or f"sample {it.position:,}" for it in alert.samples[-5:]],
+        "layers": [layer.layer for layer in alert.top_layers[:3]],
+        "help": alert.help,
+    }
+
+
 def _row(alert: Alert) -> dict[str, Any]:
-    named = [it.id or f"sample {it.position:,}" for it in alert.samples[-5:]]
+    """An alert as a line of the table."""
     return {
         "time": _when(alert.time),
         "sample": f"{alert.samples_seen:,}",
         "kind": alert.kind,
         "message": alert.message,
-        "samples": named,
-        "layers": [layer.layer for layer in alert.top_layers[:3]],
-        "help": alert.help,
     }
 
 

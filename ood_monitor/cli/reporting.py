@@ -32,9 +32,6 @@ __all__ = ["report"]
 #: Samples that a diagnosis looks at, at least and at most: it makes several passes.
 _FEWEST, _DIAGNOSED = 100, 400
 
-#: Samples that are shown of each kind.
-_SHOWN = 8
-
 #: Of a file of alerts, at most; and what the line begins with that `watch --json` ends with.
 _MOST_BYTES, _SUMMARY = 2**28, '{"summary"'
 
@@ -185,7 +182,7 @@ class _Scorer:
     def exhibits(self, source: Samples, scores: Scores, order: Tensor, of: Tensor) -> Any:
         """Of some samples, (N,), the first in an order, (N,), as the page shows them."""
         some = of.nonzero().flatten()
-        rows = some[order[some].argsort(stable=True)][:_SHOWN].tolist()
+        rows = some[order[some].argsort(stable=True)][: self.page.gallery.MOST].tolist()
         if not rows:
             return ()
         samples = torch.stack([source.read(row) for row in rows])
