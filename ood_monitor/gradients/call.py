@@ -1,12 +1,16 @@
 """A call of an operation on data, and where the samples lie in its arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Call", "Found", "in_order", "listed", "numbers"]
+__all__ = ["OWNERS", "Call", "Found", "functions", "in_order", "listed", "numbers"]
+
+#: Where PyTorch's operations are.
+OWNERS: tuple[Any, ...] = (torch, Tensor, F, torch.special)
 
 #: For each result the sample dimension, or one for all; None where nothing is known.
 Found: TypeAlias = int | list[int | None] | None
@@ -45,6 +49,15 @@ class Call(NamedTuple):
         """The sample dimension of all data arguments, if it is one, of as many dimensions."""
         found = {(t.ndim, t.shape[d], d) for t, d in self.data}
         return next(iter(found))[2] if len(found) == 1 else None
+
+
+def functions(names: str, owners: tuple[Any, ...] = OWNERS) -> Iterator[Any]:
+    """The functions, methods and getters of these names."""
+    found = (getattr(owner, name, None) for name in names.split() for owner in owners)
+    for each in found:
+        function = each if callable(each) else getattr(each, "__get__", None)
+        if function is not None and not isinstance(each, type):
+            yield function
 
 
 def numbers(shape: list[int], d: int, n: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor.gradients import contractions, moves
-from ood_monitor.gradients.call import Call, Found
+from ood_monitor.gradients.call import OWNERS, Call, Found, functions
 
 __all__ = ["CREATING", "SHAPED_BY_OTHERS", "sample_dimensions"]
 
@@ -75,12 +75,10 @@ _LINEAR_ALGEBRA = (
     *("slogdet", "solve", "solve_ex", "solve_triangular", "svd", "svdvals"),
 )
 
-_OWNERS: tuple[Any, ...] = (torch, Tensor, F, torch.special)
-
 
 def _pointwise_names() -> Iterator[str]:
     """Of all operations that PyTorch itself marks as such, and of what is made of them."""
-    for name in {name for owner in _OWNERS for name in dir(owner)}:
+    for name in {name for owner in OWNERS for name in dir(owner)}:
         packet = getattr(torch.ops.aten, name.rstrip("_"), None)
         overloads: list[str] = getattr(packet, "overloads", list)()
         if any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads):
@@ -115,15 +113,6 @@ _VIEWS = """
     select split split_with_sizes squeeze swapaxes swapdims t tensor_split transpose unbind
     unsafe_chunk unsafe_split unsqueeze
 """
-
-
-def _functions(names: str, owners: tuple[Any, ...] = _OWNERS) -> Iterator[Any]:
-    """The functions, methods and getters of these names."""
-    found = (getattr(owner, name, None) for name in names.split() for owner in owners)
-    for each in found:
-        function = each if callable(each) else getattr(each, "__get__", None)
-        if function is not None and not isinstance(each, type):
-            yield function
 
 
 def _dunders(names: str) -> str:
@@ -218,18 +207,18 @@ def _table() -> dict[Callable[..., Any], _Rule]:
     """By function; the later of two rules counts."""
     table: dict[Callable[..., Any], _Rule] = {}
     for given, rule in _LISTS:
-        names, owners = (given, _OWNERS) if isinstance(given, str) else given
-        table |= dict.fromkeys(_functions(names, owners), rule)
+        names, owners = (given, OWNERS) if isinstance(given, str) else given
+        table |= dict.fromkeys(functions(names, owners), rule)
         if rule not in (moves.viewed, moves.reshaped):  # which would change the argument's shape
             in_place = " ".join(f"{name}_" for name in names.split())
-            table |= dict.fromkeys(_functions(in_place, owners), rule)
+            table |= dict.fromkeys(functions(in_place, owners), rule)
     return table
 
 
 _RULES = _table()
 
 #: Functions that give constants: of what they are given, only shape or type count.
-CREATING = frozenset(_functions(f"{_CREATED} {_CREATED_LIKE} new_tensor"))
+CREATING = frozenset(functions(f"{_CREATED} {_CREATED_LIKE} new_tensor"))
 
 #: Functions of a tensor to which others give only shape or type.
-SHAPED_BY_OTHERS = frozenset(_functions(_SHAPED_BY_OTHERS))
+SHAPED_BY_OTHERS = frozenset(functions(_SHAPED_BY_OTHERS))

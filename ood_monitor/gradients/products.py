@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ood_monitor.gradients.call import functions
 from ood_monitor.gradients.factors import Factor, Outer, full_precision
 from ood_monitor.gradients.owners import Among, Owners
 
@@ -133,19 +133,11 @@ _SPELLERS: tuple[tuple[str, Callable[..., Spelled]], ...] = (
 
 #: How a contraction is spelled, by function.
 PRODUCTS: dict[Callable[..., Any], Callable[..., Spelled]] = {
-    function: spell
-    for names, spell in _SPELLERS
-    for name in names.split()
-    for owner in (torch, Tensor)
-    if (function := getattr(owner, name, None)) is not None
+    function: spell for names, spell in _SPELLERS for function in functions(names, (torch, Tensor))
 }
 
 #: Products (rows, matrices, offs) of rows with one of several matrices each.
-GROUPED: frozenset[Callable[..., Any]] = frozenset(
-    getattr(owner, name)
-    for owner, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
-    if hasattr(owner, name)
-)
+GROUPED: frozenset[Callable[..., Any]] = frozenset(functions("_grouped_mm grouped_mm"))
 
 
 # Factors

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor.gradients.attention import multi_head_attention
+from ood_monitor.gradients.call import functions
 from ood_monitor.gradients.factors import (
     EmbeddingWeight,
     Factor,
@@ -188,7 +189,7 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 #: Operations (tensors, dimension) that put tensors side by side.
-JOINING: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
+JOINING: frozenset[Callable[..., Any]] = frozenset(functions("cat concat concatenate"))
 
 #: Operations that write their result into their first argument, and those that give it.
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -200,46 +201,25 @@ IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 #: Views and copies that put a tensor in rows that are all the same.
 SPREADING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(owner, name)
-    for owner, names in {
-        torch: ("broadcast_to", "tile", "repeat_interleave"),
-        torch.Tensor: (
-            *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"),
-        ),
-    }.items()
-    for name in names
-)
-
-#: Those of which no operand's gradient needs another's value.
-ADDING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in ("add", "sub", "__add__", "__sub__", "__radd__", "__rsub__")
-    if hasattr(owner, name)
+    functions("broadcast_to expand expand_as repeat repeat_interleave tile")
 )
 
 #: Sums of two tensors, and their products: an operand's gradient is that of the result, or that
 #: times the other.
-SUMS, MULTIPLYING = (
-    frozenset(
-        getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)
-    )
-    for names in (("add", "__add__", "__radd__"), ("mul", "__mul__", "__rmul__"))
-)
+SUMS: frozenset[Callable[..., Any]] = frozenset(functions("add __add__ __radd__"))
+MULTIPLYING: frozenset[Callable[..., Any]] = frozenset(functions("mul __mul__ __rmul__"))
+
+#: Those of which no operand's gradient needs another's value.
+ADDING: frozenset[Callable[..., Any]] = SUMS | set(functions("sub __sub__ __rsub__"))
 
 #: Broadcasting operations of tensors: scales, shifts, positional embeddings, layer scales.
-POINTWISE: frozenset[Callable[..., Any]] = frozenset(
-    getattr(owner, name)
-    for owner, names in {
-        torch: (
-            *("add", "mul", "sub", "div", "true_divide", "where", "maximum", "minimum", "pow"),
-            *("lerp", "addcmul", "addcdiv", "logaddexp", "atan2"),
-        ),
-        torch.Tensor: (
-            *("maximum", "minimum", "pow", "__pow__", "lerp", "addcmul", "addcdiv", "where"),
-            *("add", "mul", "sub", "div", "__add__", "__mul__", "__sub__", "__truediv__"),
-            *("__radd__", "__rmul__", "__rsub__", "__rtruediv__"),
-        ),
-    }.items()
-    for name in names
+POINTWISE: frozenset[Callable[..., Any]] = (
+    ADDING
+    | MULTIPLYING
+    | set(
+        functions(
+            "addcdiv addcmul atan2 div lerp logaddexp maximum minimum pow true_divide where "
+            "__pow__ __rtruediv__ __truediv__"
+        )
+    )
 )
