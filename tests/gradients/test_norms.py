@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import HEAVY, MODELS, Function, Gaussian, Model, model, slow_if_heavy
+from support.reference import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, batch_size, checked_terms, map_tensors
+from ood_monitor.adapters.base import Batch, checked_terms, map_tensors
 from ood_monitor.gradients import gradient_norms, terms_and_norms
 from ood_monitor.gradients.check import _known
 from ood_monitor.gradients.rules import RULES, Materialised, Rule
@@ -53,21 +54,6 @@ models = pytest.mark.parametrize(
 quick_models = pytest.mark.parametrize(
     "case", [slow_if_heavy(m, *marks(m)) for m in MODELS], scope="module"
 )
-
-
-def gradients(adapter: om.Adapter, batch: Batch, group: int = 1) -> Norms:
-    """What autograd gives for each group of samples on its own, {"term/parameter": (n, ...)}."""
-    parameters = dict(adapter.module.named_parameters())
-    found: dict[str, list[Tensor]] = {}
-    for start in range(0, batch_size(batch), group):
-        samples = map_tensors(lambda t: t[start : start + group].clone(), batch)  # noqa: B023
-        for term, value in checked_terms(adapter, samples):
-            parts = torch.autograd.grad(
-                value.sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
-            )
-            for name, part in zip(parameters, parts, strict=True):
-                found.setdefault(f"{term}/{name}", []).append(part)
-    return {key: torch.stack(parts) for key, parts in found.items()}
 
 
 def rows(gradients: Norms) -> Norms:

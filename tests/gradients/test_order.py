@@ -203,7 +203,7 @@ class Rows(om.Adapter):
         yield "log_likelihood", values.new_zeros(len(x)).index_add(0, owners, values)
 
 
-def assert_exact(adapter: om.Adapter, batch: Any, **options: Any) -> None:
+def assert_exact(adapter: om.Adapter, batch: Any) -> None:
     found = gradient_norms(adapter, batch)
     for key, rows in looped(adapter, map_tensors(torch.clone, batch))[1].items():
         torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from support.model_case import Function
+from support.reference import gradients
 from torch import Tensor
 
 import ood_monitor as om
@@ -110,15 +111,10 @@ def drawn(shape: tuple[int, ...]) -> Tensor:
 
 
 def exact(adapter: om.Adapter, x: Tensor, n: int, granularity: Granularity) -> dict[str, Tensor]:
-    parameters = dict(adapter.module.named_parameters())
-    found: dict[str, list[Tensor]] = {}
-    for own in x.tensor_split(n):
-        ((_, value),) = adapter.log_likelihood(own)
-        gradients = torch.autograd.grad(value.sum(), list(parameters.values()))
-        for name, gradient in zip(parameters, gradients, strict=True):
-            norms = norms_of_gradient(granularity, gradient)
-            found.setdefault(f"log_likelihood/{name}", []).append(norms)
-    return {key: torch.stack(norms) for key, norms in found.items()}
+    return {
+        key: torch.stack([norms_of_gradient(granularity, own) for own in each])
+        for key, each in gradients(adapter, x, len(x) // n).items()
+    }
 
 
 def recorded(adapter: om.Adapter, x: Tensor, n: int, granularity: Granularity) -> Recorded:

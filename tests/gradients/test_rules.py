@@ -329,7 +329,7 @@ def test_pointwise(operation: Callable[..., Tensor], position: int, shape: tuple
 def test_pointwise_of_rows_in_any_order(shape: tuple[int, ...]) -> None:
     parameter, data, g = draw(*shape), draw(4, 5, 3), draw(4, 5, 3)
     own = torch.randint(2, (4, 5)) * 2  # of three samples the second has no row
-    factor, leaf = pointwise(torch.mul, 3, g, (data, parameter), 1, Owners(own.flatten(), 3)), None
+    factor = pointwise(torch.mul, 3, g, (data, parameter), 1, Owners(own.flatten(), 3))
     leaf = parameter.clone().requires_grad_()
     exact = [torch.autograd.grad(data * leaf, leaf, g * (own == i)[..., None])[0] for i in range(3)]
     torch.testing.assert_close(factor.gradients(0, 3), torch.stack(exact))

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.model_case import Function
-from support.reference import counted
+from support.reference import counted, gradients
 from torch import Tensor, nn
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, checked_terms
+from ood_monitor.adapters.base import Batch
 from ood_monitor.gradients import gradient_norms, norms
 from ood_monitor.gradients.check import _known
 
@@ -75,18 +75,12 @@ LOOPED: dict[str, Callable[[], om.Adapter]] = {
 
 
 def assert_exact(adapter: om.Adapter, x: Tensor, group: int = 1) -> None:
-    parameters = dict(adapter.module.named_parameters())
     found = gradient_norms(adapter, x, group=group)
     by_row = gradient_norms(adapter, x, group=group, granularity="row")
-    for i in range(len(x) // group):
-        for term, value in checked_terms(adapter, x[i * group : (i + 1) * group]):
-            gradients = torch.autograd.grad(
-                value.sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
-            )
-            for name, gradient in zip(parameters, gradients, strict=True):
-                key, rows = f"{term}/{name}", gradient.square().reshape(len(gradient), -1).sum(1)
-                torch.testing.assert_close(found[key][i], rows.sum(), rtol=1e-8, atol=1e-14)
-                torch.testing.assert_close(by_row[key][i], rows, rtol=1e-8, atol=1e-14)
+    for key, each in gradients(adapter, x, group).items():
+        rows = each.square().reshape(*each.shape[:2], -1).sum(2)
+        torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(by_row[key], rows, rtol=1e-8, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
-"""The reference for norms, the loop over samples on views of the model; and calls, counted."""
+"""References for norms: plain autograd by sample, and the loop on views of the model; and calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import ood_monitor as om
-from ood_monitor.adapters.base import Batch, batch_size
+from ood_monitor.adapters.base import Batch, batch_size, checked_terms, map_tensors, pieces
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.modules import scored
 
-__all__ = ["counted", "looped"]
+__all__ = ["counted", "gradients", "looped"]
 
 
 @contextmanager
@@ -29,6 +30,20 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
         yield calls
     finally:
         handle.remove()
+
+
+def gradients(adapter: om.Adapter, batch: Batch, group: int = 1) -> dict[str, Tensor]:
+    """What autograd gives for each group of samples on its own, {"term/parameter": (n, ...)}."""
+    parameters = dict(adapter.module.named_parameters())
+    found: dict[str, list[Tensor]] = {}
+    for samples in pieces(batch, group):
+        for term, value in checked_terms(adapter, map_tensors(torch.clone, samples)):
+            parts = torch.autograd.grad(
+                value.sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
+            )
+            for name, part in zip(parameters, parts, strict=True):
+                found.setdefault(f"{term}/{name}", []).append(part)
+    return {key: torch.stack(parts) for key, parts in found.items()}
 
 
 def looped(
