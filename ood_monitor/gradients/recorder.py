@@ -143,21 +143,11 @@ class Recorder(TorchFunctionMode):
             if not sources and not has_plain:
                 return func(*args, **kwargs)
             return self._constant_or_derived(func, args, kwargs, sources)
-        consumed = bool(sources) and torch.is_grad_enabled()
+        consumed = bool(sources) and torch.is_grad_enabled() and func not in CREATING
         if consumed and args and self._data.get(args[0]) is not None:
-            if func in REWRITTEN:
-                result = self._recurrent(func, args, kwargs, data)
-                if result is not NotImplemented:
-                    return result
-            with self:
-                if func in IN_PLACE:
-                    own = args[0] if IN_PLACE[func] in ADDING else args[0].clone()
-                    return args[0].copy_(IN_PLACE[func](own, *args[1:], **kwargs))
-                if func is Tensor.__setitem__ and id(args[2]) in self._sources:
-                    # Rows of the data's, so that it is known whose they are.
-                    rows = args[0][args[1]].detach().clone().zero_()
-                    return func(args[0], args[1], args[2] + rows)
-        consumed = consumed and func not in CREATING
+            result = self._rewritten(func, args, kwargs, data)
+            if result is not NotImplemented:
+                return result
         if consumed or has_plain:
             plain = self._followed.substituted(args), self._followed.substituted(kwargs)
         else:
@@ -290,6 +280,22 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             self._mark(func, [result], [], [d])
         return result
+
+    def _rewritten(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, data: list[tuple[Tensor, Data]]
+    ) -> Any:
+        """A recurrent layer, or a write into data, in operations that have rules."""
+        if func in REWRITTEN:
+            return self._recurrent(func, args, kwargs, data)
+        if func in IN_PLACE:
+            with self:
+                own = args[0] if IN_PLACE[func] in ADDING else args[0].clone()
+                return args[0].copy_(IN_PLACE[func](own, *args[1:], **kwargs))
+        if func is Tensor.__setitem__ and id(args[2]) in self._sources:
+            with self:  # rows of the data's, so that it is known whose they are
+                rows = args[0][args[1]].detach().clone().zero_()
+                return func(args[0], args[1], args[2] + rows)
+        return NotImplemented
 
     def _recurrent(
         self, func: Callable[..., Any], args: Any, kwargs: Any, data: list[tuple[Tensor, Data]]

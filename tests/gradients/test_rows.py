@@ -305,6 +305,32 @@ def test_further_backward_passes_take_no_further_forward_pass() -> None:
     assert len(seen) == 1
 
 
+class Counted(torch.autograd.Function):
+    """The identity; counts the numbers of its backward passes."""
+
+    numbers = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        Counted.numbers += g.numel()
+        return g
+
+
+def test_owners_are_found_twice_on_the_first_use_of_a_shape() -> None:
+    adapter = REGROUPED["a spline's mask"]()
+    counting = om.LogLikelihood(
+        adapter.module, lambda m, x: -Counted.apply(m(x)).square().flatten(1).sum(1)
+    )
+    for size, passes in ((B, 3), (B, 2), (B - 1, 3), (B - 1, 2)):
+        Counted.numbers = 0
+        assert fast(counting, draw(size, T, D)).found_owners
+        assert Counted.numbers == passes * size * T * D
+
+
 # Parameters that are written
 
 
@@ -501,21 +527,6 @@ MADE: dict[str, Callable[[], om.Adapter]] = {
 @pytest.mark.parametrize("size", [B, T, D], ids="{} samples".format)  # some by chance of a size
 def test_rows_that_are_made_are_the_samples(make: Callable[[], om.Adapter], size: int) -> None:
     assert_fast_and_exact(make(), draw(size, T, D))
-
-
-class Counted(torch.autograd.Function):
-    """The identity; counts the numbers of its backward passes."""
-
-    numbers = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        Counted.numbers += g.numel()
-        return g
 
 
 def test_the_price_of_a_start_state_is_linear_in_the_batch() -> None:
