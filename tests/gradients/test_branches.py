@@ -78,6 +78,22 @@ def slope(m: Any, h: Tensor) -> Tensor:
     return found
 
 
+def directional(m: Any, h: Tensor) -> Tensor:
+    value, change = torch.func.jvp(lambda y: m.between(y).tanh(), (h,), (torch.ones_like(h),))
+    return value + change
+
+
+def pulled_back(m: Any, h: Tensor) -> Tensor:
+    value, pull = torch.func.vjp(lambda y: m.between(y).tanh(), h)
+    return pull(value)[0]
+
+
+def jacobians(m: Any, h: Tensor) -> Tensor:
+    """Of each position."""
+    jacobian = torch.func.jacfwd(lambda y: m.between(y).tanh())
+    return torch.func.vmap(jacobian)(h.flatten(0, 1)).sum(2).view_as(h)
+
+
 BRANCHES: dict[str, Branch] = {
     "set through a view": filled(
         lambda out, h: out.view(-1, 3).__setitem__(slice(None), h.view(-1, 3))
@@ -92,6 +108,9 @@ BRANCHES: dict[str, Branch] = {
     "a function through numpy": lambda m, h: m.between(ThroughNumPy.apply(h)),
     "a scripted function": lambda m, h: m.between(scripted(h)),
     "a gradient inside": slope,
+    "a directional derivative": directional,
+    "a product with a Jacobian": pulled_back,
+    "Jacobians": jacobians,
 }
 
 
@@ -108,10 +127,45 @@ def model(branch: Branch) -> om.Adapter:
 
 
 @pytest.mark.filterwarnings("ignore:The fast path disagrees with the loop")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
 def test_a_branch_that_the_first_samples_did_not_take_has_exact_norms(branch: Branch) -> None:
     adapter = model(branch)
     for batch in (SEEN, LATER, SEEN, LATER):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
+
+
+class Product(torch.autograd.Function):
+    """x W, of one call without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    backward = Multiply.backward
+
+
+#: Of the samples themselves, so that nothing shows a gradient that the recorder does not know of.
+FIRST: dict[str, Branch] = {
+    "a function": lambda m, x: Product.apply(x, m.before.weight),
+    "a value beside a gradient": lambda m, x: torch.func.vjp(m.before, x)[0],
+    "Jacobians": lambda m, x: torch.func.vmap(torch.func.jacrev(m.before))(x.flatten(0, 1)).sum(2),
+}
+
+
+@pytest.mark.parametrize("branch", FIRST.values(), ids=FIRST)
+def test_a_branch_on_the_samples_themselves_has_exact_norms(branch: Branch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = branch(m, x).view_as(x) if x.max() > 2 else m.before(x)
+        return m.after(h.tanh())
+
+    torch.manual_seed(0)
+    net = Function(forward, before=nn.Linear(3, 3, bias=False), after=nn.Linear(3, 3)).double()
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x).square().flatten(1).sum(1))
+    for batch in (SEEN, 3 + SEEN):
         found = gradient_norms(adapter, batch)
         for key, rows in looped(adapter, batch)[1].items():
             torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)

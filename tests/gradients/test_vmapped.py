@@ -152,3 +152,31 @@ def test_norms_that_vmap_gets_wrong_on_first_use_are_looped(
     adapter, x = VMAPPED["a triangular solve"](), draw(B, 4)
     assert_exact(adapter, x)
     assert not _known[adapter].vmapped
+
+
+def test_a_model_that_is_scored_in_place_keeps_its_parameters() -> None:
+    """By `vmap` they would be replaced where other threads may see them."""
+    x, slope = draw(B, 4), nn.Parameter(draw(4))
+    seen: list[bool] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        seen.append(net.slope is slope)
+        return F.prelu(m.f(x).tanh(), m.slope)
+
+    net = of(forward, slope=slope).module
+    slope = net.slope
+
+    class ByAName(om.Adapter):
+        """Leaves its own module for one by another name."""
+
+        def __init__(self) -> None:
+            self.module = net
+
+        def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+            yield "log_likelihood", -net(batch).square().sum(1)
+
+    adapter = ByAName()
+    assert_exact(adapter, x)
+    found = gradient_norms(adapter, x, report=True)
+    assert found.ways["slope"].name == "loop"
+    assert all(seen)
