@@ -394,7 +394,7 @@ class Recorder(TorchFunctionMode):
             if func == _GET_DATA:
                 self._data.follow(tensor, result)
             else:
-                self._data.lose(tensor)
+                self._data.lose_memory_of(tensor)
 
 
 def _changed(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, strided
 
 __all__ = ["Data", "DataMarks", "map_arguments", "tensors_of"]
 
@@ -61,6 +61,15 @@ class DataMarks:
         known = self.get(tensor)
         if known is not None:
             self.set(tensor, known._replace(dimension=None))
+
+    def lose_memory_of(self, tensor: Tensor) -> None:
+        """Likewise of all tensors that are in the same memory, as of one that was detached."""
+        place = tensor.untyped_storage().data_ptr()
+        for other in [reference() for reference, _, _ in self._marks.values()]:
+            # Tensors of other kinds have no memory of their own.
+            is_plain = type(other) is Tensor and other.layout == strided
+            if other is not None and is_plain and other.untyped_storage().data_ptr() == place:
+                self.lose(other)
 
     def set(self, tensor: Tensor, known: Data) -> None:
         """Remember a data tensor, or what is now known of it."""

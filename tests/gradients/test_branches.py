@@ -187,6 +187,44 @@ def test_rows_moved_by_other_data_of_a_tensor_keep_their_gradients() -> None:
             torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
 
 
+def write_data(h: Tensor, order: Tensor) -> None:
+    h.data.copy_(h.data[order])
+
+
+def write_in_numpy(h: Tensor, order: Tensor) -> None:
+    values = h.numpy()
+    values[:] = values[order.numpy()]
+
+
+def write_detached_in_numpy(h: Tensor, order: Tensor) -> None:
+    write_in_numpy(h.detach(), order)
+
+
+def write_data_in_numpy(h: Tensor, order: Tensor) -> None:
+    write_in_numpy(h.data, order)
+
+
+@pytest.mark.parametrize(
+    "move", [write_data, write_in_numpy, write_detached_in_numpy, write_data_in_numpy]
+)
+def test_samples_moved_past_their_version_keep_their_gradients(
+    move: Callable[[Tensor, Tensor], None],
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].argsort(stable=True)
+        h = x.clone()
+        move(h, order)
+        return m.after(h).flatten(1).square().sum(1)[order.argsort()]
+
+    torch.manual_seed(0)
+    net = Function(forward, after=nn.Linear(3, 3)).double()
+    adapter = om.LogLikelihood(net, lambda m, x: -0.5 * m(x))
+    for batch in (SEEN, SEEN[[2, 0, 3, 1]]):
+        found = gradient_norms(adapter, batch)
+        for key, rows in looped(adapter, batch)[1].items():
+            torch.testing.assert_close(found[key], rows.sum(1), rtol=1e-9, atol=1e-12, msg=key)
+
+
 def bag(m: Any, table: Tensor, x: Tensor) -> Tensor:
     return F.embedding_bag((x[..., 0] > 3.2).long() + 2 * (x[..., 1] > 3).long(), table, mode="sum")
 
