@@ -37,6 +37,7 @@ nitpick_ignore = [
     ("py:class", "ood_monitor.saving.provenance.Provenance"),
     ("py:class", "ood_monitor_integrations.diffusers.reading.Reading"),
     ("py:class", "ood_monitor_integrations.mlflow.clients.Logger"),
+    ("py:class", "ood_monitor_integrations.training.collectives.World"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
