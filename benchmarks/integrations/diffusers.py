@@ -63,6 +63,11 @@ class Watching:
     target: float | None = None
     mean: bool = False
 
+    @property
+    def chunk_size(self) -> int | None:
+        """As many samples as it has at once; gradients of eight, for their memory."""
+        return None if self.method is None else 8
+
 
 def ways(last: str, *, few: bool) -> dict[str, Watching]:
     """The ways compared, for a UNet whose last up block has this name.
@@ -127,7 +132,7 @@ def latency(
             method=watching.method,
             levels=watching.levels,
             layers=watching.layers,
-            chunk_size=8,
+            chunk_size=watching.chunk_size,
             progress=False,
             watches="outputs",  # of an untrained model: what it costs is the same
         )
