@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ood_monitor.adapters.describing import describe
 from ood_monitor.adapters.elements import Elements, checked
+from ood_monitor.adapters.mapped import of_all
 from ood_monitor.adapters.nested import map_tensors, tensors_in
 from ood_monitor.checks import word
 from ood_monitor.modules import Passes, device_of, gradless, scored
@@ -451,7 +452,7 @@ def checked_range(
         ValueError: They are not.
     """
     outside = (x < low - slack) | (x > high + slack)
-    if (x.isfinite() & outside).any():
+    if of_all(x.isfinite() & outside).any():
         finite = x[x.isfinite()]
         raise ValueError(
             f"Expected values in [{low:g}, {high:g}] for {told}, got values from "

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_monitor.adapters.base import tensors_in
+from ood_monitor.adapters.mapped import of_all
 
 __all__ = [
     "check_ends",
@@ -47,7 +48,7 @@ def mask_in(condition: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
             f"Expected an attention_mask of the tokens' shape {tuple(tokens.shape)}, got {found}. "
             "Let the module take a mask of anything else by another keyword."
         )
-    if mask.min() < 0:
+    if of_all(mask).min() < 0:
         raise ValueError(
             f"Expected an attention_mask of 1 for tokens and 0 for padding, got {mask.min():g}."
         )
@@ -73,7 +74,7 @@ def check_starts(tokens: Tensor, padding: int) -> None:
         ValueError: There is one.
     """
     unclear = (tokens[:, 0] == padding) & (tokens != padding).any(1)
-    if unclear.any():
+    if of_all(unclear).any():
         raise ValueError(
             f"Expected no padding={padding} before a text, got it {_told(unclear)}. It also "
             "ends texts and may start them, so it cannot be told whether it starts the text or "
@@ -90,7 +91,7 @@ def check_ends(tokens: Tensor, padding: int) -> None:
         ValueError: There is one.
     """
     without = tokens[:, -1] != padding
-    if without.any():
+    if of_all(without).any():
         raise ValueError(
             f"Expected texts that end by padding={padding}, the model's end token, got another "
             f"last token {_told(without)}. If texts have no end token of their own pass "
@@ -108,7 +109,7 @@ def run_of(text: Tensor) -> Tensor:
     # Two readings: a prompt and its answer, each filled up, or a word that is to be hidden.
     begins = text & ~F.pad(text[:, :-1], (1, 0), value=False)
     torn = begins.sum(1) > 1
-    if torn.any():
+    if of_all(torn).any():
         raise ValueError(
             f"Expected padding before or after a text, got some inside it {_told(torn)}. Move it "
             "to one end of the row; if it is a token of the text, leave `padding=` out and give "
@@ -175,7 +176,7 @@ def _is_per_token(name: str, value: Any, length: int) -> bool:
 
 def _check_positions(first: Tensor, start: Tensor) -> None:
     wrong = (start > 0) & (first != 0)
-    if wrong.any():
+    if of_all(wrong).any():
         raise ValueError(
             "Expected position_ids that count from a text's first token, got "
             f"{int(first[wrong][0])} for the first token {_told(wrong)}, which has padding before "

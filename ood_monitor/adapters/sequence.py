@@ -24,6 +24,7 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.adapters.elements import Elements
 from ood_monitor.adapters.laws import categorical
+from ood_monitor.adapters.mapped import of_all
 from ood_monitor.adapters.padding import (
     check_ends,
     check_starts,
@@ -316,7 +317,7 @@ class SequenceLikelihood(Adapter):
             raise ValueError(
                 f"Expected integer tokens (B, T) with T >= {length}, got {describe(tokens)}."
             )
-        if tokens.min() < 0:
+        if of_all(tokens).min() < 0:
             raise ValueError(f"Expected tokens from 0 on, got {int(tokens.min())}.")
 
     def _text(self, tokens: Tensor, condition: Mapping[str, Any]) -> Tensor:
@@ -326,7 +327,7 @@ class SequenceLikelihood(Adapter):
             return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if mask is None:
             return self._told_by_padding(tokens, padding)
-        if not self._is_end and (mask & (tokens == padding)).any():
+        if not self._is_end and of_all(mask & (tokens == padding)).any():
             raise ValueError(
                 f"Expected an attention_mask that hides padding={padding}, got one that shows it. "
                 "If it also ends texts pass padding_is_end=True; or leave `padding=` out, and the "
@@ -373,7 +374,7 @@ class SequenceLikelihood(Adapter):
         """All four with every text's first token in the first column, within the context."""
         start, length = starts_of(run_of(text)), tokens.shape[1]
         width = min(length, self._width(text.sum(1)))
-        if width == length and not start.any():
+        if width == length and not of_all(start).any():
             return tokens, text, scored, condition
         columns = torch.arange(width, device=tokens.device)
         index = (columns + start.unsqueeze(1)) % length
@@ -383,14 +384,14 @@ class SequenceLikelihood(Adapter):
 
     def _width(self, lengths: Tensor) -> int:
         """The most columns that a model takes for texts of these lengths, (B,)."""
-        longest, context = int(lengths.max()), _context(self.module)
+        longest, context = int(of_all(lengths).max()), _context(self.module)
         if self._shifted and longest > context:
             raise ValueError(
                 f"Expected sequences of at most {context} tokens, the context of "
                 f"{type(self.module).__name__}, got {longest}."
             )
         switch = _rotary_switch(self.module)
-        if longest > switch >= lengths.min():
+        if longest > switch >= of_all(lengths).min():
             raise ValueError(
                 f"Expected texts all of at most {switch} tokens or all longer, got lengths from "
                 f"{int(lengths.min())} to {longest}: {type(self.module).__name__} embeds positions "
@@ -411,7 +412,7 @@ class SequenceLikelihood(Adapter):
                 f"(B, T), got {describe(given)} for {describe(tokens)}."
             )
         number = torch.as_tensor(given, device=tokens.device)
-        if number.is_floating_point() or number.dtype == torch.bool or number.min() < 0:
+        if number.is_floating_point() or number.dtype == torch.bool or of_all(number).min() < 0:
             raise ValueError(
                 "Expected given tokens as integers from 0 on, got "
                 f"{number.min().item()} of {number.dtype}."
@@ -429,7 +430,7 @@ class SequenceLikelihood(Adapter):
             counted = counted & (torch.arange(text.shape[1], device=text.device) >= given)
         predicted = counted[:, 1:] if self._shifted else counted
         empty = ~predicted.flatten(1).any(1)
-        if empty.any():
+        if of_all(empty).any():
             raise ValueError(
                 "Expected a token to predict in every sequence, got padding only, one token or "
                 f"only given or ignored ones in {int(empty.sum())} of {len(text)}, first at index "
@@ -446,7 +447,7 @@ class SequenceLikelihood(Adapter):
         # Only of transformers' models is it known that the mask is that of padding, (B, T).
         is_theirs = getattr(self.module, "config", None) is not None
         is_missing = "attention_mask" in named and found.get("attention_mask") is None
-        if is_theirs and is_missing and text.ndim == 2 and not text.all():
+        if is_theirs and is_missing and text.ndim == 2 and not of_all(text).all():
             found["attention_mask"] = text.long()
         return found
 
@@ -458,7 +459,7 @@ class SequenceLikelihood(Adapter):
                 f"tuple, or what has them as `.logits`, got {type(logits).__name__}."
             )
         moved = logits.movedim(self._class_dim, -1) if logits.ndim == tokens.ndim + 1 else logits
-        vocabulary = int(tokens.max()) + 1
+        vocabulary = int(of_all(tokens).max()) + 1
         if moved.shape[:-1] != tokens.shape or moved.shape[-1] < vocabulary:
             raise ValueError(
                 f"Expected logits of shape {tuple(tokens.shape)} and V >= {vocabulary} values in "

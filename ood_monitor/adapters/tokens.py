@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ood_monitor.adapters.base import Batch, describe, first_tensor
+from ood_monitor.adapters.mapped import of_all
 
 __all__ = ["condition_in", "labels_in", "scored_by", "tokens_in"]
 
@@ -87,7 +88,7 @@ def scored_by(labels: Tensor, tokens: Tensor, ignored: int) -> Tensor:
     labels = labels.to(tokens.device)
     scored = labels != ignored
     other = (scored & (labels != tokens)).reshape(len(tokens), -1).any(1)
-    if other.any():
+    if of_all(other).any():
         raise ValueError(
             f"Expected labels that are the tokens themselves, or {ignored} where they are ignored, "
             f"got others in {int(other.sum())} of {len(other)} rows, first at index "
@@ -106,7 +107,7 @@ def _refuse_several_in_a_row(positions: Tensor, mask: Tensor | None) -> None:
     steps = positions[:, 1:] - positions[:, :-1]
     if mask is not None:
         steps = torch.where(mask[:, 1:].bool() & mask[:, :-1].bool(), steps, 1)
-    if (steps != 1).any():
+    if of_all(steps != 1).any():
         raise ValueError(
             "Expected one text a row, got position_ids that begin again within "
             f"{int((steps != 1).any(1).sum())} of {len(positions)} rows: several texts were packed "

@@ -4,7 +4,7 @@ Where a gradient is zero, as all are before an output layer that starts at zero,
 ways to compute it agree whatever they do: that is no verdict. Such norms are compared again on
 later uses: when the fast path gives one that is not zero, when weights have changed, and now and
 then. A comparison costs a forward and backward pass of two samples together and of each alone; and
-one by `vmap`, where there are parameters that the fast path does not take.
+one by `vmap`, where there are parameters without a rule.
 Some gradients are always zero (a key's bias before a softmax), so of the uses that ask for another
 comparison only the 1st, 2nd, 4th, 8th ... get it: of a million uses, twenty.
 """
@@ -49,7 +49,8 @@ class Facts:
         last_of_graph: Terms after which no other needs the graph of their forward pass.
         at_once: Whether the adapter's one pass for all terms gives what its passes give.
         vmapped: Parameters of which `vmap` of the loop gives what the loop gives; looked at where
-            there are some to loop.
+            some have no rule.
+        owned: Parameters of which further backward passes find whose the rows are.
         reasons: Why the fast path does not take those that are looped.
     """
 
@@ -57,6 +58,7 @@ class Facts:
     last_of_graph: frozenset[str]
     at_once: bool = False
     vmapped: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -276,10 +278,12 @@ def _compare(
         )
     looped = frozenset(wrong | done)
     at_once = _gives_the_same(passes.fresh(), probe, n, values, exact, dtypes, looped)
-    vmapped = _vmapped(passes, probe, n, values, exact, dtypes, looped)
+    without_rule = looped or fast.found_owners
+    vmapped = _vmapped(passes, probe, n, values, exact, dtypes) if without_rule else frozenset()
     with_graph = {key for key in unsettled if key.split("/", 1)[0] not in fast.constant}
     reasons = {**dict.fromkeys(looped, DISAGREES), **before, **fast.left_over}
-    return Facts(looped, fast.last_of_graph, at_once, vmapped, reasons), with_graph
+    owned = frozenset(fast.found_owners - looped)
+    return Facts(looped, fast.last_of_graph, at_once, vmapped, owned, reasons), with_graph
 
 
 def _vmapped(
@@ -289,15 +293,14 @@ def _vmapped(
     values: dict[str, Tensor],
     exact: dict[str, Tensor],
     dtypes: dict[str, torch.dtype],
-    looped: frozenset[str],
 ) -> frozenset[str]:
-    """Parameters, of those that are looped, of which `vmap` gives the loop's norms."""
-    found = vmapped_norms(passes, probe, n, looped.__contains__, _by_row) if looped else None
+    """Parameters of which `vmap` gives the loop's norms."""
+    found = vmapped_norms(passes, probe, n, dtypes.__contains__, _by_row)
     if found is None or not agree(found[0], values):
         return frozenset()
     with torch._C.DisableTorchFunction():
         exact = {key: exact[key] for key in found[1]}
-        return looped - disagreeing(found[1], exact, dtypes)
+        return frozenset(dtypes) - disagreeing(found[1], exact, dtypes)
 
 
 def agree(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -34,7 +34,7 @@ from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, 
 from ood_monitor.gradients.layers import Layers, selection
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.gradients.vmapped import vmapped_norms
+from ood_monitor.gradients.vmapped import is_quick_alone, vmapped_norms
 from ood_monitor.modules import Names, Part, Passes, scored
 
 __all__ = [
@@ -55,6 +55,10 @@ _FEW = 16
 _FEWEST_VMAPPED = 2
 
 
+#: Why a parameter is not taken by rules alone.
+_OWNED = "rows whose order is not known"
+_BESIDE = "beside others that have no rule"
+
 _WayName: TypeAlias = Literal["rules", "rows", "vmap", "loop"]
 
 #: From the cheapest on.
@@ -68,8 +72,9 @@ class Way:
     Attributes:
         name: ``"rules"``: by closed forms, from one forward and one backward pass of all samples.
             ``"rows"``: likewise, after further backward passes have shown whose each row is.
-            ``"vmap"``: by a pass that holds the gradients of several samples. ``"loop"``: by a
-            forward and a backward pass for each sample.
+            ``"vmap"``: by a pass that holds the gradients of several samples, which is quicker for
+            all parameters of some models as soon as one has no rule. ``"loop"``: by a forward and a
+            backward pass for each sample.
         reason: Why not by rules, in words; empty for those.
     """
 
@@ -334,6 +339,8 @@ def _chunk_norms(
     facts: Facts,
 ) -> GradientNorms:
     n = batch_size(chunk) // group
+    if (found := _by_vmap_alone(passes, chunk, n, selected, by, facts)) is not None:
+        return found
     by_loop = set(filter(selected, facts.looped))
 
     def by_rule(name: str) -> bool:
@@ -351,7 +358,7 @@ def _chunk_norms(
     )
     names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     ways = {name: Way("rules") for name in names}
-    ways |= dict.fromkeys(fast.found_owners, Way("rows", "rows whose order is not known"))
+    ways |= dict.fromkeys(fast.found_owners, Way("rows", _OWNED))
     norms, slow = fast.norms, by_loop | fast.left_over.keys()
     if slow:
         way, rest = _of_the_rest(passes, chunk, n, slow, by, facts, fast.log_likelihood)
@@ -361,6 +368,34 @@ def _chunk_norms(
     return GradientNorms(
         fast.log_likelihood, {key: norms[key] for key in keys}, {name: ways[name] for name in names}
     )
+
+
+def _by_vmap_alone(
+    passes: Passes[Adapter],
+    chunk: Batch,
+    n: int,
+    selected: Callable[[str], bool],
+    by: Callable[[str], Granularity],
+    facts: Facts,
+) -> GradientNorms | None:
+    """Of all parameters, where one of them has no rule, and `vmap` is right and quick; or None."""
+    module = passes.module
+    chosen = {name for name, _ in module.named_parameters() if selected(name)}
+    has_rules = chosen.isdisjoint(facts.looped | facts.owned)
+    if has_rules or n <= _FEWEST_VMAPPED or not chosen <= facts.vmapped:
+        return None
+    if not is_quick_alone(module, n, chosen):
+        return None
+    # What a pass of all samples checks, and gives.
+    values = {term: value.detach() for term, value in checked_terms(passes.fresh(), chunk)}
+    found = vmapped_norms(passes, chunk, n, chosen.__contains__, by)
+    if found is None or not agree(found[0], values):
+        return None
+    reasons = {**dict.fromkeys(chosen, _BESIDE), **dict.fromkeys(facts.owned, _OWNED)}
+    reasons |= facts.reasons
+    names = [name for name, _ in module.named_parameters() if name in chosen]
+    norms = {f"{term}/{name}": found[1][f"{term}/{name}"] for term in values for name in names}
+    return GradientNorms(values, norms, {name: Way("vmap", reasons[name]) for name in names})
 
 
 def _of_the_rest(

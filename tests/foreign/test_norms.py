@@ -11,6 +11,7 @@ import ood_monitor as om
 from benchmarks.foreign import FOREIGN, Foreign
 from benchmarks.foreign.case import exact_norms, worst_error
 from ood_monitor.adapters.base import tensors_in
+from ood_monitor.gradients import norms
 
 pytest.importorskip("sbi", reason="these packages are in the environment of `make test-foreign`")
 
@@ -40,12 +41,17 @@ def test_a_case_is_made_anew_with_the_same_weights_and_samples(case: Foreign) ->
         assert torch.equal(made, other)
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["by vmap alone", "by all ways"])
 @pytest.mark.parametrize("case", FOREIGN, ids=named)
-def test_norms_are_those_of_a_loop_of_autograd(case: Foreign) -> None:
+def test_norms_are_those_of_a_loop_of_autograd(
+    case: Foreign, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not alone:
+        monkeypatch.setattr(norms, "is_quick_alone", lambda *_: False)
     adapter, batch = case.made_small()
     exact = exact_norms(adapter, batch)
-    assert all(norms.isfinite().all() for norms in exact.values())
-    assert any(norms.all() for norms in exact.values())
+    assert all(values.isfinite().all() for values in exact.values())
+    assert any(values.all() for values in exact.values())
     error, key = worst_error(om.gradient_norms(adapter, batch), exact)
     assert error <= case.tolerance, key
 
@@ -67,8 +73,8 @@ def test_norms_of_experts_in_groups_are_those_of_experts_one_by_one(case: Foreig
     adapter, batch = case.made()
     found = om.gradient_norms(adapter, batch)
     exact = exact_norms(adapter, batch)
-    for key, norms in exact.items():
-        assert torch.allclose(found[key], norms, rtol=4e-3, atol=1e-7 * largest(exact)), key
+    for key, values in exact.items():
+        assert torch.allclose(found[key], values, rtol=4e-3, atol=1e-7 * largest(exact)), key
 
 
 def largest(norms: dict[str, Tensor]) -> float:
