@@ -1,10 +1,10 @@
 """Time of `gradient_norms` on models of other packages, in units of a plain pass of the same model.
 
 Processor time of one thread, methods interleaved, of the whole log-likelihood, once norms that are
-zero at first have been compared. `vmap(grad)`, Opacus
-and a loop of `torch.autograd.grad` stand beside it. What an earlier build took on the same machine
-is kept with the results: `--before` writes the times of this run as those. `make test-foreign`
-installs the packages; models of others that are absent are named and left out.
+zero at first have been compared. `vmap(grad)`, Opacus and a loop of `torch.autograd.grad` stand
+beside it. What an earlier build took on the same machine is kept with the results: `--before`
+writes the times of this run as those. `make test-foreign` installs the packages; models of others
+that are absent are named and left out.
 """
 
 import copy
