@@ -9,9 +9,8 @@ Metric of Deep Generative Models for Out-Of-Distribution Detection (Dauncey, Hol
 Falck, 2024), https://arxiv.org/abs/2403.01485
 """
 
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args, overload
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,12 @@ from ood_monitor.adapters.base import (
 )
 from ood_monitor.adapters.fields import without_ignored
 from ood_monitor.checks import flag, whole, word
-from ood_monitor.gradients.check import Facts, agree, check_last, facts_after, facts_of
+from ood_monitor.gradients.check import Facts, check_last, facts_after, facts_of
 from ood_monitor.gradients.factors import Granularity
-from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows, recorded_terms
+from ood_monitor.gradients.fast import recorded_terms
 from ood_monitor.gradients.layers import Layers, selection
-from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.recorder import Recorder
-from ood_monitor.gradients.vmapped import is_quick_alone, vmapped_norms
+from ood_monitor.gradients.ways import GradientNorms, Way, chunk_norms, joined
 from ood_monitor.modules import Names, Part, Passes, scored
 
 __all__ = [
@@ -46,56 +44,6 @@ __all__ = [
     "last_layers",
     "terms_and_norms",
 ]
-
-#: Samples up to which all terms are computed at once, where an adapter can. More gain little time,
-#: and take as many times the memory as there are terms.
-_FEW = 16
-
-#: Samples up to which the loop is as quick as `vmap`.
-_FEWEST_VMAPPED = 2
-
-
-#: Why a parameter is not taken by rules alone.
-_OWNED = "rows whose order is not known"
-_BESIDE = "beside others that have no rule"
-
-_WayName: TypeAlias = Literal["rules", "rows", "vmap", "loop"]
-
-#: From the cheapest on.
-_WAYS: tuple[_WayName, ...] = get_args(_WayName)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the norms of a parameter were had, all of them exact.
-
-    Attributes:
-        name: ``"rules"``: by closed forms, from one forward and one backward pass of all samples.
-            ``"rows"``: likewise, after further backward passes have shown whose each row is.
-            ``"vmap"``: by a pass that holds the gradients of several samples, which is quicker for
-            all parameters of some models as soon as one has no rule. ``"loop"``: by a forward and a
-            backward pass for each sample.
-        reason: Why not by rules, in words; empty for those.
-    """
-
-    name: _WayName
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class GradientNorms:
-    """Terms and squared gradient norms of one batch.
-
-    Attributes:
-        log_likelihood: Each term's values, ``{term: (B,)}``, in nats.
-        norms: ``{"term/parameter": (B / group,)}``, or ``(B / group, rows)`` by row,
-            ``(B / group, columns)`` by column.
-        ways: How they were had, by parameter; the dearest, where a batch was scored in chunks.
-    """
-
-    log_likelihood: dict[str, Tensor]
-    norms: dict[str, Tensor]
-    ways: dict[str, Way] = field(default_factory=dict)
 
 
 @overload
@@ -200,7 +148,7 @@ def terms_and_norms(
 
     def of_facts(passes: Passes[Adapter], usable: Batch, facts: Facts) -> GradientNorms:
         chunks = pieces(usable, chunk_size or size)
-        return _joined([_chunk_norms(passes, c, group, selected, by, facts) for c in chunks])
+        return joined([chunk_norms(passes, c, group, selected, by, facts) for c in chunks])
 
     def measured(passes: Passes[Adapter]) -> GradientNorms:
         usable = usable_by(adapter.module, batch)
@@ -328,115 +276,3 @@ def finite_samples(batch: Batch) -> Tensor:
     """Which samples hold finite values only, shape (B,), bool."""
     finite = [t.isfinite().reshape(len(t), -1).all(1).cpu() for t in tensors_in(batch)]
     return torch.stack(finite).all(0)
-
-
-def _chunk_norms(
-    passes: Passes[Adapter],
-    chunk: Batch,
-    group: int,
-    selected: Callable[[str], bool],
-    by: Callable[[str], Granularity],
-    facts: Facts,
-) -> GradientNorms:
-    n = batch_size(chunk) // group
-    if (found := _by_vmap_alone(passes, chunk, n, selected, by, facts)) is not None:
-        return found
-    by_loop = set(filter(selected, facts.looped))
-
-    def by_rule(name: str) -> bool:
-        return selected(name) and name not in by_loop
-
-    # Further backward passes are for nothing where the loop makes all of them anyway.
-    finds_owners = not by_loop or (n > _FEWEST_VMAPPED and by_loop <= facts.vmapped)
-    at_once = facts.at_once and batch_size(chunk) <= _FEW
-    fast = (
-        _norms_at_once(passes.fresh(), chunk, n, by_rule, by)
-        if at_once
-        else recorded_norms(
-            passes, chunk, n, by_rule, by, facts.last_of_graph, finds_owners=finds_owners
-        )
-    )
-    names = [name for name, _ in passes.module.named_parameters() if selected(name)]
-    ways = {name: Way("rules") for name in names}
-    ways |= dict.fromkeys(fast.found_owners, Way("rows", _OWNED))
-    norms, slow = fast.norms, by_loop | fast.left_over.keys()
-    if slow:
-        way, rest = _of_the_rest(passes, chunk, n, slow, by, facts, fast.log_likelihood)
-        reasons = {**dict.fromkeys(slow, ""), **facts.reasons, **fast.left_over}
-        norms, ways = norms | rest, ways | {k: Way(way, reasons[k]) for k in slow}
-    keys = [f"{term}/{name}" for term in fast.log_likelihood for name in names]
-    return GradientNorms(
-        fast.log_likelihood, {key: norms[key] for key in keys}, {name: ways[name] for name in names}
-    )
-
-
-def _by_vmap_alone(
-    passes: Passes[Adapter],
-    chunk: Batch,
-    n: int,
-    selected: Callable[[str], bool],
-    by: Callable[[str], Granularity],
-    facts: Facts,
-) -> GradientNorms | None:
-    """Of all parameters, where one of them has no rule, and `vmap` is right and quick; or None."""
-    module = passes.module
-    chosen = {name for name, _ in module.named_parameters() if selected(name)}
-    has_rules = chosen.isdisjoint(facts.looped | facts.owned)
-    if has_rules or n <= _FEWEST_VMAPPED or not chosen <= facts.vmapped:
-        return None
-    if not is_quick_alone(module, n, chosen):
-        return None
-    # What a pass of all samples checks, and gives.
-    values = {term: value.detach() for term, value in checked_terms(passes.fresh(), chunk)}
-    found = vmapped_norms(passes, chunk, n, chosen.__contains__, by)
-    if found is None or not agree(found[0], values):
-        return None
-    reasons = {**dict.fromkeys(chosen, _BESIDE), **dict.fromkeys(facts.owned, _OWNED)}
-    reasons |= facts.reasons
-    names = [name for name, _ in module.named_parameters() if name in chosen]
-    norms = {f"{term}/{name}": found[1][f"{term}/{name}"] for term in values for name in names}
-    return GradientNorms(values, norms, {name: Way("vmap", reasons[name]) for name in names})
-
-
-def _of_the_rest(
-    passes: Passes[Adapter],
-    chunk: Batch,
-    n: int,
-    names: Set[str],
-    by: Callable[[str], Granularity],
-    facts: Facts,
-    log_likelihood: Mapping[str, Tensor],
-) -> tuple[_WayName, dict[str, Tensor]]:
-    """By `vmap` where that was seen to be right for all of them, else by the loop."""
-    if n > _FEWEST_VMAPPED and names <= facts.vmapped:
-        found = vmapped_norms(passes, chunk, n, names.__contains__, by)
-        if found is not None and agree(found[0], log_likelihood):
-            return "vmap", found[1]
-    return "loop", loop_norms(passes, chunk, n, names.__contains__, by)[1]
-
-
-def _norms_at_once(
-    adapter: Adapter,
-    chunk: Batch,
-    n: int,
-    selected: Callable[[str], bool],
-    by: Callable[[str], Granularity],
-) -> Recorded:
-    one = adapter.one_pass(chunk)
-    if one is None:
-        raise ValueError(
-            f"Expected {type(adapter).__name__}.one_pass to give what it gave on first use, got "
-            "None; it must not depend on the batch."
-        )
-    return recorded_rows(adapter.module, one, n, selected, by)
-
-
-def _joined(parts: list[GradientNorms]) -> GradientNorms:
-    def joined(of: Callable[[GradientNorms], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {key: torch.cat([of(part)[key] for part in parts]) for key in of(parts[0])}
-
-    ways = {
-        name: max((part.ways[name] for part in parts), key=lambda way: _WAYS.index(way.name))
-        for name in parts[0].ways
-    }
-    return GradientNorms(joined(lambda p: p.log_likelihood), joined(lambda p: p.norms), ways)

@@ -11,7 +11,7 @@ import ood_monitor as om
 from benchmarks.foreign import FOREIGN, Foreign
 from benchmarks.foreign.case import exact_norms, worst_error
 from ood_monitor.adapters.base import tensors_in
-from ood_monitor.gradients import norms
+from ood_monitor.gradients import ways
 
 pytest.importorskip("sbi", reason="these packages are in the environment of `make test-foreign`")
 
@@ -47,7 +47,7 @@ def test_norms_are_those_of_a_loop_of_autograd(
     case: Foreign, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not alone:
-        monkeypatch.setattr(norms, "is_quick_alone", lambda *_: False)
+        monkeypatch.setattr(ways, "is_quick_alone", lambda *_: False)
     adapter, batch = case.made_small()
     exact = exact_norms(adapter, batch)
     assert all(values.isfinite().all() for values in exact.values())

@@ -180,11 +180,11 @@ def test_layers_that_vmap_is_slow_for_keep_their_rules() -> None:
 def test_values_that_differ_from_those_of_all_at_once_are_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ood_monitor.gradients import norms
+    from ood_monitor.gradients import ways
 
     adapter, x = of(ordered)
     exact = gradient_norms(adapter, x)
-    true = norms.vmapped_norms
+    true = ways.vmapped_norms
 
     def other(*given: Any) -> Any:
         values, found = true(*given)  # type: ignore[misc]
@@ -192,7 +192,7 @@ def test_values_that_differ_from_those_of_all_at_once_are_not_taken(
             torch.zeros_like, found
         )
 
-    monkeypatch.setattr(norms, "vmapped_norms", other)
+    monkeypatch.setattr(ways, "vmapped_norms", other)
     found = gradient_norms(adapter, x, report=True)
     assert {way.name for way in found.ways.values()} == {"rules", "rows"}
     for key, values in found.norms.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch
-from ood_monitor.gradients import gradient_norms, norms
+from ood_monitor.gradients import gradient_norms, ways
 from ood_monitor.gradients.check import _known
 
 B = 5
@@ -125,14 +125,14 @@ def test_terms_by_vmap() -> None:
 def test_what_vmap_gets_wrong_goes_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, x = VMAPPED["a triangular solve"](), draw(B, 4)
     right = gradient_norms(adapter, x)
-    true = norms.vmapped_norms
+    true = ways.vmapped_norms
 
     def wrong(*given: Any) -> Any:
         found = true(*given)
         assert found is not None
         return {term: value + 1 for term, value in found[0].items()}, {}
 
-    monkeypatch.setattr(norms, "vmapped_norms", wrong)
+    monkeypatch.setattr(ways, "vmapped_norms", wrong)
     for key, values in gradient_norms(adapter, x).items():
         torch.testing.assert_close(values, right[key])
 
