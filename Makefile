@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor test-benchmarks check docs format bench benchmark-peers train evidence clean
+.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor test-benchmarks check docs format bench benchmark-peers train evidence published clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-benchmarks quick runs of the benchmarks that take longest"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
+	@echo "make published  the same of models that packages carry, in an environment of its own (half an hour)"
 	@echo "make train      the models of the evidence, whose weights are committed (hours)"
 
 install: $(INSTALLED)
@@ -159,9 +160,29 @@ evidence: benchmark-peers
 		--model $(DATA)/../models/ddpm-fashion-mnist --json benchmarks/results/diffusers_detection.json
 	$(BIN)/python -m benchmarks.detection.noise_levels --data-dir $(DATA) --json benchmarks/results/noise_levels.json
 
+# Of models and data that packages carry; neither is ever committed. What is measured is kept in
+# runs/published, so that a run goes on where it was interrupted.
+published: .venv-published/.installed
+	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.detection.published.galaxies \
+		--json benchmarks/results/galaxies.json
+	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.detection.published.antibodies \
+		--sources runs/published --json benchmarks/results/antibodies.json
+	.venv-published/bin/python -m benchmarks.detection.evidence_page
+
+# The packages with models without their dependencies; those with sequences are downloaded alone,
+# since only their source distributions hold these.
+.venv-published/.installed: pyproject.toml requirements.lock requirements-published.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps \
+		--requirement requirements-published.txt
+	$(@D)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary antpack,abstar,biopython \
+		--dest runs/published antpack==0.3.8.6.1 abstar==0.8.0 biopython==1.88
+	touch $@
+
 # Without their dependencies: what they need is here, and some pull torchvision in.
 benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) .venv-spark .venv-loggers .venv-foreign build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-spark .venv-loggers .venv-foreign .venv-published build dist runs .mypy_cache .pytest_cache .ruff_cache

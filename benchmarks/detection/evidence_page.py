@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.detection import forward_page, summary
+from benchmarks.detection import forward_page, guesses, summary
 from benchmarks.detection.methods import DEFAULT, METHODS, PAPER
+from benchmarks.detection.published import page as published_page
 from benchmarks.drift import streams_page
 from benchmarks.harness import pages
 from benchmarks.harness.pages import auroc, table
@@ -51,6 +52,7 @@ def rendered(results: Path) -> dict[str, str]:
     """The pages of the results in a folder, by name."""
     reports = read(results)
     found = {"evidence.md": summary.rendered(reports)}
+    found["evidence/guesses.md"] = guesses.rendered(results)
     for page in PAGES:
         blocks = [f"# {page.title}", *([PROTOCOL] if page.with_protocol else [])]
         for name, section in page.sections.items():
@@ -403,6 +405,12 @@ PAGES = (
         "evidence/layers.md",
         "Layers, samples and training",
         {"paper": paper, "questions": questions},
+    ),
+    Page(
+        "evidence/published.md",
+        "Models that others published",
+        {"antibodies": published_page.antibodies, "galaxies": published_page.galaxies},
+        package="detection.published",
     ),
     Page("evidence/shifts.md", "Corruptions and attacks", {"shifts": shifts}),
     Page(

@@ -92,9 +92,11 @@ Further pages:
 - [Denoisers: pixels, latents, flows, transformers, wrong labels](evidence/denoisers.md)
 - [Rows of tables](evidence/tables.md)
 - [Models of CIFAR-10](evidence/cifar10.md)
+- [Models that others published: antibodies, galaxies](evidence/published.md)
 - [Which layers, how many samples, how much training, and the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
 - [Drift in streams of real images, beside other deciders](evidence/streams.md)
+- [Guesses that are wrong](evidence/guesses.md)
 - [Text, densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
 
 ```{toctree}
@@ -104,9 +106,11 @@ evidence/images
 evidence/denoisers
 evidence/tables
 evidence/cifar10
+evidence/published
 evidence/layers
 evidence/shifts
 evidence/streams
+evidence/guesses
 evidence/other
 ```"""
 

@@ -1,0 +1,1 @@
+"""Published models that packages carry, on real data that packages carry."""
