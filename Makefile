@@ -165,6 +165,8 @@ evidence: benchmark-peers
 published: .venv-published/.installed
 	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.detection.published.galaxies \
 		--json benchmarks/results/galaxies.json
+	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.drift.real_series \
+		--json benchmarks/results/real_series.json
 	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.detection.published.antibodies \
 		--sources runs/published --json benchmarks/results/antibodies.json
 	.venv-published/bin/python -m benchmarks.detection.evidence_page

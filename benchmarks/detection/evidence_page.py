@@ -416,7 +416,7 @@ PAGES = (
     Page(
         "evidence/streams.md",
         "Drift in real streams",
-        {"real_streams": streams_page.section},
+        {"real_streams": streams_page.section, "real_series": streams_page.series},
         package="drift",
     ),
 )
