@@ -10,13 +10,13 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ood_monitor import Detector
-from ood_monitor.alerts import Alert, Reading, Summary
+from ood_monitor.alerts import Alert, AlertKind, Reading, Summary
 from ood_monitor.checks import items, number, text, whole
 from ood_monitor.processes import Lock
 from ood_monitor_integrations.latest import Latest
@@ -45,10 +45,11 @@ class PrometheusSink:
     - ``ood_monitor_errors_total``: calls that could not be scored
     - ``ood_monitor_dropped_total``: samples that nobody scored, as :meth:`dropped` is told
 
-    All are labelled with the model and the detector, and nothing else that grows. Sinks with one
-    registry share its meters: give streams of one detector labels of their own. With
-    ``PROMETHEUS_MULTIPROC_DIR`` in the environment, the processes of a service add up, and the
-    status is the worst of those alive.
+    All are labelled with the model and the detector, and nothing else that grows. Counters stand at
+    zero from the first call on, so that Prometheus's ``increase`` sees the first alert of a kind.
+    Sinks with one registry share its meters: give streams of one detector labels of their own.
+    With ``PROMETHEUS_MULTIPROC_DIR`` in the environment, the processes of a service add up, and
+    the status is the worst of those alive.
 
     Args:
         registry: Where the meters are; one of the sink's own by default.
@@ -103,6 +104,8 @@ class PrometheusSink:
     def measure(self, reading: Reading, /) -> None:
         """Take in what a call of the monitor measured."""
         meters, labels = self._meters, self._labels(reading.model, reading.detector)
+        if labels != self._latest:
+            meters.begin(labels)
         self._latest = labels
         usual = len(reading.scores) - reading.flagged
         counts = {"usual": usual, "flagged": reading.flagged, "invalid": reading.invalid}
@@ -167,6 +170,12 @@ class _Meters:
     seconds: Histogram
     errors: Counter
     dropped: Counter
+
+    def begin(self, labels: tuple[str, str]) -> None:
+        """Show the counters of what may never come: Prometheus sees no rise from nothing."""
+        self.dropped.labels(*labels)
+        for kind in get_args(AlertKind):
+            self.alerts.labels(*labels, kind)
 
     @classmethod
     def of(cls, registry: CollectorRegistry, buckets: Sequence[float]) -> Self:

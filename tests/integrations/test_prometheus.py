@@ -1,13 +1,15 @@
 """What Prometheus scrapes of a watched stream."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -121,6 +123,18 @@ def test_samples_that_others_dropped_are_counted() -> None:
     assert value(sink, "dropped_total") == 4
 
 
+def test_what_has_not_come_yet_stands_at_zero() -> None:
+    """Prometheus sees no rise in a counter that begins with the first alert."""
+    sink = PrometheusSink()
+    sink.measure(READING)
+    assert [value(sink, "alerts_total", kind=kind) for kind in get_args(AlertKind)] == [0] * 7
+    assert value(sink, "dropped_total") == 0
+    sink(ALERT)
+    sink.dropped(2)
+    sink.measure(READING)
+    assert (value(sink, "alerts_total", kind="drift"), value(sink, "dropped_total")) == (1, 2)
+
+
 def test_labels_are_the_model_and_the_detector_only() -> None:
     sink = PrometheusSink()
     with Dispatcher([sink]) as dispatcher:
@@ -168,6 +182,7 @@ def test_buckets_of_a_detector_hold_its_scores(detector: om.Detector) -> None:
 def test_processes_of_a_service_add_up(tmp_path: Path) -> None:
     script = """
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from ood_monitor_integrations.prometheus import PrometheusSink
@@ -198,12 +213,22 @@ print(generate_latest(registry).decode())
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 
-def test_the_rules_of_the_recipe_name_meters_labels_and_kinds_that_are_there() -> None:
+def exposed() -> dict[str, dict[str, set[str]]]:
+    """Of each meter, its labels with the values that they take."""
     sink = PrometheusSink()
     sink(ALERT)
-    sink.measure(READING)
-    text = generate_latest(sink.registry).decode()
-    known = {sample.name: set(sample.labels) for it in parsed(text) for sample in it.samples}
+    sink.measure(replace(READING, seconds=0.1))
+    found: dict[str, dict[str, set[str]]] = {}
+    for family in parsed(generate_latest(sink.registry).decode()):
+        for sample in family.samples:
+            labels = found.setdefault(sample.name, {})
+            for label, of_label in sample.labels.items():
+                labels.setdefault(label, set()).add(of_label)
+    return found
+
+
+def test_the_rules_of_the_recipe_name_meters_labels_and_kinds_that_are_there() -> None:
+    known = {meter: set(labels) for meter, labels in exposed().items()}
     [group] = yaml.safe_load((RECIPES / "prometheus-rules.yml").read_text())["groups"]
     for rule in group["rules"]:
         meters = set(re.findall(r"ood_monitor_\w+", rule["expr"]))
@@ -231,3 +256,71 @@ def test_what_promtool_expects_is_what_the_rules_say() -> None:
             assert rule["labels"].items() <= expected["exp_labels"].items()
             told.add(case["alertname"])
     assert told == rules.keys()
+
+
+DASHBOARD = json.loads((RECIPES / "grafana-dashboard.json").read_text())
+OPERATORS = {"rate", "increase", "sum", "by", "round", "histogram_quantile", "label_values"}
+
+
+def queries(found: Any) -> Iterator[str]:
+    """All that Prometheus is asked for by a dashboard, its variables' queries too."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if key in ("expr", "definition"):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from queries(value)
+
+
+def unknown_in(query: str) -> set[str]:
+    """Meters that nobody exposes, and labels or values that these meters have not."""
+    known, found = exposed(), set(re.findall(r"ood_monitor_\w+", query))
+    of_all = [set(known[meter]) for meter in found & known.keys()]
+    labels = set.intersection(*of_all) if of_all else set()
+    wrong = found - known.keys()
+    for meter, selector in re.findall(r"(ood_monitor_\w+)\{(.*?)\}", query):
+        for label, _, asked in re.findall(r'(\w+)(=~|!=|=)"(.*?)"', selector):
+            given = set() if asked == f"${label}" else set(asked.split("|"))
+            wrong |= given - known.get(meter, {}).get(label, set())
+            wrong |= {label} - known.get(meter, {}).keys()
+    grouped = {name for names in re.findall(r"by \((.*?)\)", query) for name in names.split(", ")}
+    wrong |= grouped - labels
+    words = set(re.findall(r"[a-z_]{2,}", re.sub(r"ood_monitor_\w+|\{.*?\}|\$\w+", "", query)))
+    return wrong | (words - OPERATORS - labels)
+
+
+def test_the_dashboard_asks_for_meters_labels_and_values_that_are_there() -> None:
+    asked = list(queries(DASHBOARD))
+    assert {query: unknown for query in asked if (unknown := unknown_in(query))} == {}
+    shown = {meter for query in asked for meter in re.findall(r"ood_monitor_\w+", query)}
+    meters = {"samples_total", "status", "alerts_total", "errors_total", "dropped_total"}
+    histograms = {"score_bucket", "p_value_bucket", "p_value_count", "scoring_seconds_bucket"}
+    assert shown == {f"ood_monitor_{name}" for name in meters | histograms}
+
+
+@pytest.mark.parametrize(
+    ("query", "unknown"),
+    [
+        ("ood_monitor_statuses", "ood_monitor_statuses"),
+        ('ood_monitor_samples_total{verdict="odd"}', "odd"),
+        ('ood_monitor_status{verdict=~"$verdict"}', "verdict"),
+        ("sum by (kind) (ood_monitor_status)", "kind"),
+        ('ood_monitor_p_value_bucket{le="0.02"}', "0.02"),
+        ("rates(ood_monitor_errors_total[1m])", "rates"),
+    ],
+)
+def test_a_query_of_what_is_not_there_is_found(query: str, unknown: str) -> None:
+    assert unknown in unknown_in(query)
+
+
+def test_the_dashboards_panels_are_apart_and_say_what_they_show() -> None:
+    """As Grafana lays them out: 24 columns."""
+    taken = set[tuple[int, int]]()
+    for panel in DASHBOARD["panels"]:
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        x, y, width, height = (panel["gridPos"][name] for name in "xywh")
+        cells = {(column, row) for column in range(x, x + width) for row in range(y, y + height)}
+        assert not cells & taken
+        assert x + width <= 24
+        taken |= cells
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
