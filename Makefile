@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor test-benchmarks check docs format bench benchmark-peers train evidence published clean
+.PHONY: help install demo test test-slow test-spark test-loggers test-foreign test-floor test-floor-torch test-312 test-313 test-benchmarks check docs format bench benchmark-peers train evidence published clean
 
 help:
 	@echo "make demo       train, monitor, catch a drift, see it in MLflow (about 5 minutes with the installation)"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-loggers alerts in TensorBoard and Weights & Biases, in an environment of its own"
 	@echo "make test-foreign norms of other packages' models, and what they cost, in an environment of its own"
 	@echo "make test-floor the suite on the oldest releases that are supported, in an environment of its own"
+	@echo "make test-floor-torch the same with the oldest torch too, whose only build is gigabytes of CUDA"
+	@echo "make test-313   the suite on Python 3.13, in an environment of its own; test-312 likewise"
 	@echo "make test-benchmarks quick runs of the benchmarks that take longest"
 	@echo "make bench      what the library costs, measured here into docs/performance.md (about an hour)"
 	@echo "make evidence   what it claims of detection, with two pages (hours, and data that each part says how to get)"
@@ -85,6 +87,28 @@ test-floor: .venv-floor/.installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements-floor.lock \
 		--editable '.[lightning,diffusers,mlflow,prometheus,accelerate,plots,dev]'
+	touch $@
+
+# Torch too, of a build with CUDA: there is no other of that release. It pins sympy itself.
+test-floor-torch: .venv-floor-torch/.installed
+	OMP_NUM_THREADS=1 .venv-floor-torch/bin/pytest --floor -n 2 --dist worksteal
+
+.venv-floor-torch/.installed: pyproject.toml requirements-floor.lock
+	$(PYTHON) -m venv $(@D)
+	sed -e 's/^torch==.*/torch==2.6.0/' -e '/^sympy==/d' requirements-floor.lock > $(@D)/floor.lock
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/floor.lock \
+		--editable '.[lightning,diffusers,mlflow,prometheus,accelerate,plots,dev]'
+	touch $@
+
+# The locked set on later Pythons. Where these are not on the path: make test-313 PYTHON=/where/it/is
+test-312: PYTHON = python3.12
+test-313: PYTHON = python3.13
+test-312 test-313: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2 --dist worksteal
+
+.venv-312/.installed .venv-313/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
 	touch $@
 
 .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt
@@ -187,4 +211,4 @@ benchmark-peers: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmarks.txt
 
 clean:
-	rm -rf $(VENV) .venv-spark .venv-loggers .venv-foreign .venv-published build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist runs .mypy_cache .pytest_cache .ruff_cache
