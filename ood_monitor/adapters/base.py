@@ -214,6 +214,15 @@ class Adapter(abc.ABC):
         """
         return None
 
+    def texts(self, batch: Batch) -> list[Tensor] | None:
+        """The samples as numbers of tokens, or None where they are no sequences of these.
+
+        Returns:
+            Of each of B samples whole numbers, shape (T',), from the first token on and without
+            padding.
+        """
+        return None
+
     def positions(self, batch: Batch) -> Tensor | None:
         """Which positions of the module's input are text: neither padding nor prompt.
 

@@ -211,6 +211,13 @@ class SequenceLikelihood(Adapter):
         """What the module is given for the tokens of a batch as they stand, (B, T) or (B, ...)."""
         return self._scale(self._inputs(batch))
 
+    def texts(self, batch: Batch) -> list[Tensor] | None:
+        """The tokens of each text, prompt included, without padding; None for images."""
+        given = self._given_to_module(batch)
+        if given.tokens.ndim != 2 or self.sample_of(batch) != "sequence":
+            return None
+        return [row[text] for row, text in zip(given.tokens, given.text, strict=True)]
+
     def positions(self, batch: Batch) -> Tensor | None:
         """Which tokens are neither padding nor prompt, bool, of texts from their first token on.
 

@@ -1,7 +1,7 @@
 """`ood-monitor report`: one HTML file."""
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from ood_monitor.adapters.base import Adapter, Batch
 from ood_monitor.alerts.alert import Alert
 from ood_monitor.calibration.diagnostics import Diagnosis, diagnose
 from ood_monitor.calibration.scores import Scores
@@ -24,6 +25,7 @@ from ood_monitor.cli.recipe import RECIPE, Recipe
 from ood_monitor.cli.scoring import scored
 from ood_monitor.cli.showing import facts_of
 from ood_monitor.cli.tables import Row, read_rows, rows_of
+from ood_monitor.cli.vocabulary import Vocabulary
 from ood_monitor.detector.detector import Detector
 from ood_monitor.saving.fitted import Fitted
 
@@ -71,6 +73,13 @@ def report(
             help="Show samples of --stream and --held-out: the file then holds data.",
         ),
     ] = False,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="As --images, of sequences, as text: a file of tokens, one a line from number 0 "
+            "on, or a tokenizer.json.",
+        ),
+    ] = None,
     alerts: Annotated[
         Path | None, typer.Option(help="What `watch` printed: the status is then what it said.")
     ] = None,
@@ -87,15 +96,16 @@ def report(
     each layer, their correlation and a diagnosis of the model. The model is needed for --held-out
     and --stream alone. With --images, off by default since no alert holds data, it shows the eight
     most anomalous samples of --stream, and typical ones of --held-out beside them, with the places
-    that surprise the model.
+    that surprise the model. With --texts these are sequences of tokens, as text.
 
     \b
     Examples:
         ood-monitor report runs/detector report.html --scores scores.csv
         ood-monitor report runs/detector report.html --held-out data/held_out --stream data/new
         ood-monitor report runs/detector report.html --stream data/new --images
+        ood-monitor report runs/detector report.html --stream texts.npz --texts tokenizer.json
     """
-    _check_given(scores, stream, images=images)
+    _check_given(scores, stream, images=images, texts=texts is not None)
     _check_place(output)
     page, said = _page(), [] if alerts is None else _alerts(alerts)
     fitted, _ = Fitted.load(directory)
@@ -104,7 +114,7 @@ def report(
     fpr = fpr if fpr is not None else told or _FPR
     seen = dict[str, Any]()
     if held_out is not None or stream is not None:
-        scorer = _Scorer(*scoring.detector(directory), scoring, page, images)
+        scorer = _Scorer(*scoring.detector(directory), scoring, page, _shown(texts, images=images))
         rows, seen = scorer.seen(stream, held_out, rows, fpr, ert)
     text = page.html_report(
         fitted,
@@ -132,7 +142,7 @@ class _Scorer:
     recipe: Recipe
     scoring: Scoring
     page: ModuleType
-    images: bool
+    shown: "_Shown | None"
 
     def seen(
         self,
@@ -149,15 +159,15 @@ class _Scorer:
             source = self.open(stream)
             ids, scores = self.scores(source)
             rows = rows_of(ids, scores, fpr)
-            shown |= self.anomalous(source, scores, rows, fpr, ert) if self.images else {}
+            shown |= self.anomalous(source, scores, rows, fpr, ert) if self.shown else {}
         if held_out is not None:
             source = self.open(held_out)
             _, scores = self.scores(source)
             found["held_out"] = self.page.HeldOut.of(scores, self.diagnosis(source))
-            if self.images:
+            if self.shown:
                 order = (scores.p_value - 0.5).abs()
                 shown["typical"] = self.exhibits(source, scores, order, scores.valid)
-        return rows, found | ({"gallery": self.page.Gallery(**shown)} if self.images else {})
+        return rows, found | ({"gallery": self.page.Gallery(**shown)} if self.shown else {})
 
     def open(self, path: Path) -> Samples:
         return self.scoring.samples(path, self.recipe)
@@ -186,12 +196,14 @@ class _Scorer:
         if not rows:
             return ()
         samples = torch.stack([source.read(row) for row in rows])
+        batch = self.model.batch(samples)
+        shown = {} if self.shown is None else self.shown(self.detector.adapter, samples, batch)
         return self.page.Exhibit.each(
             self.detector,
-            self.model.batch(samples),
+            batch,
             ids=[source.ids[row] for row in rows],
             p_values=scores.p_value[rows].tolist(),
-            images=samples,
+            **shown,
         )
 
     def diagnosis(self, source: Samples) -> Diagnosis | str:
@@ -209,6 +221,33 @@ class _Scorer:
         size = max(1, min(self.scoring.batch_size, len(order) // 4))
         held_out = [self.model.batch(batch) for batch in batches(source, order, size)]
         return diagnose(self.detector.adapter, held_out, layers=self.detector.layers)
+
+
+#: Of samples (B, ...), and the batch that they are, what a page shows of them.
+_Shown = Callable[[Adapter, Tensor, Batch], dict[str, Any]]
+
+
+def _shown(texts: Path | None, *, images: bool) -> _Shown | None:
+    """How samples are shown, if they are."""
+    if texts is not None:
+        vocabulary = Vocabulary.read(texts)
+        return lambda adapter, _, batch: {"tokens": _spelled(adapter, batch, vocabulary)}
+    return (lambda adapter, samples, _: {"images": samples}) if images else None
+
+
+def _spelled(adapter: Adapter, batch: Batch, vocabulary: Vocabulary) -> list[list[str]]:
+    """The texts of a batch, token by token.
+
+    Raises:
+        ValueError: The model's samples are no texts.
+    """
+    texts = adapter.texts(batch)
+    if texts is None:
+        raise ValueError(
+            f"Expected sequences of tokens for `--texts`, got samples of a "
+            f"{type(adapter).__name__}: leave it out, or show images with `--images`."
+        )
+    return [vocabulary.spelled(text) for text in texts]
 
 
 def _alerts(path: Path) -> list[Alert]:
@@ -232,11 +271,14 @@ def _page() -> ModuleType:
         ) from error
 
 
-def _check_given(scores: Path | None, stream: Path | None, *, images: bool) -> None:
+def _check_given(scores: Path | None, stream: Path | None, *, images: bool, texts: bool) -> None:
     if scores is not None and stream is not None:
         raise ValueError("Expected one of `--scores` and `--stream`, got both.")
-    if images and stream is None:
-        raise ValueError("Expected `--stream` beside `--images`: scores hold no samples.")
+    if images and texts:
+        raise ValueError("Expected one of `--images` and `--texts`, got both.")
+    if (images or texts) and stream is None:
+        option = "--images" if images else "--texts"
+        raise ValueError(f"Expected `--stream` beside `{option}`: scores hold no samples.")
 
 
 def _check_place(output: Path) -> None:

@@ -700,8 +700,12 @@ def test_positions_are_neither_padding_nor_prompt() -> None:
     elements = elements_of(adapter, tokens)["log_likelihood"]
     assert elements.counted is not None
     assert torch.equal(elements.counted, found[:, 1:])
+    texts = adapter.texts(tokens)
+    assert texts is not None
+    assert [text.tolist() for text in texts] == [[5, 6, 7, 8], [4, 5, 6]]
     adapter, x = pixelcnn()
     assert adapter.positions(x) is None
+    assert adapter.texts(x) is None
 
 
 def test_positions_fit_what_the_module_is_given() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import cli_cases
 from support.cli_cases import flow, grey_images, write_images
 from support.hostile_names import NAMES
-from torch import nn
 from typer.testing import CliRunner, Result
 
 import ood_monitor as om
@@ -100,13 +100,12 @@ def test_what_is_no_image_is_shown_without_one(detector: om.Detector) -> None:
 # Texts
 
 
+def texts_of(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(1, 5, (count, 9), generator=torch.Generator().manual_seed(seed))
+
+
 def bigram() -> om.Detector:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = nn.Embedding(5, 5)
-    adapter = om.SequenceLikelihood(module, padding=0)
-    texts = torch.randint(1, 5, (400, 9), generator=torch.Generator().manual_seed(1))
-    return om.Detector(adapter).fit([texts], progress=False)
+    return om.Detector(cli_cases.bigram()).fit([texts_of(400, 1)], progress=False)
 
 
 def test_a_token_is_marked_by_its_own_surprise() -> None:
@@ -198,6 +197,38 @@ def test_images_without_a_stream_are_refused(root: Path, tmp_path: Path) -> None
     result = run("report", root / "detector", tmp_path / "r.html", "--images")
     assert result.exit_code == 1
     assert "Expected `--stream` beside `--images`" in result.stderr
+
+
+@pytest.mark.slow
+def test_texts_are_shown_if_asked_for(root: Path, tmp_path: Path) -> None:
+    words, held_out = ["_", "un", "der", "stand", "ing"], texts_of(240, 1).numpy()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    stream = torch.tensor([[0, 0, 3, 4, 1, 2, 3, 4, 1], [1, 2, 3, 4, 0, 0, 0, 0, 0]])
+    np.savez(tmp_path / "held_out.npz", held_out)
+    np.savez(tmp_path / "stream.npz", stream.numpy())
+    detector, page = tmp_path / "detector", tmp_path / "r.html"
+    given = ("report", detector, page, "--stream", tmp_path / "stream.npz")
+    texts = ("--texts", tmp_path / "vocab.txt")
+    for command in (
+        ("fit", "support.cli_cases:bigram", tmp_path / "held_out.npz", detector),
+        (*given, *texts, "--held-out", tmp_path / "held_out.npz"),
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    shown = re.findall(r'<p class="text">(.*?)</p>', page.read_text())
+    read = [re.sub("<.*?>", "", text) for text in shown]
+    assert set(read[:2]) == {" stand ing un der stand ing un", " un der stand ing"}
+    assert len(read) == 2 + 8
+    assert all('title="' in text for text in shown)
+    images = ("report", root / "detector", page, "--stream", root / "few")
+    for command, said in (
+        ((*images, *texts), "Expected sequences of tokens for `--texts`, got samples of a LogL"),
+        ((*given, *texts, "--images"), "Expected one of `--images` and `--texts`, got both"),
+        (("report", detector, page, *texts), "Expected `--stream` beside `--texts`"),
+    ):
+        refused = run(*command)
+        assert refused.exit_code == 1
+        assert said in refused.stderr
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from PIL import Image
 import ood_monitor as om
 
 __all__ = [
+    "bigram",
     "flow",
     "grey_images",
     "not_annotated",
@@ -44,6 +45,13 @@ def columns() -> om.Adapter:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return om.LogLikelihood(Columns())
+
+
+def bigram() -> om.Adapter:
+    """Of texts of nine tokens from 1 to 4, filled up with 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return om.SequenceLikelihood(torch.nn.Embedding(5, 5), padding=0)
 
 
 def other_flow() -> om.Adapter:
