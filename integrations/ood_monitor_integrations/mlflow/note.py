@@ -14,12 +14,15 @@ from ood_monitor.alerts import (
 from ood_monitor.escaping import markdown_code, markdown_text
 from ood_monitor_integrations.alert_files import place_of
 
-__all__ = ["note_with"]
+__all__ = ["REPORT", "note_with", "with_report"]
+
+#: Where a run keeps the report of its stream.
+REPORT = "ood/report.html"
 
 _BEGIN, _END = "<!-- ood-monitor:begin -->", "<!-- ood-monitor:end -->"
 # No begin mark inside: if a user deleted an end mark, the text after it is the user's.
 _BLOCK = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
-_HEX = re.compile("[0-9a-f]{32}")
+_HEX, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[0-9]+")
 _NOTE_LIMIT = 8000  # MLflow cuts longer tag values, which would cut the user's text
 _NAMED = 5  # layers, terms and samples that are named, of each
 
@@ -34,6 +37,23 @@ def note_with(note: str, alert: Alert, run_id: str = "") -> str | None:
     if not found:
         changed = f"{note}\n\n{block}" if note else block
     return None if len(changed) > _NOTE_LIMIT else changed
+
+
+def with_report(note: str, experiment_id: str, run_id: str) -> str:
+    """A note whose paragraph of ours links the run's report, in its first lines.
+
+    It links MLflow's own page of the file, which shows it; the file's address downloads it.
+    """
+    if not (_NUMBER.fullmatch(experiment_id) and _HEX.fullmatch(run_id)):
+        return note
+    address = f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{REPORT}"
+
+    def linked(found: re.Match[str]) -> str:
+        first, mark, rest = found[0].partition("\n\n")
+        return found[0] if address in first else f"{first} [Report]({address}).{mark}{rest}"
+
+    changed = _BLOCK.sub(linked, note, count=1)
+    return note if len(changed) > _NOTE_LIMIT else changed
 
 
 def _block(alert: Alert, run_id: str) -> str:

@@ -28,7 +28,7 @@ from ood_monitor_integrations.mlflow.clients import (
     of_logger,
     run_of_this_thread,
 )
-from ood_monitor_integrations.mlflow.note import note_with
+from ood_monitor_integrations.mlflow.note import REPORT, note_with, with_report
 from ood_monitor_integrations.mlflow.refusals import refusals
 from ood_monitor_integrations.mlflow.shown import Shown, worst
 from ood_monitor_integrations.mlflow.tags import SINCE, STATUS
@@ -174,6 +174,22 @@ class MLflowSink:
         if is_news:
             self._show(summary, self._overall(summary.status, summary.time))
 
+    @refusals()
+    def show_report(self, page: str) -> None:
+        """Keep a report with the run, as `ood/report.html`, and link it in the run's note.
+
+        The note of an alert that comes later links it too. Another sink of the run may do so, when
+        no monitor is telling this one.
+
+        Args:
+            page: HTML, as `html_report` or `ood-monitor report` makes it.
+        """
+        self._client.log_text(self.run_id, text("page", page), REPORT)
+        note = self._note()
+        linked = self._linked(note)
+        if linked != note:
+            self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, linked, synchronous=True)
+
     @property
     def _client(self) -> MlflowClient:
         if self._made_client is None:
@@ -245,5 +261,10 @@ class MLflowSink:
         if changed is None:
             _log.warning("The note of run %s has no room for the alert.", self.run_id)
             return False
+        if any(file.path == REPORT for file in self._client.list_artifacts(self.run_id, "ood")):
+            changed = self._linked(changed)
         self._log_batch({}, {MLFLOW_RUN_NOTE: changed} | self._shown().tags_of_note(alert), alert)
         return True
+
+    def _linked(self, note: str) -> str:
+        return with_report(note, self._client.get_run(self.run_id).info.experiment_id, self.run_id)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from markdown_it import MarkdownIt
-from ood_monitor_integrations.mlflow.note import note_with
+from ood_monitor_integrations.mlflow.note import note_with, with_report
 from support.alert_cases import ALERT, FlaggedSample, LayerShare, TermShare
 from support.hostile_names import NAMES
 
@@ -69,3 +69,24 @@ def test_a_note_begins_with_status_since_when_what_to_do_and_a_picture() -> None
 def test_an_id_that_may_be_more_than_one_has_no_picture() -> None:
     for alert_id, run_id in (("x](http", "b" * 32), ("a" * 32, "../b"), ("A" * 32, "b" * 32)):
         assert "![" not in str(note_with("", replace(ALERT, id=alert_id), run_id))
+
+
+def test_a_report_is_linked_once_in_the_first_lines() -> None:
+    run, mine = "b" * 32, "# Mine\n\n[Report](mine)"
+    note = note_with(mine, replace(ALERT, id="a" * 32), run)
+    linked = with_report(str(note), "3", run)
+    address = f"#/experiments/3/runs/{run}/artifacts/ood/report.html"
+    assert linked.startswith(f"{mine}\n\n{BEGIN}\n**ood-monitor: ALERT**")
+    first = linked.partition(f"{BEGIN}\n")[2].partition("\n\n")[0]
+    assert first.endswith(f"{guidance_of('drift').do} [Report]({address}).")
+    assert with_report(linked, "3", run) == linked
+    assert linked.replace(f" [Report]({address}).", "") == note
+
+
+def test_a_report_is_linked_nowhere_else() -> None:
+    """Without a paragraph of ours, without room, or with ids that may be more."""
+    run, note = "b" * 32, str(note_with("", ALERT))
+    for before in ("", "mine", note + "x" * (8000 - len(note))):
+        assert with_report(before, "3", run) == before
+    for experiment, run_id in (("3)", run), ("", run), ("3", "x](http"), ("3", "B" * 32)):
+        assert with_report(note, experiment, run_id) == note

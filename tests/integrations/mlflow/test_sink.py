@@ -162,6 +162,32 @@ BEFORE = "# Mine \\g<0>\r\n\ttext with $ and ü  "
 AFTER = "\r\n\r\n<!-- my comment -->\n\\1 the end \n"
 
 
+def test_a_report_is_kept_and_linked_by_the_notes_of_all_alerts(
+    client: MlflowClient, run_id: str
+) -> None:
+    sink, page = MLflowSink(run_id), "<!DOCTYPE html>\n<p>ü</p>"
+    sink.show_report(page)
+    assert NOTE not in tags(client, run_id)
+    sink(DRIFT)
+    link = f"/runs/{run_id}/artifacts/ood/report.html)"
+    for told in (RECOVERED, None):
+        assert tags(client, run_id)[NOTE].count(link) == 1
+        if told is not None:
+            sink(told)
+    assert artifact(client, run_id, "ood/report.html").decode() == page
+
+
+def test_a_report_is_linked_by_the_note_that_is_there(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, NOTE, BEFORE)
+    MLflowSink(run_id)(DRIFT)
+    MLflowSink(run_id).show_report("<p>a</p>")
+    note = tags(client, run_id)[NOTE]
+    assert note.startswith(BEFORE + "\n\n" + BEGIN)
+    first = note.partition(BEGIN)[2].partition("\n\n")[0]
+    assert f"/runs/{run_id}/artifacts/ood/report.html)" in first
+    assert DRIFT.id in note
+
+
 def test_the_users_note_stays_byte_for_byte(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     client.set_tag(run_id, NOTE, BEFORE)
