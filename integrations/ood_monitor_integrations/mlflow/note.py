@@ -27,12 +27,13 @@ _NOTE_LIMIT = 8000  # MLflow cuts longer tag values, which would cut the user's 
 _NAMED = 5  # layers, terms and samples that are named, of each
 
 
-def note_with(note: str, alert: Alert, run_id: str = "") -> str | None:
+def note_with(note: str, alert: Alert, run_id: str = "", graver: Alert | None = None) -> str | None:
     """A note with what it says of `alert` in the place of what it said of the one before.
 
-    What a user wrote stays as it is. None if there is no room. With the run's id it has a picture.
+    What a user wrote stays as it is. None if there is no room. With the run's id it has a picture,
+    and with the alert of what is graver and stands, since when that does.
     """
-    block = _block(alert, run_id)
+    block = _block(alert, run_id, graver)
     changed, found = _BLOCK.subn(lambda _: block, note, count=1)
     if not found:
         changed = f"{note}\n\n{block}" if note else block
@@ -56,7 +57,7 @@ def with_report(note: str, experiment_id: str, run_id: str) -> str:
     return note if len(changed) > _NOTE_LIMIT else changed
 
 
-def _block(alert: Alert, run_id: str) -> str:
+def _block(alert: Alert, run_id: str, graver: Alert | None) -> str:
     """What the note says of `alert`, in Markdown, between our marks.
 
     MLflow's page shows four lines until it is asked for more: these have status, since when, and
@@ -67,7 +68,7 @@ def _block(alert: Alert, run_id: str) -> str:
     text = (
         f"**ood-monitor: {alert.status}** since {markdown_text(since_of(alert))} ({alert.kind}, "
         f"stream {markdown_code(alert.stream)}, {alert.samples_seen:,} samples seen, {time}). "
-        f"{_standing(alert)}**Do now:** {markdown_text(guidance.do)}\n\n"
+        f"{_standing(alert, graver)}**Do now:** {markdown_text(guidance.do)}\n\n"
         f"{_picture(alert, run_id)}{markdown_text(alert.message)}\n\n"
         f"{markdown_code(guidance.command)}\n\n{markdown_text(guidance.means_not)}\n\n"
         f"{_layers(alert.top_layers)}{_terms(alert.top_terms)}{_samples(alert.samples)}"
@@ -77,12 +78,16 @@ def _block(alert: Alert, run_id: str) -> str:
     return f"{_BEGIN}\n{text}\n{_END}"
 
 
-def _standing(alert: Alert) -> str:
-    """What is graver than the alert, and stands."""
+def _standing(alert: Alert, graver: Alert | None) -> str:
+    """What is graver than the alert, and stands; since when, if that is known."""
     first = gravest_of(alert)
     if first == alert.kind:
         return ""
-    return f"**{first.replace('_', ' ')} stands:** {markdown_text(guidance_of(first).means)} "
+    since = ""
+    if graver is not None and graver.kind == first:
+        since = f" since {markdown_text(since_of(graver))}"
+    means = markdown_text(guidance_of(first).means)
+    return f"**{first.replace('_', ' ')} stands{since}:** {means} "
 
 
 def _picture(alert: Alert, run_id: str) -> str:

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from ood_monitor.alerts import Alert, Status, Summary
+from ood_monitor.alerts import Alert, AlertKind, Status, Summary, gravest_of
 from ood_monitor.checks import flag, text, whole
 from ood_monitor.plots import alert_figure
 from ood_monitor_integrations.alert_files import place_of
@@ -123,6 +123,7 @@ class MLflowSink:
         self._made_client = client_of(self._uri) if client is None else client
         self._found: Shown | None = None
         self._told: Alert | None = None  # by the note
+        self._stands: dict[AlertKind, Alert] = {}  # what began it, of those that this sink was told
         self._step: tuple[int, Status] | None = None
 
     @classmethod
@@ -149,6 +150,7 @@ class MLflowSink:
         is_news = shown.said.is_news(alert)
         if is_news:
             self._log_batch({}, shown.tags_of(alert), alert)
+            self._follow(alert)
         place = place_of(alert)
         self._client.log_text(self.run_id, alert.to_json(indent=2), f"{place}.json")
         figure, small = alert_figure(alert), {"dpi": _DPI}
@@ -232,6 +234,12 @@ class MLflowSink:
         # Synchronous whatever the environment says: only then does a failure show, to be repeated.
         self._client.log_batch(self.run_id, entries, tags=marks, synchronous=True)
 
+    def _follow(self, alert: Alert) -> None:
+        """Keep, of what stands in the alert's stream, the alert that it began with."""
+        before = {kind: it for kind, it in self._stands.items() if it.stream == alert.stream}
+        known = {alert.kind: alert} | before
+        self._stands = {kind: known[kind] for kind in alert.standing if kind in known}
+
     def _tell(self, alert: Alert) -> None:
         """In the note, in the place of the alert that it tells of."""
         if self._write_note(self._note(), alert):
@@ -257,7 +265,8 @@ class MLflowSink:
         return note
 
     def _write_note(self, note: str, alert: Alert) -> bool:
-        changed = note_with(note, alert, self.run_id)
+        graver = self._stands.get(gravest_of(alert))
+        changed = note_with(note, alert, self.run_id, graver)
         if changed is None:
             _log.warning("The note of run %s has no room for the alert.", self.run_id)
             return False

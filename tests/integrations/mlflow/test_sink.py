@@ -188,6 +188,23 @@ def test_a_report_is_linked_by_the_note_that_is_there(client: MlflowClient, run_
     assert DRIFT.id in note
 
 
+def test_the_note_says_since_when_what_is_graver_stands(client: MlflowClient, run_id: str) -> None:
+    sink, both = MLflowSink(run_id), ("stale_calibration", "drift")
+    stale = replace(SAMPLE, kind="stale_calibration", standing=("stale_calibration",))
+    drift = replace(DRIFT, standing=both)
+    words = "**stale calibration stands since sample 700 or before, when the weights were looked at"
+    for alert in (stale, drift):
+        sink(alert)
+    assert words in tags(client, run_id)[NOTE]
+    again = replace(drift, samples_seen=1500, number=15, id="b" * 32)
+    sink(again)
+    assert words in tags(client, run_id)[NOTE]
+    # A new sink was not told, nor was another stream's.
+    for told, stream in ((MLflowSink(run_id), "production"), (sink, "another")):
+        told(replace(again, stream=stream, number=again.number + 1, id=stream[:1] * 32))
+        assert "**stale calibration stands:**" in tags(client, run_id)[NOTE]
+
+
 def test_the_users_note_stays_byte_for_byte(client: MlflowClient, run_id: str) -> None:
     sink = MLflowSink(run_id)
     client.set_tag(run_id, NOTE, BEFORE)
