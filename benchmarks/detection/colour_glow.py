@@ -26,7 +26,7 @@ import ood_monitor as om
 from benchmarks.detection import colour, datasets, layers, methods, protocol, trained, zoo
 from benchmarks.detection.colour import ON, OTHERS
 from benchmarks.detection.densities import png_bytes
-from benchmarks.detection.forward import caught, fitted
+from benchmarks.detection.forward import fitted
 from benchmarks.detection.methods import METHODS, PAPER
 from benchmarks.detection.protocol import Array, Sizes
 from benchmarks.detection.representations import CHANGES, Represented, dequantised, invariance
@@ -99,7 +99,7 @@ def detection(
 ) -> Iterator[Row]:
     """A row for each method, of groups and the bits of their PNG files."""
     for name, scores in (*of_peers(found, bits), *of_detectors(found)):
-        case = {"shown": "detection", "group": group, "method": name, "found": caught(scores)}
+        case = {"shown": "detection", "group": group, "method": name}
         yield case | protocol.judged(scores)
 
 

@@ -23,7 +23,7 @@ import ood_monitor as om
 from benchmarks.detection import datasets, methods, protocol, zoo
 from benchmarks.detection.corruptions import CORRUPTIONS, corrupted
 from benchmarks.detection.densities import png_bytes
-from benchmarks.detection.protocol import FPR, Sizes, aurocs, others_of
+from benchmarks.detection.protocol import FPR, Sizes, aurocs
 from benchmarks.detection.shifts import CHANGED
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim, peak_of_tensors, ratios, reported
@@ -93,7 +93,6 @@ def rows_of(
             "method": name,
             "parts": {part.kind: len(part.columns.names) for part in joined.parts},
             "sample": plan.sample,
-            "found": caught(scores),
             "counts": counts(scores),
             "tested": len(scores["test"]),
             "calibrated": len(scores["calibration"]),
@@ -147,8 +146,7 @@ def peers(
     for name in names:
         method = methods.METHODS[name]
         scores = protocol.scored(method.make(seen["fit"]), views[method.view])
-        row = {"model": model, "method": name, "found": caught(scores)}
-        yield row | protocol.judged(scores)
+        yield {"model": model, "method": name} | protocol.judged(scores)
 
 
 def corruptions(
@@ -173,14 +171,6 @@ def corruptions(
 def fitted(plan: Plan, measured: Measurements) -> Joined:
     """The parts of a detector, fitted on all of these samples."""
     return Joined.fit(plan.parts, measured, torch.finfo(torch.float32).eps)
-
-
-def caught(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The share of each other set that has a p-value of at most FPR."""
-    p_value = ConformalPValue.fit(scores["calibration"]).p_value
-    return {
-        name: round(float(np.mean(p_value(scores[name]) <= FPR)), 4) for name in others_of(scores)
-    }
 
 
 def counts(scores: Mapping[str, Any]) -> dict[str, int]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from benchmarks.detection import datasets, denoisers, kinds, protocol, zoo
 from benchmarks.detection.denoisers import CORRUPTED, OURS_PARTS, Make
-from benchmarks.detection.forward import caught
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim, reported
@@ -41,8 +40,7 @@ def rows(
     for level, given in (options | {BOTH: {}}).items():
         found = denoisers.measured(make(module, **given), x, OURS_PARTS)
         scores = denoisers.scores_of(found, OURS_PARTS)
-        judged = protocol.judged(scores)
-        yield {"model": name, "level": level, "found": caught(scores)} | judged
+        yield {"model": name, "level": level} | protocol.judged(scores)
 
 
 def full(data: Path, names: list[str]) -> Iterator[Row]:

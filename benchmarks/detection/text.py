@@ -4,12 +4,11 @@ Trains a small causal model of bytes (GPT-2's architecture, random initial weigh
 then scores single windows of 128 bytes of other languages, of program code, and of the same text
 rearranged. Every set is written in bytes that the training text has, so no byte gives it away.
 
-A full run takes a quarter of an hour on one core; with `--steps 999` it repeats the committed one:
+A full run takes half an hour on one core; with `--steps 999` it repeats the committed one:
 `python -m benchmarks.detection.text --data-dir FOLDER`.
 """
 
 import math
-import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import ood_monitor as om
+from benchmarks.detection import protocol
 from benchmarks.detection.corpora import (
     LENGTH,
     Bytes,
@@ -36,7 +36,6 @@ from benchmarks.detection.corpora import (
     stored_texts,
 )
 from benchmarks.detection.forward import fitted
-from benchmarks.detection.protocol import auroc
 from benchmarks.harness.measurement import claim, conclude, machine
 from ood_monitor.adapters.base import checked_terms
 from ood_monitor.calibration import ConformalPValue
@@ -277,9 +276,7 @@ def of_detectors(model: om.SequenceLikelihood, of: Samples) -> Iterator[dict[str
         plan = planned(found["held out"].sample, method, None, None)
         joined = fitted(plan, found["held out"].take(range(half)))
         scores = {name: joined.score(it) for name, it in found.items()}
-        calibration, test = scores.pop("held out")[half:], scores.pop("test")
-        each = {name: round(auroc(test, values), 3) for name, values in scores.items()}
-        yield row(method, "detector", each, round(false_alarms(calibration, test), 3))
+        yield row(method, "detector", {"calibration": scores.pop("held out")[half:]} | scores)
 
 
 def evaluated(
@@ -287,26 +284,18 @@ def evaluated(
 ) -> list[dict[str, Any]]:
     """Methods fitted on a half of the held-out windows, which are in random order."""
     half = len(held_out.log_p) // 2
-    calibration = held_out.rows(slice(half, None))
-    rows = []
-    for method, score in fit(held_out.rows(slice(half))).items():
-        normal = score(test)
-        found = {name: round(auroc(normal, score(m)), 3) for name, m in ood.items()}
-        alarms = round(false_alarms(score(calibration), normal), 3)
-        rows.append(row(method, kind, found, alarms))
-    return rows
+    sets = {"calibration": held_out.rows(slice(half, None)), "test": test, **ood}
+    return [
+        row(method, kind, {name: score(m) for name, m in sets.items()})
+        for method, score in fit(held_out.rows(slice(half))).items()
+    ]
 
 
-def row(method: str, features: str, found: dict[str, float], alarms: float) -> dict[str, Any]:
-    """AUROC by set and their mean, and the share of false alarms at .05."""
-    mean = round(statistics.mean(found.values()), 4)
-    return {
-        "method": method,
-        "features": features,
-        "auroc": found,
-        "mean": mean,
-        "false alarms at .05": alarms,
-    }
+def row(method: str, features: str, scores: Mapping[str, Array]) -> dict[str, Any]:
+    """What `protocol` reports of these scores, and the share of false alarms at .05."""
+    alarms = round(false_alarms(scores["calibration"], scores["test"]), 3)
+    case = {"method": method, "features": features, "false alarms at .05": alarms}
+    return case | protocol.judged(scores)
 
 
 def false_alarms(calibration: Array, test: Array, level: float = 0.05) -> float:

@@ -343,6 +343,43 @@ def test_the_first_screen_is_one_figure_and_one_table_of_twelve_lines() -> None:
     assert len(summary.figure(evidence_page.read(results)).axes) == len(summary.MODELS)
 
 
+def rate_by_loop(normal: np.ndarray, odd: np.ndarray) -> float:
+    """Of the highest threshold that finds 95 %, tried one by one."""
+    for threshold in sorted({*normal, *odd}, reverse=True):
+        if sum(score >= threshold for score in odd) >= 0.95 * len(odd):
+            return sum(score >= threshold for score in normal) / len(normal)
+    raise AssertionError
+
+
+# Ties; a threshold on a straight piece of the curve, which has no corner there; all and none.
+@pytest.mark.parametrize(
+    ("normal", "odd"),
+    [
+        (np.arange(60) % 7, 3 + np.arange(40) % 9),
+        (np.arange(100) / 10, np.r_[np.full(20, 50.0), np.arange(20) / 2.5]),
+        (np.arange(50.0), np.arange(50.0) + 100),
+        (np.arange(50.0), np.arange(50.0) - 100),
+    ],
+)
+def test_a_rate_is_of_the_highest_threshold_that_finds_95_percent(
+    normal: np.ndarray, odd: np.ndarray
+) -> None:
+    assert protocol.fpr_at_tpr(normal, odd) == pytest.approx(rate_by_loop(normal, odd))
+
+
+def test_a_curve_without_corners_has_the_rates_between_its_ends() -> None:
+    normal = odd = np.arange(100.0)
+    assert protocol.fpr_at_tpr(normal, odd) == pytest.approx(0.95)
+
+
+def test_what_is_found_goes_by_p_values_and_is_not_told_where_none_can_be_small() -> None:
+    scores = {"calibration": np.arange(99.0), "test": np.zeros(2), "odd": np.array([98.5, 98, 200])}
+    assert protocol.caught(scores) == {"odd": 0.6667}
+    assert protocol.judged(scores, 2)["found"] == {"odd": 0.6667}
+    few = scores | {"calibration": np.arange(98.0)}
+    assert protocol.caught(few) == {}
+
+
 def test_an_image_that_overflows_is_as_unlikely_as_can_be() -> None:
     adapter = om.LogLikelihood(om.models.Glow(channels=1, size=8))
     x = images(40) / 255
