@@ -153,6 +153,7 @@ train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.no_law --data-dir $(DATA) --train runs/no-law
 	$(BIN)/python -m benchmarks.detection.kinds --data-dir $(DATA)
 	$(BIN)/python -m benchmarks.detection.colour_glow --data-dir $(DATA) --train runs/colour-glow
+	$(BIN)/python -m benchmarks.detection.reserved --data-dir $(DATA) --train runs/reserved
 
 evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json
@@ -161,6 +162,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.questions $(EVIDENCE)/questions.json --figures docs
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
+	$(BIN)/python -m benchmarks.detection.reserved $(EVIDENCE)/reserved.json
 	$(BIN)/python -m benchmarks.detection.denoisers $(EVIDENCE)/denoisers.json
 	$(BIN)/python -m benchmarks.detection.one_level $(EVIDENCE)/one_level.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json

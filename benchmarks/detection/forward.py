@@ -100,7 +100,8 @@ def rows_of(
             "memory": memory(detector, x["test"]),
             "few": aurocs({of: few.score(it) for of, it in found.items() if of != "fit"}),
         } | protocol.judged(scores)
-    yield from peers(model, watched, adapter, sets, x, [name for name in names if name in PEERS])
+    others = [name for name in names if name in methods.METHODS]
+    yield from peers(model, watched, adapter, sets, x, others)
 
 
 def plans_of(adapter: om.Adapter, x: Mapping[str, Tensor], names: list[str]) -> dict[str, Plan]:
@@ -139,6 +140,7 @@ def peers(
     sums = {of: it.log_likelihood.sum(1) for of, it in seen.items()}
     bits = {of: 8 * png_bytes(methods.shown(watched, images)) for of, images in sets.items()}
     views = {
+        "bits": bits,
         "whole": methods.log_norms(seen),
         "likelihood": sums,
         "complexity": {of: np.stack([sums[of], bits[of]], 1) for of in seen},

@@ -14,6 +14,8 @@ from benchmarks.detection import (
     answers,
     datasets,
     paper_page,
+    protocol,
+    reserved,
     statements,
     statements_fisher,
     statements_norms,
@@ -214,3 +216,19 @@ def test_nothing_is_chosen_by_what_is_reserved(name: str) -> None:
     assert "RESERVED" not in code
     assert "labels(" not in code
     assert "_labels" not in code
+
+
+def test_a_reserved_case_holds_no_foreign_class_and_no_image_twice(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(256, size=(2600, 28, 28), dtype=np.uint8)
+    labels = np.arange(2600) % 26
+    images[:, 0, 0] = labels  # by which an image is known
+    file = tmp_path / f"{datasets.SOURCES['EMNIST letters'].file}.npz"
+    np.savez(file, test=images, test_labels=labels.astype(np.uint8))
+    name = "EMNIST letters N to Z"
+    case = reserved.case(tmp_path, name)
+    classes = {of: set(each[:, 0, 2, 2].tolist()) for of, each in case.images.items()}
+    assert classes.pop(name) == set(range(13, 26))
+    assert all(each == set(range(13)) for each in classes.values())
+    assert [len(each) for each in case.images.values()] == [100, 400, 400, 400, 300]
+    protocol.check_disjoint(case.images)

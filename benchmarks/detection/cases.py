@@ -1,0 +1,116 @@
+"""Models of one set of images, trained here, and the methods side by side on what they are shown.
+
+The models are those of `benchmarks.detection.zoo` where nothing else is said, with so many fewer
+steps as there are fewer images, and the protocol is that of `benchmarks.detection.forward`.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.detection import methods, protocol, zoo
+from benchmarks.detection.forward import misses, of_counts, rows_of
+from benchmarks.detection.protocol import FPR
+from benchmarks.detection.train import train
+from benchmarks.detection.trained import Watched
+from benchmarks.harness.measurement import claim
+
+Row = dict[str, Any]
+
+#: Detectors with their defaults, and what they are compared with.
+COMPARED = (
+    *("forward", "gradient_norms", "both", methods.PAPER),
+    *("typicality", "log-likelihood", "PNG size"),
+)
+
+
+def of_zoo() -> dict[str, Watched]:
+    """Those whose likelihood or bound is known by elements."""
+    return {name: it for name, it in zoo.zoo().items() if name != "UNet"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set of images, and what models of it are shown.
+
+    Attributes:
+        name: As rows call it.
+        images: uint8, (N, 1, S, S): `train`, those of `protocol.IN_DISTRIBUTION`, then others.
+        share: Of a model's steps.
+        models: By name.
+    """
+
+    name: str
+    images: Mapping[str, Tensor]
+    share: float = 1.0
+    models: Callable[[], dict[str, Watched]] = field(default=of_zoo)
+
+    def watched(self, model: str) -> Watched:
+        """A model, with its steps here."""
+        whole = self.models()[model]
+        return replace(whole, steps=round(self.share * whole.steps))
+
+    def weights(self, model: str) -> Path:
+        """The file of its weights, which is committed."""
+        stem = f"{self.name}-{model}".lower().replace(" ", "-")
+        return zoo.WEIGHTS / f"{stem}.safetensors"
+
+    def sets(self) -> dict[str, Tensor]:
+        """What it is fitted to and shown."""
+        return {name: each for name, each in self.images.items() if name != "train"}
+
+
+def trained(case: Case, models: list[str], folder: Path) -> None:
+    """Trains them, each from where it was interrupted, and writes their weights."""
+    for model in models:
+        file = case.weights(model)
+        train(
+            case.watched(model), case.images["train"], case.images["fit"], folder / file.stem, file
+        )
+
+
+def rows(case: Case, models: list[str]) -> Iterator[Row]:
+    """A row for each model and method."""
+    for model in models:
+        watched = case.watched(model)
+        module, facts = zoo.load(watched, case.weights(model))
+        for row in rows_of(model, watched, module, case.sets(), list(COMPARED)):
+            yield {"on": case.name, "training": facts} | row
+
+
+def quick() -> Iterator[Row]:
+    """Of tiny models of 8x8 digits."""
+    images = protocol.digits()
+    train_on = images.pop("train")
+    for model, watched, module, facts in zoo.trained_tiny(train_on):
+        if model in of_zoo():
+            for row in rows_of(model, watched, module, images, list(COMPARED)):
+                yield {"on": "digits", "training": facts} | row
+
+
+def claims(found: list[Row]) -> list[Row]:
+    """That the default is no worse than what it replaces and stands beside, and keeps its rate."""
+    ours = mean_of(found, "forward")
+    less = {name: mean_of(found, name) - ours for name in COMPARED if name != "forward"}
+    missed = {name: statistics.mean(misses(found, name)) for name in ("forward", "gradient_norms")}
+    text = f"share missed at fpr {FPR} by forward, in what gradient_norms misses"
+    return [
+        *(claim(f"mean AUROC: {name} less forward", round(v, 4), 0.0) for name, v in less.items()),
+        claim(text, round(missed["forward"] / missed["gradient_norms"], 3), 0.5),
+        *of_counts(found),
+    ]
+
+
+def mean_of(found: list[Row], method: str) -> float:
+    """Of all pairs of a model and a set."""
+    rows = [row for row in found if row["method"] == method]
+    return float(statistics.mean(value for row in rows for value in row["auroc"].values()))
+
+
+def sizes(cases: list[Case]) -> dict[str, dict[str, int]]:
+    """Images of each set, by case."""
+    return {case.name: {name: len(each) for name, each in case.images.items()} for case in cases}
