@@ -145,8 +145,9 @@ bench: benchmark-peers .venv-foreign/.installed
 	$(BIN)/python -m benchmarks.drift.e_detector --json benchmarks/results/drift.json --figure docs/drift.png
 	$(BIN)/python -m benchmarks.cost.performance
 
-# DATA holds the images and the text; each benchmark says how to get them.
+# DATA holds the images and the text, RECORDINGS speech; each benchmark says how to get them.
 DATA ?= ../shared/data
+RECORDINGS ?= $(DATA)/free-spoken-digits
 EVIDENCE = --data-dir $(DATA) --json benchmarks/results
 train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.train --data-dir $(DATA)
@@ -154,6 +155,8 @@ train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.detection.kinds --data-dir $(DATA)
 	$(BIN)/python -m benchmarks.detection.colour_glow --data-dir $(DATA) --train runs/colour-glow
 	$(BIN)/python -m benchmarks.detection.reserved --data-dir $(DATA) --train runs/reserved
+	$(BIN)/python -m benchmarks.detection.domains --data-dir $(DATA) --train runs/domains
+	$(BIN)/python -m benchmarks.detection.audio --recordings $(RECORDINGS) --train runs/audio
 
 evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.evidence $(EVIDENCE)/evidence.json
@@ -163,6 +166,8 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.forward $(EVIDENCE)/forward.json
 	$(BIN)/python -m benchmarks.detection.no_law $(EVIDENCE)/no_law.json
 	$(BIN)/python -m benchmarks.detection.reserved $(EVIDENCE)/reserved.json
+	$(BIN)/python -m benchmarks.detection.domains $(EVIDENCE)/domains.json
+	$(BIN)/python -m benchmarks.detection.audio --recordings $(RECORDINGS) --json benchmarks/results/audio.json
 	$(BIN)/python -m benchmarks.detection.denoisers $(EVIDENCE)/denoisers.json
 	$(BIN)/python -m benchmarks.detection.one_level $(EVIDENCE)/one_level.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json

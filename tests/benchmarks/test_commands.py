@@ -19,6 +19,7 @@ NAMES = sorted(
 #: Of those the ones that take longest, two minutes together: `make test-benchmarks` runs them.
 LONG = {
     *("alerts.arrive", "detection.denoisers", "detection.evidence", "detection.no_law"),
+    *("detection.audio", "detection.domains"),  # as quick as detection.reserved, and the same
     *("detection.paper", "detection.questions", "detection.shifts"),
     *("integrations.diffusers", "integrations.lightning"),
 }

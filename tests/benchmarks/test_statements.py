@@ -203,10 +203,10 @@ def test_a_verdict_goes_by_the_share_of_cases(share: float, verdict: str) -> Non
 
 
 def test_reserved_classes_are_those_that_their_models_never_see() -> None:
-    for reserved in datasets.RESERVED.values():
-        assert reserved.of in datasets.SOURCES
-        assert not set(reserved.known) & set(reserved.foreign)
-        assert reserved.of not in zoo.TRAINED_ON
+    for classes in datasets.RESERVED.values():
+        assert classes.of in datasets.SOURCES
+        assert not set(classes.known) & set(classes.foreign)
+        assert classes.of not in zoo.TRAINED_ON
 
 
 @pytest.mark.parametrize("name", CHOOSERS)

@@ -1,0 +1,71 @@
+"""Sets that benchmarks make themselves: digits by blocks of ink, spectrograms of recordings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+
+from benchmarks.detection import audio, domains, protocol
+
+TIME = np.arange(audio.LENGTH) / audio.RATE
+
+
+def test_ink_is_counted_by_block_after_it_fills_the_square() -> None:
+    """A bar of twice its width: 32 high, 16 wide, in the middle."""
+    image = np.zeros((2, 28, 28), np.uint8)
+    image[0, 3:11, 20:24] = 200
+    found = domains.counted(image)
+    expected = torch.zeros(8, 8, dtype=torch.uint8)
+    expected[:, 2:6] = domains.COUNTS * domains.STEP
+    assert torch.equal(found[0, 0], expected)
+    assert not found[1].any()
+
+
+def test_the_digits_of_others_come_in_the_same_form() -> None:
+    found = domains.optdigits()
+    assert found.shape == (1797, 1, 8, 8)
+    assert set(torch.unique(found).tolist()) == {domains.STEP * k for k in range(17)}
+
+
+@pytest.mark.parametrize(("hertz", "row"), [(300, 29), (2000, 16), (3900, 0)])
+def test_a_tone_is_in_its_band_with_high_ones_above(hertz: int, row: int) -> None:
+    """A band is 125 Hz."""
+    found = audio.spectrogram(np.sin(2 * np.pi * hertz * TIME))
+    assert (found[:, 4:-4].argmax(0) == row).all()
+    assert found.max() == 255
+
+
+def test_half_a_second_in_the_middle_is_seen_and_silence_around_it() -> None:
+    long, short = np.arange(3 * audio.LENGTH), np.ones(100)
+    assert np.array_equal(audio.middle(long), np.arange(audio.LENGTH) + audio.LENGTH)
+    padded = audio.middle(short)
+    assert padded.sum() == 100
+    assert padded[audio.LENGTH // 2] == 1
+
+
+def test_a_speaker_is_held_out_and_recordings_that_are_changed_are_the_test_ones() -> None:
+    generator = np.random.default_rng(0)
+    speakers = {
+        name: [generator.normal(size=5000) for _ in range(30)] for name in ("a", audio.OTHER)
+    }
+    sizes = protocol.Sizes(fit=8, calibration=8, test=8, ood=5)
+    found = audio.case(speakers, sizes).images
+    own = audio.images(speakers["a"])
+    known = torch.cat([found[name] for name in ("train", "fit", "calibration", "test")])
+    assert len(known) == 30
+    assert not len(protocol.unlike(known, own))
+    assert not len(protocol.unlike(found["another speaker"], audio.images(speakers[audio.OTHER])))
+    assert list(found)[-4:] == list(audio.CHANGES)
+    assert all(len(found[name]) == 5 for name in audio.CHANGES)
+
+
+def test_recordings_of_another_rate_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="free-spoken-digit-dataset"):
+        audio.read(tmp_path)
+    wavfile.write(tmp_path / "0_a_1.wav", audio.RATE, np.zeros(9, np.int16))
+    assert {name: len(each) for name, each in audio.read(tmp_path).items()} == {"a": 1}
+    wavfile.write(tmp_path / "0_a_2.wav", 44_100, np.zeros(9, np.int16))
+    with pytest.raises(ValueError, match="Expected mono at 8000 Hz, got \\(9,\\) at 44100"):
+        audio.read(tmp_path)
