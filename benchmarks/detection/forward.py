@@ -94,7 +94,6 @@ def rows_of(
             "parts": {part.kind: len(part.columns.names) for part in joined.parts},
             "sample": plan.sample,
             "counts": counts(scores),
-            "tested": len(scores["test"]),
             "calibrated": len(scores["calibration"]),
             "forwards": costs(detector, x["test"]),
             "memory": memory(detector, x["test"]),

@@ -157,8 +157,9 @@ def judged(scores: Mapping[str, Array], resamples: int = 200) -> dict[str, Any]:
             for name, values in odd.items()
         },
         **flagged(scores["calibration"], normal),
+        "tested": len(normal),
         "found": caught(scores),
-        "fpr_at_95_tpr": {name: round(fpr_at_tpr(normal, v), 4) for name, v in odd.items()},
+        "fpr_at_95_tpr": fprs(scores),
         "delay": {name: delay(scores["calibration"], normal, v) for name, v in odd.items()},
     }
 
@@ -171,6 +172,12 @@ def caught(scores: Mapping[str, Array]) -> dict[str, float]:
     return {
         name: round(float(np.mean(p_value(scores[name]) <= FPR)), 4) for name in others_of(scores)
     }
+
+
+def fprs(scores: Mapping[str, Array]) -> dict[str, float]:
+    """Of each other set against the test samples: `fpr_at_tpr`, with four decimals."""
+    normal = scores["test"]
+    return {name: round(fpr_at_tpr(normal, scores[name]), 4) for name in others_of(scores)}
 
 
 def fpr_at_tpr(normal: Array, odd: Array) -> float:

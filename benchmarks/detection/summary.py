@@ -9,10 +9,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.detection import rates
 from benchmarks.detection.answers import EQUAL, counts
 from benchmarks.detection.datasets import NEAR_CIFAR
 from benchmarks.harness import pages
-from benchmarks.harness.pages import auroc, table
+from benchmarks.harness.pages import auroc
 
 Row = dict[str, Any]
 
@@ -69,10 +70,10 @@ models say how methods compare, not how well large ones detect.
 
 ![Mean AUROC against forward passes, a panel for each model](evidence.png)
 
-Mean AUROC over the pairs of each model. *Worst*: of all pairs. *Found*: the share of foreign
-images with p <= 0.01, by the detector's own p-values. *Flagged*: the same of normal images, which
-is promised to be 1 %. *Cost*: in forward passes of the network, of the dearest model, 64 images at
-once (of the rows without *found*: 50). In the figure what is below .5 stands at its edge."""
+Mean AUROC over the pairs of each model. *Worst*: of all pairs. {operator} *Flagged*: the share of
+normal images with p <= .01, which is promised to be 1 %. *Cost*: in forward passes of the network,
+of the dearest model, 64 images at once (of methods of `evidence`: 50). In the figure what is below
+.5 stands at its edge."""
 
 READING = """\
 What to read from it:
@@ -82,29 +83,32 @@ What to read from it:
 - Gradient norms are the paper's method, and name the layers that are not as usual.
 {colours}
 - **These sets are a development set.** Rules of `forward` were chosen on models of Fashion-MNIST
-  against these very sets. What was never chosen by stands in [the answers to the
-  paper](paper.md).
+  against these very sets. Here are [sets by which nothing was chosen](evidence/unseen.md).
 
 Further pages:
 
 - [The paper, statement by statement](paper.md)
-- [Images: every pair, groups of five, intervals](evidence/images.md)
-- [Denoisers: pixels, latents, flows, transformers, wrong labels](evidence/denoisers.md)
+- [Images, every pair](evidence/images.md)
+- [Denoisers](evidence/denoisers.md)
+- [Sets by which nothing was chosen: classes, another source, spoken digits](evidence/unseen.md)
 - [Rows of tables](evidence/tables.md)
+- [Text](evidence/text.md)
 - [Models of CIFAR-10](evidence/cifar10.md)
 - [Models that others published: antibodies, galaxies](evidence/published.md)
-- [Which layers, how many samples, how much training, and the law of the norms](evidence/layers.md)
+- [Layers, samples, training, the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
 - [Drift in streams of real images, beside other deciders](evidence/streams.md)
 - [Guesses that are wrong](evidence/guesses.md)
-- [Text, densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
+- [Densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
 
 ```{toctree}
 :hidden:
 
 evidence/images
 evidence/denoisers
+evidence/unseen
 evidence/tables
+evidence/text
 evidence/cifar10
 evidence/published
 evidence/layers
@@ -123,6 +127,7 @@ class Found:
         by_model: AUROC of each pair, by model.
         found: Shares of foreign images with p <= 0.01.
         flagged: Shares of normal images.
+        rows: All of them.
         costs: In forward passes, by model.
     """
 
@@ -130,12 +135,14 @@ class Found:
     found: list[float] = field(default_factory=list)
     flagged: list[float] = field(default_factory=list)
     costs: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         """One model of one set."""
         model = row["model"]
         self.by_model.setdefault(model, []).extend(row["auroc"].values())
         self.found += row.get("found", {}).values()
+        self.rows.append(row)
         if row.get("flagged") is not None:
             self.flagged.append(row["flagged"])
         self.cost(row)
@@ -185,7 +192,7 @@ def cells(title: str, found: Found) -> list[str | None]:
         *(None if values is None else auroc(statistics.mean(values)) for values in means),
         auroc(statistics.mean(every)) if whole else None,
         auroc(min(every)) if every else None,
-        pages.percent(statistics.mean(found.found)) if found.found else None,
+        *rates.cells(found.rows),
         pages.percent(statistics.mean(found.flagged)) if found.flagged else None,
         None if cost is None else f"{cost:.1f}",
     ]
@@ -248,7 +255,7 @@ def colours(reports: Mapping[str, Row]) -> str:
 
 def rendered(reports: Mapping[str, Row]) -> str:
     """The page of these reports, by name."""
-    header = ["method", *MODELS, "all", "worst", "found", "flagged", "cost"]
+    header = ["method", *MODELS, "all", "worst", *rates.HEADER, "flagged", "cost"]
     lines = [cells(title, found) for title, found in found_of(reports).items()]
     dated = ", ".join(
         f"{name} on {pages.described(reports[name]['machine'])}"
@@ -256,9 +263,11 @@ def rendered(reports: Mapping[str, Row]) -> str:
         if name in reports
     )
     measured = pages.paragraph(f"Measured: {dated}.")
+    *lead, legend = INTRODUCTION.split("\n\n")
     blocks = [
-        INTRODUCTION,
-        table(header, lines),
+        *lead,
+        pages.paragraph(legend.replace("{operator}", rates.WORDS)),
+        pages.filled(header, lines),
         counted(reports),
         measured,
         READING.replace("{colours}", colours(reports)),

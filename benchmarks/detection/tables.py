@@ -108,13 +108,9 @@ def rows_of(table: str, model: str, steps: int) -> Iterator[Row]:
     adapter = om.LogLikelihood(flow, sample="row")
     for method, options in METHODS.items():
         scores = scored(adapter, sets, options)
-        found = {
-            name: round(protocol.auroc(scores["test"], values), 4)
-            for name, values in scores.items()
-            if name != "test"
-        }
-        mean = round(statistics.mean(found.values()), 4)
-        yield {"table": table, "model": model, "method": method, "auroc": found, "mean": mean}
+        case = {"table": table, "model": model, "method": method}
+        found = protocol.with_mean(protocol.aurocs(scores))
+        yield case | found | {"fpr_at_95_tpr": protocol.fprs(scores)}
 
 
 def scored(

@@ -13,6 +13,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, rows)])
 
 
+def filled(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table without the columns in which no row has a cell."""
+    listed = list(rows)
+    kept = [i for i in range(len(header)) if any(row[i] is not None for row in listed)]
+    return table([header[i] for i in kept], [[row[i] for i in kept] for row in listed])
+
+
 def _line(cells: Sequence[object]) -> str:
     texts = ("" if cell is None else str(cell) for cell in cells)
     return "|" + "|".join(f" {text} " if text else " " for text in texts) + "|"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from benchmarks.detection import audio, domains, protocol
+from benchmarks.detection import audio, domains, protocol, rates
 
 TIME = np.arange(audio.LENGTH) / audio.RATE
 
@@ -69,3 +69,30 @@ def test_recordings_of_another_rate_and_an_empty_folder_are_refused(tmp_path: Pa
     wavfile.write(tmp_path / "0_a_2.wav", 44_100, np.zeros(9, np.int16))
     with pytest.raises(ValueError, match="Expected mono at 8000 Hz, got \\(9,\\) at 44100"):
         audio.read(tmp_path)
+
+
+def judged(**columns: dict[str, float]) -> dict[str, object]:
+    return {"group": 1, "tested": 100} | columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "cells"),
+    [
+        ([judged()], [None, None, None]),
+        (
+            [judged(found={"a": 0.5, "b": 1.0}), judged(fpr_at_95_tpr={"a": 0.1, "b": 0.3})],
+            ["75.0 % (50.0 %)", "20.0 % (30.0 %)", None],
+        ),
+        ([judged(delay={"a": 9.0, "b": 20.0, "c": 101.0})], [None, None, "20 (never)"]),
+        ([judged(delay={"a": 9.0, "b": 101.0, "c": 101.0})], [None, None, "never"]),
+        (
+            [judged(delay={"a": 9.0}), judged(delay={"a": 5.0}) | {"tested": 5}],
+            [None, None, "9 (9)"],
+        ),
+        ([{"group": 5, "delay": {"a": 121.0}}], [None, None, "never"]),
+    ],
+)
+def test_an_operator_sees_means_and_in_brackets_the_worst_pair(
+    rows: list[dict[str, object]], cells: list[str | None]
+) -> None:
+    assert rates.cells(rows) == cells

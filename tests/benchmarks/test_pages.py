@@ -74,3 +74,8 @@ def test_claims_are_told_with_their_targets_and_whether_they_hold() -> None:
 def test_missed_claims_are_named() -> None:
     assert pages.missed(CLAIMS) == "1 of 2 claims are missed:\n\n- memory: 2; the target is 1.5"
     assert pages.missed(CLAIMS[:1]) == "0 of 1 claims are missed."
+
+
+def test_a_column_that_has_no_cell_is_left_out() -> None:
+    rows = [("x", None, 0), ("y", None, None)]
+    assert pages.filled(["a", "b", "c"], rows) == pages.table(["a", "c"], [("x", 0), ("y", None)])
