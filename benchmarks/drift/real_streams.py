@@ -245,10 +245,14 @@ def claims(rows: list[Row]) -> list[Row]:
 def full(data: Path, runs: Runs, names: list[str], known: list[Row]) -> Iterator[Row]:
     """Rows of these deciders, among those that were measured before and are not of these."""
     for method in METHODS:
-        rows = {row["decider"]: row for row in known if row["scores"] == method}
-        for row in compared(scored(data, method), runs, names):
-            rows[row["decider"]] = {"scores": method} | row
-        yield from (rows[name] for name in (*PROMISING, *DECIDERS) if name in rows)
+        measured = [{"scores": method} | r for r in compared(scored(data, method), runs, names)]
+        yield from joined([row for row in known if row["scores"] == method], measured)
+
+
+def joined(known: list[Row], measured: list[Row]) -> list[Row]:
+    """A row for each decider, the later one, in the order of deciders."""
+    rows = {row["decider"]: row for row in (*known, *measured)}
+    return [rows[name] for name in (*PROMISING, *DECIDERS) if name in rows]
 
 
 def quick_rows(runs: Runs, names: list[str]) -> Iterator[Row]:

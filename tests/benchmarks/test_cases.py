@@ -1,4 +1,4 @@
-"""Sets that benchmarks make themselves: digits by blocks of ink, spectrograms of recordings."""
+"""Sets that benchmarks make themselves, and what is told of rows: cells, and rows that stand."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from scipy.io import wavfile
 
 from benchmarks.detection import audio, domains, protocol, rates
+from benchmarks.drift import real_streams
 
 TIME = np.arange(audio.LENGTH) / audio.RATE
 
@@ -96,3 +97,11 @@ def test_an_operator_sees_means_and_in_brackets_the_worst_pair(
     rows: list[dict[str, object]], cells: list[str | None]
 ) -> None:
     assert rates.cells(rows) == cells
+
+
+def test_deciders_that_are_not_measured_again_stay_in_their_place() -> None:
+    known = [{"decider": name, "run": 1} for name in ("river ADWIN", "ours", "river PageHinkley")]
+    measured = [{"decider": name, "run": 2} for name in ("river ADWIN", "alibi-detect CVM")]
+    found = {row["decider"]: row["run"] for row in real_streams.joined(known, measured)}
+    assert list(found) == ["ours", "alibi-detect CVM", "river ADWIN", "river PageHinkley"]
+    assert list(found.values()) == [1, 2, 2, 1]
