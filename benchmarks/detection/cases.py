@@ -24,7 +24,7 @@ Row = dict[str, Any]
 #: Detectors with their defaults, and what they are compared with.
 COMPARED = (
     *("forward", "gradient_norms", "both", methods.PAPER),
-    *("typicality", "log-likelihood", "PNG size"),
+    *("typicality", methods.LOG_P, "PNG size"),
 )
 
 
@@ -78,7 +78,7 @@ def rows(case: Case, models: list[str]) -> Iterator[Row]:
     for model in models:
         watched = case.watched(model)
         module, facts = zoo.load(watched, case.weights(model))
-        for row in rows_of(model, watched, module, case.sets(), list(COMPARED)):
+        for row in rows_of(model, watched, module, case.sets(), list(COMPARED), timed=False):
             yield {"on": case.name, "training": facts} | row
 
 
@@ -88,7 +88,7 @@ def quick() -> Iterator[Row]:
     train_on = images.pop("train")
     for model, watched, module, facts in zoo.trained_tiny(train_on):
         if model in of_zoo():
-            for row in rows_of(model, watched, module, images, list(COMPARED)):
+            for row in rows_of(model, watched, module, images, list(COMPARED), timed=False):
                 yield {"on": "digits", "training": facts} | row
 
 

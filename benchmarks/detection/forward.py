@@ -76,9 +76,15 @@ COST_TARGETS = {
 
 
 def rows_of(
-    model: str, watched: Watched, module: nn.Module, sets: Mapping[str, Tensor], names: list[str]
+    model: str,
+    watched: Watched,
+    module: nn.Module,
+    sets: Mapping[str, Tensor],
+    names: list[str],
+    *,
+    timed: bool = True,
 ) -> Iterator[Row]:
-    """A row for each method: every set, then what is left of it with few fit samples."""
+    """A row for each method: every set, what is left of it with few fit samples, and the cost."""
     adapter = watched.adapter(module)
     x = {name: watched.prepare(images) for name, images in sets.items()}
     plans = plans_of(adapter, x, names)
@@ -95,8 +101,7 @@ def rows_of(
             "sample": plan.sample,
             "counts": counts(scores),
             "calibrated": len(scores["calibration"]),
-            "forwards": costs(detector, x["test"]),
-            "memory": memory(detector, x["test"]),
+            **(spent(detector, x["test"]) if timed else {}),
             "few": aurocs({of: few.score(it) for of, it in found.items() if of != "fit"}),
         } | protocol.judged(scores)
     others = [name for name in names if name in methods.METHODS]
@@ -178,6 +183,11 @@ def counts(scores: Mapping[str, Any]) -> dict[str, int]:
     """How many test images have a p-value of at most each rate."""
     p_value = ConformalPValue.fit(scores["calibration"]).p_value(scores["test"])
     return {str(fpr): int((p_value <= fpr).sum()) for fpr in RATES}
+
+
+def spent(detector: om.Detector, x: Tensor) -> Row:
+    """Time and memory of a score."""
+    return {"forwards": costs(detector, x), "memory": memory(detector, x)}
 
 
 def costs(detector: om.Detector, x: Tensor) -> dict[str, float]:

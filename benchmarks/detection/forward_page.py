@@ -17,8 +17,7 @@ INTRODUCTION = (
     "come of one pass, with this library's default density; `both` joins the two. Rules of "
     "`forward` were chosen on models of Fashion-MNIST against these very sets, and one scale was "
     "mended on those of MNIST: the figures say how it does where it was made. "
-    f"{rates.WORDS} Costs are in plain forward passes of B images, the larger of the two "
-    "models'."
+    "{legend} Costs are in plain forward passes of B images, the larger of the two models'."
 )
 
 
@@ -29,7 +28,7 @@ def section(report: Row, measured: str) -> list[str]:
     return [
         "## The methods",
         f"By {measured}",
-        pages.paragraph(INTRODUCTION),
+        pages.paragraph(INTRODUCTION.replace("{legend}", rates.legend(pairs))),
         overall(pairs),
         pages.paragraph(
             "Every pair, `forward` with its 95 % interval, then the others; the last column is "
@@ -229,7 +228,7 @@ def colour_glow(report: Row, measured: str) -> list[str]:
         ),
         "![Log squared gradient norms of four layers](../colour-glow-layers.png)",
         table(["method", *(f"{name}, B = {group}" for group in (1, 5) for name in names)], lines),
-        pages.paragraph(f"Means of the three sets. {rates.WORDS}"),
+        pages.paragraph(f"Means of the three sets. {rates.legend(rows)}"),
         by_groups(rows),
         *pages.judged("### Claims of this Glow", report["claims"]),
     ]

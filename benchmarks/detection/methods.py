@@ -235,11 +235,11 @@ class Compared:
     passes: str
 
 
-DEFAULT, PAPER = "default", "paper"
+DEFAULT, PAPER, LOG_P = "default", "paper", "log-likelihood"
 
 METHODS: dict[str, Compared] = {
     "PNG size": Compared("bits", lambda _: Typicality(), "none"),
-    "log-likelihood": Compared("likelihood", lambda _: LowLikelihood(), "forward"),
+    LOG_P: Compared("likelihood", lambda _: LowLikelihood(), "forward"),
     "typicality": Compared("likelihood", lambda _: Typicality(), "forward"),
     "log-likelihood, T = 1": Compared("least noise", lambda _: LowLikelihood(), "level"),
     "typicality, T = 1": Compared("least noise", lambda _: Typicality(), "level"),

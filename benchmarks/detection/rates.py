@@ -12,15 +12,25 @@ from benchmarks.harness.pages import percent
 
 Row = dict[str, Any]
 
-#: Heads of these columns.
-HEADER = ("found", "FPR 95", "alarm")
+#: Heads of these columns, with what they say.
+LEGENDS = {
+    "found": "the share of foreign samples with p <= .01, by the detector's own p-values",
+    "FPR 95": "the share of normal samples above a threshold that finds 95 % of the foreign ones",
+    "alarm": "samples to a drift alarm when a fifth of a stream is foreign, the median of the "
+    "pairs (*never*: not within the test samples)",
+}
+HEADER = tuple(LEGENDS)
 
-WORDS = (
-    "*Found*: the share of foreign samples with p <= .01, by the detector's own p-values. *FPR "
-    "95*: the share of normal samples above a threshold that finds 95 % of the foreign ones. "
-    "*Alarm*: samples to a drift alarm when a fifth of a stream is foreign, the median of the "
-    "pairs; *never* is not within the test samples. In brackets the worst pair."
-)
+
+def legend(rows: Iterable[Row]) -> str:
+    """What the columns say that these rows have."""
+    there = [cell is not None for cell in cells(rows)]
+    told = [
+        f"*{name[0].upper()}{name[1:]}*: {words}."
+        for (name, words), is_there in zip(LEGENDS.items(), there, strict=True)
+        if is_there
+    ]
+    return " ".join([*told, "In brackets the worst pair."]) if told else ""
 
 
 def cells(rows: Iterable[Row]) -> list[str | None]:

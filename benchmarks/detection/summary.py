@@ -256,7 +256,9 @@ def colours(reports: Mapping[str, Row]) -> str:
 def rendered(reports: Mapping[str, Row]) -> str:
     """The page of these reports, by name."""
     header = ["method", *MODELS, "all", "worst", *rates.HEADER, "flagged", "cost"]
-    lines = [cells(title, found) for title, found in found_of(reports).items()]
+    by_title = found_of(reports)
+    lines = [cells(title, found) for title, found in by_title.items()]
+    every = [row for found in by_title.values() for row in found.rows]
     dated = ", ".join(
         f"{name} on {pages.described(reports[name]['machine'])}"
         for name in ("forward", "denoisers", "evidence")
@@ -266,7 +268,7 @@ def rendered(reports: Mapping[str, Row]) -> str:
     *lead, legend = INTRODUCTION.split("\n\n")
     blocks = [
         *lead,
-        pages.paragraph(legend.replace("{operator}", rates.WORDS)),
+        pages.paragraph(legend.replace("{operator}", rates.legend(every))),
         pages.filled(header, lines),
         counted(reports),
         measured,

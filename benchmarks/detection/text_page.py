@@ -41,9 +41,9 @@ def section(report: Row, measured: str) -> list[str]:
         verdict(rows),
         table_of(rows),
         pages.paragraph(
-            f"{rates.WORDS} *At .05*: the share of windows by the same author with p <= .05, which "
-            "come later in the text than those that calibrate: other plays are a shift of their "
-            "own."
+            f"{rates.legend(rows.values())} *At .05*: the share of windows by the same author with "
+            "p <= .05, which come later in the text than those that calibrate: other plays are a "
+            "shift of their own."
         ),
         pages.paragraph(
             "Fast-DetectGPT's curvature and Min-K%++ were made to tell what a machine has written, "

@@ -105,3 +105,11 @@ def test_deciders_that_are_not_measured_again_stay_in_their_place() -> None:
     found = {row["decider"]: row["run"] for row in real_streams.joined(known, measured)}
     assert list(found) == ["ours", "alibi-detect CVM", "river ADWIN", "river PageHinkley"]
     assert list(found.values()) == [1, 2, 2, 1]
+
+
+def test_a_legend_says_what_the_columns_have() -> None:
+    assert rates.legend([judged()]) == ""
+    words = rates.legend([judged(fpr_at_95_tpr={"a": 0.1})])
+    assert words.startswith("*FPR 95*: the share of normal samples")
+    assert "Found" not in words
+    assert words.endswith("In brackets the worst pair.")
