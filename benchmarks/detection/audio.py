@@ -144,6 +144,9 @@ def main(
     training: Annotated[
         Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
     ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
+    ] = Path("runs/audio/rows"),
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
     if quick_run:
@@ -153,7 +156,9 @@ def main(
     if training is not None:
         cases.trained(found, names, training)
         return
-    reported(cases.rows(found, names), line, cases.claims, output, sizes=cases.sizes([found]))
+    reported(
+        cases.rows(found, names, folder), line, cases.claims, output, sizes=cases.sizes([found])
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The models are those of `benchmarks.detection.zoo` where nothing else is said, w
 steps as there are fewer images, and the protocol is that of `benchmarks.detection.forward`.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.detection import methods, protocol, zoo
 from benchmarks.detection.forward import misses, of_counts, rows_of
 from benchmarks.detection.protocol import FPR
+from benchmarks.detection.statements import kept
 from benchmarks.detection.train import train
 from benchmarks.detection.trained import Watched
 from benchmarks.harness.measurement import claim
@@ -73,13 +75,19 @@ def trained(case: Case, models: list[str], folder: Path) -> None:
         )
 
 
-def rows(case: Case, models: list[str]) -> Iterator[Row]:
-    """A row for each model and method."""
+def rows(case: Case, models: list[str], folder: Path) -> Iterator[Row]:
+    """A row for each model and method, of files in the folder where it has a model's."""
     for model in models:
-        watched = case.watched(model)
-        module, facts = zoo.load(watched, case.weights(model))
-        for row in rows_of(model, watched, module, case.sets(), list(COMPARED), timed=False):
-            yield {"on": case.name, "training": facts} | row
+        file = folder / f"{case.weights(model).stem}.json"
+        yield from kept(file, functools.partial(measured, case, model))
+
+
+def measured(case: Case, model: str) -> list[Row]:
+    """Of one model."""
+    watched = case.watched(model)
+    module, facts = zoo.load(watched, case.weights(model))
+    found = rows_of(model, watched, module, case.sets(), list(COMPARED), timed=False)
+    return [{"on": case.name, "training": facts} | row for row in found]
 
 
 def quick() -> Iterator[Row]:

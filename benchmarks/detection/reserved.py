@@ -61,6 +61,9 @@ def main(
     training: Annotated[
         Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
     ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
+    ] = Path("runs/reserved/rows"),
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
     if quick_run:
@@ -73,7 +76,7 @@ def main(
         for each in found:
             cases.trained(each, models, training)
         return
-    rows = (row for each in found for row in cases.rows(each, models))
+    rows = (row for each in found for row in cases.rows(each, models, folder))
     reported(rows, line, cases.claims, output, sizes=cases.sizes(found))
 
 
