@@ -94,7 +94,10 @@ def _after_in_child() -> None:
     for owner, function in list(_functions.items()):
         function(owner)
     if missed:
-        text = "A fork waited %.0f s for another thread: what that was changing may be incomplete."
+        text = (
+            "A fork waited %.0f s for another thread: what that was changing may be incomplete. "
+            "[OOD303]"
+        )
         _log.warning(text, _PATIENCE)
 
 

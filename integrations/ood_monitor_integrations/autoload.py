@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = ["VARIABLE", "callbacks"]
 
+#: The environment variable that names a saved detector.
 VARIABLE = "OOD_MONITOR_DETECTOR"
 
 
@@ -24,7 +25,9 @@ def callbacks() -> list[Any]:
     if not folder:
         return []
     if not (Path(folder) / "config.json").is_file():
-        warnings.warn(f"Expected {VARIABLE} to name a saved detector, got {folder}.", stacklevel=2)
+        warnings.warn(
+            f"Expected {VARIABLE} to name a saved detector, got {folder}. [OOD514]", stacklevel=2
+        )
         return []
     from ood_monitor_integrations.lightning import OODMonitor
 

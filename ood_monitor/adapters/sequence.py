@@ -371,7 +371,7 @@ class SequenceLikelihood(Adapter):
             warnings.warn(
                 f"padding={self._padding} is taken for a token that is in no text, but the model's "
                 "config names no end token of its vocabulary. If texts end by it pass "
-                "padding_is_end=True, since else their end is left out; if not, False.",
+                "padding_is_end=True, since else their end is left out; if not, False. [OOD115]",
                 stacklevel=2,
             )
 

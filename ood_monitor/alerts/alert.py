@@ -27,6 +27,7 @@ __all__ = [
     "severity_of",
 ]
 
+#: What happened.
 AlertKind = Literal[
     "sample",
     "drift",
@@ -39,7 +40,9 @@ AlertKind = Literal[
 #: Kinds that tell of nothing wrong: of an end, or of more about an alert before.
 CALM: tuple[AlertKind, ...] = ("recovered", "accepted", "explanation")
 
+#: How much an alert matters.
 Severity = Literal["info", "warning", "critical"]
+#: Where a stream stands.
 Status = Literal["OK", "WARN", "ALERT"]
 DriftOf = Literal["data", "mix"]
 

@@ -177,7 +177,7 @@ def _readable(folder: Path) -> Iterator[Shown]:
             if path.stat().st_size <= _MOST_BYTES:
                 yield Shown.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            _log.warning("Left out of the page: %s (%s)", path, error)
+            _log.warning("Left out of the page: %s (%s) [OOD409]", path, error)
 
 
 def _file_of(folder: Path, stream: str) -> Path:

@@ -231,7 +231,7 @@ class Dispatcher:
     def _tell(self, alert: Alert, why: str) -> None:
         if not self._is_told:
             self._is_told = True  # one line, however many alerts follow
-            _log.warning("Alert %s will not be delivered: %s.", alert.id, why)
+            _log.warning("Alert %s will not be delivered: %s. [OOD401]", alert.id, why)
 
     def _tell_of_undelivered(self) -> None:
         if not self.undelivered_count:
@@ -240,7 +240,7 @@ class Dispatcher:
         if self.spool is not None:
             folder = self.spool.folder
             where = f"the next monitor with the spool {folder} delivers what it has of them"
-        _log.warning("Alerts not delivered: %d; %s.", self.undelivered_count, where)
+        _log.warning("Alerts not delivered: %d; %s. [OOD401]", self.undelivered_count, where)
 
 
 def _threads(

@@ -215,7 +215,7 @@ class Journal:
             if not is_kept:
                 self._rewrite()
         except OSError as error:
-            _log.warning("%s could not be written anew: %s.", self._path, error)
+            _log.warning("%s could not be written anew: %s. [OOD403]", self._path, error)
         if self._fd >= 0 and self._size == len(content) and not content.endswith(b"\n"):
             self._gap = b"\n" if content else b""
 
@@ -303,10 +303,10 @@ class Journal:
             finally:
                 os.close(fd)
         except OSError as error:
-            text = "%d lines of %s%s could not be read, and stay there: %s."
+            text = "%d lines of %s%s could not be read, and stay there: %s. [OOD406]"
             _log.warning(text, len(damaged), self._path, torn, error)
             return False
-        text = "%d lines of %s%s could not be read, and are kept in %s."
+        text = "%d lines of %s%s could not be read, and are kept in %s. [OOD406]"
         _log.warning(text, len(damaged), self._path, torn, aside)
         return True
 
@@ -315,11 +315,13 @@ class Journal:
             self._rewrite()
         except OSError as error:
             self._waste = 0  # tried again when there is as much again
-            _log.warning("%s could not be written anew: %s.", self._path, error)
+            _log.warning("%s could not be written anew: %s. [OOD403]", self._path, error)
 
     def _rewrite_with_successor(self) -> None:
         """The file was removed or replaced, by whatever means, while this process had the lock."""
-        _log.warning("%s was removed or replaced; all that is owed is written anew.", self._path)
+        _log.warning(
+            "%s was removed or replaced; all that is owed is written anew. [OOD404]", self._path
+        )
         self._leave()
         with suppress(FileNotFoundError):
             self._read()

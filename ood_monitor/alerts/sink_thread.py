@@ -256,7 +256,7 @@ class SinkThread:
                 self._queue.appendleft(self._current)
             self._current = None
             self.failures += 1
-        _log.warning("The sink %s: %s; it is begun anew.", self.name, why)
+        _log.warning("The sink %s: %s; it is begun anew. [OOD407]", self.name, why)
 
     def _next(self) -> bool:
         """Whether to go on: with ``_current``, or if that is None, with what stepped aside."""
@@ -339,7 +339,10 @@ class SinkThread:
             if not self._abandoned:
                 self.lose(alert, why)
         if self.refused == 1:
-            text = "The sink %s refused alert %s: %s. It is not tried again; more are counted."
+            text = (
+                "The sink %s refused alert %s: %s. It is not tried again; more are counted. "
+                "[OOD408]"
+            )
             _log.warning(text, self.name, alert.id, self._error)
         self._settled(alert, self.name, why)
 
@@ -371,7 +374,7 @@ class SinkThread:
         self.failures += 1
         self._error = described(error)
         if self.failures == 1:
-            text = "The sink %s failed; its further failures are counted, not logged."
+            text = "The sink %s failed; its further failures are counted, not logged. [OOD407]"
             _log.warning(text, self.name, exc_info=error)
 
 

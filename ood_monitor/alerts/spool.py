@@ -234,7 +234,7 @@ class Spool:
         self._journal.write()
         if self._is_failing:
             self._is_failing = False
-            _log.warning("The spool %s is written again, and lacks nothing.", self.folder)
+            _log.warning("The spool %s is written again, and lacks nothing. [OOD403]", self.folder)
 
     def _is_held(self) -> bool:
         return all(lock.is_held for lock in self._locks)
@@ -264,7 +264,8 @@ class Spool:
         self._release_locks()
         self._take_folder()
         _log.warning(
-            "The spool %s or its lock was removed or replaced; it is taken anew.", self.folder
+            "The spool %s or its lock was removed or replaced; it is taken anew. [OOD404]",
+            self.folder,
         )
 
     def _release_locks(self) -> None:
@@ -276,7 +277,8 @@ class Spool:
         if full and not self._is_told_of_room:
             self._is_told_of_room = True
             text = (
-                "The spool %s holds %d alerts to %s: %s found no room. More are counted, not told."
+                "The spool %s holds %d alerts to %s: %s found no room. More are counted, not "
+                "told. [OOD402]"
             )
             _log.warning(text, self.folder, self._capacity, ", ".join(full), alert.id)
 
@@ -287,14 +289,16 @@ class Spool:
     def _tell_of_failure(self, why: str) -> None:
         if not self._is_failing:
             self._is_failing = True
-            _log.warning("The spool %s: %s. More of this is counted, not told.", self.folder, why)
+            _log.warning(
+                "The spool %s: %s. More of this is counted, not told. [OOD403]", self.folder, why
+            )
 
     def _tell_of_strangers(self) -> None:
         given_up = self._journal.give_up_strangers(self._sinks)
         strangers = ", ".join(sorted(self._journal.sinks - set(self._sinks)))
         if given_up:
-            text = "The spool %s gave up %d alerts to sinks that are no more, the oldest."
+            text = "The spool %s gave up %d alerts to sinks that are no more, the oldest. [OOD405]"
             _log.warning(text, self.folder, given_up)
         if strangers:
-            text = "The spool %s owes alerts to %s, which is not among the sinks."
+            text = "The spool %s owes alerts to %s, which is not among the sinks. [OOD405]"
             _log.warning(text, self.folder, strangers)

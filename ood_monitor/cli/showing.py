@@ -9,6 +9,7 @@ from ood_monitor import __version__
 from ood_monitor.alerts.guidance import guidance_of
 from ood_monitor.cli.console import AsJson, Debug, checked, print_facts
 from ood_monitor.cli.options import Directory
+from ood_monitor.codes import meaning_of
 from ood_monitor.saving.card import (
     told_conditions,
     told_explanation,
@@ -40,25 +41,42 @@ def show(directory: Directory, as_json: AsJson = False, debug: Debug = False) ->
 
 @checked
 def guide(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="The alert's kind, such as drift.")],
+    topic: Annotated[
+        str,
+        typer.Argument(
+            metavar="TOPIC", help="An alert's kind, such as drift, or a warning's code, as OOD101."
+        ),
+    ],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    r"""Print what a kind of alert means, what it does not mean, its causes, and what to do now.
+    r"""Print what a kind of alert, or the code of a warning, means and what to do now.
 
     \b
     Example:
         ood-monitor guide drift
+        ood-monitor guide OOD101
     """
-    guidance = guidance_of(kind)  # type: ignore[arg-type]  # of any text, it refuses others
+    if topic.upper().startswith("OOD"):
+        _print_meaning(topic.upper(), as_json=as_json)
+        return
+    guidance = guidance_of(topic)  # type: ignore[arg-type]  # of any text, it refuses others
     if as_json:
-        print_facts({"kind": kind} | asdict(guidance), as_json=True)
+        print_facts({"kind": topic} | asdict(guidance), as_json=True)
         return
     causes = "\n".join(f"  {i}. {cause}" for i, cause in enumerate(guidance.causes, 1))
     typer.echo(
-        f"{kind}: {guidance.means}\n\nWhat it does not mean: {guidance.means_not}\n\n"
+        f"{topic}: {guidance.means}\n\nWhat it does not mean: {guidance.means_not}\n\n"
         f"Usual causes:\n{causes}\n\nDo now: {guidance.do}\n\n  {guidance.command}"
     )
+
+
+def _print_meaning(code: str, *, as_json: bool) -> None:
+    meaning = meaning_of(code)
+    if as_json:
+        print_facts({"code": code} | asdict(meaning), as_json=True)
+        return
+    typer.echo(f"{code}: {meaning.title}.\n\n{meaning.cause}\n\nDo now: {meaning.do}")
 
 
 def facts_of(fitted: Fitted) -> dict[str, str | int | float]:

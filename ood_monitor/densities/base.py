@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Array", "Density", "check_fitted", "checked", "checked_fit"]
 
+#: A NumPy array of float64.
 Array: TypeAlias = NDArray[np.float64]
 
 

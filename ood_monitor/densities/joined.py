@@ -123,7 +123,7 @@ class Joined:
         if not fitted:
             raise ValueError(next(iter(reasons.values())) if len(parts) == 1 else _none(reasons))
         for kind, reason in reasons.items():
-            _log.warning("The detector goes without its part %r: %s", kind, reason)
+            _log.warning("The detector goes without its part %r: %s [OOD109]", kind, reason)
         return cls(tuple(fitted), tuple(tails) if len(fitted) > 1 else ())
 
     @cached_property

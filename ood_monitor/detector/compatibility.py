@@ -102,7 +102,8 @@ def warn_of_other_model(fitted: Fitted, adapter: Adapter, *, stacklevel: int) ->
         other = "" if dtype == fitted.dtype else f", in {fitted.dtype}"
         warnings.warn(
             f"Stale calibration: the detector was fitted on weights {fitted.model}{other}, the "
-            f"model has {found}{other and f', in {dtype}'}. Fit it again on held-out data.",
+            f"model has {found}{other and f', in {dtype}'}. Fit it again on held-out data. "
+            "[OOD201]",
             stacklevel=stacklevel + 1,
         )
     changed = differences(fitted.provenance.adapter, recipe(adapter))
@@ -110,6 +111,6 @@ def warn_of_other_model(fitted: Fitted, adapter: Adapter, *, stacklevel: int) ->
         told = [f"{name}={a!r}, got {b!r}" for name, (a, b) in changed.items()]
         warnings.warn(
             f"Another adapter: the detector was fitted with {'; '.join(told)}. Its scores mean "
-            "something else now: build the adapter as it was.",
+            "something else now: build the adapter as it was. [OOD202]",
             stacklevel=stacklevel + 1,
         )

@@ -116,7 +116,7 @@ class Fitting:
             samples = replace(samples, norms=norms, count=len(measured))
         usual = Usual.of(samples, torch.finfo(dtype_of(adapter.module)).eps)
         if not usual.layers:
-            _log.warning("Fitted without explanation by layer: %s", usual.without)
+            _log.warning("Fitted without explanation by layer: %s [OOD110]", usual.without)
         return usual
 
     def _trimmed(self, samples: Measurements, eps: float) -> Measurements:
@@ -136,13 +136,14 @@ class Fitting:
         large = large_groups(fit, self.minimum_group / odds)
         if not large:
             _log.warning(
-                "No group of the %d has %d calibration samples, so that all are one group.",
+                "No group of the %d has %d calibration samples, so that all are one group. "
+                "[OOD107]",
                 len({*calibrate, *fit}),
                 self.minimum_group,
             )
         elif self.groups_of_adapter and (small := sorted({*calibrate, *fit} - {*large})):
             _log.warning(
-                "Fewer than %d calibration samples, so no group of their own: %s.",
+                "Fewer than %d calibration samples, so no group of their own: %s. [OOD107]",
                 self.minimum_group,
                 ", ".join(small),
             )
@@ -194,14 +195,16 @@ def _finite(measured: Measurements) -> Measurements:
     measured = replace(measured, tables=tables)
     if left_out:
         _log.warning(
-            "Left out, as they are not finite in more than one held-out sample of twenty: %s%s.",
+            "Left out, as they are not finite in more than one held-out sample of twenty: %s%s. "
+            "[OOD104]",
             ", ".join(left_out[:20]),
             f" and {len(left_out) - 20} more" if len(left_out) > 20 else "",
         )
     if sound.all():
         return measured
     _log.warning(
-        "Left out of the held-out samples, as something of them is not finite: %d of %d, at %s.",
+        "Left out of the held-out samples, as something of them is not finite: %d of %d, at "
+        "%s. [OOD103]",
         (~sound).sum(),
         len(sound),
         np.flatnonzero(~sound)[:20].tolist(),
@@ -226,7 +229,7 @@ def _tell_of_no_gradient(measured: Measurements) -> None:
         _log.warning(
             "No gradient for any of the %d held-out samples, so not watched: %s. The likelihood "
             "does not use them, something multiplies them by zero, or the model keeps what it has "
-            "computed from them between calls.",
+            "computed from them between calls. [OOD106]",
             len(measured),
             ", ".join(found),
         )
@@ -247,7 +250,7 @@ def recalibrated(fitted: Fitted, measured: Measurements) -> Fitted:
     known = np.flatnonzero(np.isfinite(scores))
     if len(known) < len(scores):
         _log.warning(
-            "Left out, as they have no finite score: %d of %d samples.",
+            "Left out, as they have no finite score: %d of %d samples. [OOD105]",
             len(scores) - len(known),
             len(scores),
         )
@@ -275,7 +278,8 @@ def _tell_of_copies(measured: Measurements) -> None:
     if copies:
         _log.warning(
             "%d of %d held-out samples are copies of others: unless samples repeat themselves by "
-            "nature, normal ones are flagged more often than at fpr. Leave one of each.",
+            "nature, normal ones are flagged more often than at fpr. Leave one of each. "
+            "[OOD102]",
             copies,
             len(measured.names),
         )
@@ -290,6 +294,6 @@ def _warn_of_autocorrelation(scores: Array, grouped: GroupedPValue | None) -> No
         warnings.warn(
             f"Neighbouring calibration scores are correlated ({found:.2f}, expected at most "
             f"{bound:.2f}): p-values and drift alarms assume exchangeable samples. Shuffle the "
-            "held-out data, or calibrate on independent units.",
+            "held-out data, or calibrate on independent units. [OOD101]",
             stacklevel=4,
         )

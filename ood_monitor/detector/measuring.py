@@ -249,7 +249,8 @@ def _bits_in_range(bits: Tensor, adapter: Adapter, batch: Batch) -> Tensor:
     if not shown.all():
         _log.warning(
             "%d of %d held-out images have values outside the range that they are shown in, so "
-            "that the bits of their PNG are no column; give the adapter its `value_range=`.",
+            "that the bits of their PNG are no column; give the adapter its `value_range=`. "
+            "[OOD111]",
             int((~shown).sum()),
             len(shown),
         )

@@ -6,8 +6,9 @@ from ood_monitor.checks import number
 
 __all__ = ["CORRELATIONS", "MEAN_RUN_TIMES", "RUN_TIMES", "expected_run_time"]
 
-#: Lag-1 correlations, and promised run times, that were simulated.
+#: Lag-1 correlations that were simulated.
 CORRELATIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.95)
+#: Promised run times that were simulated.
 RUN_TIMES = (100, 1_000, 10_000, 100_000)
 
 #: Mean samples to an alarm, by promised run time and correlation: `benchmarks.drift.correlation`.

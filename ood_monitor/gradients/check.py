@@ -273,7 +273,7 @@ def _compare(
     if wrong:
         warnings.warn(
             f"The fast path disagrees with the loop over samples for {sorted(wrong)}; these "
-            "parameters are scored by the loop: exact, but slower.",
+            "parameters are scored by the loop: exact, but slower. [OOD114]",
             stacklevel=6,
         )
     looped = frozenset(wrong | done)

@@ -489,7 +489,7 @@ class Monitor:
         if found is not None:
             _log.warning(
                 "Stream %r: %s Pass `thin=`, or one sample of each independent unit (a request, a "
-                "user).",
+                "user). [OOD302]",
                 self.name,
                 found,
             )

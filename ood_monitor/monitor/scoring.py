@@ -150,7 +150,7 @@ class _Halving:
     def _tell(self) -> None:
         first, why = min(self._at_fault.items())
         _log.warning(
-            "%d of %d samples could not be scored, the first at index %d: %s: %s",
+            "%d of %d samples could not be scored, the first at index %d: %s: %s [OOD301]",
             len(self._at_fault),
             self._size,
             first,

@@ -33,7 +33,10 @@ from ood_monitor.whole_files import replace_files
 
 __all__ = ["CONFIG", "FORMAT", "TENSORS", "Fitted", "digest"]
 
-CONFIG, TENSORS = "config.json", "detector.safetensors"
+#: The file of a saved detector that people can read.
+CONFIG = "config.json"
+#: The file with its numbers.
+TENSORS = "detector.safetensors"
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ class Fitted:
         if never:
             _log.warning(
                 "Too few calibration samples to flag any sample at fpr %g in these groups (%d are "
-                "needed): %s.",
+                "needed): %s. [OOD108]",
                 fpr,
                 samples_for(fpr),
                 ", ".join(f"{group!r} has {size}" for group, size in never.items()),

@@ -170,7 +170,7 @@ def has_statistics_without_noise(adapter: Adapter, batch: Batch) -> bool:
         except (ValueError, RuntimeError) as error:  # also PyTorch's, of what it cannot run so
             usable = usable_by(adapter.module, own)
             scored(lambda p: list(p.fresh().log_likelihood(usable)), adapter, adapter.module)
-            _log.warning("Gradient norms are watched, since without noise: %s", error)
+            _log.warning("Gradient norms are watched, since without noise: %s [OOD113]", error)
             _measurable[adapter] = False
     found: bool = _measurable[adapter]
     return found

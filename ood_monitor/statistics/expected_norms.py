@@ -220,7 +220,7 @@ def _tell_left_out(adapter: Adapter, names: set[str]) -> None:
         _told[adapter] = True
         _log.warning(
             "Expected norms leave out %s of %s: their inputs have no row for each position of a "
-            "sequence, so that padding could not be left out.",
+            "sequence, so that padding could not be left out. [OOD112]",
             sorted(names),
             type(adapter.module).__name__,
         )

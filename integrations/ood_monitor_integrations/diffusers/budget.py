@@ -139,7 +139,7 @@ class Worker:
             try:
                 task()
             except Exception:  # the thread must live on; a task reports its own failures
-                _log.exception("A task of the monitor's queue failed.")
+                _log.exception("A task of the monitor's queue failed. [OOD606]")
             finally:
                 self._finished()
 

@@ -132,6 +132,6 @@ class Changes:
         if is_new:
             _log.warning(
                 "Stale calibration: %s is not as it was when the detector was fitted. Fit it again "
-                "on held-out data.",
+                "on held-out data. [OOD201]",
                 name,
             )

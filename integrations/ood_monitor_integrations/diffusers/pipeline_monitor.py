@@ -418,7 +418,7 @@ class PipelineMonitor:
             if self._raise_on_error and may_raise:
                 raise
             level = logging.WARNING if is_new else logging.DEBUG
-            _log.log(level, "A pipeline's call was not scored: %s", error, exc_info=True)
+            _log.log(level, "A pipeline's call was not scored: %s [OOD604]", error, exc_info=True)
 
     def _count(self, **more: int) -> None:
         with self._lock:

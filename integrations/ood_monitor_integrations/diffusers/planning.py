@@ -63,7 +63,10 @@ def plan_of(
         watched=2 if origin.watches == "both" else 1,
         in_background=_runs_in_background(pipe, Detector(adapter)),
     )
-    _log.log(logging.WARNING if plan.gives_up else logging.INFO, "Calls are watched %s", plan)
+    if plan.gives_up:
+        _log.warning("Calls are watched %s [OOD605]", plan)
+    else:
+        _log.info("Calls are watched %s", plan)
     return plan
 
 

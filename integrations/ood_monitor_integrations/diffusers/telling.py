@@ -56,13 +56,16 @@ class UnlikeTheFit:
         others = self._origin.others(settings_in(self._kind, arguments))
         told = "; ".join(f"{name}={b!r}, not {a!r}" for name, (a, b) in others.items())
         if told:
-            self._tell(f"A call unlike those of the fit, whose samples may differ: {told}.")
+            self._tell(
+                f"A call unlike those of the fit, whose samples may differ: {told}. [OOD601]"
+            )
 
     def tell_of_group(self, group: str) -> None:
         """Of one that the detector was not fitted on."""
         self._tell(
             f"A size, or adapters, that the detector was not fitted on: {group}. Such samples are "
-            "counted and not scored; to watch them, fit with enough of them."
+            "counted and not scored; to watch them, fit with enough of them. "
+            "[OOD602]"
         )
 
     def tell_of_rows(self, rows: float) -> None:
@@ -71,7 +74,7 @@ class UnlikeTheFit:
             self._tell(
                 f"A call that gives its denoiser {rows:g} rows a sample, for which watching was "
                 "not planned: scoring takes a larger share of its time than of the "
-                f"{self._plan.call_rows:g} rows planned."
+                f"{self._plan.call_rows:g} rows planned. [OOD603]"
             )
 
     def _tell(self, message: str) -> None:

@@ -246,7 +246,7 @@ class OODMonitor(Hooks):
         """The detector; None before calibration."""
         self._take_over()
         if self._detectors.current is None and self._handover.has_taken:
-            warnings.warn(f"{self._name}: {_HANDED_OVER}", stacklevel=2)
+            warnings.warn(f"{self._name}: {_HANDED_OVER} [OOD513]", stacklevel=2)
         return self._detectors.current
 
     @property

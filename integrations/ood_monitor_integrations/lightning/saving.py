@@ -172,7 +172,7 @@ class Checkpoints:
             warnings.warn(
                 f"{self._failures.name}: no detector of their weights have "
                 f'{", ".join(sorted(told))}. `calibrate="every checkpoint"` makes one for each, '
-                "`OODMonitor.calibrate` for a model that was loaded.",
+                "`OODMonitor.calibrate` for a model that was loaded. [OOD504]",
                 stacklevel=2,
             )
 

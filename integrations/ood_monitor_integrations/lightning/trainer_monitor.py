@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["FAILED", "REFUSED", "Settings", "TrainerMonitor"]
 
 #: Kinds of failure.
-FAILED, REFUSED = "could not score a batch", "will not watch"
+FAILED: Final = "could not score a batch"
+REFUSED: Final = "will not watch"
 
 #: Samples between two looks at whether the weights are still the detector's.
 _WEIGHTS_EVERY = 10_000

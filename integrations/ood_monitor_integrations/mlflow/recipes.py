@@ -19,7 +19,9 @@ from ood_monitor_integrations.mlflow.inputs import Inputs
 
 __all__ = ["DETECTOR", "FLAVOR_NAME", "Recipe", "recipe_of", "save_weights"]
 
-FLAVOR_NAME, DETECTOR = "ood_monitor", "detector"
+#: What MLflow calls models that are a detector.
+FLAVOR_NAME = "ood_monitor"
+DETECTOR = "detector"
 
 _WEIGHTS, _FILES = "weights.safetensors", "files"
 

@@ -268,7 +268,7 @@ class MLflowSink:
         graver = self._stands.get(gravest_of(alert))
         changed = note_with(note, alert, self.run_id, graver)
         if changed is None:
-            _log.warning("The note of run %s has no room for the alert.", self.run_id)
+            _log.warning("The note of run %s has no room for the alert. [OOD701]", self.run_id)
             return False
         if any(file.path == REPORT for file in self._client.list_artifacts(self.run_id, "ood")):
             changed = self._linked(changed)

@@ -115,4 +115,4 @@ def _contained() -> Iterator[None]:
         yield
     except Exception:  # whatever a tracing backend raises must not reach who is watched
         level = logging.DEBUG if next(_failures) else logging.WARNING
-        _log.log(level, "A scored call was not traced.", exc_info=True)
+        _log.log(level, "A scored call was not traced. [OOD702]", exc_info=True)

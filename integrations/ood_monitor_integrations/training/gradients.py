@@ -153,7 +153,8 @@ class TrainingWatch:
         self.count += 1
         if step.is_told and self.count <= _LINES:
             _log.warning(
-                "%s: unusual gradient of training batch %d in epoch %d, score %.1f, most in %s.",
+                "%s: unusual gradient of training batch %d in epoch %d, score %.1f, most in %s. "
+                "[OOD512]",
                 *(self._name, batch.batch_idx, batch.epoch, batch.score),
                 ", ".join(name for name, _ in batch.layers) or "values that are not finite",
             )

@@ -154,7 +154,7 @@ class Checkpoints:
         if lacking:
             _log.warning(
                 "%s: no detector of their weights have %s. `calibrate='every checkpoint'` makes "
-                "one for each, `OODCallback.calibrate` for a model that was loaded.",
+                "one for each, `OODCallback.calibrate` for a model that was loaded. [OOD504]",
                 self._failures.name,
                 ", ".join(sorted(lacking)),
             )

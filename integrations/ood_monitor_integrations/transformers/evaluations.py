@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from ood_monitor_integrations.transformers.runs import TransformersRun, is_index
 __all__ = ["FAILED", "REFUSED", "Evaluations"]
 
 #: Kinds of failure.
-FAILED, REFUSED = "could not score a batch", "will not watch"
+FAILED: Final = "could not score a batch"
+REFUSED: Final = "will not watch"
 
 #: Why the model may not have been given labels that the loader has.
 _NO_LABELS = (
