@@ -152,7 +152,8 @@ class ConformalPValue:
         if len(self.scores) < needed:
             raise ValueError(
                 f"A false-positive rate of {fpr} needs at least {needed} "
-                f"calibration samples, got {len(self.scores)}."
+                f"calibration samples, got {len(self.scores)}: give more held-out samples, "
+                "or a larger `fpr`."
             )
 
     def smoothed_p_value(self, scores: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:

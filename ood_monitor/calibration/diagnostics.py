@@ -124,7 +124,10 @@ def diagnose(
         having("density", density, "fit", "score")
     batches = [without_ignored(adapter, batch) for batch in held_out]
     if len(batches) < 2:
-        raise ValueError(f"Expected at least two held-out batches, got {len(batches)}.")
+        raise ValueError(
+            f"Expected at least two held-out batches, got {len(batches)}: give smaller ones, "
+            "such as `samples.split(50)`."
+        )
     shared = _shared_gradient(adapter, batches, layers)
     names, norms = _norms(adapter, batches, layers)
     log_norms = LogNorms.fit(names, norms, torch.finfo(dtype_of(adapter.module)).eps)

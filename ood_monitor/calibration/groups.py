@@ -159,5 +159,6 @@ class GroupedPValue:
         if self.most < samples_for(fpr):
             raise ValueError(
                 f"A false-positive rate of {fpr} needs at least {samples_for(fpr)} calibration "
-                f"samples in a group, got at most {self.most}."
+                f"samples in a group, got at most {self.most}: give more held-out samples of each "
+                "group, or a larger `fpr`."
             )

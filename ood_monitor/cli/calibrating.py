@@ -75,7 +75,7 @@ def recalibrate(
         ood-monitor recalibrate runs/detector data/new_normal runs/recalibrated
     """
     if (output / CONFIG).exists():
-        raise FileExistsError(f"Expected a new folder, got a detector in {output}.")
+        raise FileExistsError(f"Expected a new folder, got a detector in {output}: give another.")
     detector, model, recipe = scoring.detector(directory)
     normal = _batches(scoring, data, model, recipe)
     detector.recalibrate(normal, progress=scoring.shows_progress)

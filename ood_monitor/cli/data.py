@@ -63,7 +63,10 @@ class ImageFolder:
         # Of all kinds but folders: what is no regular file is refused by its name when it is read.
         files = sorted(p for p in root.rglob("*") if is_image(p.name) and not p.is_dir())
         if not files:
-            raise ValueError(f"Expected images in {root}, got a folder without any.")
+            raise ValueError(
+                f"Expected images in {root}, got a folder without any: files that end in .png "
+                "or .jpg, or in another suffix of an image, in it or below."
+            )
         self._files = files
         self.ids: Sequence[str] = [utf8(file.relative_to(root).as_posix()) for file in files]
         self.images = images if _is_settled(images) else _settled(images, files[0])

@@ -171,7 +171,10 @@ class Measurements:
         """
         parts = list(parts)
         if not parts:
-            raise ValueError("Expected held-out batches, got an empty loader.")
+            raise ValueError(
+                "Expected held-out batches, got an empty loader: an iterator gives "
+                "its batches once, so give a list or a loader."
+            )
         first, kinds = parts[0], {part.samples for part in parts}
         if any(part._columns() != first._columns() for part in parts):
             raise ValueError("Expected samples of the same terms and layers, got different ones.")

@@ -38,7 +38,7 @@ def check_samples(
     if other and not _differ_by_padding(adapter, batch, other):
         raise ValueError(
             f"Expected samples as the detector was fitted on, {', '.join(expected)}, got "
-            f"{', '.join(found)}."
+            f"{', '.join(found)}: give samples of that form, or fit a detector on such samples."
         )
 
 
@@ -91,7 +91,8 @@ def check_layers(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[in
             raise ValueError(
                 f"Expected a model with the detector's layers, got {name!r} of shape "
                 f"{found.get(name, 'missing')} where the detector has "
-                f"{expected.get(name, 'none')}."
+                f"{expected.get(name, 'none')}: load the model that it was fitted on, or fit "
+                "it again."
             )
 
 

@@ -368,7 +368,10 @@ class Detector(Pretrained):
         """
         fitted, rate = self.fitted, number("fpr", fpr, 0, 1)
         if fitted.probe is None:
-            raise ValueError("Expected a detector that remembers samples, got one of before: fit.")
+            raise ValueError(
+                "Expected a detector that remembers samples, got one of an earlier release: fit it "
+                "again."
+            )
         found: dict[str, tuple[float, int]] = {}
         batches = (without_ignored(self.adapter, it) for it in _checked_batches(held_out))
         for names, batch in remembered_in(fitted.probe, batches):
@@ -510,9 +513,10 @@ class Detector(Pretrained):
     ) -> Self:
         needs_groups = fitted.grouped is not None and not fitted.groups_of_adapter
         if needs_groups != (groups is not None):
-            was, given = ("with" if it else "without" for it in (needs_groups, groups is not None))
+            was, given = ("a function", "none") if needs_groups else ("none", "a function")
             raise ValueError(
-                f"Expected `groups` as the detector was fitted, {was} groups, got it {given}."
+                f"Expected {was} as `groups`, as when the detector was fitted, got {given}: give "
+                "what `Detector(groups=)` was given then."
             )
         check_layers(fitted.parameters, parameters_of(adapter, options.get("layers")))
         warn_of_other_model(fitted, adapter, stacklevel=3)
@@ -583,7 +587,10 @@ class Detector(Pretrained):
 
     def _options(self) -> dict[str, Any]:
         if callable(self.layers):
-            raise ValueError("Expected layers as name patterns to save, got a function.")
+            raise ValueError(
+                "Expected layers as name patterns to save, got a function: give `layers=` the "
+                "names that it returns."
+            )
         names = (
             *("layers", "granularity", "chunk_size"),
             *("calibration_fraction", "trim", "seed", "minimum_group", "source"),

@@ -162,7 +162,7 @@ class Fitting:
             raise ValueError(
                 f"Expected at least {fewest} samples to fit on and "
                 f"{MINIMUM_SCORES} to calibrate, got {fit} and {calibration} of {count} held-out "
-                f"samples at calibration_fraction={self.calibration_fraction}."
+                f"samples at calibration_fraction={self.calibration_fraction}: give more."
             )
         return fit, calibration
 

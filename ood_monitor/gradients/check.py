@@ -334,7 +334,8 @@ def _check_dependence(adapter: Adapter, exact: dict[str, Tensor]) -> None:
     if not any(rows.any() for rows in exact.values()):
         raise ValueError(
             f"Expected the terms of {type(adapter).__name__} to depend on the parameters of "
-            f"{type(adapter.module).__name__}, got no gradient for any of them."
+            f"{type(adapter.module).__name__}, got no gradient for any of them: look for a "
+            "`detach()` or a `torch.no_grad()` in the model, or for another copy of its parameters."
         )
 
 

@@ -102,7 +102,7 @@ class Decisions:
         if state.get("model") != self.fitted.model:
             raise ValueError(
                 f"Expected the state of a monitor of the weights {self.fitted.model}, got one of "
-                f"{state.get('model')!r}."
+                f"{state.get('model')!r}: load it with the detector that it was saved with."
             )
         resumed = replace(self.copy(), next_look=0)
         try:

@@ -472,7 +472,10 @@ class Monitor:
         if (grouped is None) == (scores.group is None) or not scores.valid.any():
             return
         which = ("with", "without") if grouped is not None else ("without", "with")
-        raise ValueError(f"Expected scores of a detector {which[0]} groups, got some {which[1]}.")
+        raise ValueError(
+            f"Expected scores of a detector {which[0]} groups, got some {which[1]}: take those of "
+            "the monitor's own detector."
+        )
 
     def _are_weights_stale(self, decisions: Decisions) -> bool | None:
         """Whether weights are others than the detector's; None if it is not the time to look."""

@@ -227,7 +227,7 @@ class Fitted:
         if _checksum(settings, tensors) != expected:
             raise ValueError(
                 f"Expected {CONFIG} and {TENSORS} with checksum {expected}, got another: they were "
-                "changed, or do not belong together."
+                "changed, or do not belong together. Copy both again from where they were saved."
             )
         with _of_file(CONFIG):
             check_settings(settings)
