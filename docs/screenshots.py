@@ -127,8 +127,8 @@ def make(folder: Path) -> list[Path]:
     return pages
 
 
-def taken(page: Path, picture: Path, width: int, height: int, *, dark: bool) -> None:
-    """A picture of a page.
+def taken(page: Path | str, picture: Path, width: int, height: int, *, dark: bool) -> None:
+    """A picture of a page, a file or an address, once its scripts have drawn it.
 
     Raises:
         RuntimeError: Chromium took none.
@@ -146,8 +146,9 @@ def taken(page: Path, picture: Path, width: int, height: int, *, dark: bool) -> 
             f"--user-data-dir={profile}",
             f"--window-size={width},{height}",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            *([] if isinstance(page, Path) else ["--virtual-time-budget=20000"]),
             f"--screenshot={picture}",
-            page.resolve().as_uri(),
+            page.resolve().as_uri() if isinstance(page, Path) else page,
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode or not picture.exists():

@@ -21,17 +21,21 @@ SNIPPETS: dict[str, int] = {
     "docs/choosing.md": 6,
     "docs/index.md": 1,
     "docs/recipes/accelerate.md": 2,
+    "docs/recipes/checkpoints.md": 3,
+    "docs/recipes/conditional.md": 3,
     "docs/recipes/diffusers-service.md": 5,
     "docs/recipes/fabric.md": 2,
     "docs/recipes/lightning.md": 4,
     "docs/recipes/mlflow.md": 5,
     "docs/recipes/replicas.md": 1,
+    "docs/recipes/restart.md": 3,
     "docs/recipes/spark.md": 1,
     "docs/recipes/tables.md": 3,
     "docs/recipes/transformers.md": 3,
     "docs/recipes/webhooks.md": 4,
     "docs/recipes/your-own-model.md": 4,
     "docs/tour.md": 6,
+    "docs/tutorial.md": 9,
 }
 
 #: The page that takes a server.
