@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from support.mlflow_server import Server
 
 import ood_monitor as om
@@ -38,8 +39,8 @@ SNIPPETS: dict[str, int] = {
     "docs/tutorial.md": 9,
 }
 
-#: The page that takes a server.
-SERVED = "docs/recipes/mlflow.md"
+#: The page that takes a server of MLflow, and the one that takes a store of its own.
+SERVED, STORED = "docs/recipes/mlflow.md", "docs/tutorial.md"
 
 pytestmark = [
     # Lightning's advice, and its own use of a deprecated torch function.
@@ -68,7 +69,7 @@ def test_every_snippet_is_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in SNIPPETS if page != SERVED])
+@pytest.mark.parametrize("page", [page for page in SNIPPETS if page not in (SERVED, STORED)])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(page)["om"] is om
@@ -96,11 +97,29 @@ def test_the_snippets_for_mlflow_run_on_a_server(
     (tmp_path / "server").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as a script's own folder is
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # which MLflow sets; put back after the test
     with mlflow_server(tmp_path / "server"):
         names = run(SERVED)
     sys.modules.pop("flows")
     assert names["om"] is om
     assert names["changes"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's use of sqlalchemy
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow  # not for the pages that do without
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # which MLflow sets; put back after the test
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the whole process
+    try:
+        names = run(STORED)
+    finally:
+        mlflow.set_tracking_uri(None)
+    kinds = [alert.kind for alert in names["alerts"]]  # type: ignore[attr-defined]
+    assert "drift" in kinds
+    assert (tmp_path / "mlflow.db").exists()
 
 
 def test_the_alert_in_the_documentation_is_the_one_that_its_snippet_raises() -> None:
