@@ -9,6 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+#: What the packages read when they run, what type checkers look for, and what receivers check by.
+BESIDE_THE_CODE = {
+    "ood_monitor/py.typed",
+    "ood_monitor_integrations/py.typed",
+    "ood_monitor/alerts/alert.schema.json",
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "ood_monitor").rglob("*.html")),
+}
+
 
 @pytest.mark.slow
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
@@ -18,5 +26,5 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     names = ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"ood_monitor", "ood_monitor_integrations", "ood_monitor-0.1.0.dist-info"}
-    assert {"ood_monitor/py.typed", "ood_monitor_integrations/py.typed"} <= set(names)
+    assert set(names) >= BESIDE_THE_CODE
     assert "ood_monitor-0.1.0.dist-info/licenses/LICENSE" in names

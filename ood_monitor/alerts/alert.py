@@ -1,7 +1,7 @@
 """What a monitor tells people.
 
 An alert holds figures and names, never data: no sample, and nothing that a sample can be rebuilt
-from. `docs/alert.schema.json` describes its JSON.
+from. `alert.schema.json`, beside this module, describes its JSON.
 """
 
 import json

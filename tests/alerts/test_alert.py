@@ -2,7 +2,7 @@ import json
 import logging
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
+from importlib import resources
 from typing import Any, get_args
 
 import numpy as np
@@ -161,7 +161,7 @@ def assert_has_type(schema: dict[str, Any], value: Any, where: str) -> None:
         assert limits[0] <= len(value) <= limits[1], where
 
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "alert.schema.json").read_text())
+SCHEMA = json.loads((resources.files("ood_monitor.alerts") / "alert.schema.json").read_text())
 EMPTY = replace(
     ALERT,
     kind="stale_calibration",
