@@ -155,12 +155,12 @@ class InvertibleConv1x1(Bijection):
         weight = torch.empty(channels, channels, dtype=torch.float64, device="cpu")
         nn.init.orthogonal_(weight, generator=generator)
         permutation, lower, upper = torch.linalg.lu(weight)
-        as_default = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
-        self.register_buffer("permutation", permutation.to(**as_default))
-        self.register_buffer("sign", upper.diagonal().sign().to(**as_default))
-        self.lower = nn.Parameter(lower.tril(-1).to(**as_default))
-        self.log_s = nn.Parameter(upper.diagonal().abs().log().to(**as_default))
-        self.upper = nn.Parameter(upper.triu(1).to(**as_default))
+        default = _as_default()
+        self.register_buffer("permutation", permutation.to(default))
+        self.register_buffer("sign", upper.diagonal().sign().to(default))
+        self.lower = nn.Parameter(lower.tril(-1).to(default))
+        self.log_s = nn.Parameter(upper.diagonal().abs().log().to(default))
+        self.upper = nn.Parameter(upper.triu(1).to(default))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Multiply the channels of each pixel by W; see `Bijection.forward`."""
@@ -254,7 +254,7 @@ def zero_conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d
     """A convolution that keeps height and width, all weights zero."""
     # Built without storage, because the constructor would draw from the global random state.
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, device="meta")
-    conv = conv.to_empty(device=torch.get_default_device())
+    conv = conv.to_empty(device=_as_default().device)
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
@@ -271,6 +271,14 @@ def _sum_per_sample(x: Tensor) -> Tensor:
 
 def _zeros_per_sample(x: Tensor) -> Tensor:
     return x.new_zeros(len(x))
+
+
+def _as_default() -> Tensor:
+    """Nothing, of the default type and where tensors are made by default.
+
+    `torch.get_default_device` of torch 2.6 does not see a `with torch.device(...)`.
+    """
+    return torch.empty(0)
 
 
 def _pixels(x: Tensor) -> int:
