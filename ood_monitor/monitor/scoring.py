@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _OF_MEMORY = ("can't allocate memory", "out of memory")
+#: Torch 2.6 has no class for them.
+_ACCELERATORS = getattr(torch, "AcceleratorError", ())
 _OF_A_DEVICE = ("CUDA error", "HIP error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 #: Some of B samples, by index.
@@ -176,7 +178,7 @@ def _is_of_memory(error: Exception) -> bool:
 
 
 def _is_of_a_device(error: Exception) -> bool:
-    is_accelerators = isinstance(error, torch.AcceleratorError)
+    is_accelerators = isinstance(error, _ACCELERATORS)
     return not _is_of_memory(error) and (is_accelerators or _says(error, _OF_A_DEVICE))
 
 
