@@ -33,11 +33,11 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    r"""Check that a detector scores here as where it was fitted.
+    r"""Check that a detector gives the same p-values here as where it was fitted.
 
-    It remembers sixteen of its calibration samples by their SHA-256, with their scores. Those
-    among the data are scored again, on this device and with these versions: a p-value that differs
-    by more than half of fpr is an error, which names both sides.
+    A detector remembers sixteen of its calibration samples, by their SHA-256, and their scores.
+    This command finds them among the data and scores them again, on this device and with these
+    versions. A p-value that differs by more than half of fpr is an error, which names both sides.
 
     \b
     Example:
@@ -65,10 +65,10 @@ def recalibrate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    r"""Calibrate a detector on other data that are known to be normal; what it learned stays.
+    r"""Calibrate a detector again, on data that are known to be normal, and keep what it learned.
 
-    The data must be new to the detector: neither fitted on, nor chosen for what it said of them. A
-    watch goes on with the new detector after `ood-monitor accept`.
+    The data must be new to the detector: it was not fitted on them, and they were not chosen by
+    their scores. After `ood-monitor accept` a watch goes on with the new detector.
 
     \b
     Example:
@@ -89,15 +89,15 @@ def recalibrate(
 def accept(
     state: Annotated[Path, typer.Argument(metavar="STATE", help="What `watch --state` wrote.")],
     directory: Directory,
-    reason: Annotated[str, typer.Option(help="Why what the stream is now is right, in words.")],
+    reason: Annotated[str, typer.Option(help="Why the stream is right as it is now, in words.")],
     name: Annotated[str, typer.Option(help="The stream's name in alerts.")] = "stream",
     fpr: Fpr = 0.01,
     debug: Debug = False,
 ) -> None:
-    r"""After an alert: begin anew, judged by a detector, mostly one that was recalibrated.
+    r"""Accept a stream as it is now, and begin anew with a detector, usually a recalibrated one.
 
-    Status, figures and the drift test begin anew, counts go on, and an alert of kind "accepted"
-    with the reason is printed as a line of JSON. End the watch first: it has the state until then.
+    Status, figures and the drift test begin anew, and counts go on. An alert of the kind "accepted",
+    with your reason, is printed as a line of JSON. End the watch first, since it holds the state.
 
     \b
     Example:

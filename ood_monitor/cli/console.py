@@ -21,7 +21,7 @@ __all__ = ["AsJson", "Debug", "Progress", "checked", "print_facts", "say", "want
 _P = ParamSpec("_P")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Progress = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", help="A bar on stderr; by default on a terminal."),

@@ -50,8 +50,8 @@ def fit(
         typer.Option(
             "--layer",
             metavar="PATTERN",
-            help="Which parameters are features, such as 'up_blocks.3.*'; repeat for more; all by "
-            "default.",
+            help="Parameters that become features, such as 'up_blocks.3.*'. Repeat for more; by "
+            "default all are.",
         ),
     ] = None,
     levels: Annotated[
@@ -59,15 +59,15 @@ def fit(
         typer.Option(
             "--level",
             min=0,
-            help="A noise level of a diffusion model, a pass each; repeat for more; a pipeline's "
-            "are 20, 100, 300 and 500 by default.",
+            help="A noise level of a diffusion model, which costs a pass. Repeat for more; by "
+            "default a pipeline has 20, 100, 300 and 500.",
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="The most samples, chosen at random; half of them calibrate.")
+        int, typer.Option(min=1, help="Take at most so many, at random; half of them calibrate.")
     ] = 1000,
     fpr: Fpr = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     batch_size: BatchSize = 32,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Samples per pass, to bound memory.")
@@ -75,14 +75,14 @@ def fit(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="Layer-wise gradient norms as in the paper, what one forward pass gives, or both; "
-            "by default what was measured to be best for images, sequences or rows of a table, as "
-            "the adapter says, and gradient norms of pipelines."
+            help="Gradient norms by layer as in the paper, what one forward pass gives, or both. By "
+            "default what was best in measurements: forward for images, sequences and rows of "
+            "a table, if the adapter says what they are, and gradient norms for pipelines."
         ),
     ] = None,
     granularity: Annotated[
         Granularity,
-        typer.Option(help="A feature for each tensor, or for each of its rows or columns."),
+        typer.Option(help="One feature for each tensor, or for each of its rows or columns."),
     ] = "tensor",
     key: Key = None,
     split: Split = None,

@@ -30,22 +30,22 @@ def push(
     directory: Directory,
     repo: Repo,
     private: Annotated[
-        bool, typer.Option("--private", help="Of a repository that is made now.")
+        bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="A branch that is there; main by default.")
+        str | None, typer.Option(help="An existing branch; by default main.")
     ] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a detector",
+    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload a detector",
     overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Replace the README.md that is there.")
+        bool, typer.Option("--overwrite-card", help="Replace the repository's README.md.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     r"""Upload a detector to the Hugging Face Hub; the model itself is not needed.
 
-    Only .safetensors, .json, .md and .png files are sent. Where your model lies, and the arguments
-    of a function that makes it, stay here. You are known by `hf auth login`, or HF_TOKEN.
+    Only .safetensors, .json, .md and .png files are sent. The path of your model, and the arguments
+    of a function that makes it, stay here. Log in before by `hf auth login`, or set HF_TOKEN.
 
     \b
     Example:

@@ -27,11 +27,11 @@ def pool(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    r"""Say where several watches of one detector stand together.
+    r"""Tell how several watches of one detector stand together.
 
     A change that all of them see is found by their common evidence before any of them finds it
-    alone: the mean of their e-values, ALERT from `ert` on. A watch whose drift stands counts with
-    `ert`. The states are read while the watches go on.
+    alone. This is the mean of their e-values, and the status is ALERT when it reaches `ert`. A
+    watch that is in a drift counts as `ert`. You may run this while the watches go on.
 
     \b
     Exit codes:

@@ -81,7 +81,7 @@ def report(
         ),
     ] = None,
     alerts: Annotated[
-        Path | None, typer.Option(help="What `watch` printed: the status is then what it said.")
+        Path | None, typer.Option(help="The lines that `watch` printed; the status is then theirs.")
     ] = None,
     *,
     scoring: Scoring,

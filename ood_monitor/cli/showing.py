@@ -44,7 +44,7 @@ def guide(
     topic: Annotated[
         str,
         typer.Argument(
-            metavar="TOPIC", help="An alert's kind, such as drift, or a warning's code, as OOD101."
+            metavar="TOPIC", help="A kind of alert, such as drift, or a code, such as OOD101."
         ),
     ],
     as_json: AsJson = False,

@@ -66,7 +66,7 @@ def watch(
         Path | None, typer.Option(help="A file to resume from, and to keep the state in.")
     ] = None,
     once: Annotated[
-        bool, typer.Option("--once", help="Stop when all that is there is processed.")
+        bool, typer.Option("--once", help="Stop when everything there has been processed.")
     ] = False,
     idle: Annotated[
         float | None, typer.Option(min=0, help="Stop when nothing came for so many seconds.")
@@ -76,7 +76,7 @@ def watch(
     name: Annotated[str, typer.Option(help="The stream's name in alerts.")] = "stream",
     page: Annotated[
         Path | None,
-        typer.Option(help="An HTML file to rewrite with how the stream stands, maybe with others."),
+        typer.Option(help="An HTML file that shows how the stream stands; watches can share it."),
     ] = None,
     model: ModelOverride = None,
     argument: Argument = None,
@@ -86,17 +86,17 @@ def watch(
 ) -> None:
     r"""Watch a folder that fills with images, or paths on stdin, and print alerts.
 
-    Each alert is a line of JSON on stdout, and on stderr a line for people: what it is, since when,
-    and what to do now. A file that cannot be read is said on stderr and counts
-    as an invalid sample; nothing stops the watch but the end of stdin, --once, --idle, Ctrl-C or a
-    TERM signal. With --json the last line is a summary, {"summary": ...}.
+    Each alert is a line of JSON on stdout. A line for people goes to stderr: what it is, since
+    when, and what to do now. A file that cannot be read is reported on stderr, and counts as an
+    invalid sample. The watch ends at the end of stdin, with --once or --idle, by Ctrl-C or a TERM
+    signal, and for no other reason. With --json the last line is a summary, {"summary": ...}.
 
-    With --page a file of HTML shows, without a server or a script, the status, since when, the
-    evidence, rates, last alerts and what to do; watches that are given the same file share it.
+    --page writes an HTML file that needs no server and no script: the status, since when, what to
+    do, the evidence, rates and last alerts. Watches that are given the same file share it.
 
-    With --state a watch goes on where it ended, also after a crash: alerts are printed before the
-    state is written, so that none is lost, and the last batch's may come twice. The state is for
-    this user alone, one watch at a time, and refused if a bit of it has changed.
+    --state lets a watch go on where it ended, also after a crash. Alerts are printed before the
+    state is written: none is lost, but those of the last batch may come twice. The file is for you
+    alone and for one watch at a time. It is refused if a bit of it has changed.
 
     \b
     Exit codes:
