@@ -96,7 +96,7 @@ def accept(
 ) -> None:
     r"""Accept a stream as it is now, and begin anew with a detector, usually a recalibrated one.
 
-    Status, figures and the drift test begin anew, and counts go on. An alert of the kind "accepted",
+    Status, figures and the drift test begin anew, and counts go on. An alert of kind "accepted",
     with your reason, is printed as a line of JSON. End the watch first, since it holds the state.
 
     \b

@@ -75,8 +75,8 @@ def fit(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="Gradient norms by layer as in the paper, what one forward pass gives, or both. By "
-            "default what was best in measurements: forward for images, sequences and rows of "
+            help="Gradient norms by layer, as in the paper; what one forward pass gives; or both. "
+            "By default what was best in measurements: forward for images, sequences and rows of "
             "a table, if the adapter says what they are, and gradient norms for pipelines."
         ),
     ] = None,
