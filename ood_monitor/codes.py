@@ -97,8 +97,9 @@ CODES: Mapping[str, Meaning] = {
         "The detector goes without one of its parts",
         "One part of the method could not be fitted, for the reason that is named. The others are "
         "used, and detection is usually weaker.",
-        "Read the reason. Often there are too few held-out samples: docs/choosing.md says how many "
-        "to give.",
+        "Read the reason. With too few held-out samples, give more (docs/choosing.md says how "
+        "many). With one value a sample, from a plain `log_prob`, give an adapter of the model "
+        "itself, such as `LogLikelihood(flow)`, which tells its terms apart.",
     ),
     "OOD110": Meaning(
         "The detector cannot explain by layer",
