@@ -66,37 +66,37 @@ class Detector(Pretrained):
         method: ``"gradient_norms"``: layer-wise norms and their joint density, as in the paper.
             ``"forward"``: what one forward pass gives: expected and surprise of the likelihood, and
             the norms that the model expected; of a diffusion model two passes without noise.
-            ``"both"``: the two joined. By default ``"forward"`` of images, sequences, rows of a
-            table and of diffusion models, as the adapter says, and gradient norms of all else.
-        density: Of the log squared norms, and of nothing else but for the default, which is
-            :class:`~ood_monitor.TermsAndNorms`; it chooses gradient norms.
-        parts: In place of a method: any of :class:`~ood_monitor.Part`, or their kinds.
-        layers: Which parameters are features; all by default.
-        granularity: Of gradient norms: ``"tensor"`` as in the paper, ``"row"`` or ``"column"``,
-            which choose them.
+            ``"both"``: the two joined. By default it is ``"forward"`` if the adapter says that
+            samples are images, sequences, rows of a table or what a diffusion model denoises, else
+            ``"gradient_norms"``.
+        density: The density of gradient norms; giving one chooses that method. By default
+            :class:`~ood_monitor.TermsAndNorms`, which also looks at the values of the terms.
+        parts: Instead of a method: a list of :class:`~ood_monitor.Part`, or of their kinds.
+        layers: Which parameters are features, by default all.
+        granularity: What a gradient norm is of: ``"tensor"`` as in the paper, ``"row"`` or
+            ``"column"``. The latter two choose the method ``"gradient_norms"``.
         chunk_size: Samples per pass, to bound memory.
         calibration_fraction: Share of the held-out samples that calibrates; the rest fits.
-        trim: Share of the fit samples, the most anomalous, that are left out when the density is
-            fitted again: for held-out data with foreign samples among them. Calibration samples are
-            never left out; foreign ones make p-values larger, so that fewer samples are flagged.
-        seed: Of the random split into fit and calibration samples.
-        groups: Gives each sample's group, a tensor (B,) or a sequence, from the tensors of a batch:
-            its class, prompt class, tenant. P-values and the drift test then compare a sample with
-            its own group. See :class:`~ood_monitor.calibration.groups.GroupedPValue`.
-        minimum_group: The fewest calibration samples that make a group of its own: as many as are
-            to be expected by the labels of the samples that fit. Smaller groups, and labels never
-            seen, are one group together.
-        any_size: Whether one density serves samples of several sizes: of a denoiser with the method
-            ``"forward"``, whose sums over positions are then means; see
-            ``ood_monitor.statistics.denoiser_statistics``. Without ``groups`` the adapter
-            tells them, by the samples' shape and, of a pipeline, which adapters of its denoiser are
-            on; their mix is not tested for drift, since a size that is asked for says nothing of
-            the data. Samples are not explained by layer.
+        trim: Share of the fit samples to leave out, the most anomalous first, in a second fit of
+            the density: for held-out data with foreign samples among them. Calibration samples are
+            never left out. Foreign ones make p-values larger, so that fewer samples are flagged.
+        seed: Seed of the random split into fit and calibration samples.
+        groups: A function of the tensors of a batch that gives each sample's group, a tensor (B,)
+            or a sequence: its class, prompt class or tenant. P-values and the drift test then
+            compare a sample with its own group. See
+            :class:`~ood_monitor.calibration.groups.GroupedPValue`.
+        minimum_group: The fewest calibration samples that make a group of its own. How many a group
+            will have is estimated from the labels of the fit samples. Smaller groups, and labels
+            never seen, form one group together.
+        any_size: Whether one density serves samples of several sizes. It takes a denoiser and the
+            method ``"forward"``, whose sums over positions are then means; see
+            ``ood_monitor.statistics.denoiser_statistics``. Without ``groups`` each shape is a group
+            and, for a pipeline, each set of adapters that its denoiser has on. Their mix is not
+            tested for drift, since users choose the size. Samples are not explained by layer.
         source: Where the held-out samples come from, in words; it is saved with the detector.
-        explain: How many held-out samples :meth:`explain` goes by; 0 for none. Of these, gradient
-            norms are taken, of few at a time if the model is large, also where the method needs
-            none; if they cannot be, the detector is fitted without explanation by layer, and says
-            so.
+        explain: How many held-out samples :meth:`explain` compares with; 0 for none. Their gradient
+            norms are taken even if the method needs none, a few samples at a time if the model is
+            large. If they cannot be taken, the detector explains nothing by layer, and says so.
 
     Raises:
         ValueError: ``calibration_fraction`` is not between 0 and 1, ``trim`` not in [0, 0.5), or

@@ -39,52 +39,55 @@ _log = logging.getLogger(__name__)
 class Monitor:
     """Watches a stream of samples and raises alerts.
 
-    A *sample* alert says that a p-value is at most ``fpr``: a share ``fpr`` of in-distribution
-    samples is flagged. A *drift* alert says that the stream as a whole has left the calibration
-    data, or of a detector with groups, that their mix has: while it has not, one comes at most
-    every ``ert`` samples on average. Alerts are transitions: none of a sample while a drift alert
-    stands, nor within ``cooldown`` samples of the one before, which then names what was flagged
-    meanwhile; after ``recovery`` samples without an alarm, and four times as many as the drift's
-    evidence took, a *recovered* alert ends a drift. An *invalid_input* alert names a sample that
-    could not be scored; where ten of the latest hundred could not, another says so and stands until
-    all could. How a stream is cut into batches changes nothing, except that the sample alerts of an
-    update become one at its end, of its most anomalous sample, and none if a drift alert follows in
-    it. The condition of both promises: samples are exchangeable with the calibration data while
-    nothing is wrong, and the model has the weights that the detector was fitted on; a
-    *stale_calibration* alert says that it has not, and a *recovered* one that it has again.
+    There are these kinds of alerts:
 
-    An update is taken in as a whole, with its alerts owed to the sinks, or not at all, whatever
-    interrupts it.
+    - *sample*: a p-value is at most ``fpr``. A share ``fpr`` of in-distribution samples is flagged.
+    - *drift*: the stream as a whole has left the calibration data or, if the detector has groups,
+      their mix has. While nothing changes, one comes at most every ``ert`` samples on average.
+    - *recovered*: a drift has ended. No alarm came in ``recovery`` samples, nor in four times as
+      many as the drift's evidence took.
+    - *invalid_input*: a sample could not be scored. If ten of the latest hundred could not, another
+      one says so, and stands until all of a hundred could be scored.
+    - *stale_calibration*: the model has other weights than the detector was fitted on. A
+      *recovered* alert tells when it has them again.
+
+    An alert tells of a change. While a drift stands there is no sample alert, nor within
+    ``cooldown`` samples of the last one; the next names what was flagged meanwhile. How a stream is
+    cut into batches changes nothing but this: the sample alerts of an update become one at its end,
+    for its most anomalous sample, and none if a drift alert follows in the same update.
+
+    Both rates are promised if samples are exchangeable with the calibration data while nothing is
+    wrong, and the model has the detector's weights. If an update is interrupted, either all of it
+    counts, with its alerts still to be delivered, or nothing does.
 
     Args:
-        detector: Fitted.
+        detector: A fitted detector.
         ert: Expected run time to a false drift alarm, in samples.
         fpr: False-positive rate of single samples.
-        sinks: Told of every alert from a thread of the monitor's own; never waited for.
+        sinks: Each is told of every alert, in a thread of its own, and never waited for.
         name: The stream's name in alerts.
-        recovery: Samples without an alarm after which the stream counts as recovered, of those that
-            the drift test has seen; or a time, which is no evidence: where a drift lasts, it is
-            then told of again.
-        cooldown: Samples after a sample alert without another.
-        summary_every: Samples between running figures for sinks that show them.
-        thin: Every how many samples one goes into the drift test, for streams whose neighbours are
-            alike; ``ert`` and ``recovery`` then count these. A stream that shows such neighbours is
-            warned of in the log, once, and a drift alert says how much they are.
-        seed: Of the drift test's tie-breakers.
-        identify: ``"hash"`` names each flagged sample of :meth:`update` by its SHA-256, unless it
-            is given an id.
+        recovery: After how many tested samples without an alarm the stream counts as recovered. It
+            may be a time instead, whatever the data say; if the drift lasts, you are told again.
+        cooldown: For how many samples after a sample alert no other comes.
+        summary_every: Samples between running figures, for sinks that show them.
+        thin: Only every so many samples goes into the drift test, for streams in which neighbours
+            are alike. ``ert`` and ``recovery`` then count the tested ones. If neighbours are alike,
+            the log says so once, and a drift alert says by how much.
+        seed: Seed of the drift test's tie-breakers.
+        identify: ``"hash"`` names each flagged sample of :meth:`update` by its SHA-256, unless you
+            give it an id.
         weights_every: The weights are compared with the detector's before the first sample, which
             takes about a second per gigabyte, and then every so many samples, which takes as long
             if they were written to and no time otherwise; 0 for never.
         spool: A folder of this monitor's own, where alerts are kept until every sink has them, also
             through a crash; see :class:`~ood_monitor.alerts.Dispatcher`.
-        explain_budget: Seconds for the explanation of a drift alert, or of flags that are many, by
-            layer; 0 for none. It follows the alert as a message of its own, computed within the
-            next call of :meth:`explain`, :meth:`update`, :meth:`flush` or :meth:`close`; once these
-            seconds have passed, with no further sample. Where the score is of gradient norms, the
-            alert itself names the layers.
-        explain_keep: Samples that may have to explain, the most anomalous of the latest ones, which
-            stay in memory and are never saved.
+        explain_budget: Seconds to explain, by layer, a drift alert or many flags; 0 for never. The
+            explanation follows the alert as a message of its own. It is computed in the next call
+            of :meth:`explain`, :meth:`update`, :meth:`flush` or :meth:`close`, and begins no
+            further sample once these seconds have passed. If the detector scores by gradient norms,
+            the alert itself names the layers.
+        explain_keep: How many samples are kept in memory for explanations, the most anomalous of
+            the latest ones. They are never saved.
 
     Attributes:
         last: Scores of the latest samples taken in; None before the first.

@@ -75,58 +75,59 @@ def fit_pipeline(
 
     Args:
         pipe: The pipeline.
-        data: Held-out batches, none of them trained on: images as the pipeline's image processor
-            takes them, tensors (B, C, H, W) or arrays (B, H, W, C) in [0, 1], or PIL images; or
-            pairs of images and arguments of the call for them: captions by ``prompt``, labels by
-            ``class_labels``, embeddings, sizes by ``height`` and ``width``. Without data the
-            detector is fitted on the pipeline's own samples, from whole calls; it then tells what
-            is unlike them, not what is unlike the training data, and its ``source`` says so.
-        call: Arguments of all calls; or without data a list of such, which are called in turn, as
-            with several prompts or sizes. If their samples come in several shapes, the detector is
-            for any size.
-        levels: Noise levels of the bound, whose gradient norms these are, by default 20, 100, 300
-            and 500; each costs a pass, see :func:`plan_costs`. With fewer, more depends on the
-            seed: ``benchmarks/integrations/diffusers.py``.
-        ratios: Where samples without noise are looked at, two levels or three, as of
-            :class:`~ood_monitor.DenoisingBound`, by default two; what the default method goes by.
-        max_overhead: By what share of a call's time watching may lengthen calls on average, such as
-            0.1, for calls of few steps. What fits is chosen by the rows that a whole call gives its
-            denoiser, which are counted, and by what scoring a sample takes, which is measured: two
-            levels of all samples, one level, or one of a share of the samples, in the background
-            where that can be. The :class:`WatchingPlan` is told in the log, kept with the detector
-            (``WatchingPlan.of(detector)``), and what :func:`monitor_pipeline` goes by. Rows are
-            taken to cost alike, and what a call does beside its denoiser nothing. To load the
-            detector, give :func:`replayed_bound` the plan's ``ratios``. By default there is no
-            budget: two levels of all samples.
-        condition_check: Whether these also make a pass with the null condition of a guided call,
-            which shows that a sample does not fit its prompt or label.
+        data: Held-out batches that the model was not trained on: images as the pipeline's image
+            processor takes them, tensors (B, C, H, W) or arrays (B, H, W, C) in [0, 1], or PIL
+            images. Or pairs of images and arguments of the call for them: captions by ``prompt``,
+            labels by ``class_labels``, embeddings, sizes by ``height`` and ``width``. Without data
+            the detector is fitted on the pipeline's own samples, from whole calls. It then tells
+            what is unlike those, not what is unlike the training data; its ``source`` says so.
+        call: Arguments of all calls. Without data it may be a list of such, which are called in
+            turn, for several prompts or sizes. If their samples come in several shapes, the
+            detector is for any size.
+        levels: Noise levels of the bound for gradient norms, by default 20, 100, 300 and 500. Each
+            costs a pass; see :func:`plan_costs`. With fewer levels more depends on the seed:
+            ``benchmarks/integrations/diffusers.py``.
+        ratios: The levels at which the default method looks at samples without noise, two, three or
+            a list, as in :class:`~ood_monitor.DenoisingBound`; by default two.
+        max_overhead: A budget, for calls of few steps: by what share of its time watching may
+            lengthen a call on average, such as 0.1. The rows that a whole call gives its denoiser
+            are counted, and the time to score a sample is measured. The first of these that fits is
+            taken: two levels of all samples, one level of all, or one level of a share of them, in
+            the background if possible. The log tells the :class:`WatchingPlan`, the detector keeps
+            it (``WatchingPlan.of(detector)``), and :func:`monitor_pipeline` follows it. It assumes
+            that rows cost alike, and that a call does nothing beside its denoiser. To load the
+            detector, give :func:`replayed_bound` the plan's ``ratios``. Without a budget, two
+            levels of all samples are scored.
+        condition_check: Also make a pass with the null condition of a guided call, which shows that
+            a sample does not fit its prompt or label.
         layers: Which parameters; a suffix of the denoiser, such as ``["up_blocks.3.*",
             "conv_norm_out.*", "conv_out.*"]``, costs less than all.
         samples: The most samples to use.
-        seed: Of the bound's noise, and of the pipeline's own samples.
+        seed: Seed of the bound's noise, and of the pipeline's own samples.
         progress: Show a progress bar.
-        watches: What the detector is for. By default what it is fitted on: ``"inputs"`` of images,
-            ``"outputs"`` of own samples. A model's normal samples are unlike its training data, so
-            that one for the other finds drift at once; to compare them all the same, say so.
-        **options: Further ones of :class:`~ood_monitor.Detector`: with ``parts=["own_calls"]`` a
-            call's own last three steps are looked at, which costs no pass and sees too few steps,
-            other guidance and strong LoRAs; beside ``"output_layer"`` and ``"energies"``, the
-            default's parts, which see the rest. With ``any_size=True`` one detector watches several
-            sizes and, if they are switched between batches of data, adapters such as LoRA's. Each
-            that has ``minimum_group`` calibration samples is a group, among which p-values compare
-            a sample and the drift test ranks it; all others are new to it, counted and not scored.
+        watches: What the detector is for, by default what it is fitted on: ``"inputs"`` for images,
+            ``"outputs"`` for own samples. What a model makes is unlike its training data, so a
+            detector of the one finds drift in the other at once. To compare them all the same, say
+            it here.
+        **options: Further options of :class:`~ood_monitor.Detector`. ``parts=["own_calls"]`` looks
+            at a call's own last three steps. This costs no pass, and finds too few steps, other
+            guidance and strong LoRAs; add ``"output_layer"`` and ``"energies"``, the default's
+            parts, to find the rest. ``any_size=True`` watches several sizes with one detector and,
+            if they are switched between batches of data, adapters such as LoRA's. Each size that
+            has ``minimum_group`` calibration samples is a group of its own. Samples of other sizes
+            are counted and not scored.
 
     Returns:
         The detector, for :func:`monitor_pipeline`. To load it again, see :func:`replayed_bound`.
 
     Raises:
         TypeError: No pipeline with a denoiser and a scheduler.
-        ValueError: A pipeline that cannot be replayed, or not by what its calls show; a call with
-            conditions for other than one or all of its images, or too little data; images of whole
-            numbers, as bytes are, or outside [0, 1]; samples of several sizes without
-            ``any_size=True``, or too few of one; a budget that is not positive, that would leave of
-            a thousand samples none, or beside what it is to choose, ``ratios``, ``levels``, another
-            ``method``.
+        ValueError: The pipeline cannot be replayed. A call has conditions for neither one nor all
+            of its images. There is too little data. Images hold whole numbers, as bytes do, or
+            values outside [0, 1]. Samples have several sizes without ``any_size=True``, or there
+            are too few of one. The budget is not positive, leaves less than one sample in a
+            thousand, or stands beside ``ratios``, ``levels`` or another ``method``, which it is to
+            choose.
     """
     samples, layers = whole("samples", samples, 1), checked_layers(layers)
     seed, progress = seed_of("seed", seed), flag("progress", progress)

@@ -45,33 +45,33 @@ def monitor_pipeline(
 ) -> Any:
     """Watch what a pipeline generates, or is given.
 
-    A call's last denoiser call, and what its scheduler made of it, are scored after the call has
-    its images. Scoring draws from no generator of the user's, and what it raises is logged and
-    counted, never raised. What a sample costs depends on the detector's levels and layers; see
-    :func:`plan_costs`.
+    When a call has its images, the result of its last denoiser call is scored. Scoring draws from
+    none of your generators. Its errors are logged and counted, never raised. What a sample costs
+    depends on the detector's levels and layers; see :func:`plan_costs`.
 
     Args:
         pipe: The pipeline.
-        monitor: A monitor of a detector by :func:`fit_pipeline`, or such a detector, for which one
-            is made; for ``what="both"`` a detector, or monitors by name, ``outputs`` and
-            ``inputs``. A detector of an adapter of your own, or of a plain
-            :class:`~ood_monitor.DenoisingBound`, is given the final sample, if the denoiser needs
-            no conditioning, or what ``batch`` makes of the call.
+        monitor: A monitor of a detector by :func:`fit_pipeline`, or such a detector, which then
+            gets a monitor. For ``what="both"`` a detector, or monitors by the names ``outputs`` and
+            ``inputs``. If the detector has an adapter of your own, or a plain
+            :class:`~ood_monitor.DenoisingBound`, it gets the final sample if the denoiser needs no
+            conditioning, else what ``batch`` makes of the call.
         what: ``"outputs"``, the generated samples; ``"inputs"``, the user's image of img2img,
             inpainting, upscaling or a ControlNet, encoded by the pipeline itself and with the
             call's conditioning; or ``"both"``, each with a monitor of its own.
         mode: ``"sync"`` scores before the call returns; ``"background"`` hands copies to a thread
             of the monitor's own and returns. By default as the detector's :class:`WatchingPlan`
             says, if it was fitted with a budget, else ``"sync"``.
-        sample_rate: The share of samples to score, drawn whatever they show, so that p-values and
-            alarms keep their meaning. By default the plan's, else all. Of two detectors such a
-            share that both together keep to the smaller of their budgets.
-        max_latency_ms: The most milliseconds that scoring adds to a call: by what samples have
-            cost, so many are drawn as fit. The first call scores one.
-        queue_size: Calls that wait in the background. What finds the queue full is dropped and
-            counted.
-        batch: Makes the detector's batch of a captured call and its number of samples.
-        seed: Of the draws of ``sample_rate``.
+        sample_rate: The share of samples to score. They are drawn without a look at them, so that
+            p-values and alarms keep their meaning. By default the plan's share, else all. With two
+            detectors the share keeps both together within the smaller of their budgets.
+        max_latency_ms: The most milliseconds that scoring may add to a call. So many samples are
+            drawn as fit, by what samples have cost so far. The first call scores one.
+        queue_size: How many calls may wait in the background. If the queue is full, a call is
+            dropped and counted.
+        batch: A function that makes the detector's batch, of a captured call and its number of
+            samples.
+        seed: Seed of the draws of ``sample_rate``.
         raise_on_error: Raise what scoring raises, for tests.
 
     Returns:
@@ -126,12 +126,12 @@ def wrap(
     Args:
         pipe: The pipeline, such as ``Pipeline.from_pipe(shared, scheduler=...)``.
         monitor: The monitor, or monitors by name.
-        what: As there.
-        sample_rate: As there.
-        max_latency_ms: As there.
-        batch: As there.
-        seed: Of the draws of ``sample_rate``; by default other ones each time.
-        raise_on_error: As there.
+        what: As for :func:`monitor_pipeline`.
+        sample_rate: As for :func:`monitor_pipeline`.
+        max_latency_ms: As for :func:`monitor_pipeline`.
+        batch: As for :func:`monitor_pipeline`.
+        seed: Seed of the draws of ``sample_rate``; by default another one each time.
+        raise_on_error: As for :func:`monitor_pipeline`.
 
     Yields:
         What to call in the pipeline's place.

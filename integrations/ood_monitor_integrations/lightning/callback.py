@@ -73,20 +73,22 @@ class OODMonitor(Hooks):
     """Fits a detector for the weights of checkpoints, and watches what the model is fed.
 
     The training is not changed: weights, optimiser, random state and logged metrics are those of a
-    run without it. Whatever fails while watching is counted, warned of once, and never raised into
-    the loop.
+    run without it. If watching fails, this is counted and warned of once, and never raised into the
+    loop.
 
     Validation, test and predict are each a stream with a :class:`~ood_monitor.Monitor` of its own,
-    whatever the number of dataloaders. Metrics of all samples of a stage are logged at its end:
+    whatever the number of dataloaders. At the end of a stage metrics of all its samples are logged:
     ``ood/test/status`` (0 OK, 1 WARN, 2 ALERT), ``score_mean``, ``score_p95``, ``flagged_rate``,
-    ``log_e_value``, the strongest evidence of a drift, and ``invalid``; of several dataloaders also
-    ``ood/test/1/score_mean`` and so on, without status and evidence, which are the stream's. With a
-    name they are ``ood/<name>/test/...``. While predicting, the loggers get the running figures
-    every ``Trainer(log_every_n_steps=)`` batches, and an MLflow run as from any monitor.
-    In several processes each scores its own batches, and all decide at the end of the stage on the
-    whole in the order of the dataset: alerts then come at the end, once, and are those of one
-    process. So it is of a model that `fully_shard` (FSDP2) has sharded under
-    `ModelParallelStrategy`, of which detectors take no gradients and ``"train"`` is not watched.
+    ``log_e_value`` (the strongest evidence of a drift) and ``invalid``. If there are several
+    dataloaders, each also has its own, such as ``ood/test/1/score_mean``, except status and
+    evidence, which belong to the stream. With a name they are ``ood/<name>/test/...``. While
+    predicting, the loggers get running figures every ``Trainer(log_every_n_steps=)`` batches, and
+    an MLflow run gets them as from any monitor.
+
+    In several processes each scores its own batches. At the end of the stage all decide together on
+    the whole, in the order of the dataset, so alerts come once, at the end, and are those of one
+    process. The same holds for a model that `fully_shard` (FSDP2) has sharded under
+    `ModelParallelStrategy`. Its detectors take no gradients, and ``"train"`` is not watched.
 
     The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
     without a promise: see :class:`~ood_monitor.TrainingStream`. Its metrics of an epoch are
@@ -97,27 +99,29 @@ class OODMonitor(Hooks):
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(module, x) -> (B,)``
             giving log-likelihoods in nats; or None for the LightningModule's own ``adapter()``,
             ``log_prob_terms`` or ``log_prob``.
-        inputs: Takes the sample x, shape (B, ...), from a batch; by default the batch itself, or
-            the first item of a list or tuple. It is for a function or the module's own method.
-        condition: Likewise gives the further keywords, such as ``lambda batch: {"y": batch[1]}``.
-        batch: Makes a batch of what a loader yields, before anything else sees it.
+        inputs: A function that takes the sample x, shape (B, ...), from a batch; by default the
+            batch itself, or the first item of a list or tuple. Use it if ``adapter`` is a function
+            or None.
+        condition: A function that takes the model's further keywords from a batch, such as
+            ``lambda batch: {"y": batch[1]}``.
+        batch: A function that makes a batch of what a loader yields, before anything else sees it.
         detector: A detector to use, the folder of a saved one, or a checkpoint that holds one of
-            this ``name``, or has its folder beside it, as
-            :meth:`~ood_monitor.Detector.from_checkpoint` reads it, to go with
-            `load_from_checkpoint`. One that is not fitted yet has the settings for the one to fit.
-        held_out: Held-out batches that the model is not trained on, nor its checkpoints chosen by,
-            to go through once for each calibration. None takes the validation data.
+            this ``name`` or has its folder beside it (read as by
+            :meth:`~ood_monitor.Detector.from_checkpoint`). A detector that is not fitted yet gives
+            the settings for the one to fit.
+        held_out: Held-out batches, gone through once for each calibration. The model is not trained
+            on them, and no checkpoint is chosen by them. None takes the validation data.
         calibrate: Which checkpoints get a detector of their weights, while they are saved:
             ``"best"``, whenever a `ModelCheckpoint`'s monitored value has improved, and the last;
-            ``"every checkpoint"``; ``"last"``; or ``"never"``. By default it is the best where a
-            value is monitored, else the last, and never where ``detector`` brings one that is
-            fitted. The weights at the end of training have one, too. Checkpoints that are kept
-            without one are named when training ends.
-        calibrate_samples: Held-out samples of one calibration, at most; of more data, batches are
-            left out evenly.
+            ``"every checkpoint"``; ``"last"``; or ``"never"``. By default ``"best"`` if a value is
+            monitored, else ``"last"``, and ``"never"`` if ``detector`` is a fitted one. The weights
+            at the end of training get one, too. A warning at the end of training names the
+            checkpoints that are kept without one.
+        calibrate_samples: The most held-out samples of one calibration. If there are more, batches
+            are left out evenly.
         calibrate_every_n_epochs: Calibrate before validation, too, in every n-th epoch, so that the
             validation of that epoch is watched by a detector of the weights that it runs with. It
-            needs ``held_out``, since what has calibrated is no news.
+            needs ``held_out``, since data that calibrated tell nothing new.
         watch: Which of ``"train"``, ``"val"``, ``"test"``, ``"predict"``. Validation within `fit`
             is watched only with ``detector`` or ``calibrate_every_n_epochs``.
         ert: Expected run time to a false drift alarm, in samples.
@@ -126,8 +130,8 @@ class OODMonitor(Hooks):
         method: Of the detector that is fitted: ``"gradient_norms"``, ``"forward"`` or ``"both"``;
             see :class:`~ood_monitor.Detector`.
         layers: Which parameters are features, by name pattern; all by default.
-        training: Settings of the training stream, as a fresh
-            :class:`~ood_monitor.TrainingStream`.
+        training: Settings of the training stream, as a :class:`~ood_monitor.TrainingStream` that
+            has seen nothing yet.
         sinks: Told of every alert, from rank 0; they are left open.
         scores_dir: Where to write ``scores-<stage>.npz`` at the end of a stage, from rank 0: a row
             per sample, with its index in the dataset.
@@ -140,8 +144,8 @@ class OODMonitor(Hooks):
             where a batch was not scored.
         name: The stream's name, and what tells several monitors in one Trainer apart.
         progress: Show a progress bar where calibration takes a pass of its own.
-        strict: Whether a model or a strategy that cannot be monitored is an error; if not, it is
-            warned of, and left alone.
+        strict: Whether a model or a strategy that cannot be monitored is an error. If not, you get
+            a warning, and the model is left alone.
 
     Raises:
         ValueError: ``watch`` names an unknown stage, an option is out of its range, or a method is

@@ -63,8 +63,9 @@ class OODCallback(Events):
 
     The training stream looks at the gradients that the optimiser is about to use. It is a heuristic
     without a promise: see :class:`~ood_monitor.TrainingStream`. A Trainer shows them after it has
-    clipped them (`max_grad_norm`, 1 by default). In one process their size before is told by two of
-    them; in several, and with `fp16`, only the shares of the layers are left of a clipped gradient.
+    clipped them (`max_grad_norm`, 1 by default). In one process the size before is known, from the
+    norms of two gradients before and after. In several, and with `fp16`, only the layers' shares of
+    a clipped gradient are known.
 
     Args:
         adapter: The model: an :class:`~ood_monitor.Adapter`; a function ``(model, x) -> (B,)``
@@ -86,11 +87,11 @@ class OODCallback(Events):
             ``"every checkpoint"``; ``"last"``; or ``"never"``. By default it is the best where a
             metric decides, else the last, and never where ``detector`` brings one that is fitted.
             The weights at the end of training, after `load_best_model_at_end`, have one, too.
-        calibrate_samples: Held-out samples of one calibration, at most; of more data, batches are
-            left out evenly.
+        calibrate_samples: The most held-out samples of one calibration. If there are more, batches
+            are left out evenly.
         calibrate_every_n_evaluations: Calibrate at the beginning of every n-th evaluation within
             the training, too, so that it is watched by a detector of the weights that it runs with.
-            It needs ``held_out``, since what has calibrated is no news.
+            It needs ``held_out``, since data that calibrated tell nothing new.
         watch: Which of ``"train"``, ``"eval"``, ``"predict"``. An evaluation within the training is
             watched only with ``detector`` or ``calibrate_every_n_evaluations``.
         ert: Expected run time to a false drift alarm, in samples.
@@ -99,8 +100,8 @@ class OODCallback(Events):
         method: Of the detector that is fitted: ``"gradient_norms"``, ``"forward"`` or ``"both"``;
             see :class:`~ood_monitor.Detector`.
         layers: Which parameters are features, by name pattern; all by default.
-        training: Settings of the training stream, as a fresh
-            :class:`~ood_monitor.TrainingStream`.
+        training: Settings of the training stream, as a :class:`~ood_monitor.TrainingStream` that
+            has seen nothing yet.
         sinks: Told of every alert, from the first process; they are left open.
         scores_dir: Where to write ``scores-<stage>.npz`` at the end of an evaluation, from the
             first process: a row per sample, with its index in the dataset.
@@ -108,8 +109,8 @@ class OODCallback(Events):
         console: Print a line per alert, from the first process.
         name: The stream's name, and what tells several callbacks of one Trainer apart.
         progress: Show a progress bar where calibration takes a pass of its own.
-        strict: Whether a model or a Trainer that cannot be monitored is an error; if not, it is
-            warned of, and left alone.
+        strict: Whether a model or a Trainer that cannot be monitored is an error. If not, you get a
+            warning, and the model is left alone.
 
     Raises:
         ValueError: ``watch`` names an unknown stage, an option is out of its range, or two options
