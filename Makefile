@@ -172,6 +172,7 @@ evidence: benchmark-peers
 	$(BIN)/python -m benchmarks.detection.one_level $(EVIDENCE)/one_level.json
 	$(BIN)/python -m benchmarks.detection.tables --json benchmarks/results/tables.json
 	$(BIN)/python -m benchmarks.detection.chosen_by --json benchmarks/results/chosen_by.json
+	$(BIN)/python -m benchmarks.detection.known_data $(EVIDENCE)/known_data.json
 	$(BIN)/python -m benchmarks.detection.shifts $(EVIDENCE)/shifts.json
 	$(BIN)/python -m benchmarks.drift.real_streams $(EVIDENCE)/real_streams.json
 	$(BIN)/python -m benchmarks.detection.statements $(EVIDENCE)/statements.json

@@ -420,6 +420,9 @@ PAGES = (
         {"antibodies": published_page.antibodies, "galaxies": published_page.galaxies},
         package="detection.published",
     ),
+    Page(
+        "evidence/known.md", "Known data, small change", {"known_data": published_page.known_data}
+    ),
     Page("evidence/shifts.md", "Corruptions and attacks", {"shifts": shifts}),
     Page(
         "evidence/streams.md",

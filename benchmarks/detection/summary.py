@@ -95,6 +95,7 @@ Further pages:
 - [Text](evidence/text.md)
 - [Models of CIFAR-10](evidence/cifar10.md)
 - [Models that others published: antibodies, galaxies](evidence/published.md)
+- [Known data, small change: low likelihood as one more part](evidence/known.md)
 - [Layers, samples, training, the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
 - [Drift in streams of real images, beside other deciders](evidence/streams.md)
@@ -111,6 +112,7 @@ evidence/tables
 evidence/text
 evidence/cifar10
 evidence/published
+evidence/known
 evidence/layers
 evidence/shifts
 evidence/streams

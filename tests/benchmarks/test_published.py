@@ -1,5 +1,6 @@
 """What the benchmark of published models rests on: sequences, splits, changes."""
 
+import dataclasses
 import io
 import tarfile
 from collections.abc import Mapping
@@ -89,6 +90,26 @@ def test_generated_sequences_are_the_models_own_and_repeat() -> None:
     found = language.generated(3, 1.0, seed=0)
     assert found == language.generated(3, 1.0, seed=0) != language.generated(3, 1.0, seed=1)
     assert all(set(each) <= set(sequences.RESIDUES) for each in found)
+
+
+def test_the_sets_of_larger_models_are_among_those_of_all() -> None:
+    pools = antibodies.made_up()
+    case = antibodies.Case("tiny", models.tiny, sizes=antibodies.Sizes(real=1, changed=1))
+    every = foreign_sets.real(pools, "human", 1)
+    every |= foreign_sets.changed(pools, pools["natural human IGHV"], "human", 1)
+    generated = {f"generated at {temperature:g}" for temperature in antibodies.TEMPERATURES}
+    assert set(foreign_sets.FEW) <= set(every) | generated
+    few = dataclasses.replace(case, every=False)
+    assert [name for name in every if few.takes(name)] == [
+        name for name in every if name in foreign_sets.FEW
+    ]
+
+
+def test_rows_of_models_that_are_not_measured_again_stay(tmp_path: Path) -> None:
+    file, case = tmp_path / "report.json", antibodies.Case("tiny", models.tiny)
+    assert antibodies.others(file, (case,)) == []
+    file.write_text('{"rows": [{"model": "tiny"}, {"model": "other"}]}')
+    assert antibodies.others(file, (case,)) == [{"model": "other"}]
 
 
 def archive(folder: Path, name: str, files: Mapping[str, str]) -> None:

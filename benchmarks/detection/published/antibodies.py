@@ -7,9 +7,11 @@ sequences are judged by values and expected norms (on two of these models).
 
 `make published` brings models and sequences into an environment of their own; a run takes
 twenty minutes on one core, goes on where it was interrupted, and keeps what it measured in
-`runs/published`.
+`runs/published/measured`, which is to be removed when a model or the library has changed.
 """
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from sklearn.covariance import LedoitWolf
 
 import ood_monitor as om
 from benchmarks.detection import forward
+from benchmarks.detection.known_data import surprise
 from benchmarks.detection.protocol import auroc
 from benchmarks.detection.published import foreign_sets, models, sequences
 from benchmarks.detection.published.foreign_sets import SEEDS, Given, Split
@@ -58,37 +61,6 @@ KNOWN = "known"
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model and what it is to know.
-
-    Attributes:
-        name: Of the model.
-        make: Gives it.
-        species: Of the known heavy chains.
-        gradients: Whether norms are taken, which cost most.
-        every: Whether all sets are measured, or `foreign_sets.FEW`.
-    """
-
-    name: str
-    make: Callable[[], Language]
-    species: str = "human"
-    gradients: bool = True
-    every: bool = True
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} of {self.species}".replace(" ", "-")
-
-
-CASES = (
-    Case("IgLM-S", lambda: models.iglm("IgLM-S")),
-    Case("IgLM-S", lambda: models.iglm("IgLM-S", "MOUSE"), "mouse"),
-    Case("IgLM", lambda: models.iglm("IgLM"), gradients=False, every=False),
-    Case("AntiBERTy", models.antiberty, gradients=False, every=False),
-)
-
-
-@dataclass(frozen=True)
 class Sizes:
     """Sequences of a real set, changed ones a split, generated ones, and known ones."""
 
@@ -98,19 +70,61 @@ class Sizes:
     known: int = 735
 
 
-def sets_of(case: Case, pools: Pools, language: Language, sizes: Sizes) -> dict[str, Given]:
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is to know.
+
+    Attributes:
+        name: Of the model.
+        make: Gives it.
+        species: Of the known heavy chains.
+        gradients: Whether norms are taken, which cost most.
+        every: Whether all sets are measured, or `foreign_sets.FEW`.
+        sizes: How many sequences.
+    """
+
+    name: str
+    make: Callable[[], Language]
+    species: str = "human"
+    gradients: bool = True
+    every: bool = True
+    sizes: Sizes = Sizes()
+
+    def takes(self, name: str) -> bool:
+        """Whether a set is measured."""
+        return self.every or name in foreign_sets.FEW
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} of {self.species}".replace(" ", "-")
+
+
+#: Of the largest model.
+FEWER = Sizes(real=60, changed=25, known=360)
+
+CASES = (
+    Case("IgLM-S", lambda: models.iglm("IgLM-S")),
+    Case("IgLM-S", lambda: models.iglm("IgLM-S", "MOUSE"), "mouse", gradients=False),
+    Case("IgLM", lambda: models.iglm("IgLM"), gradients=False, every=False),
+    Case("AntiBERTy", models.antiberty, gradients=False, every=False, sizes=FEWER),
+)
+
+
+def sets_of(case: Case, pools: Pools, language: Language) -> dict[str, Given]:
     """The known sequences, then the others."""
+    sizes = case.sizes
     keys = [f"natural {case.species} IGHV", f"paired {case.species} IGHV"]
     known = list(dict.fromkeys(each for key in keys for each in pools.get(key, [])))
     known = [known[i] for i in np.random.default_rng(0).permutation(len(known))[: sizes.known]]
     found = foreign_sets.real(pools, case.species, sizes.real)
     found |= foreign_sets.changed(pools, known, case.species, sizes.changed)
-    if language.causal:
-        for i, temperature in enumerate(TEMPERATURES):
+    found = {name: it for name, it in found.items() if case.takes(name)}
+    for i, temperature in enumerate(TEMPERATURES):
+        name = f"generated at {temperature:g}"
+        if language.causal and case.takes(name):
             own = language.generated(sizes.generated, temperature, seed=i)
-            found[f"generated at {temperature:g}"] = Given([s for s in own if len(s) > 20], [])
-    chosen = {name: it for name, it in found.items() if case.every or name in foreign_sets.FEW}
-    return {KNOWN: Given(known, [])} | {name: it for name, it in chosen.items() if it.sequences}
+            found[name] = Given([each for each in own if len(each) > 20], [])
+    return {KNOWN: Given(known, [])} | {name: it for name, it in found.items() if it.sequences}
 
 
 def measured(
@@ -122,7 +136,7 @@ def measured(
     detector = om.Detector(language.adapter, parts=kinds, chunk_size=BATCH)
     found = {}
     for name, given in sets.items():
-        file = None if folder is None else folder / f"{case.key}-{name.replace(' ', '-')}.measured"
+        file = None if folder is None else folder / named(case, kinds, given.sequences)
         if file is not None and file.exists():
             found[name] = Measurements.parse(file.read_bytes())
             continue
@@ -133,6 +147,12 @@ def measured(
             file.write_bytes(found[name].dump())
         typer.echo(f"measured {case.key}: {name}, {len(given.sequences)}")
     return found
+
+
+def named(case: Case, kinds: list[str], these: list[str]) -> str:
+    """A file's name, another one for whatever else is measured."""
+    digest = hashlib.blake2b("\n".join([*kinds, *these]).encode(), digest_size=8)
+    return f"{case.key}-{digest.hexdigest()}.measured"
 
 
 def methods_of(case: Case, found: Mapping[str, Measurements]) -> dict[str, Scored]:
@@ -184,10 +204,10 @@ def similarity(of: list[str], sets: Mapping[str, Given]) -> Array:
     return np.array([[len(a & b) / max(len(a), 1) for b in known] for a in own])
 
 
-def rows_of(case: Case, pools: Pools, sizes: Sizes, folder: Path | None) -> Iterator[Row]:
+def rows_of(case: Case, pools: Pools, folder: Path | None) -> Iterator[Row]:
     """A row for each method, with near copies of what fits and without."""
     language = case.make()
-    sets = sets_of(case, pools, language, sizes)
+    sets = sets_of(case, pools, language)
     found = measured(case, language, sets, folder)
     copies = {name: similarity(it.sequences, sets) for name, it in sets.items()}
     splits = foreign_sets.splits(sets[KNOWN].sequences)
@@ -202,6 +222,7 @@ def rows_of(case: Case, pools: Pools, sizes: Sizes, folder: Path | None) -> Iter
                 "near copies": near,
                 "counts": {name: len(it.sequences) for name, it in sets.items()},
                 "forwards": costs.get(method),
+                **surprise(found[KNOWN]),
             } | judged(scores, splits, sets, None if near else copies)
 
 
@@ -256,6 +277,14 @@ def costs_of(case: Case, language: Language, sets: Mapping[str, Given]) -> dict[
     }
 
 
+def others(output: Path | None, cases: tuple[Case, ...]) -> list[Row]:
+    """Rows of a report that these models have no part in, which stay."""
+    if output is None or not output.exists():
+        return []
+    names = [case.name for case in cases]
+    return [r for r in json.loads(output.read_text())["rows"] if r["model"] not in names]
+
+
 def line(row: Row) -> str:
     head = f"{row['model']:10}{row['known']:6}{row['method']:28}{'' if row['near copies'] else '-'}"
     rest = f"  found {row['found at 0.05']:.2f}  flagged {row['flagged at 0.05']:.3f}"
@@ -307,20 +336,22 @@ def main(
     sources: Annotated[Path, typer.Option(help="Folder of the source distributions.")] = Path(
         "runs/published"
     ),
-    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model; all if none. Rows of others stay.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
 ) -> None:
     torch.set_num_threads(1)
     if quick:
-        cases, pools, folder = (Case("tiny", models.tiny),), made_up(), None
-        sizes = Sizes(real=30, changed=20, generated=12)
+        few = Sizes(real=30, changed=20, generated=12)
+        cases, pools, folder = (Case("tiny", models.tiny, sizes=few),), made_up(), None
     else:
-        pools, folder, sizes = sequences.read(sources), sources / "measured", Sizes()
+        pools, folder = sequences.read(sources), sources / "measured"
         folder.mkdir(exist_ok=True)
         cases = tuple(case for case in CASES if model is None or case.name in model)
-    rows = []
+    rows = others(output, cases) if model else []
     for case in cases:
-        for row in rows_of(case, pools, sizes, folder):
+        for row in rows_of(case, pools, folder):
             typer.echo(line(row))
             rows.append(row)
     report = {
