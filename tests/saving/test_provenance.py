@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_detector_says_which_conditions_it_was_fitted_with(tmp_path: Path) -> 
 
 
 def test_versions_are_in_the_config(saved: Path) -> None:
-    assert config(saved)["libraries"]["torch"] == torch.__version__
+    assert config(saved)["libraries"]["torch"] == metadata.version("torch")
 
 
 def test_a_base_model_is_kept_until_another_is_named(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def test_a_plan_is_told_saved_and_gone_by(budget: float, caplog: pytest.LogCaptu
     plan = plan_of(detector)
     cost = SampleCost(plan.ratios, plan.forwards)
     assert plan == planned(budget, 3, [cost])
-    assert plan.ratios == (2 if budget == LOOSE else ONE_LEVEL)
+    # Which is cheaper is measured, and on a machine that is busy either may seem to be.
+    assert plan.ratios in ([2] if budget == LOOSE else [2, ONE_LEVEL])
     code = " [OOD605]" if plan.gives_up else ""
     assert f"Calls are watched {plan}{code}" in caplog.messages
     state = detector.state_dict()
