@@ -34,3 +34,10 @@ def test_every_module_whose_names_are_explained_is_on_the_page_of_public_names()
     } - {"training"}
     assert {f"ood_monitor_integrations.{name}" for name in frameworks} <= names
     assert "ood_monitor" in names
+
+
+def test_pictures_of_the_gallery_are_shown_and_small() -> None:
+    pictures = sorted((ROOT / "docs").glob("gallery-*.png"))
+    shown = re.findall(r"\]\((gallery-[\w-]+\.png)\)", (ROOT / "docs" / "gallery.md").read_text())
+    assert [picture.name for picture in pictures] == sorted(shown)
+    assert all(picture.stat().st_size <= 150_000 for picture in pictures)
