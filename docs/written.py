@@ -66,8 +66,10 @@ def warnings_page() -> str:
     parts = [
         f"{_NOTE}\n# Warnings\n",
         "A warning, or a line of the log, ends with a code such as `[OOD101]`. Find it here, or\n"
-        "print it by `ood-monitor guide OOD101`. To silence one code, name it in a filter:\n\n"
-        '    warnings.filterwarnings("ignore", r".*\\[OOD101\\]")\n\n'
+        "print it by `ood-monitor guide OOD101`. To silence one code, name it in a filter, of\n"
+        "warnings or of the handler that writes your log:\n\n"
+        '    warnings.filterwarnings("ignore", r"(?s).*\\[OOD101\\]")\n'
+        '    handler.addFilter(lambda record: "[OOD106]" not in record.getMessage())\n\n'
         "Alerts are something else: a monitor sends them, and [each kind has its\n"
         "section](alerts.md#what-to-do-now).\n\n"
         "| code | what it says |\n|---|---|",
