@@ -206,8 +206,8 @@ CODES: Mapping[str, Meaning] = {
     ),
     "OOD407": Meaning(
         "A sink failed",
-        "The sink raised an error or hung. The alert is tried again with growing pauses, and the "
-        "monitor goes on. Further failures are counted, not logged.",
+        "The sink raised an error, or its thread was ended. The alert is tried again with growing "
+        "pauses, and the monitor goes on. Further failures are counted, not logged.",
         "Read the error: a wrong address, a server that is down, credentials that ran out.",
     ),
     "OOD408": Meaning(

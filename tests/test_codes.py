@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 from ood_monitor_integrations.training.failures import CODES as BY_KIND
-from ood_monitor_integrations.training.failures import Kind
+from ood_monitor_integrations.training.failures import Failures, Kind
 from typer.testing import CliRunner
 
 from ood_monitor.cli import app
@@ -120,3 +120,22 @@ def test_all_codes_are_used_and_all_that_are_used_are_known() -> None:
         if file.name not in ("codes.py", "showing.py"):
             used |= codes_in(ast.parse(file.read_text()))
     assert used == set(CODES)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_what_fails_in_a_training_is_told_once_with_its_code(kind: Kind) -> None:
+    failures = Failures("a callback")
+    with pytest.warns(UserWarning, match=rf"^a callback {re.escape(kind)}: why \[OOD\d+\]$"):
+        failures.tell(kind, "why")
+    failures.tell(kind, "why")  # a second warning would be an error
+    assert failures.counts == {kind: 2}
+
+
+def test_what_is_refused_is_raised_or_told_with_its_code() -> None:
+    failures, error = Failures("a callback"), ValueError("no law")
+    with pytest.raises(
+        ValueError, match=r"^a callback could not be calibrated: ValueError: no law"
+    ):
+        failures.refuse("could not be calibrated", error, strict=True)
+    with pytest.warns(UserWarning, match=r"ValueError: no law \[OOD502\]$"):
+        failures.refuse("could not be calibrated", error, strict=False)
