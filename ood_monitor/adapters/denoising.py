@@ -78,21 +78,21 @@ class DenoisingBound(Adapter):
     r"""Negative denoising losses at chosen noise levels, with noise that never changes.
 
     Args:
-        network: ``network(x_t, t, **condition)`` with x_t of shape (B, C, ...) and t of shape
-            (B,), which goes by the keyword ``timestep`` where there is one, and first where its
-            ``forward`` names a time first (torchcfm). It gives a tensor, a tuple that begins with
-            one, or an object with ``.sample`` (diffusers). Of twice as many channels as x (learned
-            variance) the first half is used.
+        network: Called as ``network(x_t, t, **condition)`` with x_t of shape (B, C, ...) and t of
+            shape (B,). If it has a keyword ``timestep``, t is passed by it; if its ``forward``
+            names a time first (torchcfm), t comes first. It gives a tensor, a tuple that begins
+            with one, or an object with ``.sample`` (diffusers). If it gives twice as many channels
+            as x has (learned variance), the first half is used.
         schedule: A :class:`NoiseSchedule`, the cumulative products :math:`\bar\alpha`, shape (T,),
             or an object that has them as ``alphas_cumprod``, such as a diffusers scheduler or
-            lucidrains' ``GaussianDiffusion``. Its numbers are copied. Where it normalises images
-            (lucidrains), x is given in [0, 1] and normalised as it does.
+            lucidrains' ``GaussianDiffusion``. Its numbers are copied. If it normalises images
+            (lucidrains), give x in [0, 1]; it is normalised in the same way.
         levels: Noise levels, in [0, T). The default suits T = 1 000: little noise and much. Each
-            costs a pass, and more of them, spread over T, detect more: no rule of
+            level costs a pass. More levels, spread over T, detect more; no rule of
             ``benchmarks/detection/noise_levels.py`` chose two better ones from held-out data.
-        prediction_type: What the network predicts; by default what the schedule says of it
-            (``config.prediction_type``, ``objective``). Cumulative products alone say nothing:
-            epsilon.
+        prediction_type: What the network predicts; by default what the schedule says
+            (``config.prediction_type``, ``objective``), and epsilon if you give cumulative products
+            alone.
         loss: ``"l2"``, ``"l1"`` or ``"vlb"``, as above.
         draws: Draws of the noise a level; the term is their mean.
         antithetic: Whether each draw comes with its negative, which doubles the passes.
@@ -102,14 +102,13 @@ class DenoisingBound(Adapter):
             embeddings, ``added_cond_kwargs``.
         time: What the network takes for the schedule's t. Flux: ``lambda t: t / 1000``.
         seed: Seed of the noise, which all samples share.
-        ratios: Where :meth:`residuals` are taken, as sigma / alpha, at the nearest levels; or how
-            many of them: 2 are 0.015, of latents 0.33, and 3.4; 3 are these three. What has one
-            channel or three is taken for pixels.
-        null_condition: Gives the keywords of no condition, as guidance takes them: an empty
-            prompt's embeddings, the label of none. :meth:`residuals` then make one more pass, at
-            the level of most noise, which shows whether a sample fits its own: by how much the
-            condition helps to denoise it, as diffusion classifiers do. It sees a wrong label or
-            prompt.
+        ratios: At which levels :meth:`residuals` look at samples: values of sigma / alpha, of which
+            the nearest levels are taken; or 2, which is 0.015 (0.33 for latents) and 3.4; or 3, all
+            three of these. Samples of one or three channels count as pixels, others as latents.
+        null_condition: A function that gives the keywords of no condition, as guidance takes them:
+            an empty prompt's embeddings, or the label of none. :meth:`residuals` then make one more
+            pass, at the level of most noise. It shows how much a sample's own condition helps to
+            denoise it, as diffusion classifiers do, and so finds a wrong label or prompt.
 
     Raises:
         ValueError: An unknown schedule, prediction type or loss, a schedule that does not say what

@@ -62,38 +62,37 @@ class _Given:
 class SequenceLikelihood(Adapter):
     """Log-likelihood of a sequence under an autoregressive model, summed over its tokens.
 
-    A text has one likelihood, alone, in any batch, and padded to any width on either side: rows are
-    turned so that every text begins in the first column, where its tokens have the positions that
-    they have alone and see no padding.
+    A text has the same likelihood alone, in any batch, and padded to any width on either side. Rows
+    are turned so that every text begins in the first column. There its tokens have the positions
+    that they have alone, and see no padding.
 
     Args:
         module: ``module(tokens, **condition)`` gives logits, or an object with ``.logits``
-            (transformers' causal language models). Where its ``forward`` names ``use_cache`` it is
-            told False; a transformers model that names ``attention_mask`` gets one where there is
-            padding. What ``condition`` gives goes first.
-        shifted: Whether logits at t predict the token at t + 1, as language models' do: the first
-            token is given, not predicted. False for models that see to it themselves that logits
-            at t come from earlier tokens alone, as PixelCNN's masked convolutions.
+            (transformers' causal language models). If its ``forward`` names ``use_cache``, it is
+            False. If a transformers model names ``attention_mask``, it gets one where there is
+            padding. What ``condition`` gives has precedence.
+        shifted: Whether logits at t predict the token at t + 1, as in language models: the first
+            token is then given, not predicted. False for models whose logits at t come from earlier
+            tokens alone, such as those with PixelCNN's masked convolutions.
         class_dim: The dimension of the logits that runs over the V values of a token: -1 for
             language models, (B, T, V); 1 for images (B, C, H, W), (B, V, C, H, W).
         per_token: Whether to take the mean over the predicted tokens, in nats a token, instead of
             the sum: for sequences of different lengths.
-        padding: The token that fills sequences up, if any, before a text or after it; it is left
-            out. Where the keywords hold an ``attention_mask`` of shape (B, T), that alone says what
-            is text, 1, and what is padding, 0.
-        padding_is_end: Whether ``padding`` is also the token that ends a text, as GPT-2's users
-            pad: without a mask, the first of the run after a text then belongs to it. False for
-            texts that are padded so but have no end token of their own. By default, whether the
-            module's ``config`` calls it an ``eos_token_id``, and then every text must end by it.
-        given: How many tokens at the beginning of a text are a prompt: the others are predicted
-            given these, which are not scored. A number, or a function that takes it for each
-            sample, integers of shape (B,), from a batch. They count from the text's first token,
-            after any padding.
-        ignore_index: The label of tokens that are not scored, -100 in transformers' collators: a
-            prompt whose completion alone is trained on, whatever its place in the text. Labels are
-            the tokens themselves elsewhere, not shifted, as causal models of transformers take
-            them.
-        labels: Takes these, of the tokens' shape, from a batch; by default its ``"labels"``.
+        padding: The token that fills sequences up, before a text or after it; it is not scored. If
+            the keywords hold an ``attention_mask`` of shape (B, T), the mask alone says what is
+            text, 1, and what is padding, 0.
+        padding_is_end: Whether ``padding`` is also the token that ends a text, as is usual with
+            GPT-2. Without a mask, the first padding token after a text then belongs to it. Say
+            False if texts are padded by it but have no end token. By default it is True if the
+            module's ``config`` calls it an ``eos_token_id``; then every text must end by it.
+        given: How many tokens at the beginning of a text are a prompt, which is not scored; the
+            others are predicted given these. A number, or a function that takes integers of shape
+            (B,) from a batch. They count from the text's first token, after any padding.
+        ignore_index: The label of tokens that are not scored, -100 in transformers' collators, such
+            as those of a prompt, whatever their place in the text. All other labels are the tokens
+            themselves, not shifted, as causal models of transformers take them.
+        labels: A function that takes the labels, of the tokens' shape, from a batch; by default
+            its ``"labels"``.
         inputs: Takes the tokens, integers, shape (B, T) or (B, ...), from a batch as the loader
             yields it; by default its ``"input_ids"`` if it is a mapping, else as the other
             adapters do.

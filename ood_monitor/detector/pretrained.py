@@ -88,13 +88,13 @@ class Pretrained(abc.ABC):
 
         Args:
             repo_id: Name of the repository, ``"owner/name"``.
-            base_model: As there.
-            base_model_revision: As there.
-            diagnosis: As there.
-            private: Whether a new repository is private; what the owner's default says if None.
-            revision: The branch, which must exist; ``main`` by default.
-            token: For the Hub; the one that you are logged in with by default.
-            commit_message: Of the commit.
+            base_model: As for :meth:`save_pretrained`.
+            base_model_revision: As for :meth:`save_pretrained`.
+            diagnosis: As for :meth:`save_pretrained`.
+            private: Whether a new repository is private; None takes the owner's default.
+            revision: An existing branch; by default ``main``.
+            token: A token for the Hub; by default the one that you are logged in with.
+            commit_message: The message of the commit.
 
         Returns:
             The commit's address.
@@ -131,21 +131,21 @@ class Pretrained(abc.ABC):
         Args:
             name_or_path: The folder, or the repository, ``"owner/name"``, where no such folder is.
             adapter: The model that the detector was fitted on.
-            groups: What gave the groups, if it was fitted with any.
+            groups: The function that gave the groups, if it was fitted with one.
             revision: A branch, tag or commit of the repository.
-            token: For the Hub; the one that you are logged in with by default.
+            token: A token for the Hub; by default the one that you are logged in with.
             local_files_only: Whether to look only at what was downloaded before.
             cache_dir: Where downloads are kept.
 
         Raises:
             FileNotFoundError: A file or the repository is missing, or not yours to read.
             ValueError: A file where a folder was expected, a damaged file, a newer format, a model
-                with other layers, or groups where there were none, or none where there were.
+                with other layers, or ``groups`` given although there were none, or missing.
 
         Warns:
-            UserWarning: The model's weights are not those that the detector was fitted on, or of
-                another precision, so that the calibration is stale; or the adapter has another
-                seed, other noise levels or the like.
+            UserWarning: The calibration is stale, since the model has other weights or another
+                precision than at the fit; or the adapter has other arguments, such as its seed or
+                noise levels.
         """
         directory = path_of("name_or_path", name_or_path)
         if directory.is_file():
@@ -175,10 +175,10 @@ class Pretrained(abc.ABC):
 
         Args:
             path: The checkpoint, sharded or not.
-            adapter: The model that the detector was fitted on: of a LightningModule without an
-                adapter of its own, `LogLikelihood(module)` of the whole module.
-            name: Of the callback.
-            groups: As :meth:`from_pretrained`.
+            adapter: The adapter that the detector was fitted with: the LightningModule's own
+                ``adapter()``, or `LogLikelihood(module)` of the whole module if it has none.
+            name: The callback's name.
+            groups: As for :meth:`from_pretrained`.
 
         Raises:
             FileNotFoundError: There is neither a checkpoint nor a folder.
@@ -214,7 +214,7 @@ class Pretrained(abc.ABC):
         """The detector whose :meth:`state_dict` this is; see :meth:`from_pretrained`.
 
         Raises:
-            ValueError: As there.
+            ValueError: As :meth:`from_pretrained`, or a part of the state is missing.
         """
         missing = sorted({"config", "tensors"} - state.keys())
         if missing:
