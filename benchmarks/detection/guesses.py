@@ -208,6 +208,19 @@ def no_pytorch(rows: Sequence[Row]) -> str:
     )
 
 
+def larger(rows: Sequence[Row]) -> str:
+    """On the sets that both were shown."""
+    small, large = (
+        only(rows, model=m, known="human", method="forward", **{"near copies": True})["auroc"]
+        for m in ("IgLM-S", "IgLM")
+    )
+    one, other = (statistics.mean(of[name] for name in large) for of in (small, large))
+    return (
+        f"Nine times the weights, the same {len(large)} sets: {auroc(one)} of the small antibody "
+        f"model, {auroc(other)} of the large."
+    )
+
+
 def chosen(rows: Sequence[Row]) -> str:
     found = only(rows, score="- log p", **{"validation samples": 300})
     return (
@@ -250,6 +263,7 @@ def listed() -> Iterator[Guess]:
     yield Guess(
         "One number of a model is not worth having", "detection.published.galaxies", no_pytorch
     )
+    yield Guess("A larger model detects better", "detection.published.antibodies", larger)
     yield Guess(
         "Validation data that chose a checkpoint calibrate as well", "detection.chosen_by", chosen
     )
