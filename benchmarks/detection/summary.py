@@ -94,12 +94,12 @@ Further pages:
 - [Rows of tables](evidence/tables.md)
 - [Text](evidence/text.md)
 - [Models of CIFAR-10](evidence/cifar10.md)
-- [Models that others published: antibodies, galaxies](evidence/published.md)
-- [Known data, small change: low likelihood as one more part](evidence/known.md)
+- [Published models: antibodies, galaxies](evidence/published.md)
+- [Known data, small change](evidence/known.md)
 - [Layers, samples, training, the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
 - [Drift in streams of real images, beside other deciders](evidence/streams.md)
-- [Guesses that are wrong](evidence/guesses.md)
+- [Wrong guesses](evidence/guesses.md)
 - [Densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
 
 ```{toctree}
