@@ -222,9 +222,11 @@ def forward(adapter: om.Adapter, x: Tensor) -> None:
 
 def line(row: Row) -> str:
     if "corrupted" in row:
-        return f"{row['on']:14}{row['model']:20}{row['method']:24}corrupted  mean {row['mean']:.4f}"
+        return (
+            f"{row['on']:22} {row['model']:20}{row['method']:24}corrupted  mean {row['mean']:.4f}"
+        )
     each = "  ".join(f"{name} {value:.3f}" for name, value in row["auroc"].items())
-    head = f"{row['on']:14}{row['model']:20}{row['method']:24}"
+    head = f"{row['on']:22} {row['model']:20}{row['method']:24}"
     found = statistics.mean(row["found"].values())
     return f"{head}{each}  mean {row['mean']:.4f}  found {found:.2f}  {row.get('forwards', '')}"
 
