@@ -26,7 +26,8 @@ def reserved(report: Row, measured: str) -> list[str]:
         "`RESERVED` in `benchmarks/detection/datasets.py`. Methods have their defaults, which were "
         "fixed, and the claims below written, before any of these models was trained. There is one "
         "run, and all that was measured is told. The classes are near: letters of the same "
-        f"writers, signs of the same cameras. {near(report['rows'])} {rates.legend(report['rows'])}",
+        f"writers, signs of the same cameras. {near(report['rows'])} "
+        f"{rates.legend(report['rows'])}",
     )
 
 
