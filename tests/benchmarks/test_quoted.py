@@ -202,7 +202,7 @@ def told() -> Iterator[tuple[str, str]]:
     shares = [f"{100 * it['flagged, mean']:.2f} %" for it in (own, others)]
     error = f"{100 * others['its error']:.2f}".removeprefix("0")
     yield "docs/promises.md", f"flagged {shares[0]} of new digits"
-    yield "docs/promises.md", f"and {shares[1]} ({error}) calibrated on 400 others"
+    yield "docs/promises.md", f"and {shares[1]} ({error})"
     for row in rows("diffusers_detection", detection="AUROC"):
         decimals = 4 if row["seed"] == 240301485 and len(row["levels"]) == 4 else 3
         yield "docs/choosing.md", f"{row['MNIST']:.{decimals}f}".removeprefix("0")
