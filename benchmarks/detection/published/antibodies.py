@@ -50,7 +50,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "expected_norms": {"parts": ["expected_norms"]},
     "- log p": {"parts": ["log_likelihood"]},
     "forward, low - log p too": {"parts": ["values", "expected_norms", "log_likelihood"]},
-    "paper": {"density": om.DiagonalGaussian()},
+    "paper": {"method": "gradient_norms", "density": om.DiagonalGaussian()},
 }
 WITH_GRADIENTS = ("gradient_norms", "both", "paper")
 
@@ -160,11 +160,8 @@ def methods_of(case: Case, found: Mapping[str, Measurements]) -> dict[str, Score
 
     def scored(options: Mapping[str, Any]) -> Scored:
         def score(fit: Array) -> dict[str, Array]:
-            plan = planned(
-                "sequence", options.get("method"), options.get("density"), options.get("parts")
-            )
-            if "density" in options:
-                plan = planned("sequence", "gradient_norms", options["density"], None)
+            method, density, parts = (options.get(k) for k in ("method", "density", "parts"))
+            plan = planned("sequence", method, density, parts)
             joined = forward.fitted(plan, found[KNOWN].take(fit))
             return {name: joined.score(it) for name, it in found.items()}
 
@@ -273,7 +270,7 @@ def costs_of(case: Case, language: Language, sets: Mapping[str, Given]) -> dict[
     return {
         name: forward.costs(om.Detector(language.adapter, **options), tokens)["B = 8"]
         for name, options in COMPARED.items()
-        if "method" in options and (case.gradients or name not in WITH_GRADIENTS)
+        if name == options.get("method") and (case.gradients or name not in WITH_GRADIENTS)
     }
 
 
