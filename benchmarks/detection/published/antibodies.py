@@ -104,7 +104,7 @@ FEWER = Sizes(real=60, changed=25, known=360)
 
 CASES = (
     Case("IgLM-S", lambda: models.iglm("IgLM-S")),
-    Case("IgLM-S", lambda: models.iglm("IgLM-S", "MOUSE"), "mouse", gradients=False),
+    Case("IgLM-S", lambda: models.iglm("IgLM-S", "MOUSE"), "mouse"),
     Case("IgLM", lambda: models.iglm("IgLM"), gradients=False, every=False),
     Case("AntiBERTy", models.antiberty, gradients=False, every=False, sizes=FEWER),
 )
