@@ -45,8 +45,8 @@ ABOUT = pages.paragraph(
     "splits by clone, three fifths to fit, a fifth to calibrate and a fifth to test. Species is "
     "told by the nearest V gene; macaque and unmutated V genes are abstar's, grafted on the third "
     "loop and the end of test sequences. A near copy holds four of five of its 3-mers in one "
-    "sequence that fits. Gradient norms were taken of the smallest model alone, since they cost one "
-    "core most. Neither weights nor sequences are kept here: iglm is for non-commercial "
+    "sequence that fits. Gradient norms were taken of the smallest model alone, since they cost "
+    "most. Neither weights nor sequences are kept here: iglm is for non-commercial "
     "use (JHU Academic Software License), antiberty and abstar have the MIT licence, antpack GPL "
     "3, biopython its own."
 )
