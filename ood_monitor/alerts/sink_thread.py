@@ -40,6 +40,9 @@ _LAST_TRIES, _LAST_PAUSE = 3, 0.1
 #: Seconds before a thread that was ended begins anew.
 _ENDED_PAUSE = 1.0
 
+#: Seconds after which a wait looks again whether there is a thread to wait for.
+_LOOK_AGAIN = 1.0
+
 #: Seconds between tries of what a sink has refused, while nothing new comes.
 _AGAIN = 60.0
 
@@ -151,10 +154,15 @@ class SinkThread:
 
     def wait(self, mark: int, timeout: float) -> bool:
         """Wait until all before a mark was dealt with; whether it was, in time."""
+        deadline = time.monotonic() + timeout
         with self._changed:
-            if not self._is_past(mark):
-                self._start()
-            return self._changed.wait_for(lambda: self._is_past(mark), max(0.0, timeout))
+            while not self._is_past(mark):
+                self._start()  # also in the place of one that is gone while this waits
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait_for(lambda: self._is_past(mark), min(left, _LOOK_AGAIN))
+            return True
 
     def begin_to_close(self) -> None:
         """Take nothing more, and hurry with what is left."""

@@ -230,6 +230,19 @@ def test_a_thread_that_is_gone_is_noticed(
     assert "Recorder: its thread is gone; it is begun anew" in caplog.text
 
 
+def test_a_thread_that_goes_while_a_flush_waits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Dispatcher([recorder := Recorder()]) as dispatcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(sink_thread.SinkThread, "_run", lambda self: None)
+            dispatcher.send(alert(0))
+            gone: Any = dispatcher._threads[0]._thread
+            gone.join()
+        answers = [False, True]
+        monkeypatch.setattr(gone, "is_alive", answers.pop)
+        assert dispatcher.flush(LONG)
+        assert recorder.seen == [0]
+
+
 class Asynchronous:
     async def __call__(self, alert: Alert) -> None:
         raise AssertionError

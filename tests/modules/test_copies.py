@@ -406,6 +406,7 @@ def test_the_older_weight_normalisation_by_hooks_is_followed() -> None:
     assert (found["log_likelihood/2.weight_g"] > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("in_place", [True, False], ids=["compiled in place", "wrapped"])
 def test_layers_of_a_compiled_model_can_be_hooked(in_place: bool) -> None:
     torch._dynamo.reset()
