@@ -33,6 +33,8 @@ FPR, ERT = 0.01, 10_000
 #: True-positive rate that a threshold is put for, where a false-positive rate is told of it.
 TPR = 0.95
 IN_DISTRIBUTION = ("fit", "calibration", "test")
+#: What a score that is no number counts as.
+_HUGE = 1e300
 
 
 class Method(Protocol):
@@ -137,8 +139,14 @@ def others_of(found: Mapping[str, Any]) -> list[str]:
     return [name for name in found if name not in IN_DISTRIBUTION]
 
 
+def numbers(scores: Mapping[str, Array]) -> dict[str, Array]:
+    """Scores without a number as the highest there can be: a monitor alerts of such a sample."""
+    return {name: np.nan_to_num(each, nan=_HUGE, posinf=_HUGE) for name, each in scores.items()}
+
+
 def aurocs(scores: Mapping[str, Array]) -> dict[str, float]:
     """Of each other set against the test images, with four decimals."""
+    scores = numbers(scores)
     return {name: round(auroc(scores["test"], scores[name]), 4) for name in others_of(scores)}
 
 
@@ -149,6 +157,7 @@ def with_mean(each: Mapping[str, float]) -> dict[str, Any]:
 
 def judged(scores: Mapping[str, Array], resamples: int = 200) -> dict[str, Any]:
     """What is reported of a method's scores of `calibration`, `test` and the other sets."""
+    scores = numbers(scores)
     odd = {name: scores[name] for name in others_of(scores)}
     normal = scores["test"]
     return with_mean(aurocs(scores)) | {

@@ -13,8 +13,8 @@ INTRODUCTION = (
     "scores. Ours promises 1 000 samples to a false alarm on average, and alibi-detect's test is "
     "set to as many. The knob of each other was set, on normal streams of these scores, until its "
     "mean run length was at least ours, since a decider that is wrong more often is early for "
-    "free. Median samples from the change to the alarm; in brackets the share of streams without "
-    "one in 2 000 samples, where there are any."
+    "free; claims leave out one that is. Median samples from the change to the alarm; in brackets "
+    "the share of streams without one in 2 000 samples, where there are any."
 )
 
 

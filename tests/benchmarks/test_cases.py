@@ -113,3 +113,9 @@ def test_a_legend_says_what_the_columns_have() -> None:
     assert words.startswith("*FPR 95*: the share of normal samples")
     assert "Found" not in words
     assert words.endswith("In brackets the worst pair.")
+
+
+def test_a_score_without_a_number_is_the_highest() -> None:
+    scores = {"calibration": np.arange(99.0), "test": np.arange(9.0), "odd": np.array([np.nan, -1])}
+    row = protocol.judged(scores, 2)
+    assert (row["auroc"], row["found"]) == ({"odd": 0.5}, {"odd": 0.5})
