@@ -91,7 +91,7 @@ Further pages:
 - [The paper, statement by statement](paper.md)
 - [Images, every pair](evidence/images.md)
 - [Denoisers](evidence/denoisers.md)
-- [Sets by which nothing was chosen: classes, another source, spoken digits](evidence/unseen.md)
+- [Sets by which nothing was chosen](evidence/unseen.md)
 - [Rows of tables](evidence/tables.md)
 - [Text](evidence/text.md)
 - [Models of CIFAR-10](evidence/cifar10.md)
@@ -99,9 +99,9 @@ Further pages:
 - [Known data, small change](evidence/known.md)
 - [Layers, samples, training, the law of the norms](evidence/layers.md)
 - [Corruptions and attacks](evidence/shifts.md)
-- [Drift in streams of real images, beside other deciders](evidence/streams.md)
+- [Drift in streams of real images](evidence/streams.md)
 - [Wrong guesses](evidence/guesses.md)
-- [Densities, noise levels, a pipeline, synthetic drift, the demo](evidence/other.md)
+- [Densities, noise levels, a pipeline, synthetic drift](evidence/other.md)
 
 ```{toctree}
 :hidden:
