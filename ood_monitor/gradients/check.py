@@ -10,7 +10,7 @@ comparison only the 1st, 2nd, 4th, 8th ... get it: of a million uses, twenty.
 """
 
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, map_tensors
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import recorded_norms, recorded_rows
+from ood_monitor.gradients.kept import noting
 from ood_monitor.gradients.layers import supported
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.vmapped import vmapped_norms
 from ood_monitor.modules import Passes, precision_of
 
-__all__ = ["Facts", "agree", "check_last", "disagreeing", "facts_after", "facts_of"]
+__all__ = [
+    "BackOff",
+    "Facts",
+    "agree",
+    "check_last",
+    "disagreeing",
+    "facts_after",
+    "facts_of",
+    "precisions",
+]
 
 #: Relative difference up to which the fast path and the loop agree. Through a deep flow (96 steps)
 #: the loop itself is off by 2e-3 in single precision.
@@ -63,12 +73,13 @@ class Facts:
 
 
 @dataclass
-class _BackOff:
+class BackOff:
     """Says yes the 1st, 2nd, 4th, 8th ... time that it is asked."""
 
     asked: int = 0
 
     def __call__(self) -> bool:
+        """Whether this is such a time."""
         self.asked += 1
         return not self.asked & (self.asked - 1)
 
@@ -84,9 +95,9 @@ class _Open:
 
     keys: set[str]
     weights: int
-    uses: _BackOff = field(default_factory=lambda: _BackOff(1))  # the first is behind it
-    changes: _BackOff = field(default_factory=_BackOff)
-    signs: _BackOff = field(default_factory=_BackOff)
+    uses: BackOff = field(default_factory=lambda: BackOff(1))  # the first is behind it
+    changes: BackOff = field(default_factory=BackOff)
+    signs: BackOff = field(default_factory=BackOff)
 
 
 #: By adapter: found on two gradients, and on one, which does not show what samples do to others.
@@ -186,10 +197,7 @@ def check_last(
     for term, value in checked_terms(passes.fresh(), own):
         alone[term] = value.detach().sum(0, keepdim=True)
         del value  # its graph, before the next forward pass
-    chosen = supported(passes.module)
-    named = passes.module.named_parameters()
-    dtypes = {precision_of(p).to_real() for name, p in named if name in chosen}
-    _check_independence(passes.holder, together, alone, dtypes)
+    _check_independence(passes.holder, together, alone, precisions(passes.module))
     _last_looked_at[passes.holder] = True
 
 
@@ -247,7 +255,7 @@ def _compared(
     else:
         left: _Open = opened[adapter]
         if left.keys & unsettled != left.keys:
-            left.signs = _BackOff()
+            left.signs = BackOff()
         left.keys &= unsettled
     known[adapter] = facts
     return facts
@@ -263,7 +271,8 @@ def _compare(
     dtypes = {name: precision_of(p).to_real() for name, p in parameters if name in chosen}
     every = chosen.__contains__
     fast = recorded_norms(passes, probe, n, every, _by_row)
-    values, exact = loop_norms(passes, probe, n, every, _by_row)
+    with noting(passes):  # before anything is kept that is of `vmap`
+        values, exact = loop_norms(passes, probe, n, every, _by_row)
     _check_independence(adapter, fast.log_likelihood, values, set(dtypes.values()))
     _check_dependence(adapter, exact)
     done = fast.left_over.keys() | before.keys()
@@ -296,19 +305,39 @@ def _vmapped(
 ) -> frozenset[str]:
     """Parameters of which `vmap` gives the loop's norms."""
     found = vmapped_norms(passes, probe, n, dtypes.__contains__, _by_row)
-    if found is None or not agree(found[0], values):
+    if found is None or not agree(found[0], values, dtypes.values()):
         return frozenset()
     with torch._C.DisableTorchFunction():
         exact = {key: exact[key] for key in found[1]}
         return frozenset(dtypes) - disagreeing(found[1], exact, dtypes)
 
 
-def agree(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether two ways to compute the terms, (B,), give the same, up to rounding."""
+def agree(
+    values: Mapping[str, Tensor], others: Mapping[str, Tensor], dtypes: Iterable[torch.dtype]
+) -> bool:
+    """Whether two ways to compute the terms, (B,), give the same, up to rounding.
+
+    Args:
+        values: ``{term: (B,)}``, in nats.
+        others: Likewise.
+        dtypes: Precisions of the parameters, of which the worst one decides.
+    """
+    rtol = max(1e-3, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
+
+    def close(value: Tensor, other: Tensor) -> bool:
+        largest = float(other.where(other.isfinite(), 0.0).abs().max())
+        atol = rtol * max(1.0, largest)
+        return torch.allclose(value, other, rtol=rtol, atol=atol, equal_nan=True)
+
     return values.keys() == others.keys() and all(
-        torch.allclose(values[term], other, rtol=1e-3, atol=1e-3, equal_nan=True)
-        for term, other in others.items()
+        close(values[term], other) for term, other in others.items()
     )
+
+
+def precisions(module: nn.Module) -> set[torch.dtype]:
+    """Those of the parameters that can be features."""
+    chosen = supported(module)
+    return {precision_of(p).to_real() for name, p in module.named_parameters() if name in chosen}
 
 
 def _unknown(adapter: Adapter) -> Facts:

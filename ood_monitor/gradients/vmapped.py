@@ -5,15 +5,19 @@ the model so: code that looks at a value, picks by a mask or writes into what is
 and the loop takes over. Per-sample gradients are held for some samples at a time.
 """
 
+import re
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ood_monitor.adapters.base import Adapter, Batch, checked_terms, map_tensors, tensors_in
 from ood_monitor.gradients.factors import Granularity, full_precision, norms_of_gradient
-from ood_monitor.modules import Passes
+from ood_monitor.gradients.kept import is_keeping, noting
+from ood_monitor.modules import Passes, leaf_parameters
 
 __all__ = ["is_quick_alone", "vmapped_norms"]
 
@@ -54,10 +58,26 @@ def vmapped_norms(
     """As :func:`~ood_monitor.gradients.loop.loop_norms`, or None where that cannot be had.
 
     A model that is scored in place is left to the loop: its own parameters would be replaced while
-    other threads may see them.
+    other threads may see them. So is one that keeps what it computed where no view of it reaches,
+    by a global variable: what it keeps would be of `vmap`, and raise when its user looks at it.
     """
-    if passes.in_place:
+    if passes.in_place or is_keeping(passes):
         return None
+    try:
+        with _no_word_of_speed(), noting(passes):
+            found = _mapped(passes, batch, n, selected, by)
+    except Exception:  # whatever the model does that cannot be done so
+        return None
+    return None if is_keeping(passes) else found
+
+
+def _mapped(
+    passes: Passes[Adapter],
+    batch: Batch,
+    n: int,
+    selected: Callable[[str], bool],
+    by: Callable[[str], Granularity],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     adapter = passes.fresh()
     # All without their graphs, of which the outputs would be a part.
     every = {name: p.detach() for name, p in adapter.module.named_parameters()}
@@ -70,17 +90,36 @@ def vmapped_norms(
         own = iter(tensors)
         return _norms(adapter, map_tensors(lambda t: next(own), batch), parameters, every, by)
 
+    of_all = torch.func.vmap(of_group, randomness="same", chunk_size=max(1, _HELD_ELEMENTS // held))
+    with leaf_parameters(adapter.module) as leaves:
+        values, norms = of_all(*groups)
+        if _are_used(leaves.values(), values.values()):
+            return None  # a weight that was not replaced: held by a list beside, say
+    return {term: value.detach().flatten(0, 1) for term, value in values.items()}, norms
+
+
+def _are_used(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> bool:
+    with_graph = [value.sum() for value in values if value.requires_grad]
+    if not with_graph:
+        return False
+    found = torch.autograd.grad(with_graph, list(leaves), allow_unused=True)
+    return any(gradient is not None for gradient in found)
+
+
+@contextmanager
+def _no_word_of_speed() -> Iterator[None]:
+    """Without PyTorch's warning of an operation that is done sample by sample: as exact, slower.
+
+    The filter is put in by hand. `catch_warnings` would have each warning of the model that is
+    shown once shown again, at every pass.
+    """
+    filters = cast(list[Any], warnings.filters)  # one for all threads
+    ours = ("ignore", re.compile("There is a performance drop"), UserWarning, None, 0)
+    filters.insert(0, ours)
     try:
-        with warnings.catch_warnings():
-            # An operation that it does sample by sample is slower, and no less exact.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            mapped = torch.func.vmap(
-                of_group, randomness="same", chunk_size=max(1, _HELD_ELEMENTS // held)
-            )
-            values, norms = mapped(*groups)
-    except Exception:  # whatever the model does that cannot be done so
-        return None
-    return {term: value.flatten(0, 1) for term, value in values.items()}, norms
+        yield
+    finally:
+        filters.remove(ours)
 
 
 def _norms(
@@ -104,7 +143,7 @@ def _norms(
         one = {k: torch.ones_like(v) if k == term else torch.zeros_like(v) for k, v in sums.items()}
         (gradients,) = pulled_back(one)
         for name, gradient in gradients.items():
-            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient))
+            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient.detach()))
     return values, norms
 
 
@@ -114,6 +153,8 @@ class _Terms(nn.Module):
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
         self.module, self._adapter = adapter.module, adapter
+        # Called without hooks: those of all modules of a process are not of this one.
+        self._compiled_call_impl = self.forward
 
     def forward(self, group: Batch) -> dict[str, Tensor]:
         """Terms, shape (size,)."""

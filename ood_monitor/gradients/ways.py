@@ -6,11 +6,13 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms
-from ood_monitor.gradients.check import Facts, agree
+from ood_monitor.gradients.check import BackOff, Facts, agree, precisions
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows
+from ood_monitor.gradients.kept import is_keeping
 from ood_monitor.gradients.loop import loop_norms
 from ood_monitor.gradients.vmapped import is_quick_alone, vmapped_norms
 from ood_monitor.modules import Passes
@@ -23,6 +25,9 @@ _FEW = 16
 
 #: Samples up to which the loop is as quick as `vmap`.
 _FEWEST_VMAPPED = 2
+
+#: Models with batches of which `vmap` alone failed since it last did not: how often it is tried.
+_failing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 #: Why a parameter is not taken by rules alone.
 _OWNED = "rows whose order is not known"
@@ -127,22 +132,35 @@ def _by_vmap_alone(
 ) -> GradientNorms | None:
     """Of all parameters, where one of them has no rule, and `vmap` is right and quick; or None."""
     module = passes.module
-    chosen = {name for name, _ in module.named_parameters() if selected(name)}
+    names = [name for name, _ in module.named_parameters() if selected(name)]
+    chosen = set(names)
     has_rules = chosen.isdisjoint(facts.looped | facts.owned)
     if has_rules or n <= _FEWEST_VMAPPED or not chosen <= facts.vmapped:
         return None
-    if not is_quick_alone(module, n, chosen):
+    if not is_quick_alone(module, n, chosen) or not _is_tried(passes):
         return None
     # What a pass of all samples checks, and gives.
     values = {term: value.detach() for term, value in checked_terms(passes.fresh(), chunk)}
     found = vmapped_norms(passes, chunk, n, chosen.__contains__, by)
-    if found is None or not agree(found[0], values):
+    if found is None or not agree(found[0], values, precisions(module)):
+        _failing.setdefault(passes.holder, BackOff())  # type: ignore[no-untyped-call]
         return None
+    _failing.pop(passes.holder, None)  # type: ignore[no-untyped-call]
     reasons = {**dict.fromkeys(chosen, _BESIDE), **dict.fromkeys(facts.owned, _OWNED)}
     reasons |= facts.reasons
-    names = [name for name, _ in module.named_parameters() if name in chosen]
     norms = {f"{term}/{name}": found[1][f"{term}/{name}"] for term in values for name in names}
     return GradientNorms(values, norms, {name: Way("vmap", reasons[name]) for name in names})
+
+
+def _is_tried(passes: Passes[Adapter]) -> bool:
+    """Whether `vmap` alone is tried: after a failure seldom, since that costs two forward passes.
+
+    It may fail for some batches only, as where a model looks at a mask if there is padding.
+    """
+    if passes.in_place or is_keeping(passes):
+        return False
+    failing: BackOff | None = _failing.get(passes.holder)  # type: ignore[no-untyped-call]
+    return failing is None or failing()
 
 
 def _of_the_rest(
@@ -157,7 +175,7 @@ def _of_the_rest(
     """By `vmap` where that was seen to be right for all of them, else by the loop."""
     if n > _FEWEST_VMAPPED and names <= facts.vmapped:
         found = vmapped_norms(passes, chunk, n, names.__contains__, by)
-        if found is not None and agree(found[0], log_likelihood):
+        if found is not None and agree(found[0], log_likelihood, precisions(passes.module)):
             return "vmap", found[1]
     return "loop", loop_norms(passes, chunk, n, names.__contains__, by)[1]
 

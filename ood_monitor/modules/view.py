@@ -123,6 +123,10 @@ class Passes(Generic[T]):
             raise _UnwatchedError
         return copies
 
+    def forget(self) -> None:
+        """Let go of the last view, which no pass needs any more."""
+        self._structure = None
+
     def end(self) -> None:
         """Look at what the last pass did.
 
