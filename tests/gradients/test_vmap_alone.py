@@ -1,5 +1,6 @@
 """All norms by `vmap`, where a parameter has no rule and that is quicker than all else."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from support.model_case import Case, Function
 from support.reference import counted, gradients
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_full_backward_hook
 
 import ood_monitor as om
 from ood_monitor.adapters.base import Batch, map_tensors
@@ -231,3 +233,151 @@ def test_what_is_asked_of_all_samples_is_not_that_of_one() -> None:
         torch.full((3,), 2.0),
     )
     assert of_all(x) is x
+
+
+def held_beside(m: Any, x: Tensor) -> Tensor:
+    """Two experts, of which a list holds the second one's weight too."""
+    both = torch.stack([m.f(x), x @ m.kept[0]], 1)
+    mine = torch.arange(2) == (x[:, :1] > 0)
+    return solved(m, torch.where(mine.unsqueeze(2), both, 0).sum(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_vmap_does_not_replace_are_not_taken_by_it(frozen: bool) -> None:
+    adapter, x = of(held_beside, lower=torch.rand(3, 3))
+    adapter.module.kept = [adapter.module.g.weight]  # type: ignore[union-attr]
+    adapter.module.g.requires_grad_(not frozen)  # type: ignore[union-attr]
+    x[:, 0] = x[:, 0].abs() * torch.tensor([-1, -1, 1, 1, -1, 1])  # the first ones show nothing
+    for _ in range(4):
+        found = gradient_norms(adapter, x)
+        adapter.module.requires_grad_(True)
+        for key, each in gradients(adapter, x).items():
+            norms = SQUARES["tensor"](each)
+            torch.testing.assert_close(found[key], norms, rtol=1e-8, atol=1e-14)
+        adapter.module.g.requires_grad_(not frozen)  # type: ignore[union-attr]
+
+
+class Beside(om.Adapter):
+    """With an encoder that is no part of the model, and needs gradients."""
+
+    def __init__(self) -> None:
+        self.module, self.encoder = model(ordered), nn.Linear(3, 3).double()
+
+    def log_likelihood(self, batch: Batch) -> Iterable[tuple[str, Tensor]]:
+        yield "log_likelihood", -self.module(self.encoder(batch)).square().sum(1)
+
+
+def test_weights_of_another_module_are_no_hindrance() -> None:
+    adapter, x = Beside(), torch.randn(6, 3, dtype=torch.float64)
+    found = gradient_norms(adapter, x, report=True)
+    assert {way.name for way in found.ways.values()} == {"vmap"}
+    assert not any(norms.requires_grad for norms in found.norms.values())
+    for key, each in gradients(adapter, x).items():
+        torch.testing.assert_close(found.norms[key], SQUARES["tensor"](each), rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_is_no_hindrance(dtype: torch.dtype, seed: int) -> None:
+    adapter, _ = of(lambda m, x: m.mixed(m.f(x).tanh(), x), mixed=nn.Bilinear(3, 3, 3))
+    adapter.module.to(dtype)
+    x = 10 * torch.randn(33, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for _ in range(4):
+        found = gradient_norms(adapter, x, report=True)
+        assert {way.name for way in found.ways.values()} == {"vmap"}
+
+
+KEPT: dict[str, Any] = {}
+
+
+def put(m: Any, x: Tensor) -> Tensor:
+    """The last hidden state, in a global dictionary."""
+    KEPT["hidden"] = x.tanh()
+    return solved(m, x)
+
+
+def appended(m: Any, x: Tensor) -> Tensor:
+    KEPT.setdefault("all", []).append(m.f(x))
+    return solved(m, x)
+
+
+@pytest.mark.parametrize("forward", [put, appended])
+def test_what_a_model_keeps_is_a_tensor_that_can_be_used(forward: Callable[..., Tensor]) -> None:
+    KEPT.clear()
+    adapter, x = of(forward, lower=torch.rand(3, 3))
+    for _ in range(2):
+        found = gradient_norms(adapter, x)
+    for tensor in [KEPT["hidden"]] if forward is put else KEPT["all"]:
+        assert tensor.sum().isfinite()
+    for key, each in gradients(adapter, x).items():
+        torch.testing.assert_close(found[key], SQUARES["tensor"](each), rtol=1e-8, atol=1e-14)
+
+
+def test_what_is_kept_by_a_hook_that_comes_later_can_be_used() -> None:
+    adapter, x = of(solved, lower=torch.rand(3, 3))
+    gradient_norms(adapter, x)
+    KEPT.clear()
+    adapter.module.f.register_forward_hook(put_output)  # type: ignore[union-attr]
+    gradient_norms(adapter, x)
+    assert KEPT["output"].sum().isfinite()
+
+
+def put_output(module: nn.Module, given: Any, output: Tensor) -> None:
+    KEPT["output"] = output
+
+
+def test_what_a_view_keeps_of_itself_is_no_hindrance() -> None:
+    def kept(m: Any, x: Tensor) -> Tensor:
+        m.last, m.own = x.tanh(), m  # a cycle
+        return solved(m, x)
+
+    adapter, x = of(kept, lower=torch.rand(3, 3))
+    for _ in range(2):
+        found = gradient_norms(adapter, x, report=True)
+        assert {way.name for way in found.ways.values()} == {"vmap"}
+    assert not hasattr(adapter.module, "last")
+
+
+def test_hooks_of_all_modules_do_not_meet_what_is_ours() -> None:
+    adapter, x = of(ordered)
+    handle = register_module_full_backward_hook(lambda module, given, got: None)
+    try:
+        found = gradient_norms(adapter, x, report=True)
+    finally:
+        handle.remove()
+    assert {way.name for way in found.ways.values()} == {"vmap"}
+
+
+def test_a_warning_of_the_model_is_not_shown_again_by_each_batch() -> None:
+    def warning(m: Any, x: Tensor) -> Tensor:
+        warnings.warn("once", stacklevel=1)
+        return solved(m, x)
+
+    adapter, x = of(warning, lower=torch.rand(3, 3))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        before = list(warnings.filters)
+        for _ in range(4):
+            found = gradient_norms(adapter, x, report=True)
+        assert list(warnings.filters) == before
+    assert {way.name for way in found.ways.values()} == {"vmap"}
+    assert len(shown) == 1
+
+
+def test_batches_that_vmap_fails_for_are_seldom_tried() -> None:
+    def looking(m: Any, x: Tensor) -> Tensor:
+        if x.shape[1] == 4:
+            assert x.isfinite().all()
+        return ordered(m, x[:, :3])
+
+    adapter, x = of(looking)
+    for _ in range(2):
+        gradient_norms(adapter, x)
+    wider = F.pad(x, (0, 1))
+    with counted(adapter.module) as seen:
+        for _ in range(32):
+            found = gradient_norms(adapter, wider, report=True)
+    assert {way.name for way in found.ways.values()} == {"rules", "rows"}
+    assert len(seen) <= 32 + 2 * 7
+    ways = [gradient_norms(adapter, x, report=True).ways for _ in range(40)]
+    assert {way.name for way in ways[-1].values()} == {"vmap"}  # as soon as it is tried again
