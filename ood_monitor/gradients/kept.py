@@ -55,6 +55,8 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # of a compiled function's tracer, which knows no `vmap`
+            return result
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and _depends(tensor):
                 self._references.append(weakref.ref(tensor))
