@@ -455,6 +455,28 @@ def test_batch_statistics_are_refused() -> None:
         gradient_norms(adapter, torch.randn(4, 3, 5))
 
 
+class Cancelling(om.Adapter):
+    """A large term, and a small one whose parts cancel: rounded otherwise in a batch."""
+
+    def __init__(self, error: float) -> None:
+        self.module, self._error = nn.Linear(3, 1), error
+
+    def log_likelihood(self, batch: Any) -> Iterable[tuple[str, Tensor]]:
+        output = self.module(batch).square().sum(1)
+        yield "log_prob", -1000 - output
+        yield "log_det", 0.2 + 0 * output + self._error * (len(batch) > 1)
+
+
+def test_rounding_of_a_term_whose_parts_cancel_is_no_mixing() -> None:
+    x = torch.rand(3, 3)
+    gradient_norms(Cancelling(2e-4), x)
+    for error, dtype in ((5e-3, torch.float32), (2e-4, torch.float64)):
+        adapter = Cancelling(error)
+        adapter.module.to(dtype)
+        with pytest.raises(ValueError, match=r"'log_det' of a sample to be the same alone"):
+            gradient_norms(adapter, x.to(dtype))
+
+
 def nothing(m: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
     return []
 
