@@ -262,6 +262,7 @@ def test_layers_without_positions_are_left_out_and_told_once(
     assert "['conv', 'pooled']" in record.getMessage()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("compiled", ["module", "wrapper", "part"])
 def test_compiled_modules_are_taken_like_others(compiled: str) -> None:
     torch.manual_seed(0)
