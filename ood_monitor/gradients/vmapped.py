@@ -27,6 +27,10 @@ _HELD_ELEMENTS = 2**24
 #: Samples at once from which on `vmap` is quick.
 _QUICK = 4
 
+#: Elements of gradients of all samples that take little time, for each position of a sample: a
+#: layer's products with that many tokens take as long. And those that are never passed.
+_QUICK_ELEMENTS, _MOST_ELEMENTS = 2**22, 2**26
+
 #: Layers of which `vmap` takes weights' gradients slowly: by groups, or step by step.
 _SLOW = (
     *(nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -34,18 +38,24 @@ _SLOW = (
 )
 
 
-def is_quick_alone(module: nn.Module, n: int, names: Set[str]) -> bool:
+def is_quick_alone(module: nn.Module, n: int, names: Set[str], positions: int = 1) -> bool:
     """Whether `vmap` alone is quicker than what finds whose rows are, or than rules and it.
 
-    Of the models of other packages it is so for all but one that have none of these layers.
+    Of the models of other packages it is so for all but one that have none of these layers. Of
+    wide layers that are used once a sample it is many times slower: rules hold no gradient.
 
     Args:
         module: The model.
         n: How many gradients.
         names: Of which parameters.
+        positions: How many tokens there are in a gradient's samples.
     """
-    held = min(n, _QUICK) * sum(p.numel() for name, p in module.named_parameters() if name in names)
-    return held <= _HELD_ELEMENTS and not any(isinstance(m, _SLOW) for m in module.modules())
+    one = sum(p.numel() for name, p in module.named_parameters() if name in names)
+    if min(n, _QUICK) * one > _HELD_ELEMENTS:
+        return False
+    if n * one > min(_QUICK_ELEMENTS * max(1, positions), _MOST_ELEMENTS):
+        return False
+    return not any(isinstance(m, _SLOW) for m in module.modules())
 
 
 def vmapped_norms(
@@ -141,9 +151,10 @@ def _norms(
     norms: dict[str, Tensor] = {}
     for term in sums:
         one = {k: torch.ones_like(v) if k == term else torch.zeros_like(v) for k, v in sums.items()}
-        (gradients,) = pulled_back(one)
+        with torch.no_grad():  # else a graph of the backward pass is made, several times its memory
+            (gradients,) = pulled_back(one)
         for name, gradient in gradients.items():
-            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient.detach()))
+            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient))
     return values, norms
 
 

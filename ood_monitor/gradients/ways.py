@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms
+from ood_monitor.adapters.base import Adapter, Batch, batch_size, checked_terms, tensors_in
 from ood_monitor.gradients.check import BackOff, Facts, agree, precisions
 from ood_monitor.gradients.factors import Granularity
 from ood_monitor.gradients.fast import Recorded, recorded_norms, recorded_rows
@@ -137,7 +137,8 @@ def _by_vmap_alone(
     has_rules = chosen.isdisjoint(facts.looped | facts.owned)
     if has_rules or n <= _FEWEST_VMAPPED or not chosen <= facts.vmapped:
         return None
-    if not is_quick_alone(module, n, chosen) or not _is_tried(passes):
+    positions = max((t.numel() // n for t in tensors_in(chunk) if _are_tokens(t)), default=1)
+    if not is_quick_alone(module, n, chosen, positions) or not _is_tried(passes):
         return None
     # What a pass of all samples checks, and gives.
     values = {term: value.detach() for term, value in checked_terms(passes.fresh(), chunk)}
@@ -150,6 +151,10 @@ def _by_vmap_alone(
     reasons |= facts.reasons
     norms = {f"{term}/{name}": found[1][f"{term}/{name}"] for term in values for name in names}
     return GradientNorms(values, norms, {name: Way("vmap", reasons[name]) for name in names})
+
+
+def _are_tokens(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int32, torch.int64)
 
 
 def _is_tried(passes: Passes[Adapter]) -> bool:

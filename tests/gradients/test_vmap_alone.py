@@ -179,6 +179,27 @@ def test_layers_that_vmap_is_slow_for_keep_their_rules() -> None:
     assert is_quick_alone(large, 8, {"bias"})
 
 
+def test_wide_layers_of_many_samples_keep_their_rules_but_for_long_texts() -> None:
+    wide, names = nn.Linear(2**10, 2**10, device="meta"), {"weight"}
+    assert is_quick_alone(wide, 4, names)
+    assert not is_quick_alone(wide, 8, names)
+    assert is_quick_alone(wide, 8, names, positions=2)
+    assert is_quick_alone(wide, 64, names, positions=128)
+    assert not is_quick_alone(wide, 65, names, positions=128)
+
+
+def test_the_positions_of_a_sample_are_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ood_monitor.gradients import ways
+
+    told: list[int] = []
+    monkeypatch.setattr(ways, "is_quick_alone", lambda *given: told.append(given[3]))
+    gradient_norms(*text(masked(texts(right=2)), padding=PAD))
+    gradient_norms(*of(ordered))
+    gradient_norms(*of(ordered), group=2)
+    gradient_norms(*text(texts()), group=2)
+    assert told == [8, 1, 1, 12]
+
+
 def test_values_that_differ_from_those_of_all_at_once_are_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
