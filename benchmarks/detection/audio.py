@@ -25,9 +25,7 @@ from torch import Tensor
 
 from benchmarks.detection import cases, protocol, trained
 from benchmarks.detection.cases import Case
-from benchmarks.detection.forward import line
 from benchmarks.detection.protocol import Sizes
-from benchmarks.harness.measurement import reported
 
 Wave: TypeAlias = NDArray[np.float64]
 
@@ -136,29 +134,18 @@ def case(recordings: Mapping[str, list[Wave]], sizes: Sizes = SIZES) -> Case:
 
 
 def main(
-    quick_run: Annotated[
-        bool, typer.Option("--quick", help="Tiny models of 8x8 digits; needs no files.")
-    ] = False,
+    quick_run: cases.Quick = False,
     recordings: Annotated[Path, typer.Option(help="Folder of WAV files.")] = Path("data"),
-    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
-    training: Annotated[
-        Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
-    ] = Path("runs/audio/rows"),
-    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+    model: cases.Models = None,
+    training: cases.Training = None,
+    folder: cases.Folder = Path("runs/audio/rows"),
+    output: cases.Output = None,
 ) -> None:
     if quick_run:
-        reported(cases.quick(), line, cases.claims, output)
+        cases.run_quick(output)
         return
     found, names = case(read(recordings)), model or list(cases.of_zoo())
-    if training is not None:
-        cases.trained(found, names, training)
-        return
-    reported(
-        cases.rows(found, names, folder), line, cases.claims, output, sizes=cases.sizes([found])
-    )
+    cases.run([found], names, training, folder, output)
 
 
 if __name__ == "__main__":

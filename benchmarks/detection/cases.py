@@ -9,19 +9,33 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
+import typer
 from torch import Tensor
 
 from benchmarks.detection import methods, protocol, zoo
-from benchmarks.detection.forward import misses, of_counts, rows_of
+from benchmarks.detection.forward import line, misses, of_counts, rows_of
 from benchmarks.detection.protocol import FPR
 from benchmarks.detection.statements import kept
 from benchmarks.detection.train import train
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import claim
+from benchmarks.harness.measurement import claim, reported
 
 Row = dict[str, Any]
+
+# Options of the commands that measure such models.
+Quick: TypeAlias = Annotated[
+    bool, typer.Option("--quick", help="Tiny models of 8x8 digits; needs no files.")
+]
+Models: TypeAlias = Annotated[list[str] | None, typer.Option(help="A model; all if none.")]
+Training: TypeAlias = Annotated[
+    Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
+]
+Folder: TypeAlias = Annotated[
+    Path, typer.Option(help="Where rows are kept; delete to measure anew.")
+]
+Output: TypeAlias = Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")]
 
 #: Detectors with their defaults, and what they are compared with.
 COMPARED = (
@@ -64,6 +78,23 @@ class Case:
     def sets(self) -> dict[str, Tensor]:
         """What it is fitted to and shown."""
         return {name: each for name, each in self.images.items() if name != "train"}
+
+
+def run(
+    cases: list[Case], models: list[str], training: Path | None, folder: Path, output: Path | None
+) -> None:
+    """Trains the models of all cases, or measures them and tells what they claim."""
+    if training is not None:
+        for case in cases:
+            trained(case, models, training)
+        return
+    found = (row for case in cases for row in rows(case, models, folder))
+    reported(found, line, claims, output, sizes=sizes(cases))
+
+
+def run_quick(output: Path | None) -> None:
+    """Measures tiny models, and tells what they claim."""
+    reported(quick(), line, claims, output)
 
 
 def trained(case: Case, models: list[str], folder: Path) -> None:

@@ -27,10 +27,8 @@ import ood_monitor as om
 from benchmarks.detection import cases, datasets, protocol, trained
 from benchmarks.detection.cases import Case
 from benchmarks.detection.datasets import Pixels
-from benchmarks.detection.forward import line
 from benchmarks.detection.protocol import Sizes
 from benchmarks.detection.trained import Watched
-from benchmarks.harness.measurement import reported
 
 #: Ink of a block, from none to all of its pixels; and a value of each, of 256.
 COUNTS, STEP = 16, 15
@@ -128,30 +126,18 @@ def dequantised_nll(flow: Any, x: Tensor) -> Tensor:
 
 
 def main(
-    quick_run: Annotated[
-        bool, typer.Option("--quick", help="Tiny models of 8x8 digits; needs no files.")
-    ] = False,
+    quick_run: cases.Quick = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
-    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
-    training: Annotated[
-        Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
-    ] = Path("runs/domains/rows"),
-    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+    model: cases.Models = None,
+    training: cases.Training = None,
+    folder: cases.Folder = Path("runs/domains/rows"),
+    output: cases.Output = None,
 ) -> None:
     if quick_run:
-        reported(cases.quick(), line, cases.claims, output)
+        cases.run_quick(output)
         return
     datasets.require(data_dir, (ON, *OTHERS))
-    found, names = case(data_dir), model or list(models())
-    if training is not None:
-        cases.trained(found, names, training)
-        return
-    reported(
-        cases.rows(found, names, folder), line, cases.claims, output, sizes=cases.sizes([found])
-    )
+    cases.run([case(data_dir)], model or list(models()), training, folder, output)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import typer
 from benchmarks.detection import cases, datasets, protocol, trained
 from benchmarks.detection.cases import Case
 from benchmarks.detection.datasets import RESERVED
-from benchmarks.detection.forward import line
 from benchmarks.detection.protocol import Sizes
-from benchmarks.harness.measurement import reported
 
 #: What models are trained on, and their share of a model's steps: fewer of fewer images.
 KNOWN = {
@@ -52,32 +50,21 @@ def case(directory: Path, name: str) -> Case:
 
 
 def main(
-    quick_run: Annotated[
-        bool, typer.Option("--quick", help="Tiny models of 8x8 digits; needs no files.")
-    ] = False,
+    quick_run: cases.Quick = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
     of: Annotated[list[str] | None, typer.Option(help="A reserved set; all if none.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
-    training: Annotated[
-        Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option(help="Where rows are kept; delete to measure anew.")
-    ] = Path("runs/reserved/rows"),
-    output: Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")] = None,
+    model: cases.Models = None,
+    training: cases.Training = None,
+    folder: cases.Folder = Path("runs/reserved/rows"),
+    output: cases.Output = None,
 ) -> None:
     if quick_run:
-        reported(cases.quick(), line, cases.claims, output)
+        cases.run_quick(output)
         return
-    names, models = of or list(RESERVED), model or list(cases.of_zoo())
+    names = of or list(RESERVED)
     datasets.require(data_dir, {RESERVED[name].of for name in names})
     found = [case(data_dir, name) for name in names]
-    if training is not None:
-        for each in found:
-            cases.trained(each, models, training)
-        return
-    rows = (row for each in found for row in cases.rows(each, models, folder))
-    reported(rows, line, cases.claims, output, sizes=cases.sizes(found))
+    cases.run(found, model or list(cases.of_zoo()), training, folder, output)
 
 
 if __name__ == "__main__":
