@@ -151,10 +151,9 @@ def _norms(
     norms: dict[str, Tensor] = {}
     for term in sums:
         one = {k: torch.ones_like(v) if k == term else torch.zeros_like(v) for k, v in sums.items()}
-        with torch.no_grad():  # else a graph of the backward pass is made, several times its memory
-            (gradients,) = pulled_back(one)
+        (gradients,) = pulled_back(one)
         for name, gradient in gradients.items():
-            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient))
+            norms[f"{term}/{name}"] = norms_of_gradient(by(name), full_precision(gradient.detach()))
     return values, norms
 
 
