@@ -402,3 +402,24 @@ def test_batches_that_vmap_fails_for_are_seldom_tried() -> None:
     assert len(seen) <= 32 + 2 * 7
     ways = [gradient_norms(adapter, x, report=True).ways for _ in range(40)]
     assert {way.name for way in ways[-1].values()} == {"vmap"}  # as soon as it is tried again
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_function_that_is_compiled_runs_as_before() -> None:
+    compiled: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        compiled.append(1)
+        return graph.forward
+
+    doubled = torch.compile(lambda h: 2 * h.sin(), backend=backend)
+    adapter, x = of(lambda m, x: solved(m, doubled(x)), lower=torch.rand(3, 3))
+    found = gradient_norms(adapter, x, report=True)
+    assert {way.name for way in found.ways.values()} == {"vmap"}
+    seen = len(compiled)
+    for _ in range(3):
+        again = gradient_norms(adapter, x)
+    assert len(compiled) == seen
+    for key, each in gradients(adapter, x).items():
+        torch.testing.assert_close(again[key], SQUARES["tensor"](each), rtol=1e-8, atol=1e-14)
