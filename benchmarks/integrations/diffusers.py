@@ -412,7 +412,7 @@ def latency_report() -> Iterator[Row]:
         digits = pipeline(unet)
         yield from latency("digits", digits, "up_blocks.1", steps=steps, calls=10, batch=batch)
     cifar = pipeline(ddpm_cifar10()[0].module)
-    yield from latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=3)
+    yield from latency("DDPM-CIFAR-10", cifar, "up_blocks.3", steps=50, calls=6)
     for plan in plan_costs(cifar, call={"output_type": "np"}, layers=(None, ["up_blocks.3.*"])):
         levels = plan.levels or "without noise"
         yield {"plan": f"{plan.method}, {levels}, {plan.layers or 'all layers'}"} | {
