@@ -8,6 +8,7 @@ that are absent are named and left out.
 """
 
 import copy
+import gc
 import json
 import statistics
 import warnings
@@ -89,6 +90,8 @@ def loop(adapter: om.Adapter, batch: Batch) -> Callable[[], Norms]:
 def measured(case: Foreign, quick: bool) -> Row:
     """Each method's time, and how many tensors it gets wrong or why it fails."""
     adapter, batch = case.made()
+    gc.collect()
+    gc.freeze()  # what other models left: collections would look through all of it
     whole = Whole(adapter)
     ours, by_autograd = METHODS["ours"](whole, batch), loop(whole, batch)
     unit, exact = plain(whole, batch), by_autograd()
