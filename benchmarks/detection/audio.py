@@ -134,18 +134,18 @@ def case(recordings: Mapping[str, list[Wave]], sizes: Sizes = SIZES) -> Case:
 
 
 def main(
-    quick_run: cases.Quick = False,
+    quick: cases.Quick = False,
     recordings: Annotated[Path, typer.Option(help="Folder of WAV files.")] = Path("data"),
     model: cases.Models = None,
-    training: cases.Training = None,
+    train: cases.Training = None,
     folder: cases.Folder = Path("runs/audio/rows"),
-    output: cases.Output = None,
+    json: cases.Output = None,
 ) -> None:
-    if quick_run:
-        cases.run_quick(output)
+    if quick:
+        cases.run_quick(json)
         return
     found, names = case(read(recordings)), model or list(cases.of_zoo())
-    cases.run([found], names, training, folder, output)
+    cases.run([found], names, train, folder, json)
 
 
 if __name__ == "__main__":

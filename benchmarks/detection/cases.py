@@ -30,12 +30,12 @@ Quick: TypeAlias = Annotated[
 ]
 Models: TypeAlias = Annotated[list[str] | None, typer.Option(help="A model; all if none.")]
 Training: TypeAlias = Annotated[
-    Path | None, typer.Option("--train", help="Train them, with checkpoints there, instead.")
+    Path | None, typer.Option(help="Train them, with checkpoints there, instead.")
 ]
 Folder: TypeAlias = Annotated[
     Path, typer.Option(help="Where rows are kept; delete to measure anew.")
 ]
-Output: TypeAlias = Annotated[Path | None, typer.Option("--json", help="Where to write JSON.")]
+Output: TypeAlias = Annotated[Path | None, typer.Option(help="Where to write JSON.")]
 
 #: Detectors with their defaults, and what they are compared with.
 COMPARED = (

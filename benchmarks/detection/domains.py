@@ -126,18 +126,18 @@ def dequantised_nll(flow: Any, x: Tensor) -> Tensor:
 
 
 def main(
-    quick_run: cases.Quick = False,
+    quick: cases.Quick = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
     model: cases.Models = None,
-    training: cases.Training = None,
+    train: cases.Training = None,
     folder: cases.Folder = Path("runs/domains/rows"),
-    output: cases.Output = None,
+    json: cases.Output = None,
 ) -> None:
-    if quick_run:
-        cases.run_quick(output)
+    if quick:
+        cases.run_quick(json)
         return
     datasets.require(data_dir, (ON, *OTHERS))
-    cases.run([case(data_dir)], model or list(models()), training, folder, output)
+    cases.run([case(data_dir)], model or list(models()), train, folder, json)
 
 
 if __name__ == "__main__":

@@ -50,21 +50,21 @@ def case(directory: Path, name: str) -> Case:
 
 
 def main(
-    quick_run: cases.Quick = False,
+    quick: cases.Quick = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of images.")] = Path("data"),
     of: Annotated[list[str] | None, typer.Option(help="A reserved set; all if none.")] = None,
     model: cases.Models = None,
-    training: cases.Training = None,
+    train: cases.Training = None,
     folder: cases.Folder = Path("runs/reserved/rows"),
-    output: cases.Output = None,
+    json: cases.Output = None,
 ) -> None:
-    if quick_run:
-        cases.run_quick(output)
+    if quick:
+        cases.run_quick(json)
         return
     names = of or list(RESERVED)
     datasets.require(data_dir, {RESERVED[name].of for name in names})
     found = [case(data_dir, name) for name in names]
-    cases.run(found, model or list(cases.of_zoo()), training, folder, output)
+    cases.run(found, model or list(cases.of_zoo()), train, folder, json)
 
 
 if __name__ == "__main__":
