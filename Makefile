@@ -72,11 +72,11 @@ test-foreign: .venv-foreign/.installed
 	.venv-foreign/bin/python -m benchmarks.cost.performance
 
 # Those packages without their dependencies, after all else and with torch held.
-.venv-foreign/.installed: pyproject.toml requirements.lock requirements-foreign.txt
+.venv-foreign/.installed .venv-published/.installed: .venv-%/.installed: pyproject.toml requirements.lock requirements-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps \
-		--requirement requirements-foreign.txt
+		--requirement requirements-$*.txt
 	touch $@
 
 # On the oldest releases that pyproject.toml admits, but for torch, whose CPU build is the lock's.
@@ -194,7 +194,7 @@ evidence: benchmark-peers
 
 # Of models and data that packages carry; neither is ever committed. What is measured is kept in
 # runs/published, so that a run goes on where it was interrupted.
-published: .venv-published/.installed
+published: .venv-published/.installed runs/published/.downloaded
 	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.detection.published.galaxies \
 		--json benchmarks/results/galaxies.json
 	OMP_NUM_THREADS=1 .venv-published/bin/python -m benchmarks.drift.real_series \
@@ -203,15 +203,10 @@ published: .venv-published/.installed
 		--sources runs/published --json benchmarks/results/antibodies.json
 	.venv-published/bin/python -m benchmarks.detection.evidence_page
 
-# The packages with models without their dependencies; those with sequences are downloaded alone,
-# since only their source distributions hold these.
-.venv-published/.installed: pyproject.toml requirements.lock requirements-published.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[all,dev]'
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps \
-		--requirement requirements-published.txt
-	$(@D)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary antpack,abstar,biopython \
-		--dest runs/published antpack==0.3.8.6.1 abstar==0.8.0 biopython==1.88
+# Only the source distributions of these packages hold sequences.
+runs/published/.downloaded: .venv-published/.installed
+	$(<D)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary antpack,abstar,biopython \
+		--dest $(@D) antpack==0.3.8.6.1 abstar==0.8.0 biopython==1.88
 	touch $@
 
 # Without their dependencies: what they need is here, and some pull torchvision in.

@@ -1,6 +1,6 @@
 """Four ways to the norms of one chunk of samples, all of them exact."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -35,7 +35,7 @@ _BESIDE = "beside others that have no rule"
 
 _WayName: TypeAlias = Literal["rules", "rows", "vmap", "loop"]
 
-#: From the cheapest on.
+#: Of a batch in chunks the later one is told.
 _WAYS: tuple[_WayName, ...] = get_args(_WayName)
 
 
@@ -91,7 +91,8 @@ def chunk_norms(
         facts: What the first use of the model found.
     """
     n = batch_size(chunk) // group
-    if (found := _by_vmap_alone(passes, chunk, n, selected, by, facts)) is not None:
+    names = [name for name, _ in passes.module.named_parameters() if selected(name)]
+    if (found := _by_vmap_alone(passes, chunk, n, names, by, facts)) is not None:
         return found
     by_loop = set(filter(selected, facts.looped))
 
@@ -108,7 +109,6 @@ def chunk_norms(
             passes, chunk, n, by_rule, by, facts.last_of_graph, finds_owners=finds_owners
         )
     )
-    names = [name for name, _ in passes.module.named_parameters() if selected(name)]
     ways = {name: Way("rules") for name in names}
     ways |= dict.fromkeys(fast.found_owners, Way("rows", _OWNED))
     norms, slow = fast.norms, by_loop | fast.left_over.keys()
@@ -126,14 +126,12 @@ def _by_vmap_alone(
     passes: Passes[Adapter],
     chunk: Batch,
     n: int,
-    selected: Callable[[str], bool],
+    names: Sequence[str],
     by: Callable[[str], Granularity],
     facts: Facts,
 ) -> GradientNorms | None:
     """Of all parameters, where one of them has no rule, and `vmap` is right and quick; or None."""
-    module = passes.module
-    names = [name for name, _ in module.named_parameters() if selected(name)]
-    chosen = set(names)
+    module, chosen = passes.module, set(names)
     has_rules = chosen.isdisjoint(facts.looped | facts.owned)
     if has_rules or n <= _FEWEST_VMAPPED or not chosen <= facts.vmapped:
         return None
