@@ -41,8 +41,8 @@ _SLOW = (
 def is_quick_alone(module: nn.Module, n: int, names: Set[str], positions: int = 1) -> bool:
     """Whether `vmap` alone is quicker than what finds whose rows are, or than rules and it.
 
-    The bounds are from models of other packages (`benchmarks.cost.foreign`). Of wide layers that are
-    used once a sample it is many times slower: rules hold no gradient.
+    The bounds are from models of other packages (`benchmarks.cost.foreign`). Of wide layers that
+    are used once a sample it is many times slower: rules hold no gradient.
 
     Args:
         module: The model.

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from ood_monitor import Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
@@ -13,7 +13,6 @@ from ood_monitor.checks import (
     flag,
     text,
     whole,
-    word,
 )
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
@@ -22,7 +21,7 @@ from ood_monitor_integrations.lightning.hooks import Hooks
 from ood_monitor_integrations.lightning.namespaces import callback_class
 from ood_monitor_integrations.lightning.predictions import Predictions
 from ood_monitor_integrations.lightning.runs import LightningRun
-from ood_monitor_integrations.lightning.saving import Checkpoints, Policy
+from ood_monitor_integrations.lightning.saving import Checkpoints
 from ood_monitor_integrations.lightning.trainer_monitor import (
     FAILED,
     Settings,
@@ -36,8 +35,10 @@ from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.gradients import FlaggedBatch, TrainingWatch
 from ood_monitor_integrations.training.options import (
+    Policy,
     checked_every,
     checked_held_out,
+    checked_policy,
     checked_stages,
     checked_stream,
 )
@@ -207,10 +208,11 @@ class OODMonitor(Hooks):
             whole("calibrate_samples", calibrate_samples, 1),
             progress=flag("progress", progress),
         )
-        is_idle = not self._needs_detector or (calibrate is None and self._detectors.is_given)
-        policy = None if calibrate is None else word("calibrate", calibrate, get_args(Policy))
+        policy = checked_policy(
+            calibrate, is_given=self._detectors.is_given, is_needed=self._needs_detector
+        )
         self._checkpoints = Checkpoints(
-            "never" if is_idle else policy,
+            policy,
             self._calibrator,
             self._detectors,
             self._failures,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,15 +18,13 @@ from ood_monitor_integrations.lightning.training_end import ends_training, is_la
 from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.options import Policy
 from ood_monitor_integrations.training.swapping import holding, places
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Checkpoints", "Policy"]
-
-#: Which checkpoints get a detector; see `OODMonitor`.
-Policy: TypeAlias = Literal["best", "every checkpoint", "last", "never"]
+__all__ = ["Checkpoints"]
 
 #: Why a checkpoint has none.
 _REASONS: Mapping[Policy, str] = {

@@ -3,14 +3,36 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from ood_monitor import TrainingStream
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import batches, flag, function, items, meant, number, path_of, text, whole
+from ood_monitor.checks import (
+    batches,
+    flag,
+    function,
+    items,
+    meant,
+    number,
+    path_of,
+    text,
+    whole,
+    word,
+)
 from ood_monitor_integrations.training.figures import LeftOpen
 
-__all__ = ["Settings", "checked_every", "checked_held_out", "checked_stages", "checked_stream"]
+__all__ = [
+    "Policy",
+    "Settings",
+    "checked_every",
+    "checked_held_out",
+    "checked_policy",
+    "checked_stages",
+    "checked_stream",
+]
+
+#: Which checkpoints of a training get a detector.
+Policy: TypeAlias = Literal["best", "every checkpoint", "last", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +142,18 @@ def checked_every(name: str, every: int | None, held_out: Any) -> int | None:
             "news to it."
         )
     return whole(name, every, 1)
+
+
+def checked_policy(calibrate: Policy | None, *, is_given: bool, is_needed: bool) -> Policy | None:
+    """Which checkpoints get a detector; None for what a trainer's own settings ask for.
+
+    Args:
+        calibrate: What was given.
+        is_given: Whether a detector was: without a word none is fitted beside it.
+        is_needed: Whether anything is watched that takes one.
+    """
+    policy = None if calibrate is None else word("calibrate", calibrate, get_args(Policy))
+    return "never" if not is_needed or (calibrate is None and is_given) else policy
 
 
 def checked_stream(training: TrainingStream | None) -> TrainingStream:

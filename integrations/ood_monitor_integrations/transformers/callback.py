@@ -9,7 +9,7 @@ from torch import nn
 from ood_monitor import Adapter, Alert, Detector, Monitor, Scores, TrainingStream
 from ood_monitor.adapters.base import Batch
 from ood_monitor.alerts import Sink
-from ood_monitor.checks import flag, function, text, whole, word
+from ood_monitor.checks import flag, function, text, whole
 from ood_monitor.densities.parts import Method
 from ood_monitor.gradients.layers import Layers, checked_layers
 from ood_monitor_integrations.training.adapters import AdapterLike, WatchedModel
@@ -18,15 +18,17 @@ from ood_monitor_integrations.training.detectors import Detectors, check_method
 from ood_monitor_integrations.training.failures import Failures
 from ood_monitor_integrations.training.gradients import FlaggedBatch, TrainingWatch
 from ood_monitor_integrations.training.options import (
+    Policy,
     Settings,
     checked_every,
     checked_held_out,
+    checked_policy,
     checked_stages,
     checked_stream,
 )
 from ood_monitor_integrations.training.stage_scores import StageScores
 from ood_monitor_integrations.transformers.batches import Texts
-from ood_monitor_integrations.transformers.checkpoints import Checkpoints, Policy
+from ood_monitor_integrations.transformers.checkpoints import Checkpoints
 from ood_monitor_integrations.transformers.evaluations import FAILED, Evaluations
 from ood_monitor_integrations.transformers.events import Events
 from ood_monitor_integrations.transformers.mlflow_run import MLflowRun
@@ -173,11 +175,10 @@ class OODCallback(Events):
             progress=flag("progress", progress),
         )
         self._held_out = held_out
-        is_idle = not self._needs_detector or (calibrate is None and self._detectors.is_given)
-        policy = None if calibrate is None else word("calibrate", calibrate, get_args(Policy))
-        self._checkpoints = Checkpoints(
-            "never" if is_idle else policy, self._calibrator, self._detectors, self._failures
+        policy = checked_policy(
+            calibrate, is_given=self._detectors.is_given, is_needed=self._needs_detector
         )
+        self._checkpoints = Checkpoints(policy, self._calibrator, self._detectors, self._failures)
         self._training = TrainingWatch(checked_stream(training), layers, name)
         settings = Settings.checked(
             ert=ert,

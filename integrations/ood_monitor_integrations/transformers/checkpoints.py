@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -16,14 +16,12 @@ from ood_monitor.saving.fitted import digest
 from ood_monitor_integrations.training.calibration import Calibrator
 from ood_monitor_integrations.training.detectors import Detectors
 from ood_monitor_integrations.training.failures import Failures
+from ood_monitor_integrations.training.options import Policy
 from ood_monitor_integrations.transformers.runs import TransformersRun
 
-__all__ = ["Checkpoints", "Policy"]
+__all__ = ["Checkpoints"]
 
 _log = logging.getLogger(__name__)
-
-#: Which checkpoints get a detector; see `OODCallback`.
-Policy: TypeAlias = Literal["best", "every checkpoint", "last", "never"]
 
 #: The state of the training stream, beside a detector's files.
 _STREAMS = "training.json"
